@@ -1,0 +1,58 @@
+# `make help` lists what there is to make. Everything a target needs, it installs.
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+GO          ?= go
+PREFIX      ?= /usr/local
+DESTDIR     ?=
+OUT         ?= out
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+# The tools that the one host binary also answers to, each as drafter-TOOL.
+TOOLS       := blueprint snapshotter packager peer
+
+# -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
+GOTESTFLAGS ?= -p 1 -count 1 -timeout 20m
+
+.DEFAULT_GOAL := help
+.PHONY: help depend build install test test-unit lint bench demo fuzz clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+depend: ## Install what building, testing and the demo need (Debian 12; root, or nothing missing)
+	@scripts/depend
+
+build: ## Build bin/drafter and the static guest command bin/drafter-agent
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/drafter ./cmd/drafter
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/drafter-agent ./cmd/drafter-agent
+	ln -sf drafter-agent bin/drafter-liveness
+	for tool in $(TOOLS); do ln -sf drafter bin/drafter-$$tool; done
+
+install: build ## Install the commands, and drafter-TOOL links to them, below PREFIX (/usr/local)
+	install -D -m 0755 bin/drafter $(DESTDIR)$(PREFIX)/bin/drafter
+	install -D -m 0755 bin/drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-agent
+	ln -sf drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-liveness
+	for tool in $(TOOLS); do ln -sf drafter $(DESTDIR)$(PREFIX)/bin/drafter-$$tool; done
+
+test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
+	$(GO) test -race $(GOTESTFLAGS) ./...
+
+test-unit: ## The quick part of the tests: no root, no VMs
+	$(GO) test -short ./...
+
+lint: ## gofmt, go vet, staticcheck, and the dependency table of the rooms
+	@unformatted=$$(gofmt -l cmd internal pkg); if [ -n "$$unformatted" ]; then echo "gofmt needed: $$unformatted" >&2; exit 1; fi
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+bench: depend build ## Benchmarks, side by side with their references
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+
+demo: depend build ## A Valkey server in a VM moves A → B → A → B while a client writes to it
+	@$(GO) run ./internal/demo -out $(OUT)
+
+fuzz: ## Run each fuzz target for a minute
+	@scripts/fuzz 1m
+
+clean: ## Remove bin/ and out/
+	rm -rf bin $(OUT)

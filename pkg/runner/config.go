@@ -1,0 +1,167 @@
+package runner
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+)
+
+// Names of the devices that are not disks. Any other name is a disk: "disk" is the root disk by custom, and the guest sees
+// disks in the order they are configured in.
+const (
+	StateDevice  = "state"  // the hypervisor's device state, behind a Record
+	MemoryDevice = "memory" // guest RAM
+	KernelDevice = "kernel"
+	InitrdDevice = "initrd"
+	ConfigDevice = "config" // a Description
+)
+
+// IsDisk reports whether the device of that name is attached to the guest as a disk.
+func IsDisk(name string) bool {
+	switch name {
+	case StateDevice, MemoryDevice, KernelDevice, InitrdDevice, ConfigDevice:
+		return false
+	}
+	return true
+}
+
+// Description is the content of a config device: the machine as the guest sees it, and the ports on which the host expects
+// its services.
+type Description struct {
+	vmm.Spec
+	AgentVSockPort    uint32 `json:"agentVSockPort,omitempty"`    // 0: the guest has no agent
+	LivenessVSockPort uint32 `json:"livenessVSockPort,omitempty"` // 0: the guest does not say when it is up
+}
+
+// maxDescription bounds a config device, in bytes.
+const maxDescription = 1 << 20
+
+// ReadDescription reads a config device.
+func ReadDescription(dev block.Device) (Description, error) {
+	if dev.Size() > maxDescription {
+		return Description{}, fmt.Errorf("config device has %d bytes, more than %d: it is not one of ours", dev.Size(), maxDescription)
+	}
+	b := make([]byte, dev.Size())
+	if _, err := dev.ReadAt(b, 0); err != nil && err != io.EOF {
+		return Description{}, fmt.Errorf("read config device: %w", err)
+	}
+	return ParseDescription(b)
+}
+
+// ParseDescription decodes the bytes of a config device: JSON, padded at the end.
+func ParseDescription(b []byte) (Description, error) {
+	var d Description
+	if err := json.Unmarshal(bytes.TrimRight(b, "\x00 \n"), &d); err != nil {
+		return Description{}, fmt.Errorf("decode config device: %w", err)
+	}
+	switch {
+	case d.Hypervisor == "":
+		return Description{}, fmt.Errorf("decode config device: it names no hypervisor, so it was not made by drafter")
+	case d.MemorySize <= 0 || d.MemorySize%(1<<20) != 0:
+		return Description{}, fmt.Errorf("decode config device: memory size %d is not a multiple of 1 MiB", d.MemorySize)
+	case d.CPUCount <= 0:
+		return Description{}, fmt.Errorf("decode config device: CPU count %d", d.CPUCount)
+	}
+	return d, nil
+}
+
+// Encode returns the bytes of a config device that holds d: indented JSON, padded with newlines to whole pages so that the
+// device can be mapped and moved like any other.
+func (d Description) Encode() ([]byte, error) {
+	b, err := json.MarshalIndent(d, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("encode config device: %w", err)
+	}
+	pad := block.PageSize - len(b)%block.PageSize
+	return append(b, bytes.Repeat([]byte{'\n'}, pad)...), nil
+}
+
+// DeviceConfig is where a device of an instance lives on this host.
+type DeviceConfig struct {
+	Name string
+
+	// Base is the file that the device starts from. With an overlay it is only read. Without one it is the device: disks
+	// are written in place, memory and state are replaced when the instance is closed.
+	Base string
+
+	// Overlay and State are the copy-on-write overlay of the base and the file that says which blocks it holds. Both are
+	// set or none is; they are created when both are absent.
+	Overlay, State string
+
+	// BlockSize is the overlay's granularity in bytes: a power of two, at least 4096. Zero means 64 KiB.
+	BlockSize int64
+}
+
+// Host is where and how an instance's machine runs on this host. The zero value runs it in our network namespace as our
+// user, in no cgroup, on any CPU.
+type Host struct {
+	// Dir is where the folders of running machines are made, each as Dir/HYPERVISOR/ID/root. Default: "out/vms".
+	Dir string
+
+	// Netns and Interface name the tap device that the guest's network interface is connected to. Interface empty means
+	// "tap0"; both are ignored when the machine has no network interface.
+	Netns, Interface string
+
+	UID, GID      int    // user of the VMM; 0: ours
+	NUMANode      *int   // nil: any
+	CgroupVersion int    // 1 or 2; 0: none
+	Binary        string // of the hypervisor; empty: from PATH
+	IOEngineSync  bool   // synchronous disk engine
+
+	SerialOutput io.Writer // what the guest's console prints; nil: discarded
+	SerialInput  io.Reader // nil: none
+}
+
+// Hooks are called by an instance as it goes through its life. Each may be nil. They are called by the goroutine that works
+// on the instance, so they must not call the instance.
+type Hooks struct {
+	BeforeSuspend func() // the guest is about to be told that it will be suspended
+	Suspended     func() // all vCPUs have stopped
+	Resumed       func() // the vCPUs run (again)
+	AfterResume   func() // the agent has finished its work after a resume
+}
+
+// Config is an instance on this host.
+type Config struct {
+	// Devices are the instance's devices; the disks among them in the order the guest sees them.
+	Devices []DeviceConfig
+
+	// Backend runs the machine.
+	Backend vmm.Backend
+
+	Host  Host
+	Hooks Hooks
+
+	// ResumeTimeout bounds the wait for the guest's agent, per call. Default: one minute.
+	ResumeTimeout time.Duration
+	// RescueTimeout bounds saving and cleaning up after the caller's context was cancelled. Default: one minute.
+	RescueTimeout time.Duration
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+func (c Config) withDefaults() Config {
+	if c.Host.Dir == "" {
+		c.Host.Dir = "out/vms"
+	}
+	if c.Host.Interface == "" {
+		c.Host.Interface = "tap0"
+	}
+	if c.ResumeTimeout == 0 {
+		c.ResumeTimeout = time.Minute
+	}
+	if c.RescueTimeout == 0 {
+		c.RescueTimeout = time.Minute
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return c
+}

@@ -1,0 +1,207 @@
+package runner
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"time"
+
+	"github.com/zeebo/xxh3"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+)
+
+// StateDeviceSize is the size of a state device in bytes. Device state is 55 to 400 KiB for the machines we know; the
+// rest of the device is a hole.
+const StateDeviceSize = 16 << 20
+
+// Status says who may run an instance, and from what.
+//
+//	            ┌──────── Close ────────┐
+//	            ▼                       │
+//	Saved ─ resume ─► Running ──────────┘
+//	                  Running ─ commit of a migration ─► Moved
+//	(any) ─ receive ─► Receiving ─ commit arrives ─► Running
+//	                   Receiving ─ abort ─► Discarded
+//
+// It is the first field of the state device, so that it lies where the instance's data lies and travels with its files.
+// The instance that is in the hands of a living process is locked besides (see block.Overlay and block.File).
+type Status uint32
+
+const (
+	// Saved: the device state, the memory and the disks belong together; the instance can be resumed from them.
+	Saved Status = 1 + iota
+	// Running: a machine runs, or ran when its host died. Then the memory on disk is older than the disks, and the
+	// instance can only boot again from its disks.
+	Running
+	// Receiving: a migration into these devices was begun and not finished. They hold nothing of use.
+	Receiving
+	// Moved: the instance was handed to another peer, which owns it now. Running it here would make a second owner.
+	Moved
+	// Discarded: a migration into these devices was given up. They hold nothing of use.
+	Discarded
+)
+
+func (s Status) String() string {
+	switch s {
+	case Saved:
+		return "saved"
+	case Running:
+		return "running"
+	case Receiving:
+		return "receiving"
+	case Moved:
+		return "moved"
+	case Discarded:
+		return "discarded"
+	}
+	return fmt.Sprintf("status %d", uint32(s))
+}
+
+// ErrNotSaved is returned when an instance is to be resumed whose state device does not hold a saved state that belongs to
+// its memory and disks. The message says which status it has and what can be done.
+var ErrNotSaved = errors.New("instance holds no saved state")
+
+// Record is the header of a state device: the instance's status and where its device state lies.
+type Record struct {
+	Status    Status
+	Migration [16]byte  // the migration that the status comes from; zero if none
+	Time      time.Time // when it was written
+	Length    int64     // bytes of device state that follow; 0 unless Saved
+	Sum       uint64    // xxh3 of the device state
+}
+
+// Layout of the header, little endian, padded to one page:
+//
+//	 0  8  magic "DRFTSTA1"
+//	 8  4  status
+//	12  4  zero
+//	16 16  migration id
+//	32  8  time, Unix nanoseconds
+//	40  8  length of the device state, which begins at recordSize
+//	48  8  xxh3-64 of the device state
+//	56  4  crc32c of bytes 0–55
+const (
+	recordMagic = "DRFTSTA1"
+	recordSize  = block.PageSize
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func (r Record) encode() []byte {
+	b := make([]byte, recordSize)
+	copy(b, recordMagic)
+	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
+	copy(b[16:32], r.Migration[:])
+	binary.LittleEndian.PutUint64(b[32:], uint64(r.Time.UnixNano()))
+	binary.LittleEndian.PutUint64(b[40:], uint64(r.Length))
+	binary.LittleEndian.PutUint64(b[48:], r.Sum)
+	binary.LittleEndian.PutUint32(b[56:], crc32.Checksum(b[:56], castagnoli))
+	return b
+}
+
+func decodeRecord(b []byte) (Record, error) {
+	if len(b) < 60 || string(b[:8]) != recordMagic {
+		return Record{}, errors.New("not a drafter state device (wrong magic)")
+	}
+	if got, want := crc32.Checksum(b[:56], castagnoli), binary.LittleEndian.Uint32(b[56:]); got != want {
+		return Record{}, fmt.Errorf("header is corrupt: checksum %08x, want %08x", got, want)
+	}
+	r := Record{
+		Status:    Status(binary.LittleEndian.Uint32(b[8:])),
+		Migration: [16]byte(b[16:32]),
+		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[32:]))),
+		Length:    int64(binary.LittleEndian.Uint64(b[40:])),
+		Sum:       binary.LittleEndian.Uint64(b[48:]),
+	}
+	if r.Status < Saved || r.Status > Discarded {
+		return Record{}, fmt.Errorf("header has unknown %s", r.Status)
+	}
+	if r.Length < 0 || r.Length > StateDeviceSize-recordSize {
+		return Record{}, fmt.Errorf("header gives a device state of %d bytes, a state device holds %d", r.Length, StateDeviceSize-recordSize)
+	}
+	return r, nil
+}
+
+// ReadRecord reads the header of a state device.
+func ReadRecord(dev block.Device) (Record, error) {
+	b := make([]byte, recordSize)
+	if _, err := dev.ReadAt(b, 0); err != nil && err != io.EOF {
+		return Record{}, fmt.Errorf("read state header: %w", err)
+	}
+	return decodeRecord(b)
+}
+
+// writeRecord makes r the durable header of a state device.
+func writeRecord(dev block.Device, r Record) error {
+	r.Time = time.Now()
+	if _, err := dev.WriteAt(r.encode(), 0); err != nil {
+		return fmt.Errorf("write state header %q: %w", r.Status, err)
+	}
+	if err := dev.Flush(); err != nil {
+		return fmt.Errorf("flush state header %q: %w", r.Status, err)
+	}
+	return nil
+}
+
+// WriteSaved makes state the device's content, with status Saved. The memory and the disks it belongs to must be durable
+// before the call: the header is what makes them an instance.
+func WriteSaved(dev block.Device, state []byte) error {
+	if int64(len(state)) > dev.Size()-recordSize {
+		return fmt.Errorf("device state of %d bytes does not fit the state device of %d", len(state), dev.Size())
+	}
+	if _, err := dev.WriteAt(state, recordSize); err != nil {
+		return fmt.Errorf("write device state: %w", err)
+	}
+	if err := dev.Flush(); err != nil {
+		return fmt.Errorf("flush device state: %w", err)
+	}
+	return writeRecord(dev, Record{Status: Saved, Length: int64(len(state)), Sum: xxh3.Hash(state)})
+}
+
+// ReadSaved returns the device state of a state device with status Saved.
+func ReadSaved(dev block.Device) ([]byte, error) {
+	r, err := ReadRecord(dev)
+	if err != nil {
+		return nil, err
+	}
+	if r.Status != Saved {
+		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
+	}
+	state := make([]byte, r.Length)
+	if _, err := dev.ReadAt(state, recordSize); err != nil && err != io.EOF {
+		return nil, fmt.Errorf("read device state: %w", err)
+	}
+	if xxh3.Hash(state) != r.Sum {
+		return nil, errors.New("device state is corrupt: its checksum does not match the header")
+	}
+	return state, nil
+}
+
+// remedy says what a status that is not Saved means, and what its owner can do.
+func (r Record) remedy() string {
+	at := r.Time.UTC().Format(time.RFC3339)
+	switch r.Status {
+	case Running:
+		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, or delete its overlays to start from the package"
+	case Receiving, Discarded:
+		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
+	case Moved:
+		return fmt.Sprintf("it moved to another peer at %s (migration %x), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+	}
+	return r.Status.String()
+}
+
+// limitedBuffer collects device state and refuses more than fits a state device, so that a machine that goes wild ends in
+// an error rather than in our memory.
+type limitedBuffer struct{ b []byte }
+
+func (l *limitedBuffer) Write(p []byte) (int, error) {
+	if len(l.b)+len(p) > StateDeviceSize-recordSize {
+		return 0, fmt.Errorf("device state exceeds the %d bytes a state device holds", StateDeviceSize-recordSize)
+	}
+	l.b = append(l.b, p...)
+	return len(p), nil
+}

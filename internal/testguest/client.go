@@ -1,0 +1,168 @@
+package testguest
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Console is the host's end of a guest's serial console: give it to a machine as both SerialInput and SerialOutput.
+// One goroutine at a time may use Ready and Do. Several machines may have the same console one after another, as a
+// guest that moves does; what was written while none had it is read by the next.
+type Console struct {
+	mu    sync.Mutex // guards what follows
+	out   bytes.Buffer
+	lines []string      // complete lines not yet consumed
+	log   bytes.Buffer  // everything, for messages
+	grown chan struct{} // closed and replaced when lines grows
+
+	in    *io.PipeReader
+	input *io.PipeWriter
+}
+
+// NewConsole returns a console that nothing has been written to.
+func NewConsole() *Console {
+	c := &Console{grown: make(chan struct{})}
+	c.in, c.input = io.Pipe()
+	return c
+}
+
+// Write receives what the guest writes.
+func (c *Console) Write(p []byte) (int, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.log.Write(p)
+	c.out.Write(p)
+	for {
+		line, rest, ok := bytes.Cut(c.out.Bytes(), []byte("\n"))
+		if !ok {
+			break
+		}
+		c.lines = append(c.lines, string(bytes.TrimRight(line, "\r")))
+		c.out.Next(c.out.Len() - len(rest))
+		close(c.grown)
+		c.grown = make(chan struct{})
+	}
+	return len(p), nil
+}
+
+// Input is what the guest reads; it ends at Close.
+func (c *Console) Input() io.Reader { return c.in }
+
+// Close ends Input.
+func (c *Console) Close() error { return c.input.Close() }
+
+// Log returns everything the guest wrote.
+func (c *Console) Log() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.log.String()
+}
+
+// Line consumes lines up to the first that starts with prefix and returns the rest of that one.
+func (c *Console) Line(ctx context.Context, prefix string) (string, error) {
+	for {
+		c.mu.Lock()
+		for i, line := range c.lines {
+			// The kernel may write in the middle of a line of ours, but not before its first characters.
+			if rest, ok := strings.CutPrefix(line, prefix); ok {
+				c.lines = c.lines[i+1:]
+				c.mu.Unlock()
+				return rest, nil
+			}
+		}
+		c.lines = nil
+		grown := c.grown
+		c.mu.Unlock()
+		select {
+		case <-grown:
+		case <-ctx.Done():
+			return "", fmt.Errorf("wait for %q on the console: %w; it says:\n%s", prefix, context.Cause(ctx), c.Log())
+		}
+	}
+}
+
+// Ready waits until the guest has booted.
+func (c *Console) Ready(ctx context.Context) error {
+	_, err := c.Line(ctx, "= ready")
+	return err
+}
+
+// Do sends a command and returns its result; an answer "error" becomes an error.
+func (c *Console) Do(ctx context.Context, command string) (string, error) {
+	written := make(chan error, 1)
+	go func() {
+		_, err := io.WriteString(c.input, command+"\n")
+		written <- err
+	}()
+	select {
+	case err := <-written:
+		if err != nil {
+			return "", fmt.Errorf("send %q: %w", command, err)
+		}
+	case <-ctx.Done():
+		return "", fmt.Errorf("send %q: %w", command, context.Cause(ctx))
+	}
+	answer, err := c.Line(ctx, "= "+verb(command)+" ")
+	if err != nil {
+		return "", fmt.Errorf("command %q: %w", command, err)
+	}
+	return result(command, answer)
+}
+
+// Channel is a connection to the commands on the guest channel. One goroutine at a time may use it.
+type Channel struct {
+	conn  net.Conn
+	lines *bufio.Reader
+}
+
+// Dial connects to a guest channel that is a unix socket of a VMM: [vmm.GuestChannel] in the machine's folder.
+//
+// [vmm.GuestChannel]: https://pkg.go.dev/github.com/drafter-vm/drafter/pkg/vmm#GuestChannel
+func Dial(ctx context.Context, socket string) (*Channel, error) {
+	conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	return &Channel{conn: conn, lines: bufio.NewReader(conn)}, nil
+}
+
+// Close ends the connection.
+func (c *Channel) Close() error { return c.conn.Close() }
+
+// Do sends a command and returns its result; an answer "error" becomes an error.
+func (c *Channel) Do(ctx context.Context, command string) (string, error) {
+	stop := context.AfterFunc(ctx, func() { c.conn.SetDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := io.WriteString(c.conn, command+"\n"); err != nil {
+		return "", errors.Join(fmt.Errorf("send %q: %w", command, err), context.Cause(ctx))
+	}
+	for {
+		line, err := c.lines.ReadString('\n')
+		if err != nil {
+			return "", errors.Join(fmt.Errorf("command %q: %w", command, err), context.Cause(ctx))
+		}
+		if answer, ok := strings.CutPrefix(line, "= "+verb(command)+" "); ok {
+			return result(command, strings.TrimSpace(answer))
+		}
+	}
+}
+
+func verb(command string) string {
+	v, _, _ := strings.Cut(command, " ")
+	return v
+}
+
+func result(command, answer string) (string, error) {
+	if msg, failed := strings.CutPrefix(answer, "error"); failed {
+		return "", fmt.Errorf("guest command %q: %s", command, strings.TrimSpace(msg))
+	}
+	return strings.TrimSpace(strings.TrimPrefix(answer, "ok")), nil
+}

@@ -1,0 +1,130 @@
+// Command guest is the whole user space of the test guest: it is /init, and obeys commands that arrive line by line on
+// the serial console and on the virtio-serial port org.drafter.vsock. Package testguest documents the protocol.
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	os.Setenv("PATH", "/bin:/sbin:/usr/bin:/usr/sbin")
+	for _, m := range [][3]string{{"devtmpfs", "/dev", "devtmpfs"}, {"proc", "/proc", "proc"}, {"sysfs", "/sys", "sysfs"}, {"tmpfs", "/run", "tmpfs"}, {"tmpfs", "/tmp", "tmpfs"}} {
+		if err := os.MkdirAll(m[1], 0o755); err != nil {
+			fmt.Println("mkdir", m[1], err)
+		}
+		if err := unix.Mount(m[0], m[1], m[2], 0, ""); err != nil && err != unix.EBUSY {
+			fmt.Println("mount", m[1], err)
+		}
+	}
+	loadModules()
+	nameDevices()
+
+	g := newGuest()
+	if cmdline, err := os.ReadFile("/proc/cmdline"); err == nil && !strings.Contains(string(cmdline), "testguest.channel=off") {
+		go serveChannel(g)
+	}
+	serveConsole(g)
+}
+
+// loadModules loads what the initramfs brings, in the order of the file names.
+func loadModules() {
+	files, _ := filepath.Glob("/modules/*.ko")
+	slices.Sort(files)
+	for _, name := range files {
+		f, err := os.Open(name)
+		if err != nil {
+			fmt.Println(err)
+			continue
+		}
+		if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && err != unix.EEXIST {
+			fmt.Println("load", name, err)
+		}
+		f.Close()
+	}
+}
+
+// nameDevices makes the links that udev would make: disks by serial number, virtio-serial ports by name.
+func nameDevices() {
+	links := []struct{ pattern, dir string }{{"/sys/block/*/serial", "/dev/disk"}, {"/sys/class/virtio-ports/*/name", "/dev/virtio-ports"}}
+	for _, l := range links {
+		os.MkdirAll(l.dir, 0o755)
+		files, _ := filepath.Glob(l.pattern)
+		for _, file := range files {
+			if name, err := os.ReadFile(file); err == nil {
+				os.Symlink("/dev/"+filepath.Base(filepath.Dir(file)), filepath.Join(l.dir, strings.TrimSpace(string(name))))
+			}
+		}
+	}
+}
+
+func serveConsole(g *guest) {
+	tty, err := os.OpenFile("/dev/ttyS0", os.O_RDWR|unix.O_NOCTTY, 0)
+	if err != nil {
+		fmt.Println(err)
+		tty = os.Stdin
+	}
+	// Raw, so that neither an echo nor a changed line ending gets into the protocol.
+	if t, err := unix.IoctlGetTermios(int(tty.Fd()), unix.TCGETS); err == nil {
+		t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
+		t.Cc[unix.VMIN], t.Cc[unix.VTIME] = 1, 0
+		unix.IoctlSetTermios(int(tty.Fd()), unix.TCSETS, t)
+	}
+	fmt.Fprintf(tty, "= ready\n")
+	for {
+		g.serve(tty)
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// serveChannel serves the virtio-serial port. A read of zero bytes means that nobody listens on the host: look again.
+func serveChannel(g *guest) {
+	const name = "/dev/virtio-ports/org.drafter.vsock"
+	for {
+		if f, err := os.OpenFile(name, os.O_RDWR, 0); err == nil {
+			g.serve(f)
+			f.Close()
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// guest is what the commands share.
+type guest struct {
+	memory memory
+
+	mu    sync.Mutex // guards disks
+	disks map[string]*diskWriter
+}
+
+func newGuest() *guest { return &guest{disks: make(map[string]*diskWriter)} }
+
+// serve obeys commands from rw until it ends.
+func (g *guest) serve(rw io.ReadWriter) {
+	lines := bufio.NewScanner(rw)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		args := strings.Fields(lines.Text())
+		if len(args) == 0 {
+			continue
+		}
+		answer, err := g.do(args)
+		if err != nil {
+			answer = "error " + strings.ReplaceAll(err.Error(), "\n", " ")
+		} else {
+			answer = strings.TrimSpace("ok " + answer)
+		}
+		if _, err := fmt.Fprintf(rw, "= %s %s\n", args[0], answer); err != nil {
+			return
+		}
+	}
+}

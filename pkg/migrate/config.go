@@ -1,0 +1,267 @@
+package migrate
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Guest is the running VM at the source. Its methods are called one at a time, by the goroutine that called Send, except
+// that State runs beside the last round.
+type Guest interface {
+	// BeforeSuspend tells the guest that it will be paused, and returns when it is ready for that. It runs on meanwhile.
+	BeforeSuspend(ctx context.Context) error
+
+	// Pause stops the guest. When it returns nil, the devices no longer change.
+	Pause(ctx context.Context) error
+
+	// State writes the device state of the paused VMM to w.
+	State(ctx context.Context, w io.Writer) error
+
+	// Resume undoes whatever BeforeSuspend, Pause and State have done, also if they failed: the guest runs again when it
+	// returns nil. It is called at most once, only after a failed migration, only if BeforeSuspend was called, and with
+	// a context that the failure did not cancel.
+	Resume(ctx context.Context) error
+}
+
+// Journal keeps, in a place that survives a crash of this process or host, who owns the guest. A record about a
+// migration replaces the one before it. With no record, the guest belongs to the source.
+//
+// A nil Journal keeps nothing: then a crash of either side during the commit can lose track of the owner.
+type Journal interface {
+	// Commit records that the guest was given to the destination. At the source it is called before the commit frame
+	// leaves; at the destination after it came and before the guest runs. It returns nil only if the record is durable.
+	// When it fails, Abort follows.
+	Commit(ctx context.Context, id string) error
+
+	// Abort records that this migration will never be completed: at the source, that the guest belongs to it; at the
+	// destination, that it will never run this guest from this migration. It returns nil only if the record is durable.
+	Abort(ctx context.Context, id string) error
+
+	// Done records that the migration is over and the guest runs at the destination: nothing is in doubt any more. It
+	// need not be durable; an error is logged and changes nothing.
+	Done(ctx context.Context, id string) error
+}
+
+// SourceDevice is a device to be sent.
+type SourceDevice struct {
+	Name   string
+	Device block.Device // only read; [block.Extents] is used if it has it
+	// Tracker reports writes to Device during the migration. Nil declares that nobody writes to it: it is sent once.
+	Tracker block.Tracker
+	Policy  Policy
+}
+
+// SourceConfig configures [Send]. Devices and Guest are required.
+type SourceConfig struct {
+	// ID names the migration in both journals and logs. Empty: a random one.
+	ID string
+
+	// Devices are sent in one migration, under one authority. The destination must have each name.
+	Devices []SourceDevice
+
+	// Spec describes the machine to the destination, which may refuse it. It is JSON and opaque here; it must fit in one
+	// frame with the names of the devices (64 KiB). Paths and secrets have no business in it.
+	Spec json.RawMessage
+
+	Guest   Guest
+	Journal Journal
+
+	// Concurrency is how many goroutines read, hash and pack content. 0 means 4; more than 64 counts as 64.
+	Concurrency int
+
+	// Window bounds the bytes of content on their way, not yet acknowledged: the product of bandwidth and round trip
+	// time should fit. 0 means 16 MiB; the least is 128 KiB and some.
+	Window int64
+
+	// HandshakeTimeout is how long the peer may take to say that it is a Drafter. 0 means 10 s.
+	HandshakeTimeout time.Duration
+	// PrepareTimeout is how long the destination may take to look at the manifest and start a VMM. 0 means 1 min.
+	PrepareTimeout time.Duration
+	// HeartbeatTimeout is how long the peer may be silent before it counts as dead. 0 means 3 s; at least 1 s.
+	HeartbeatTimeout time.Duration
+	// SwitchTimeout bounds the time from Guest.Pause until the destination is prepared. When it ends, the guest is
+	// resumed here. 0 means 30 s.
+	SwitchTimeout time.Duration
+	// CommitTimeout is how long the destination may take to say that the guest runs before the source gives up and is
+	// in doubt. 0 means 30 s.
+	CommitTimeout time.Duration
+	// ResumeTimeout bounds the rollback after a failure. 0 means 1 min.
+	ResumeTimeout time.Duration
+
+	// Progress, if set, is called at each change of state and about five times a second, never twice at the same time.
+	// It must return quickly.
+	Progress func(Progress)
+	// OnState, if set, is called at each change of state, before anything is done in it.
+	OnState func(SourceState)
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// DestinationConfig configures [Receive]. Target is required.
+type DestinationConfig struct {
+	Target  Target
+	Journal Journal
+
+	// Concurrency is how many goroutines write content to the devices. 0 means 4; more than 64 counts as 64.
+	Concurrency int
+
+	// MaxState is how many bytes of device state are accepted; they are held in memory. 0 means 64 MiB.
+	MaxState int64
+
+	// HandshakeTimeout is how long the peer may take to say that it is a Drafter, and then to send its manifest. 0 means
+	// 10 s.
+	HandshakeTimeout time.Duration
+	// HeartbeatTimeout is how long the peer may be silent before it counts as dead. 0 means 3 s; at least 1 s.
+	HeartbeatTimeout time.Duration
+	// CommitTimeout is how long the source may take to commit once the guest is prepared here, before it is discarded.
+	// 0 means 1 min.
+	CommitTimeout time.Duration
+
+	// Progress, if set, is called at each change of state and about five times a second, never twice at the same time.
+	// It must return quickly.
+	Progress func(Progress)
+	// OnState, if set, is called at each change of state, before anything is done in it.
+	OnState func(DestinationState)
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// Target is where a guest is received. Its methods are called one at a time, by the goroutine that called Receive.
+type Target interface {
+	// Prepare looks at what will come, matches every device by its name against what is configured here, checks sizes,
+	// makes the devices, and starts a VMM that waits for its state. It returns the devices in the order of the manifest.
+	// They stay the Target's: it closes them in its own time, after Discard or when the guest ends. An error made with
+	// [Refuse] is told to the source. When Prepare fails it leaves nothing behind; Discard is not called.
+	Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error)
+
+	// Load gives the VMM its device state. The devices hold what the source's held when it was paused.
+	Load(ctx context.Context, state io.Reader) error
+
+	// Run starts the guest. From its call on the guest belongs here. It is called after the commit is in the Journal,
+	// with a context that is not canceled. See [ErrNeverRan] for the way back.
+	Run(ctx context.Context) error
+
+	// Discard ends the VMM and drops what was received. It is called once, unless the guest was started or may have been.
+	Discard(ctx context.Context) error
+}
+
+// Progress is where a migration stands.
+type Progress struct {
+	State      string // as SourceState or DestinationState prints it
+	Round      int    // at the source; 0: the first
+	Size       int64  // bytes of all devices
+	Dirty      int64  // at the source: bytes that were found dirty at the start of this round, or to be sent in the first
+	Data       int64  // bytes of content sent or received so far, over all rounds
+	Zero       int64  // bytes that went as runs of zeros
+	StateBytes int64  // bytes of device state
+}
+
+func orDefault(d *time.Duration, v time.Duration) {
+	if *d == 0 {
+		*d = v
+	}
+}
+
+func concurrency(n int) int {
+	if n <= 0 {
+		n = 4
+	}
+	return min(n, 64)
+}
+
+const minHeartbeatTimeout = 4 * wire.HeartbeatInterval
+
+func checkHeartbeat(d time.Duration) error {
+	if d < minHeartbeatTimeout {
+		return fmt.Errorf("heartbeat timeout %v: use at least %v, the peer may be silent for %v", d, minHeartbeatTimeout, wire.HeartbeatInterval)
+	}
+	return nil
+}
+
+// check fills in defaults and finds mistakes.
+func (c *SourceConfig) check(streams int) error {
+	if c.ID == "" {
+		c.ID = rand.Text()
+	}
+	if c.Guest == nil {
+		return fmt.Errorf("no guest: set SourceConfig.Guest")
+	}
+	c.Devices = append([]SourceDevice(nil), c.Devices...)
+	for i := range c.Devices {
+		d := &c.Devices[i]
+		if d.Device == nil {
+			return fmt.Errorf("device %q: no block.Device", d.Name)
+		}
+		var err error
+		if d.Policy, err = d.Policy.check(); err != nil {
+			return fmt.Errorf("device %q: %w", d.Name, err)
+		}
+	}
+	c.Concurrency = concurrency(c.Concurrency)
+	if c.Window == 0 {
+		c.Window = 16 << 20
+	}
+	orDefault(&c.HandshakeTimeout, 10*time.Second)
+	orDefault(&c.PrepareTimeout, time.Minute)
+	orDefault(&c.HeartbeatTimeout, 3*time.Second)
+	orDefault(&c.SwitchTimeout, 30*time.Second)
+	orDefault(&c.CommitTimeout, 30*time.Second)
+	orDefault(&c.ResumeTimeout, time.Minute)
+	if c.Journal == nil {
+		c.Journal = noJournal{}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if err := checkHeartbeat(c.HeartbeatTimeout); err != nil {
+		return err
+	}
+	return checkStreams(streams)
+}
+
+func (c *DestinationConfig) check(streams int) error {
+	if c.Target == nil {
+		return fmt.Errorf("no target: set DestinationConfig.Target")
+	}
+	c.Concurrency = concurrency(c.Concurrency)
+	if c.MaxState == 0 {
+		c.MaxState = 64 << 20
+	}
+	orDefault(&c.HandshakeTimeout, 10*time.Second)
+	orDefault(&c.HeartbeatTimeout, 3*time.Second)
+	orDefault(&c.CommitTimeout, time.Minute)
+	if c.Journal == nil {
+		c.Journal = noJournal{}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if err := checkHeartbeat(c.HeartbeatTimeout); err != nil {
+		return err
+	}
+	return checkStreams(streams)
+}
+
+func checkStreams(n int) error {
+	if n < 1 || n > wire.MaxStreams {
+		return fmt.Errorf("%d streams: use 1 to %d", n, wire.MaxStreams)
+	}
+	return nil
+}
+
+// noJournal stands in for a nil Journal.
+type noJournal struct{}
+
+func (noJournal) Commit(context.Context, string) error { return nil }
+func (noJournal) Abort(context.Context, string) error  { return nil }
+func (noJournal) Done(context.Context, string) error   { return nil }

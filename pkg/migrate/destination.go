@@ -1,0 +1,548 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/zeebo/xxh3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Receive takes a guest from the source at the other end of the streams. When it returns nil the guest runs here. When
+// it returns an error nothing of it is left here, unless the error wraps [ErrInDoubt] (Report.Outcome "failed"): then
+// the guest belongs here, or may, and does not run.
+//
+// Cancelling ctx stops the migration and is told to the source, until commit has arrived: from DestinationCommitting on
+// it has no effect.
+//
+// The streams must be those of one Send, in any order. They are taken over, as by Send.
+func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig) (*Report, error) {
+	if err := cfg.check(len(streams)); err != nil {
+		interruptAll(streams)
+		err = fmt.Errorf("receive guest: %w", err)
+		return &Report{Role: wire.RoleDestination.String(), Outcome: DestinationDiscarded.String(), Error: err.Error(), Streams: len(streams)}, err
+	}
+	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), jobs: make(chan *wire.Buffer, 2*cfg.Concurrency)}
+	d.meter = &meter{tell: cfg.Progress, take: func() Progress {
+		return Progress{State: d.state.get().String(), Size: d.size.Load(),
+			Data: d.dataBytes.Load(), Zero: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load()}
+	}}
+	d.state = newMachine(func(st DestinationState) {
+		d.log.Debug("migration state", "state", st)
+		d.meter.report()
+		if cfg.OnState != nil {
+			cfg.OnState(st)
+		}
+	})
+	stop := d.meter.run()
+	err := d.run(ctx, streams)
+	stop()
+	if err != nil {
+		if d.manifest != nil {
+			err = fmt.Errorf("receive guest, migration %s: %w", d.manifest.ID, err)
+		} else {
+			err = fmt.Errorf("receive guest: %w", err)
+		}
+	}
+	return d.report(len(streams), err), err
+}
+
+// destination is one call of Receive.
+type destination struct {
+	cfg      DestinationConfig
+	log      *slog.Logger
+	state    *machine[DestinationState]
+	meter    *meter
+	link     *link // nil until connected
+	manifest *wire.Manifest
+	workers  sync.WaitGroup
+
+	// content is set, once, when the devices are ready; readers refuse content before.
+	content atomic.Pointer[content]
+	jobs    chan *wire.Buffer // content frames on their way to a device
+
+	began    time.Time
+	prepared bool // Prepare succeeded: a failure needs Discard
+	promised bool // Prepared may have been sent: a failure needs the journal's Abort
+	summary  *wire.Summary
+
+	size       atomic.Int64
+	dataBytes  atomic.Int64
+	zeroBytes  atomic.Int64
+	stateBytes atomic.Int64
+}
+
+// content is what is being received.
+type content struct {
+	devices []*targetDevice
+	tally   *tally
+}
+
+// targetDevice is a device in the course of Receive.
+type targetDevice struct {
+	block.Device
+	name   string
+	size   int64
+	digest *digest
+	// blank: it held only zeros when it was handed over, so that a run of zeros that was never anything else here need
+	// not be written. Free RAM then costs nothing.
+	blank    bool
+	flushing atomic.Bool
+}
+
+// afterCommitError is a failure after the source gave the guest away. neverRan says that the journal holds the promise
+// never to run it here.
+type afterCommitError struct {
+	err      error
+	neverRan bool
+}
+
+func (e *afterCommitError) Error() string { return e.err.Error() }
+func (e *afterCommitError) Unwrap() error { return e.err }
+
+func (d *destination) run(ctx context.Context, streams []io.ReadWriter) error {
+	d.began = time.Now()
+	d.state.begin()
+	err := d.walk(ctx, streams)
+	after := context.WithoutCancel(ctx)
+
+	if err == nil {
+		d.link.goodbye(nil, false)
+		if err := d.cfg.Journal.Done(after, d.manifest.ID); err != nil {
+			d.log.Warn("cannot record the end of the migration", "error", err)
+		}
+		d.finish()
+		return nil
+	}
+
+	var late *afterCommitError
+	if errors.As(err, &late) && !late.neverRan {
+		d.state.set(DestinationFailed)
+		d.link.goodbye(err, false)
+		d.finish()
+		return fmt.Errorf("%w: %w", ErrInDoubt, err)
+	}
+	return d.discard(after, err)
+}
+
+// discard drops what was received after a failure, and returns the failure.
+func (d *destination) discard(ctx context.Context, failure error) error {
+	state := d.state.get()
+	d.state.set(DestinationDiscarding)
+	if d.link != nil {
+		d.link.fail(failure) // workers end; the other side is told below
+	}
+	neverRan := state >= DestinationCommitting // promised where the failure was found
+	if d.promised && !neverRan {
+		// The source may have committed. A durable word from us lets it take the guest back.
+		if err := d.cfg.Journal.Abort(ctx, d.manifest.ID); err != nil {
+			failure = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err)
+		} else {
+			neverRan = true
+		}
+	}
+	if d.link != nil && !neverRan {
+		d.link.goodbye(failure, false)
+	}
+	d.workers.Wait()
+	if d.prepared {
+		if err := d.cfg.Target.Discard(ctx); err != nil {
+			failure = fmt.Errorf("%w (and discard: %w)", failure, err)
+			d.log.Error("cannot discard what was received", "error", err)
+		}
+	}
+	if d.link != nil && neverRan {
+		d.link.goodbye(failure, true)
+	}
+	d.finish()
+	d.state.set(DestinationDiscarded)
+	return failure
+}
+
+// finish ends everything that runs for this migration.
+func (d *destination) finish() {
+	if d.link == nil {
+		return
+	}
+	d.workers.Wait()
+	d.link.close()
+}
+
+// walk goes through the states until the guest runs here.
+func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
+	l, err := connect(ctx, wire.RoleDestination, 0, streams, d.cfg.HandshakeTimeout)
+	if err != nil {
+		return err
+	}
+	l.heartbeatTimeout = d.cfg.HeartbeatTimeout
+	l.log = d.cfg.Logger
+	d.link = l
+	l.onBulk = d.receive
+	ignoreCancel := l.start(ctx)
+	defer ignoreCancel()
+
+	d.state.set(DestinationWaiting)
+	done := l.limit(d.cfg.HandshakeTimeout, "sending the manifest")
+	msg, err := l.expect(wire.TypeManifest)
+	if err != nil {
+		return err
+	}
+	done()
+	m, err := wire.DecodeManifest(msg.payload)
+	if err != nil {
+		return err
+	}
+	d.manifest = m
+	d.log = d.log.With("migration", m.ID)
+
+	d.state.set(DestinationPreparing)
+	c, err := d.prepare(m)
+	if err != nil {
+		return err
+	}
+
+	d.state.set(DestinationReceiving)
+	stopTally := context.AfterFunc(l.ctx, func() { c.tally.fail(context.Cause(l.ctx)) })
+	defer stopTally()
+	for range d.cfg.Concurrency {
+		d.workers.Go(func() { d.work(c) })
+	}
+	d.workers.Go(func() { d.acknowledge(c) })
+	d.content.Store(c)
+	if err := l.send(wire.Header{Type: wire.TypeAccept}, nil); err != nil {
+		return err
+	}
+	state, theirs, err := d.collect(c)
+	if err != nil {
+		return err
+	}
+
+	d.state.set(DestinationLoading)
+	ours, err := d.load(c, state, theirs)
+	if err != nil {
+		return err
+	}
+	d.summary = ours
+
+	d.state.set(DestinationPrepared)
+	done = l.limit(d.cfg.CommitTimeout, "the commit")
+	d.promised = true
+	if err := l.send(wire.Header{Type: wire.TypePrepared}, ours.Encode()); err != nil {
+		return err
+	}
+	if _, err := l.expect(wire.TypeCommit); err != nil {
+		return err
+	}
+	done()
+	if !ignoreCancel() {
+		<-l.ctx.Done()
+		return context.Cause(l.ctx)
+	}
+
+	// From here on the link may do what it wants.
+	d.state.set(DestinationCommitting)
+	after := context.WithoutCancel(ctx)
+	if err := d.cfg.Journal.Commit(after, m.ID); err != nil {
+		return d.giveBack(after, fmt.Errorf("record the commit: %w", err))
+	}
+	d.state.set(DestinationStarting)
+	if err := d.cfg.Target.Run(after); err != nil {
+		err = fmt.Errorf("run guest: %w", err)
+		if errors.Is(err, ErrNeverRan) {
+			return d.giveBack(after, err)
+		}
+		return &afterCommitError{err: err}
+	}
+	d.state.set(DestinationRunning)
+	if err := l.send(wire.Header{Type: wire.TypeRunning}, nil); err != nil {
+		d.log.Warn("guest runs here, but the source cannot be told: it will be in doubt", "error", err)
+	}
+	return nil
+}
+
+// giveBack makes the promise that the guest will never run here, after the source gave it away.
+func (d *destination) giveBack(ctx context.Context, failure error) error {
+	if err := d.cfg.Journal.Abort(ctx, d.manifest.ID); err != nil {
+		return &afterCommitError{err: fmt.Errorf("%w (and the guest cannot be given back: %w)", failure, err)}
+	}
+	return &afterCommitError{err: failure, neverRan: true}
+}
+
+// prepare has the target make the devices, and checks what it made.
+func (d *destination) prepare(m *wire.Manifest) (*content, error) {
+	devices, err := d.cfg.Target.Prepare(d.link.ctx, m)
+	if err != nil {
+		if d.link.ctx.Err() != nil {
+			return nil, fmt.Errorf("prepare: %w", context.Cause(d.link.ctx))
+		}
+		return nil, fmt.Errorf("prepare: %w", err)
+	}
+	d.prepared = true
+	if len(devices) != len(m.Devices) {
+		return nil, fmt.Errorf("prepare: target made %d devices for a manifest of %d", len(devices), len(m.Devices))
+	}
+	c := &content{tally: newTally(len(devices), m.Window)}
+	for i, dev := range devices {
+		want := m.Devices[i]
+		if dev.Size() != want.Size {
+			err := fmt.Errorf("device %q has %d bytes here and %d at the source", want.Name, dev.Size(), want.Size)
+			return nil, tell(wire.CodeRefused, err, "%v", err)
+		}
+		t := &targetDevice{Device: dev, name: want.Name, size: want.Size, digest: newDigest(want.Size)}
+		if e, ok := dev.(block.Extents); ok {
+			_, err := e.NextData(0)
+			t.blank = errors.Is(err, io.EOF)
+		}
+		d.size.Add(t.size)
+		c.devices = append(c.devices, t)
+	}
+	return c, nil
+}
+
+// receive takes a content frame from a stream and passes it to a worker. When the devices are slower than the streams,
+// it waits, and so does the source.
+func (d *destination) receive(h wire.Header, r *wire.Reader) error {
+	c := d.content.Load()
+	if c == nil {
+		return unexpectedFrame(h.Type, "nothing before accept")
+	}
+	if int(h.Device) >= len(c.devices) {
+		return fmt.Errorf("%w: %v frame for device %d of %d", wire.ErrMalformed, h.Type, h.Device, len(c.devices))
+	}
+	b := wire.NewBuffer()
+	b.Header, b.N = h, int(h.Length)
+	if err := r.Payload(b.Bytes()); err != nil {
+		b.Release()
+		return err
+	}
+	if _, err := extentOf(b, c.devices[h.Device].size); err != nil {
+		b.Release()
+		return err
+	}
+	select {
+	case d.jobs <- b:
+	case <-d.link.ctx.Done():
+		b.Release()
+	}
+	return nil
+}
+
+// extentOf returns the range of the device that a content frame speaks of.
+func extentOf(b *wire.Buffer, size int64) (block.Range, error) {
+	h := b.Header
+	r := block.Range{Offset: int64(h.Offset), Length: int64(h.Length)}
+	if h.Type == wire.TypeZero {
+		var err error
+		if r.Length, err = wire.ParseZero(b.Bytes()); err != nil {
+			return r, err
+		}
+	}
+	switch {
+	case r.Offset > size || r.Length > size-r.Offset:
+		return r, fmt.Errorf("%w: %v of %d bytes at %d in device %d of %d bytes", wire.ErrMalformed, h.Type, r.Length, r.Offset, h.Device, size)
+	case r.Offset%wire.PageSize != 0 || r.Length%wire.PageSize != 0 && r.End() != size:
+		return r, fmt.Errorf("%w: %v of %d bytes at %d in device %d is not whole pages of %d", wire.ErrMalformed, h.Type, r.Length, r.Offset, h.Device, wire.PageSize)
+	}
+	return r, nil
+}
+
+// work writes content to devices until the link ends.
+func (d *destination) work(c *content) {
+	for {
+		select {
+		case b := <-d.jobs:
+			err := d.write(c, b)
+			b.Release()
+			if err != nil {
+				d.link.fail(err)
+			}
+		case <-d.link.ctx.Done():
+			return
+		}
+	}
+}
+
+func (d *destination) write(c *content, b *wire.Buffer) error {
+	i := int(b.Header.Device)
+	dev := c.devices[i]
+	r, err := extentOf(b, dev.size)
+	if err != nil {
+		return err
+	}
+	if b.Header.Type == wire.TypeData {
+		dev.digest.write(r.Offset, b.Bytes())
+		if _, err := dev.WriteAt(b.Bytes(), r.Offset); err != nil {
+			return d.deviceError("write", dev, r.Offset, err)
+		}
+		d.dataBytes.Add(r.Length)
+	} else {
+		if !dev.blank || !dev.digest.isZero(r.Offset, r.Length) {
+			dev.digest.zero(r.Offset, r.Length)
+			if err := dev.Discard(r.Offset, r.Length); err != nil {
+				return d.deviceError("discard", dev, r.Offset, err)
+			}
+		}
+		d.zeroBytes.Add(r.Length)
+	}
+	c.tally.add(i, wire.HeaderSize+int64(b.N))
+	return nil
+}
+
+// deviceError wraps an error of a device so that the source learns the device's name and, if it is one, the kernel's
+// word for what is wrong ("no space left on device"), but no path.
+func (d *destination) deviceError(what string, dev *targetDevice, off int64, err error) error {
+	text := fmt.Sprintf("cannot %s device %q", what, dev.name)
+	if errno, ok := errnoOf(err); ok {
+		text += ": " + errno.Error()
+	}
+	return tell(wire.CodeDevice, fmt.Errorf("%s device %q at %d: %w", what, dev.name, off, err), "%s", text)
+}
+
+// acknowledge tells the source what was processed.
+func (d *destination) acknowledge(c *content) {
+	for {
+		select {
+		case <-c.tally.signal:
+		case <-d.link.ctx.Done():
+			return
+		}
+		for i := range c.devices {
+			if n, news := c.tally.take(i); news {
+				if d.link.send(wire.Header{Type: wire.TypeAck, Device: uint16(i), Offset: uint64(n)}, nil) != nil {
+					return
+				}
+			}
+		}
+	}
+}
+
+// collect receives until the source has sent everything and everything has been processed. It returns the device state
+// and the source's account.
+func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, err error) {
+	last := false
+	for theirs == nil {
+		m, err := d.link.next()
+		if err != nil {
+			return nil, nil, err
+		}
+		switch m.Type {
+		case wire.TypeRoundEnd:
+			if int(m.Device) >= len(c.devices) {
+				return nil, nil, fmt.Errorf("%w: round-end of device %d of %d", wire.ErrMalformed, m.Device, len(c.devices))
+			}
+			c.tally.roundEnd(int(m.Device), int64(m.Offset))
+			d.flushLater(c, int(m.Device), int64(m.Offset))
+		case wire.TypeState:
+			switch {
+			case last || int64(m.Offset) != int64(len(state)):
+				return nil, nil, fmt.Errorf("%w: device state at %d after %d bytes (last: %t)", wire.ErrMalformed, m.Offset, len(state), last)
+			case int64(len(state)+len(m.payload)) > d.cfg.MaxState:
+				err := fmt.Errorf("device state is larger than %d bytes: raise DestinationConfig.MaxState", d.cfg.MaxState)
+				return nil, nil, tell(wire.CodeRefused, err, "device state is larger than %d bytes", d.cfg.MaxState)
+			}
+			state = append(state, m.payload...)
+			last = m.Flags&wire.FlagLast != 0
+			d.stateBytes.Store(int64(len(state)))
+		case wire.TypeFinal:
+			if !last {
+				return nil, nil, unexpectedFrame(m.Type, "the end of the device state")
+			}
+			if theirs, err = wire.DecodeSummary(m.payload, len(c.devices)); err != nil {
+				return nil, nil, err
+			}
+		default:
+			return nil, nil, unexpectedFrame(m.Type, "content, device state or final")
+		}
+	}
+	for i := range c.devices {
+		if err := c.tally.reach(i, theirs.Devices[i].Total); err != nil {
+			return nil, nil, err
+		}
+	}
+	return state, theirs, nil
+}
+
+// flushLater flushes a device, in the background, once its round is complete, so that little is left to flush while the
+// guest is paused. A flush that is still going on when the next round ends is enough.
+func (d *destination) flushLater(c *content, i int, total int64) {
+	dev := c.devices[i]
+	if !dev.flushing.CompareAndSwap(false, true) {
+		return
+	}
+	d.workers.Go(func() {
+		defer dev.flushing.Store(false)
+		if c.tally.atLeast(i, total) != nil {
+			return // the link has failed, which is known
+		}
+		if err := dev.Flush(); err != nil {
+			d.link.fail(d.deviceError("flush", dev, 0, err))
+		}
+	})
+}
+
+// load compares the accounts, makes what was received durable, and gives the VMM its state. What the guest had flushed
+// at the source must survive a power cut here before the source lets go of it.
+func (d *destination) load(c *content, state []byte, theirs *wire.Summary) (*wire.Summary, error) {
+	var h xxh3.Hasher128
+	_, _ = h.Write(state) // never fails
+	ours := &wire.Summary{State: wire.Part{Total: int64(len(state)), Digest: stateHash(&h)}}
+	for i, dev := range c.devices {
+		ours.Devices = append(ours.Devices, wire.Part{Total: theirs.Devices[i].Total, Digest: dev.digest.sum()})
+	}
+	if err := compare(d.manifest.Devices, theirs, ours); err != nil {
+		return nil, err
+	}
+	var g errgroup.Group
+	for _, dev := range c.devices {
+		g.Go(func() error {
+			if err := dev.Flush(); err != nil {
+				return d.deviceError("flush", dev, 0, err)
+			}
+			return nil
+		})
+	}
+	g.Go(func() error {
+		if err := d.cfg.Target.Load(d.link.ctx, bytes.NewReader(state)); err != nil {
+			return tell(wire.CodeInternal, fmt.Errorf("load device state: %w", err), "the VMM cannot load the device state")
+		}
+		return nil
+	})
+	if err := g.Wait(); err != nil {
+		if d.link.ctx.Err() != nil {
+			return nil, fmt.Errorf("load: %w", context.Cause(d.link.ctx))
+		}
+		return nil, err
+	}
+	return ours, nil
+}
+
+func (d *destination) report(streams int, err error) *Report {
+	r := &Report{
+		Role: wire.RoleDestination.String(), Outcome: d.state.get().String(), Streams: streams,
+		Total: Millis(time.Since(d.began)), Phases: d.state.history,
+		DataBytes: d.dataBytes.Load(), ZeroBytes: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(),
+	}
+	if err != nil {
+		r.Error = err.Error()
+	}
+	if d.manifest != nil {
+		r.ID = d.manifest.ID
+		if d.summary != nil {
+			r.Digests = digestsOf(d.manifest.Devices, d.summary)
+		}
+	}
+	if d.link != nil {
+		r.WireBytes = d.link.read.Load()
+	}
+	return r
+}

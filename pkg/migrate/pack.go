@@ -1,0 +1,220 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync/atomic"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+const (
+	// A job is what one worker packs at a time: many small ranges, or a long one. It is large enough that runs of zeros
+	// join, small enough that all workers have something to do.
+	jobRanges = wire.MaxPayload / wire.PageSize
+	jobBytes  = 256 << 10
+)
+
+// job is a piece of one round of one device.
+type job struct {
+	device *sourceDevice
+	round  *roundWork
+	n      int // ranges in use
+	ranges [jobRanges]block.Range
+}
+
+// roundWork counts the jobs of a round that are not finished. It starts with one for the planner.
+type roundWork struct {
+	left atomic.Int64
+	done chan struct{} // closed when none is left
+}
+
+func newRoundWork() *roundWork {
+	r := &roundWork{done: make(chan struct{})}
+	r.left.Store(1)
+	return r
+}
+
+func (r *roundWork) finish() {
+	if r.left.Add(-1) == 0 {
+		close(r.done)
+	}
+}
+
+// planner cuts a round into jobs.
+type planner struct {
+	s     *source
+	job   job
+	bytes int64
+}
+
+func (p *planner) add(r block.Range) error {
+	for r.Length > 0 {
+		n := min(r.Length, jobBytes-p.bytes)
+		p.job.ranges[p.job.n] = block.Range{Offset: r.Offset, Length: n}
+		p.job.n++
+		p.bytes += n
+		r = block.Range{Offset: r.Offset + n, Length: r.Length - n}
+		if p.job.n == jobRanges || p.bytes == jobBytes {
+			if err := p.flush(); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (p *planner) flush() error {
+	if p.job.n == 0 {
+		return nil
+	}
+	p.job.round.left.Add(1)
+	select {
+	case p.s.jobs <- p.job:
+	case <-p.s.link.ctx.Done():
+		return context.Cause(p.s.link.ctx)
+	}
+	p.job.n, p.bytes = 0, 0
+	return nil
+}
+
+// work packs jobs until the link ends.
+func (s *source) work() {
+	for {
+		select {
+		case j := <-s.jobs:
+			if err := s.pack(&j); err != nil {
+				s.link.fail(err)
+			}
+			j.round.finish()
+		case <-s.link.ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *source) pack(j *job) error {
+	p := packer{s: s, device: j.device}
+	defer p.drop()
+	for _, r := range j.ranges[:j.n] {
+		if err := p.add(r); err != nil {
+			return err
+		}
+	}
+	return p.flush()
+}
+
+// packer turns ranges of a device into frames, in the very buffer they are read into: the bytes that a zero page leaves
+// free are room for the headers of what comes after it. So nothing is copied but what follows a run of zeros.
+type packer struct {
+	s      *source
+	device *sourceDevice
+	buf    *wire.Buffer
+	zero   block.Range // a run of zeros that is noted and not yet in the buffer
+}
+
+// add reads, digests and packs a range, which begins on a page's start.
+func (p *packer) add(r block.Range) error {
+	for r.Length > 0 {
+		if p.buf == nil {
+			p.buf = wire.NewBuffer()
+		}
+		// Frames end at w; pages are read to where they belong if they turn out to be data. There is always room for
+		// one more Zero frame than is noted, which flush may need.
+		w := p.buf.N
+		at := w + wire.HeaderSize
+		if p.zero.Length > 0 {
+			at += wire.ZeroFrameSize
+		}
+		room := (wire.BufferSize - at - wire.ZeroFrameSize) &^ (block.PageSize - 1)
+		n := int(min(r.Length, wire.MaxPayload, int64(max(room, 0))))
+		if n == 0 {
+			if err := p.flush(); err != nil {
+				return err
+			}
+			continue
+		}
+		b := p.buf.B[at : at+n]
+		if m, err := p.device.Device.ReadAt(b, r.Offset); m < n {
+			if err == nil || errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return tell(wire.CodeDevice, fmt.Errorf("read device %q at %d: %w", p.device.Name, r.Offset, err), "device %q cannot be read", p.device.Name)
+		}
+		p.encode(b, at, r.Offset)
+		r = block.Range{Offset: r.Offset + int64(n), Length: r.Length - int64(n)}
+	}
+	return nil
+}
+
+// encode packs the pages in b, which lie at position at of the buffer and are the device's content at off.
+func (p *packer) encode(b []byte, at int, off int64) {
+	d := p.device
+	for len(b) > 0 {
+		zero := isZero(b[:min(len(b), block.PageSize)])
+		n := min(len(b), block.PageSize)
+		for n < len(b) && isZero(b[n:min(len(b), n+block.PageSize)]) == zero {
+			n = min(len(b), n+block.PageSize)
+		}
+		if zero {
+			d.digest.zero(off, int64(n))
+			if p.zero.Length > 0 && p.zero.End() == off {
+				p.zero.Length += int64(n)
+			} else {
+				p.putZero()
+				p.zero = block.Range{Offset: off, Length: int64(n)}
+			}
+			p.s.zeroBytes.Add(int64(n))
+		} else {
+			d.digest.write(off, b[:n])
+			p.putZero()
+			h := wire.Header{Type: wire.TypeData, Device: uint16(d.index), Length: uint32(n), Offset: uint64(off)}
+			h.Put(p.buf.B[p.buf.N:])
+			p.buf.N += wire.HeaderSize
+			if p.buf.N != at {
+				copy(p.buf.B[p.buf.N:], b[:n])
+			}
+			p.buf.N += n
+			p.s.dataBytes.Add(int64(n))
+		}
+		b, at, off = b[n:], at+n, off+int64(n)
+	}
+}
+
+// putZero puts the noted run of zeros, if any, into the buffer.
+func (p *packer) putZero() {
+	if p.zero.Length == 0 {
+		return
+	}
+	wire.PutZero(p.buf.B[p.buf.N:], uint16(p.device.index), p.zero.Offset, p.zero.Length)
+	p.buf.N += wire.ZeroFrameSize
+	p.zero = block.Range{}
+}
+
+// flush sends what is in the buffer.
+func (p *packer) flush() error {
+	if p.buf == nil {
+		return nil
+	}
+	p.putZero()
+	if p.buf.N == 0 {
+		return nil
+	}
+	b := p.buf
+	p.buf = nil
+	if err := p.s.window.acquire(p.device.index, int64(b.N)); err != nil {
+		b.Release()
+		return err
+	}
+	return p.s.link.sendBulk(b)
+}
+
+func (p *packer) drop() {
+	if p.buf != nil {
+		p.buf.Release()
+		p.buf = nil
+	}
+}

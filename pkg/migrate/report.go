@@ -1,0 +1,110 @@
+package migrate
+
+import (
+	"encoding/hex"
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Millis is a duration that JSON shows as a number of milliseconds.
+type Millis time.Duration
+
+// MarshalJSON implements json.Marshaler: milliseconds, with microseconds as decimals.
+func (m Millis) MarshalJSON() ([]byte, error) {
+	return strconv.AppendFloat(nil, float64(time.Duration(m).Microseconds())/1000, 'f', -1, 64), nil
+}
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (m *Millis) UnmarshalJSON(b []byte) error {
+	f, err := strconv.ParseFloat(string(b), 64)
+	*m = Millis(f * float64(time.Millisecond))
+	return err
+}
+
+func (m Millis) String() string { return time.Duration(m).Round(10 * time.Microsecond).String() }
+
+// Phase is the time spent in one state, in the order the states were passed.
+type Phase struct {
+	Name     string `json:"name"`
+	Duration Millis `json:"ms"`
+}
+
+// Report tells how a migration went, as one side saw it. Send and Receive return one whether they fail or not.
+type Report struct {
+	ID      string `json:"id"`
+	Role    string `json:"role"`            // "source" or "destination"
+	Outcome string `json:"outcome"`         // the last state
+	Error   string `json:"error,omitempty"` // why, when it failed
+	Streams int    `json:"streams"`
+
+	Total  Millis  `json:"total_ms"`
+	Phases []Phase `json:"phases"`
+
+	// Downtime is how long the guest did not run. At the source: from the call of Guest.Pause until the destination
+	// said that it runs (or until it was resumed here), which is at most one network trip more than the truth. At the
+	// destination it is 0: it does not know when the guest was paused.
+	Downtime Millis `json:"downtime_ms"`
+
+	Rounds  []Round           `json:"rounds,omitempty"` // at the source; the last of each device is the one while paused
+	Reasons map[string]string `json:"reasons,omitempty"`
+	Digests map[string]string `json:"digests,omitempty"` // per device, in hexadecimal, once compared
+
+	DataBytes  int64   `json:"data_bytes"`  // content that was sent or received as such
+	ZeroBytes  int64   `json:"zero_bytes"`  // content that was sent or received as runs of zeros
+	StateBytes int64   `json:"state_bytes"` // device state
+	WireBytes  int64   `json:"wire_bytes"`  // everything this side wrote to (source) or read from (destination) the streams
+	Throughput float64 `json:"throughput"`  // data bytes per second while the guest was running, at the source
+}
+
+// String is the report in one line.
+func (r *Report) String() string {
+	s := fmt.Sprintf("migration %s (%s): %s in %v", r.ID, r.Role, r.Outcome, r.Total)
+	if r.Role == wire.RoleSource.String() {
+		cycles := 0
+		for _, x := range r.Rounds {
+			cycles = max(cycles, x.Index)
+		}
+		s += fmt.Sprintf(", downtime %v, %d rounds", r.Downtime, cycles+1)
+	}
+	s += fmt.Sprintf(", %s data, %s zeros, %s state, %s on %d streams", size(r.DataBytes), size(r.ZeroBytes), size(r.StateBytes), size(r.WireBytes), r.Streams)
+	if r.Throughput > 0 {
+		s += fmt.Sprintf(", %s/s", size(int64(r.Throughput)))
+	}
+	for i, p := range r.Phases {
+		sep := ", "
+		if i == 0 {
+			sep = " ("
+		}
+		s += sep + p.Name + " " + p.Duration.String()
+	}
+	if len(r.Phases) > 0 {
+		s += ")"
+	}
+	if r.Error != "" {
+		s += ": " + r.Error
+	}
+	return s
+}
+
+func size(n int64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.2f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
+	case n >= 1<<10:
+		return fmt.Sprintf("%.1f KiB", float64(n)/(1<<10))
+	}
+	return fmt.Sprintf("%d B", n)
+}
+
+func digestsOf(devices []wire.Device, s *wire.Summary) map[string]string {
+	out := make(map[string]string, len(devices))
+	for i, d := range devices {
+		out[d.Name] = hex.EncodeToString(s.Devices[i].Digest[:])
+	}
+	return out
+}

@@ -1,0 +1,610 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/zeebo/xxh3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Send moves the guest to the destination at the other end of the streams. When it returns nil the guest runs there.
+// When it returns an error the guest runs here, as it did before, unless the error wraps [ErrInDoubt] (it is paused, and
+// must stay so) or Report.Outcome is "stuck" (it could not be resumed).
+//
+// Cancelling ctx stops the migration and is told to the destination, until the decision falls: from SourceCommitting on
+// it has no effect.
+//
+// Send takes the streams over: those that have a Close are closed when it returns, of others the deadline is set to the
+// past, and the goroutines that read and write those that have neither end when the caller closes them.
+func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Report, error) {
+	if err := cfg.check(len(streams)); err != nil {
+		interruptAll(streams)
+		err = fmt.Errorf("send guest: %w", err)
+		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
+	}
+	s := &source{cfg: cfg, log: cfg.Logger.With("migration", cfg.ID, "role", "source"), reasons: make(map[string]string)}
+	var total int64
+	for i, d := range cfg.Devices {
+		s.devices = append(s.devices, &sourceDevice{SourceDevice: d, index: i, size: d.Device.Size()})
+		total += d.Device.Size()
+	}
+	s.meter = &meter{tell: cfg.Progress, take: func() Progress {
+		return Progress{State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
+			Data: s.dataBytes.Load(), Zero: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load()}
+	}}
+	s.state = newMachine(func(st SourceState) {
+		s.log.Debug("migration state", "state", st)
+		s.meter.report()
+		if cfg.OnState != nil {
+			cfg.OnState(st)
+		}
+	})
+	stop := s.meter.run()
+	err := s.run(ctx, streams)
+	stop()
+	if err != nil {
+		err = fmt.Errorf("send guest, migration %s: %w", cfg.ID, err)
+	}
+	return s.report(len(streams), err), err
+}
+
+// source is one call of Send.
+type source struct {
+	cfg     SourceConfig
+	log     *slog.Logger
+	state   *machine[SourceState]
+	meter   *meter
+	devices []*sourceDevice
+	link    *link // nil until connected
+	window  *window
+	jobs    chan job
+	workers sync.WaitGroup
+
+	began      time.Time
+	disturbed  bool // BeforeSuspend was called: a rollback needs Resume
+	recorded   bool // the journal may hold a commit: a rollback needs Abort
+	pausedAt   time.Time
+	downtime   time.Duration
+	reasons    map[string]string // per device, why the policy asked for the switch
+	summary    *wire.Summary     // once compared
+	round      atomic.Int64
+	dirty      atomic.Int64
+	dataBytes  atomic.Int64
+	zeroBytes  atomic.Int64
+	stateBytes atomic.Int64
+}
+
+// sourceDevice is a device in the course of Send. Its fields belong to the goroutine that runs its rounds.
+type sourceDevice struct {
+	SourceDevice
+	index   int
+	size    int64
+	digest  *digest
+	tracked bool          // the tracker runs
+	pending []block.Range // collected and not sent
+	hot     []block.Range // of the collect before
+	hotAt   time.Time
+	rounds  []Round
+}
+
+func (s *source) run(ctx context.Context, streams []io.ReadWriter) error {
+	s.began = time.Now()
+	s.state.begin()
+	err := s.walk(ctx, streams)
+	after := context.WithoutCancel(ctx)
+
+	var peer *PeerError
+	switch {
+	case err == nil:
+		s.state.set(SourceMoved)
+		s.link.goodbye(nil, false)
+		s.stopTracking()
+		if err := s.cfg.Journal.Done(after, s.cfg.ID); err != nil {
+			s.log.Warn("cannot record the end of the migration", "error", err)
+		}
+		s.finish()
+		return nil
+
+	case s.state.get() == SourceCommitted && !(errors.As(err, &peer) && peer.NeverRan):
+		s.state.set(SourceInDoubt)
+		s.link.goodbye(nil, false) // not an Abort: the destination has, or may get, the commit, and it stands
+		s.stopTracking()
+		s.finish()
+		return fmt.Errorf("%w: %w", ErrInDoubt, err)
+	}
+	return s.rollBack(after, err)
+}
+
+// rollBack gives the guest its freedom back after a failure, and returns the failure.
+func (s *source) rollBack(ctx context.Context, failure error) error {
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ResumeTimeout)
+	defer cancel()
+	s.state.set(SourceRollingBack)
+	if s.link != nil {
+		s.link.goodbye(failure, false)
+	}
+	if s.recorded {
+		// The commit frame never left, or the destination promised never to run the guest: the guest is ours whether or
+		// not this can be written. If it cannot, a crash from here on leaves a journal that says otherwise.
+		if err := s.cfg.Journal.Abort(ctx, s.cfg.ID); err != nil {
+			failure = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err)
+		}
+	}
+	end := SourceKept
+	if s.disturbed {
+		if err := s.cfg.Guest.Resume(ctx); err != nil {
+			end = SourceStuck
+			failure = fmt.Errorf("resume guest: %w (after the migration failed: %w)", err, failure)
+		}
+	}
+	if !s.pausedAt.IsZero() {
+		s.downtime = time.Since(s.pausedAt)
+	}
+	s.stopTracking()
+	s.finish()
+	s.state.set(end)
+	return failure
+}
+
+// finish ends everything that runs for this migration.
+func (s *source) finish() {
+	if s.link == nil {
+		return
+	}
+	s.workers.Wait()
+	s.link.close()
+}
+
+func (s *source) stopTracking() {
+	for _, d := range s.devices {
+		if d.tracked {
+			if err := d.Tracker.Stop(); err != nil {
+				s.log.Warn("cannot stop tracking", "device", d.Name, "error", err)
+			}
+			d.tracked = false
+		}
+	}
+}
+
+// walk goes through the states up to the destination's word that the guest runs there.
+func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
+	m := wire.Manifest{ID: s.cfg.ID, Window: s.cfg.Window, Spec: s.cfg.Spec}
+	for _, d := range s.devices {
+		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.size})
+	}
+	manifest, err := m.Encode()
+	if err != nil {
+		interruptAll(streams)
+		return err
+	}
+	l, err := connect(ctx, wire.RoleSource, rand.Uint64(), streams, s.cfg.HandshakeTimeout)
+	if err != nil {
+		return err
+	}
+	l.heartbeatTimeout = s.cfg.HeartbeatTimeout
+	l.log = s.cfg.Logger
+	s.link = l
+	s.window = newWindow(s.cfg.Window, len(s.devices))
+	s.jobs = make(chan job)
+	l.bulk = make(chan *wire.Buffer, len(streams))
+	l.onAck = s.window.ack
+	ignoreCancel := l.start(ctx)
+	defer ignoreCancel()
+	context.AfterFunc(l.ctx, func() { s.window.fail(context.Cause(l.ctx)) })
+	for range s.cfg.Concurrency {
+		s.workers.Go(s.work)
+	}
+
+	s.state.set(SourceOffering)
+	done := l.limit(s.cfg.PrepareTimeout, "preparing the destination")
+	if err := l.send(wire.Header{Type: wire.TypeManifest}, manifest); err != nil {
+		return err
+	}
+	if _, err := l.expect(wire.TypeAccept); err != nil {
+		return err
+	}
+	done()
+
+	s.state.set(SourceCopying)
+	if err := s.copy(); err != nil {
+		return err
+	}
+
+	s.state.set(SourceSuspending)
+	s.disturbed = true
+	if err := s.cfg.Guest.BeforeSuspend(l.ctx); err != nil {
+		return s.because("prepare guest for the pause", err)
+	}
+
+	s.state.set(SourcePausing)
+	done = l.limit(s.cfg.SwitchTimeout, "the switch")
+	s.pausedAt = time.Now()
+	if err := s.cfg.Guest.Pause(l.ctx); err != nil {
+		return s.because("pause guest", err)
+	}
+
+	s.state.set(SourceSwitching)
+	ours, err := s.switchOver()
+	if err != nil {
+		return err
+	}
+
+	s.state.set(SourceConfirming)
+	reply, err := l.expect(wire.TypePrepared)
+	if err != nil {
+		return err
+	}
+	theirs, err := wire.DecodeSummary(reply.payload, len(s.devices))
+	if err != nil {
+		return err
+	}
+	if err := compare(m.Devices, ours, theirs); err != nil {
+		return err
+	}
+	s.summary = ours
+	done()
+	if !ignoreCancel() {
+		<-l.ctx.Done()
+		return context.Cause(l.ctx)
+	}
+
+	s.state.set(SourceCommitting)
+	s.recorded = true
+	if err := s.cfg.Journal.Commit(l.ctx, s.cfg.ID); err != nil {
+		return s.because("record the commit", err)
+	}
+	if l.ctx.Err() != nil {
+		return context.Cause(l.ctx) // the commit frame has not left, so the guest is still ours
+	}
+
+	s.state.set(SourceCommitted)
+	defer l.limit(s.cfg.CommitTimeout, "starting the guest at the destination")()
+	if err := l.send(wire.Header{Type: wire.TypeCommit}, nil); err != nil {
+		return err
+	}
+	if _, err := l.expect(wire.TypeRunning); err != nil {
+		return err
+	}
+	s.downtime = time.Since(s.pausedAt)
+	return nil
+}
+
+// because chooses between an error of a hook and the failure of the link that may have caused it.
+func (s *source) because(what string, err error) error {
+	if s.link.ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", what, context.Cause(s.link.ctx))
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
+
+// compare holds the two sides' accounts against each other.
+func compare(devices []wire.Device, a, b *wire.Summary) error {
+	check := func(name string, a, b wire.Part) error {
+		if a == b {
+			return nil
+		}
+		return tell(wire.CodeDigest, fmt.Errorf("content of %s differs between source and destination: %d bytes with digest %x and %d bytes with digest %x",
+			name, a.Total, a.Digest, b.Total, b.Digest), "content of %s differs", name)
+	}
+	for i, d := range devices {
+		if err := check(fmt.Sprintf("device %q", d.Name), a.Devices[i], b.Devices[i]); err != nil {
+			return err
+		}
+	}
+	return check("the device state", a.State, b.State)
+}
+
+// copy sends everything once and then what was written meanwhile, until every device's policy asks for the switch.
+func (s *source) copy() error {
+	ctx := s.link.ctx
+	s.dirty.Store(0)
+	for _, d := range s.devices {
+		d.digest = newDigest(d.size)
+		s.dirty.Add(d.size)
+		if d.Tracker == nil {
+			continue
+		}
+		if err := d.Tracker.Start(ctx); err != nil {
+			return s.because(fmt.Sprintf("track device %q", d.Name), err)
+		}
+		d.tracked = true
+	}
+	if err := s.each(s.devices, func(d *sourceDevice) error { return s.sendRound(d, s.planAll) }); err != nil {
+		return err
+	}
+	for cycle := 1; ; cycle++ {
+		again, throttle, err := s.decide(s.devices)
+		if err != nil || len(again) == 0 {
+			return err
+		}
+		if throttle > 0 {
+			t := time.NewTimer(throttle)
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				t.Stop()
+				return context.Cause(ctx)
+			}
+			for _, d := range again {
+				if err := s.collect(ctx, d); err != nil {
+					return err
+				}
+			}
+		}
+		s.round.Store(int64(cycle))
+		s.dirty.Store(0)
+		for _, d := range again {
+			s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
+		}
+		if err := s.each(again, func(d *sourceDevice) error { return s.sendRound(d, s.planPending) }); err != nil {
+			return err
+		}
+	}
+}
+
+// decide collects from all trackers, and returns the devices that need another cycle and how long to wait before it.
+func (s *source) decide(devices []*sourceDevice) (again []*sourceDevice, throttle time.Duration, err error) {
+	for _, d := range devices {
+		if !d.tracked {
+			continue
+		}
+		if err := s.collect(s.link.ctx, d); err != nil {
+			return nil, 0, err
+		}
+		v := d.Policy.Decide(d.rounds, measure(d.pending, d.Policy.BlockSize))
+		s.log.Debug("policy", "device", d.Name, "rounds", len(d.rounds), "switch", v.Switch, "reason", v.Reason)
+		s.reasons[d.Name] = v.Reason
+		if !v.Switch {
+			again = append(again, d)
+			throttle = max(throttle, d.Policy.CycleThrottle)
+		}
+	}
+	return again, throttle, nil
+}
+
+// collect adds what was written since the last time to what is to be sent.
+func (s *source) collect(ctx context.Context, d *sourceDevice) error {
+	list, err := d.Tracker.Collect(ctx)
+	if err != nil {
+		return s.because(fmt.Sprintf("collect writes to device %q", d.Name), err)
+	}
+	d.pending = union(d.pending, normalize(list, d.size))
+	return nil
+}
+
+// each runs f for all devices at the same time.
+func (s *source) each(devices []*sourceDevice, f func(*sourceDevice) error) error {
+	var g errgroup.Group
+	for _, d := range devices {
+		g.Go(func() error {
+			err := f(d)
+			if err != nil {
+				s.link.fail(err) // so that the others stop
+			}
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		if s.link.ctx.Err() != nil {
+			return context.Cause(s.link.ctx) // what failed first
+		}
+		return err
+	}
+	return nil
+}
+
+// sendRound sends one round of a device, and waits until the destination has all of it: only then may a page be sent
+// again, as two versions of it on two streams could arrive in any order.
+func (s *source) sendRound(d *sourceDevice, plan func(*sourceDevice, *planner) (Dirty, error)) error {
+	began := time.Now()
+	index := len(d.rounds)
+	dirty, err := s.sendContent(d, plan)
+	if err != nil {
+		return err
+	}
+	h := wire.Header{Type: wire.TypeRoundEnd, Device: uint16(d.index), Offset: uint64(s.window.total(d.index))}
+	if err := s.link.send(h, []byte{byte(index >> 24), byte(index >> 16), byte(index >> 8), byte(index)}); err != nil {
+		return err
+	}
+	if err := s.window.drained(d.index); err != nil {
+		return err
+	}
+	d.rounds = append(d.rounds, Round{Device: d.Name, Index: index, Blocks: dirty.Blocks, Bytes: dirty.Bytes, Duration: Millis(time.Since(began))})
+	return nil
+}
+
+// sendContent hands what plan chooses to the workers, and waits until they have sent it.
+func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner) (Dirty, error)) (Dirty, error) {
+	p := &planner{s: s, job: job{device: d, round: newRoundWork()}}
+	dirty, err := plan(d, p)
+	if err == nil {
+		err = p.flush()
+	}
+	if err != nil {
+		return dirty, err
+	}
+	p.job.round.finish()
+	select {
+	case <-p.job.round.done:
+	case <-s.link.ctx.Done():
+	}
+	return dirty, context.Cause(s.link.ctx)
+}
+
+// planAll chooses the whole device. What it knows to be zeros goes as runs, unread.
+func (s *source) planAll(d *sourceDevice, p *planner) (Dirty, error) {
+	extents, ok := d.Device.(block.Extents)
+	var bytes int64
+	for off := int64(0); off < d.size; {
+		r := block.Range{Offset: off, Length: d.size - off}
+		if ok {
+			next, err := extents.NextData(off)
+			switch {
+			case errors.Is(err, io.EOF):
+				r = block.Range{Offset: d.size}
+			case err != nil:
+				return Dirty{}, tell(wire.CodeDevice, fmt.Errorf("find data of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
+			case next.Offset < off || next.Length <= 0:
+				return Dirty{}, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
+			default:
+				r = aligned(next, d.size)
+			}
+		}
+		if r.Offset > off {
+			if err := s.sendHole(d, off, r.Offset-off); err != nil {
+				return Dirty{}, err
+			}
+		}
+		if err := p.add(r); err != nil {
+			return Dirty{}, err
+		}
+		bytes += r.Length
+		off = r.End()
+	}
+	return Dirty{Blocks: (bytes + d.Policy.BlockSize - 1) / d.Policy.BlockSize, Bytes: bytes}, nil
+}
+
+func (s *source) sendHole(d *sourceDevice, off, n int64) error {
+	if err := s.window.acquire(d.index, wire.ZeroFrameSize); err != nil {
+		return err
+	}
+	d.digest.zero(off, n)
+	s.zeroBytes.Add(n)
+	b := wire.NewBuffer()
+	wire.PutZero(b.B[:], uint16(d.index), off, n)
+	b.N = wire.ZeroFrameSize
+	return s.link.sendBulk(b)
+}
+
+// planPending chooses what was collected, hot blocks last.
+func (s *source) planPending(d *sourceDevice, p *planner) (Dirty, error) {
+	list := d.pending
+	d.pending = nil
+	dirty := measure(list, d.Policy.BlockSize)
+	cold, hot := list, []block.Range(nil)
+	if e := d.Policy.Expiry; e > 0 {
+		if time.Since(d.hotAt) <= e {
+			cold, hot = split(list, d.hot)
+		}
+		d.hot, d.hotAt = list, time.Now()
+	}
+	for _, part := range [][]block.Range{cold, hot} {
+		for _, r := range part {
+			if err := p.add(r); err != nil {
+				return dirty, err
+			}
+		}
+	}
+	return dirty, nil
+}
+
+// switchOver sends the rest of a paused guest: dirty content and device state at the same time, then the account of all.
+func (s *source) switchOver() (*wire.Summary, error) {
+	ctx := s.link.ctx
+	s.round.Add(1)
+	s.dirty.Store(0)
+	var tracked []*sourceDevice
+	for _, d := range s.devices {
+		if d.tracked {
+			tracked = append(tracked, d)
+		}
+	}
+	sum := &wire.Summary{Devices: make([]wire.Part, len(s.devices))}
+	var g errgroup.Group
+	g.Go(func() error {
+		w := &stateWriter{s: s}
+		if err := s.cfg.Guest.State(ctx, w); err != nil {
+			err = s.because("save device state", err)
+			s.link.fail(err)
+			return err
+		}
+		if err := s.link.send(wire.Header{Type: wire.TypeState, Flags: wire.FlagLast, Offset: uint64(w.n)}, nil); err != nil {
+			return err
+		}
+		sum.State = wire.Part{Total: w.n, Digest: stateHash(&w.hash)}
+		return nil
+	})
+	err := s.each(tracked, func(d *sourceDevice) error {
+		began := time.Now()
+		if err := s.collect(ctx, d); err != nil {
+			return err
+		}
+		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
+		dirty, err := s.sendContent(d, s.planPending)
+		if err != nil {
+			return err
+		}
+		d.rounds = append(d.rounds, Round{Device: d.Name, Index: len(d.rounds), Blocks: dirty.Blocks, Bytes: dirty.Bytes, Duration: Millis(time.Since(began))})
+		return nil
+	})
+	if err := errors.Join(g.Wait(), err); err != nil {
+		if s.link.ctx.Err() != nil {
+			return nil, context.Cause(s.link.ctx)
+		}
+		return nil, err
+	}
+	for i, d := range s.devices {
+		sum.Devices[i] = wire.Part{Total: s.window.total(i), Digest: d.digest.sum()}
+	}
+	return sum, s.link.send(wire.Header{Type: wire.TypeFinal}, sum.Encode())
+}
+
+// stateWriter sends device state as it is written.
+type stateWriter struct {
+	s    *source
+	n    int64
+	hash xxh3.Hasher128
+}
+
+func (w *stateWriter) Write(p []byte) (int, error) {
+	for done := 0; done < len(p); {
+		part := p[done:min(len(p), done+wire.MaxPayload)]
+		if err := w.s.link.send(wire.Header{Type: wire.TypeState, Offset: uint64(w.n)}, part); err != nil {
+			return done, err
+		}
+		_, _ = w.hash.Write(part) // never fails
+		done += len(part)
+		w.n += int64(len(part))
+		w.s.stateBytes.Add(int64(len(part)))
+	}
+	return len(p), nil
+}
+
+func (s *source) report(streams int, err error) *Report {
+	r := &Report{
+		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: streams,
+		Total: Millis(time.Since(s.began)), Downtime: Millis(s.downtime), Phases: s.state.history, Reasons: s.reasons,
+		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
+	}
+	if err != nil {
+		r.Error = err.Error()
+	}
+	for _, d := range s.devices {
+		r.Rounds = append(r.Rounds, d.rounds...)
+	}
+	if t := s.state.spent[SourceCopying]; t > 0 {
+		r.Throughput = float64(r.DataBytes) / t.Seconds()
+	}
+	if s.link != nil {
+		r.WireBytes = s.link.written.Load()
+	}
+	if s.summary != nil {
+		devices := make([]wire.Device, len(s.devices))
+		for i, d := range s.devices {
+			devices[i].Name = d.Name
+		}
+		r.Digests = digestsOf(devices, s.summary)
+	}
+	return r
+}

@@ -138,6 +138,7 @@ type digest struct {
 	work   chan piece
 	free   chan []byte   // buffers of chunkSize bytes; nil stands for one not yet allocated
 	result chan [32]byte // the goroutine's end
+	ended  bool          // work was closed and result received
 }
 
 // piece is data in a buffer that goes back to free, or, without buffer, a run of zeros.
@@ -192,16 +193,14 @@ func (d *digest) zeros(n int64) { d.work <- piece{nil, n} }
 // sum ends the digest and returns it in hex.
 func (d *digest) sum() string {
 	close(d.work)
-	d.work = nil
+	d.ended = true
 	sum := <-d.result
 	return hex.EncodeToString(sum[:])
 }
 
 // stop ends the goroutine, if sum has not.
 func (d *digest) stop() {
-	if d.work != nil {
-		close(d.work)
-		d.work = nil
-		<-d.result
+	if !d.ended {
+		d.sum()
 	}
 }

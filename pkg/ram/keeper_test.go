@@ -1,0 +1,3 @@
+package ram
+
+func keeperMain() {}

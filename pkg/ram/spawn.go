@@ -1,0 +1,417 @@
+package ram
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrProcessEnded is wrapped by errors that come of the end of the VMM's process.
+var ErrProcessEnded = errors.New("process of the VMM has ended")
+
+// Options tune [Spawn] and [Adopt]. The zero value asks for the best there is.
+type Options struct {
+	// Limit is the highest rung to use; [Full] if zero. Lower ones are for tests and for working around a kernel.
+	Limit Rung
+}
+
+// Handle is a VMM process as this package holds it: its pidfd, and the userfaultfd planted in it if that could be done.
+// Give it to [Memory.Attach], which then owns it, or Close it. All methods may be called concurrently.
+type Handle struct {
+	pid     int
+	pidfd   *os.File
+	uffd    *uffd // nil on Eager
+	caps    Capabilities
+	adopted bool
+
+	done      chan struct{} // closed when the process has ended
+	watcher   sync.WaitGroup
+	closeOnce sync.Once
+}
+
+// PID is the VMM's process id.
+func (h *Handle) PID() int { return h.pid }
+
+// Capabilities says what can be done for this VMM's RAM, and why not more.
+func (h *Handle) Capabilities() Capabilities { return h.caps }
+
+// Done is closed when the process has ended, reaped or not. It is never closed once the handle is.
+func (h *Handle) Done() <-chan struct{} { return h.done }
+
+// Close lets go of the process, which goes on undisturbed: it has its own reference to its userfaultfd, so a thread
+// that waits for a page goes on waiting. It is idempotent.
+func (h *Handle) Close() error {
+	h.closeOnce.Do(func() {
+		_ = h.pidfd.SetReadDeadline(time.Unix(1, 0))
+		h.watcher.Wait()
+		_ = h.pidfd.Close()
+		if h.uffd != nil {
+			_ = h.uffd.close()
+		}
+	})
+	return nil
+}
+
+// newHandle takes over pidfd, which must be nonblocking.
+func newHandle(pid, pidfd int) *Handle {
+	h := &Handle{pid: pid, pidfd: os.NewFile(uintptr(pidfd), "pidfd"), done: make(chan struct{})}
+	h.watcher.Go(func() {
+		raw, err := h.pidfd.SyscallConn()
+		if err != nil {
+			return
+		}
+		// A pidfd becomes readable when its process ends (pidfd_open(2)); it fails only by the deadline of Close.
+		if raw.Read(func(fd uintptr) bool { return readable(int(fd)) }) == nil {
+			close(h.done)
+		}
+	})
+	return h
+}
+
+func readable(fd int) bool {
+	for {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		if err != unix.EINTR {
+			return n > 0
+		}
+	}
+}
+
+// Spawn starts cmd, which must be the VMM itself and not a wrapper that executes it, as cmd.Start would, and plants a
+// userfaultfd in it before its first instruction. Afterwards cmd is like any started command: its owner calls cmd.Wait.
+// An error means that it was not started. That no userfaultfd could be planted is not an error: the capabilities of the
+// handle say so.
+//
+// The command is started from the calling goroutine's thread, so namespaces and other properties that the caller gave
+// the thread are inherited. It is traced from its execve for about a tenth of a millisecond; signals sent to it
+// meanwhile are delivered afterwards. For a command with other credentials than ours, /dev/userfaultfd is opened here
+// and inherited for that time: the command needs no privilege.
+func Spawn(cmd *exec.Cmd, opts Options) (*Handle, error) {
+	if opts.Limit < Full || opts.Limit > Eager {
+		return nil, fmt.Errorf("start %q: rung %d does not exist, use Full, Lazy or Eager", cmd.Path, opts.Limit)
+	}
+	if opts.Limit == Eager {
+		return spawnPlain(cmd, "limited to eager by configuration")
+	}
+	// Whether ptrace is allowed must be known before: a failed cmd.Start cannot be repeated.
+	if p := probe(); !p.traceable {
+		return spawnPlain(cmd, p.Reason)
+	}
+	return spawnTraced(cmd, opts, nil)
+}
+
+func spawnPlain(cmd *exec.Cmd, reason string) (*Handle, error) {
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return withPidfd(cmd, reason)
+}
+
+// withPidfd makes the handle of a started command, or ends the command.
+func withPidfd(cmd *exec.Cmd, reason string) (*Handle, error) {
+	pid := cmd.Process.Pid
+	// Until somebody waits for it the process id cannot be reused.
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return nil, fmt.Errorf("open pidfd of process %d: %w", pid, err)
+	}
+	h := newHandle(pid, fd)
+	h.caps = capabilities(Eager, reason)
+	return h, nil
+}
+
+// unprivileged reports whether cmd will run without our capabilities, and so needs /dev/userfaultfd.
+func unprivileged(cmd *exec.Cmd) bool {
+	attr := cmd.SysProcAttr
+	return attr != nil && (attr.Credential != nil || attr.Cloneflags&unix.CLONE_NEWUSER != 0)
+}
+
+// spawnTraced is Spawn where ptrace is allowed. stopped, if set, is called before the process is let go.
+func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle, err error) {
+	attr, extra := cmd.SysProcAttr, cmd.ExtraFiles
+	defer func() { cmd.SysProcAttr, cmd.ExtraFiles = attr, extra }()
+	traced := syscall.SysProcAttr{}
+	if attr != nil {
+		traced = *attr
+	}
+	traced.Ptrace = true
+	cmd.SysProcAttr = &traced
+
+	inherited := -1 // number of /dev/userfaultfd in the child
+	if unprivileged(cmd) {
+		// Without the device the plain system call may still do (vm.unprivileged_userfaultfd).
+		if dev, err := os.OpenFile("/dev/userfaultfd", os.O_RDWR, 0); err == nil {
+			defer dev.Close()
+			inherited = 3 + len(extra)
+			cmd.ExtraFiles = append(slices.Clip(extra), dev)
+		}
+	}
+
+	// ptrace ties a tracee to one thread of the tracer: the one that forks it. With signals blocked on that thread the
+	// child is born with them blocked, so that none arrives between its stops; setSignalMask gives it its real mask.
+	err = onThread(func(mask *unix.Sigset_t) error {
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		pid := cmd.Process.Pid
+		fd, reason := -1, ""
+		var fatal error
+		if err := awaitTrap(pid); err != nil {
+			reason = fmt.Sprintf("trace process %d: %v", pid, err)
+		} else {
+			fd, reason, fatal = plant(pid, inherited)
+			if err := setSignalMask(pid, mask); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
+				fatal = fmt.Errorf("restore signal mask of process %d: %w", pid, err)
+			}
+			if stopped != nil {
+				stopped(pid)
+			}
+			if fatal != nil {
+				_ = unix.Kill(pid, unix.SIGKILL)
+			}
+			// Gone already: killed by somebody, which is not for us to report.
+			if err := unix.PtraceDetach(pid); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
+				fatal = fmt.Errorf("detach from process %d: %w", pid, err)
+			}
+		}
+		if fatal != nil {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		} else if h, fatal = withPidfd(cmd, reason); fatal == nil && fd >= 0 {
+			h.uffd = newUFFD(fd)
+			rung, reason := negotiate(h.uffd, opts.Limit)
+			h.caps = capabilities(rung, reason)
+			fd = -1
+			if rung == Eager {
+				_ = h.uffd.close()
+				h.uffd = nil
+			}
+		}
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
+		return fatal
+	})
+	if err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// plant makes the stopped process create a userfaultfd and takes a copy of it. It returns the descriptor, or the reason
+// why there is none, or an error if the process is no longer fit to run.
+func plant(pid, inherited int) (fd int, reason string, fatal error) {
+	refuse := func(err error) (int, string, error) { return -1, err.Error(), nil }
+	// Were this thread to die now, the process must not run on with our instructions in its text.
+	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL); err != nil {
+		return refuse(fmt.Errorf("set ptrace options of process %d: %w", pid, err))
+	}
+	t := tracee{pid: pid}
+	if err := t.open(); err != nil {
+		return refuse(err)
+	}
+	defer func() {
+		if err := t.close(); err != nil && !errors.Is(err, unix.ESRCH) {
+			if fd >= 0 {
+				_ = unix.Close(fd)
+			}
+			fd, fatal = -1, err
+		}
+	}()
+
+	// Nonblocking, because a blocking userfaultfd cannot be polled.
+	const flags = unix.O_CLOEXEC | unix.O_NONBLOCK
+	remote, err := t.call(unix.SYS_USERFAULTFD, flags, 0, 0)
+	if inherited >= 0 {
+		if err != nil {
+			var viaDevice error
+			if remote, viaDevice = t.call(unix.SYS_IOCTL, uint64(inherited), uffdIOCNew, flags); viaDevice == nil {
+				err = nil
+			} else {
+				err = fmt.Errorf("%w; by /dev/userfaultfd: %w", err, viaDevice)
+			}
+		}
+		if _, closing := t.call(unix.SYS_CLOSE, uint64(inherited), 0, 0); closing != nil && err == nil {
+			err = fmt.Errorf("close the inherited /dev/userfaultfd: %w", closing)
+		}
+	}
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.EPERM):
+		return refuse(fmt.Errorf("userfaultfd is not permitted to the VMM (run as root, or allow /dev/userfaultfd): %w", err))
+	default:
+		return refuse(fmt.Errorf("create userfaultfd in process %d: %w", pid, err))
+	}
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return refuse(fmt.Errorf("open pidfd of process %d: %w", pid, err))
+	}
+	defer unix.Close(pidfd)
+	fd, err = unix.PidfdGetfd(pidfd, remote, 0)
+	if err != nil {
+		return refuse(fmt.Errorf("take userfaultfd of process %d: %w", pid, err))
+	}
+	return fd, "", nil
+}
+
+// awaitTrap waits until the traced process stops with SIGTRAP, holding back other signals that stop it meanwhile (only
+// SIGSTOP can, as the rest are blocked; its effect is lost, as with a debugger). It never reaps: the end of the process
+// is left for cmd.Wait.
+func awaitTrap(pid int) error {
+	for {
+		var info unix.Siginfo
+		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|unix.WALL, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("wait: %w", err)
+		}
+		const cldTrapped, cldStopped = 4, 5 // CLD_TRAPPED, CLD_STOPPED of siginfo.h
+		if info.Code != cldTrapped && info.Code != cldStopped {
+			return ErrProcessEnded
+		}
+		// The same again, consuming it. A SIGKILL may have ended the stop since: then go round.
+		err = unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG|unix.WALL, nil)
+		if err != nil || info.Signo == 0 {
+			continue
+		}
+		switch sig := unix.Signal(siginfoStatus(&info)); sig {
+		case unix.SIGTRAP:
+			return nil
+		case unix.SIGSEGV, unix.SIGBUS, unix.SIGILL, unix.SIGFPE:
+			return fmt.Errorf("stopped by %v", sig)
+		}
+		if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_CONT, uintptr(pid), 0, 0, 0, 0); errno != 0 && errno != unix.ESRCH {
+			return fmt.Errorf("continue: %w", errno)
+		}
+	}
+}
+
+// siginfoStatus is si_status of a SIGCHLD: it follows si_signo, si_errno, si_code, padding, si_pid and si_uid.
+func siginfoStatus(info *unix.Siginfo) int32 {
+	return *(*int32)(unsafe.Add(unsafe.Pointer(info), 24))
+}
+
+// setSignalMask replaces the mask of blocked signals of a stopped tracee.
+func setSignalMask(pid int, set *unix.Sigset_t) error {
+	const kernelSigsetSize = 8 // bytes the kernel's sigset_t has
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_SETSIGMASK, uintptr(pid), kernelSigsetSize, uintptr(unsafe.Pointer(set)), 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// Adopt takes hold of a living VMM that another process, since ended, had started with [Spawn]: it finds the
+// userfaultfd that the VMM keeps in /proc/PID/fd. Threads of the VMM that wait for a page go on waiting until
+// [Memory.Attach] and [Memory.Fill]. Where there is none, the handle is of the Eager rung and says so.
+//
+// The caller makes sure that pid is still the process it means.
+func Adopt(pid int, opts Options) (*Handle, error) {
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
+	if err != nil {
+		return nil, fmt.Errorf("adopt process %d: %w", pid, err)
+	}
+	h := newHandle(pid, fd)
+	h.adopted = true
+	h.caps = capabilities(Eager, "limited to eager by configuration")
+	if opts.Limit == Eager {
+		return h, nil
+	}
+	found, err := findUFFDs(pid)
+	if err != nil {
+		h.Close()
+		return nil, fmt.Errorf("adopt process %d: %w", pid, err)
+	}
+	if len(found) == 0 {
+		h.caps.Reason = fmt.Sprintf("process %d holds no userfaultfd", pid)
+		return h, nil
+	}
+	taken, err := unix.PidfdGetfd(fd, found[0].fd, 0)
+	if err != nil {
+		h.caps.Reason = fmt.Sprintf("take userfaultfd of process %d: %v", pid, err)
+		return h, nil
+	}
+	h.uffd = newUFFD(taken)
+	switch found[0].features &^ featureInitialized {
+	case featuresFull:
+		h.caps = capabilities(Full, "")
+	case featuresLazy:
+		h.caps = capabilities(Lazy, "the VMM was started with lazy RAM only")
+	default: // its starter did not get to negotiate
+		h.caps = capabilities(negotiate(h.uffd, opts.Limit))
+	}
+	if opts.Limit > h.caps.Rung {
+		h.caps = capabilities(opts.Limit, fmt.Sprintf("limited to %s by configuration", opts.Limit))
+	}
+	return h, nil
+}
+
+type foundUFFD struct {
+	fd       int
+	features uint64
+}
+
+// findUFFDs lists the userfaultfds of a process, those most likely ours first.
+func findUFFDs(pid int) ([]foundUFFD, error) {
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var found []foundUFFD
+	for _, e := range entries {
+		if target, err := os.Readlink(dir + "/" + e.Name()); err != nil || target != "anon_inode:[userfaultfd]" {
+			continue
+		}
+		fd, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		info, err := os.ReadFile(fmt.Sprintf("/proc/%d/fdinfo/%d", pid, fd))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(info)) {
+			// API:	aa:8000b020:80000000000001ff (version, features in force, features there are)
+			if api, ok := strings.CutPrefix(line, "API:"); ok {
+				parts := strings.Split(strings.TrimSpace(api), ":")
+				if len(parts) == 3 {
+					features, _ := strconv.ParseUint(parts[1], 16, 64)
+					found = append(found, foundUFFD{fd, features})
+				}
+			}
+		}
+	}
+	slices.SortStableFunc(found, func(a, b foundUFFD) int { return cmp.Compare(a.rank(), b.rank()) })
+	if len(found) > 0 && found[0].rank() > 2 {
+		return nil, nil // only somebody else's
+	}
+	return found, nil
+}
+
+func (f foundUFFD) rank() int {
+	switch f.features {
+	case featuresFull | featureInitialized:
+		return 0
+	case featuresLazy | featureInitialized:
+		return 1
+	case 0:
+		return 2
+	}
+	return 3
+}

@@ -1,0 +1,324 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/log"
+	"github.com/containerd/ttrpc"
+	"github.com/sirupsen/logrus"
+
+	"github.com/drafter-vm/drafter/pkg/agent/agentpb"
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
+)
+
+// DialFunc connects to a port of the host.
+type DialFunc func(ctx context.Context, port uint32) (net.Conn, error)
+
+// How long a guest waits before it dials again: from firstPause to shortPause for as long as quickly, since after a
+// resume the host waits for it; then up to longPause, since a host may never listen.
+const (
+	firstPause = time.Millisecond
+	shortPause = 25 * time.Millisecond
+	longPause  = 250 * time.Millisecond
+	quickly    = 10 * time.Second
+)
+
+// maxEntropy bounds what a host may send, in bytes.
+const maxEntropy = 512
+
+// Guest is the agent in a guest. Its zero value serves [DefaultPort] without hooks. Fields must not be changed once Serve
+// runs.
+type Guest struct {
+	// Port of the host to dial; 0 means [DefaultPort].
+	Port uint32
+
+	// BeforeSuspend, if set, is called before the machine is paused; an error tells the host that the guest is not ready.
+	BeforeSuspend func(ctx context.Context) error
+
+	// AfterResume, if set, is called after the machine runs again, with the clock set and the random number generator
+	// reseeded. clone says that other machines run from the same state.
+	AfterResume func(ctx context.Context, clone bool) error
+
+	// Version is told to the host.
+	Version string
+
+	// Dial connects to the host; nil means [socket.Dial]. DialTimeout bounds one attempt; 0 means 1 minute.
+	Dial        DialFunc
+	DialTimeout time.Duration
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+
+	// What a resumed machine needs of its kernel. Tests replace them.
+	setClock func(time.Time) (time.Duration, error)
+	reseed   func(entropy []byte) error
+}
+
+// Serve dials the host and serves its calls, again and again, until ctx is done, whose error it returns. Hooks that run
+// are then cancelled, and waited for.
+func (g *Guest) Serve(ctx context.Context) error {
+	s := newService(ctx, g)
+	defer s.wg.Wait()
+	dial, port, timeout := g.Dial, g.Port, g.DialTimeout
+	if dial == nil {
+		dial = socket.Dial
+	}
+	if port == 0 {
+		port = DefaultPort
+	}
+	if timeout == 0 {
+		timeout = time.Minute
+	}
+	pause, lost := firstPause, time.Now()
+	for {
+		attempt, cancel := context.WithTimeout(ctx, timeout)
+		conn, err := dial(attempt, port)
+		cancel()
+		if err == nil {
+			s.logger.Debug("connected to the host", "port", port)
+			called := s.serve(ctx, conn)
+			s.logger.Debug("disconnected from the host", "port", port)
+			if called {
+				pause, lost = firstPause, time.Now()
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause):
+		}
+		limit := shortPause
+		if time.Since(lost) > quickly {
+			limit = longPause
+		}
+		pause = min(2*pause, limit)
+	}
+}
+
+// service executes the calls of one guest.
+type service struct {
+	*Guest
+	logger *slog.Logger
+	ctx    context.Context // of executions: it outlives connections
+	wg     sync.WaitGroup  // executions
+	turn   chan struct{}   // capacity 1: held by the execution that runs
+
+	suspends, resumes record
+}
+
+func newService(ctx context.Context, g *Guest) *service {
+	guest := *g
+	if guest.setClock == nil {
+		guest.setClock = setClock
+	}
+	if guest.reseed == nil {
+		guest.reseed = reseed
+	}
+	s := &service{Guest: &guest, logger: g.Logger, ctx: ctx, turn: make(chan struct{}, 1)}
+	if s.logger == nil {
+		s.logger = slog.Default()
+	}
+	return s
+}
+
+// serve serves one connection until it ends, and reports whether the host has called at all.
+func (s *service) serve(ctx context.Context, conn net.Conn) (called bool) {
+	c := &servedConn{Conn: conn, closed: make(chan struct{})}
+	defer c.Close()
+	defer context.AfterFunc(ctx, func() { c.Close() })()
+	server, err := ttrpc.NewServer()
+	if err != nil {
+		s.logger.Error("create ttrpc server", "err", err)
+		return false
+	}
+	defer server.Close()
+	calls := &calls{service: s}
+	agentpb.RegisterAgentService(server, calls)
+	// ttrpc writes to the process's logger unless told otherwise; what it would say is seen here anyway.
+	silent := logrus.New()
+	silent.SetOutput(io.Discard)
+	server.Serve(log.WithLogger(ctx, logrus.NewEntry(silent)), &oneConn{conn: c})
+	return calls.any()
+}
+
+// servedConn ends a connection in the one way that ttrpc's server answers by ending, too: every error of Read is io.EOF.
+type servedConn struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *servedConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		err = io.EOF
+	}
+	return n, err
+}
+
+func (c *servedConn) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
+}
+
+// oneConn is a listener with one connection, which fails when that has ended.
+type oneConn struct {
+	conn  *servedConn
+	taken bool // Accept is called by one goroutine
+}
+
+func (l *oneConn) Accept() (net.Conn, error) {
+	if !l.taken {
+		l.taken = true
+		return l.conn, nil
+	}
+	<-l.conn.closed
+	return nil, net.ErrClosed
+}
+func (l *oneConn) Close() error   { return l.conn.Close() }
+func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
+
+// calls are the calls that arrive by one connection.
+type calls struct {
+	*service
+	mu   sync.Mutex // guards seen
+	seen bool
+}
+
+func (c *calls) any() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.seen
+}
+
+func (c *calls) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoResponse, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.seen = true
+	return &agentpb.InfoResponse{Version: c.Version}, nil
+}
+
+func (c *calls) BeforeSuspend(ctx context.Context, req *agentpb.BeforeSuspendRequest) (*agentpb.BeforeSuspendResponse, error) {
+	_, err := c.once(ctx, &c.suspends, req.Id, func(ctx context.Context) (time.Duration, error) {
+		c.logger.Info("before suspend", "id", req.Id)
+		if c.Guest.BeforeSuspend == nil {
+			return 0, nil
+		}
+		return 0, c.Guest.BeforeSuspend(ctx)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &agentpb.BeforeSuspendResponse{}, nil
+}
+
+func (c *calls) AfterResume(ctx context.Context, req *agentpb.AfterResumeRequest) (*agentpb.AfterResumeResponse, error) {
+	if len(req.Entropy) > maxEntropy {
+		return nil, fmt.Errorf("%d bytes of entropy are more than %d", len(req.Entropy), maxEntropy)
+	}
+	step, err := c.once(ctx, &c.resumes, req.Id, func(ctx context.Context) (time.Duration, error) {
+		return c.resume(ctx, req)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &agentpb.AfterResumeResponse{ClockStepNanos: int64(step)}, nil
+}
+
+// resume does all it can and reports everything that failed.
+func (s *service) resume(ctx context.Context, req *agentpb.AfterResumeRequest) (step time.Duration, err error) {
+	var errs [3]error
+	if req.Time != nil {
+		step, errs[0] = s.setClock(req.Time.AsTime())
+	}
+	if len(req.Entropy) > 0 {
+		errs[1] = s.reseed(req.Entropy)
+	}
+	s.logger.Info("after resume", "id", req.Id, "clockStep", step, "clone", req.Clone)
+	if s.Guest.AfterResume != nil {
+		errs[2] = s.Guest.AfterResume(ctx, req.Clone)
+	}
+	return step, errors.Join(errs[:]...)
+}
+
+// record is the last execution of a kind of call.
+type record struct {
+	mu   sync.Mutex // guards last
+	last *execution
+}
+
+type execution struct {
+	id   string
+	done chan struct{} // closed when step and err are set
+	step time.Duration
+	err  error
+}
+
+func (r *record) get(id string) *execution {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.last != nil && id != "" && r.last.id == id {
+		return r.last
+	}
+	return nil
+}
+
+// once executes f in its turn, unless the last call of the kind had the same id, and waits for the outcome. An execution
+// that has begun goes on when ctx is done: the host may come back for it.
+func (s *service) once(ctx context.Context, r *record, id string, f func(context.Context) (time.Duration, error)) (time.Duration, error) {
+	e := r.get(id)
+	if e == nil {
+		select {
+		case s.turn <- struct{}{}:
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+		e = r.get(id) // it may have been executed while this call waited
+		// A call that waited until its connection was gone has been given up by the host.
+		if err := ctx.Err(); e == nil && err != nil {
+			<-s.turn
+			return 0, err
+		}
+		if e != nil {
+			<-s.turn
+		} else {
+			e = s.execute(ctx, r, id, f)
+		}
+	}
+	select {
+	case <-e.done:
+		return e.step, e.err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// execute begins an execution, whose turn it is.
+func (s *service) execute(ctx context.Context, r *record, id string, f func(context.Context) (time.Duration, error)) *execution {
+	e := &execution{id: id, done: make(chan struct{})}
+	r.mu.Lock()
+	r.last = e
+	r.mu.Unlock()
+	run, cancel := context.WithCancel(s.ctx)
+	if deadline, ok := ctx.Deadline(); ok {
+		// A tenth of the time is left to report what happened.
+		cancel()
+		run, cancel = context.WithTimeout(s.ctx, time.Until(deadline)/10*9)
+	}
+	s.wg.Go(func() {
+		defer cancel()
+		e.step, e.err = f(run)
+		close(e.done)
+		<-s.turn
+	})
+	return e
+}
+
+var _ agentpb.AgentService = (*calls)(nil)

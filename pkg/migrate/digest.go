@@ -1,7 +1,6 @@
 package migrate
 
 import (
-	"bytes"
 	"encoding/binary"
 	"math/bits"
 	"sync"
@@ -13,11 +12,11 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// digest is the running content digest of one device: the sum, modulo 2^128, over all pages, of the page's hash. The
-// hash of a page is xxh3-128 with the page's number as seed, so equal pages in exchanged places do not cancel; the hash
-// of a page of zeros is 0, so what was never sent needs no work. A sum can be corrected when a page changes, which is
-// what makes the digest of a whole device available the moment its last page was sent, instead of after a pass over it
-// while the guest is paused. The price is 16 bytes of table for each page that ever held data.
+// digest is the running content digest of one device, the one that [block.Digest] defines and would find by reading the
+// whole device: a sum, modulo 2^128, of one term for each page that holds something else than zeros. A sum can be
+// corrected when a page changes, which is what makes the digest of a whole device available the moment its last page was
+// sent, instead of after a pass over it while the guest is paused. The price is 16 bytes of table for each page that
+// ever held data: the page's term, to be taken out again.
 //
 // Each side feeds its digest with what goes over the wire: the source with the bytes it sends, the destination with the
 // bytes it received. Equality therefore proves that every page arrived in the version that was sent last, at its place,
@@ -27,6 +26,7 @@ import (
 // All methods may be called concurrently. Two updates of the same page at the same time leave a wrong sum, which is what
 // a peer deserves that sends a page twice without waiting for the round to end.
 type digest struct {
+	size   int64
 	chunks []atomic.Pointer[chunk]
 
 	mu     sync.Mutex // guards the sum
@@ -36,18 +36,14 @@ type digest struct {
 // chunkPages pages share a piece of the table, allocated when the first of them holds data.
 const chunkPages = 4096
 
-type chunk [chunkPages]pageHash
+type chunk [chunkPages]pageTerm
 
-// pageHash holds its halves in atomics only because a peer may break the rules; see above.
-type pageHash struct{ lo, hi atomic.Uint64 }
-
-var zeroPage [block.PageSize]byte
-
-func isZero(page []byte) bool { return bytes.Equal(page, zeroPage[:len(page)]) }
+// pageTerm holds its halves in atomics only because a peer may break the rules; see above.
+type pageTerm struct{ lo, hi atomic.Uint64 }
 
 func newDigest(size int64) *digest {
 	const span = chunkPages * block.PageSize
-	return &digest{chunks: make([]atomic.Pointer[chunk], (size+span-1)/span)}
+	return &digest{size: size, chunks: make([]atomic.Pointer[chunk], (size+span-1)/span)}
 }
 
 // write notes that data, which begins at a page's start, is now the content at off.
@@ -56,8 +52,8 @@ func (d *digest) write(off int64, data []byte) {
 	for page := off / block.PageSize; len(data) > 0; page++ {
 		n := min(len(data), block.PageSize)
 		var h xxh3.Uint128
-		if !isZero(data[:n]) {
-			h = xxh3.Hash128Seed(data[:n], uint64(page))
+		if !block.IsZero(data[:n]) {
+			h = termOf(page, data[:n])
 		}
 		data = data[n:]
 		c := d.chunks[page/chunkPages].Load()
@@ -80,7 +76,7 @@ func (d *digest) write(off int64, data []byte) {
 // zero notes that the n bytes at off, which is a page's start, are zeros now.
 func (d *digest) zero(off, n int64) {
 	var lo, hi uint64
-	d.each(off, n, func(e *pageHash) bool {
+	d.each(off, n, func(e *pageTerm) bool {
 		var borrow uint64
 		lo, borrow = bits.Sub64(lo, e.lo.Swap(0), 0)
 		hi, _ = bits.Sub64(hi, e.hi.Swap(0), borrow)
@@ -94,7 +90,7 @@ func (d *digest) zero(off, n int64) {
 // isZero reports whether everything noted for the n bytes at off is zeros.
 func (d *digest) isZero(off, n int64) bool {
 	zero := true
-	d.each(off, n, func(e *pageHash) bool {
+	d.each(off, n, func(e *pageTerm) bool {
 		zero = e.lo.Load()|e.hi.Load() == 0
 		return zero
 	})
@@ -102,7 +98,7 @@ func (d *digest) isZero(off, n int64) bool {
 }
 
 // each calls f for the entries of the range that exist, until it returns false.
-func (d *digest) each(off, n int64, f func(*pageHash) bool) {
+func (d *digest) each(off, n int64, f func(*pageTerm) bool) {
 	page, end := off/block.PageSize, (off+n+block.PageSize-1)/block.PageSize
 	for page < end {
 		next := min(end, (page/chunkPages+1)*chunkPages)
@@ -133,12 +129,27 @@ func (d *digest) add(lo, hi uint64) {
 	d.hi, _ = bits.Add64(d.hi, hi, carry)
 }
 
-// sum returns the digest: the high half, then the low, big-endian.
+// termOf is what a page that is not all zeros adds to the sum: XXH3-128 of its number and its own XXH3-128. The number
+// keeps equal pages in exchanged places from canceling out.
+func termOf(page int64, data []byte) xxh3.Uint128 {
+	var b [24]byte
+	binary.LittleEndian.PutUint64(b[:], uint64(page))
+	h := xxh3.Hash128(data).Bytes()
+	copy(b[8:], h[:])
+	return xxh3.Hash128(b[:])
+}
+
+// sum returns the digest: the sum of the terms and of XXH3-128 of the size, big-endian.
 func (d *digest) sum() (out wire.Digest) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	binary.BigEndian.PutUint64(out[:8], d.hi)
-	binary.BigEndian.PutUint64(out[8:], d.lo)
+	var b [8]byte
+	binary.LittleEndian.PutUint64(b[:], uint64(d.size))
+	h := xxh3.Hash128(b[:])
+	lo, carry := bits.Add64(d.lo, h.Lo, 0)
+	hi, _ := bits.Add64(d.hi, h.Hi, carry)
+	binary.BigEndian.PutUint64(out[:8], hi)
+	binary.BigEndian.PutUint64(out[8:], lo)
 	return out
 }
 

@@ -410,13 +410,18 @@ func (s *stream) writeFrames() error {
 			}
 		}
 		silent = false
-		_, err := s.rw.Write(b.Bytes())
-		l.written.Add(int64(b.N))
-		b.Release()
-		if err != nil {
+		if err := s.put(b); err != nil {
 			return err
 		}
 	}
+}
+
+// put writes a buffer of frames and releases it.
+func (s *stream) put(b *wire.Buffer) error {
+	defer b.Release()
+	n, err := s.rw.Write(b.Bytes())
+	s.link.written.Add(int64(n))
+	return err
 }
 
 // writeLast ends our half of the stream.
@@ -424,9 +429,7 @@ func (s *stream) writeLast() error {
 	for !s.link.abort {
 		select {
 		case b := <-s.urgent:
-			_, err := s.rw.Write(b.Bytes())
-			b.Release()
-			if err != nil {
+			if err := s.put(b); err != nil {
 				return err
 			}
 			continue
@@ -434,7 +437,8 @@ func (s *stream) writeLast() error {
 		}
 		break
 	}
-	_, err := s.rw.Write(s.link.last)
+	n, err := s.rw.Write(s.link.last)
+	s.link.written.Add(int64(n))
 	return err
 }
 

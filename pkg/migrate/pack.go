@@ -154,9 +154,9 @@ func (p *packer) add(r block.Range) error {
 func (p *packer) encode(b []byte, at int, off int64) {
 	d := p.device
 	for len(b) > 0 {
-		zero := isZero(b[:min(len(b), block.PageSize)])
+		zero := block.IsZero(b[:min(len(b), block.PageSize)])
 		n := min(len(b), block.PageSize)
-		for n < len(b) && isZero(b[n:min(len(b), n+block.PageSize)]) == zero {
+		for n < len(b) && block.IsZero(b[n:min(len(b), n+block.PageSize)]) == zero {
 			n = min(len(b), n+block.PageSize)
 		}
 		if zero {

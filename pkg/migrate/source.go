@@ -76,6 +76,7 @@ type source struct {
 	recorded   bool // the journal may hold a commit: a rollback needs Abort
 	pausedAt   time.Time
 	downtime   time.Duration
+	copied     int64             // bytes of data sent while the guest ran
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
 	round      atomic.Int64
@@ -220,6 +221,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err := s.copy(); err != nil {
 		return err
 	}
+	s.copied = s.dataBytes.Load()
 
 	s.state.set(SourceSuspending)
 	s.disturbed = true
@@ -444,22 +446,18 @@ func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner)
 
 // planAll chooses the whole device. What it knows to be zeros goes as runs, unread.
 func (s *source) planAll(d *sourceDevice, p *planner) (Dirty, error) {
-	extents, ok := d.Device.(block.Extents)
 	var bytes int64
 	for off := int64(0); off < d.size; {
-		r := block.Range{Offset: off, Length: d.size - off}
-		if ok {
-			next, err := extents.NextData(off)
-			switch {
-			case errors.Is(err, io.EOF):
-				r = block.Range{Offset: d.size}
-			case err != nil:
-				return Dirty{}, tell(wire.CodeDevice, fmt.Errorf("find data of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
-			case next.Offset < off || next.Length <= 0:
-				return Dirty{}, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
-			default:
-				r = aligned(next, d.size)
-			}
+		r := block.Range{Offset: d.size} // what follows the hole at off, if there is one
+		next, err := block.NextData(d.Device, off)
+		switch {
+		case errors.Is(err, io.EOF):
+		case err != nil:
+			return Dirty{}, tell(wire.CodeDevice, fmt.Errorf("find data of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
+		case next.Offset < off || next.Length <= 0:
+			return Dirty{}, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
+		default:
+			r = aligned(next, d.size)
 		}
 		if r.Offset > off {
 			if err := s.sendHole(d, off, r.Offset-off); err != nil {
@@ -594,7 +592,7 @@ func (s *source) report(streams int, err error) *Report {
 		r.Rounds = append(r.Rounds, d.rounds...)
 	}
 	if t := s.state.spent[SourceCopying]; t > 0 {
-		r.Throughput = float64(r.DataBytes) / t.Seconds()
+		r.Throughput = float64(s.copied) / t.Seconds()
 	}
 	if s.link != nil {
 		r.WireBytes = s.link.written.Load()

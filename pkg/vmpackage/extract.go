@@ -154,6 +154,7 @@ type archiveReader struct {
 	file     *os.File
 	stat     os.FileInfo
 	zstd     *zstd.Decoder
+	stream   io.Reader // the decompressed archive, which tar reads
 	tar      *tar.Reader
 	manifest *Manifest
 }
@@ -200,12 +201,21 @@ func readArchive(ctx context.Context, stream io.Reader, cores int) (*archiveRead
 		return nil, err
 	}
 	// Both ends look at ctx: little input can decompress to much that is only skipped.
-	r := &archiveReader{zstd: decoder, tar: tar.NewReader(ctxReader{ctx, decoder})}
-	if r.manifest, err = r.readManifest(); err != nil {
+	r, err := readTar(ctxReader{ctx, decoder})
+	if err != nil {
 		decoder.Close()
 		return nil, err
 	}
+	r.zstd = decoder
 	return r, nil
+}
+
+// readTar is readArchive behind the decompressor.
+func readTar(stream io.Reader) (*archiveReader, error) {
+	r := &archiveReader{stream: stream, tar: tar.NewReader(stream)}
+	var err error
+	r.manifest, err = r.readManifest()
+	return r, err
 }
 
 func (r *archiveReader) readManifest() (*Manifest, error) {
@@ -273,7 +283,7 @@ func (r *archiveReader) each(visit func(d Device, content io.Reader) error) erro
 		}
 	}
 	// Behind the end there may be padding, as other programs write it, but no more than a little.
-	padding, err := io.ReadAll(io.LimitReader(r.zstd, chunkSize))
+	padding, err := io.ReadAll(io.LimitReader(r.stream, chunkSize))
 	if err != nil {
 		return damaged(err)
 	}

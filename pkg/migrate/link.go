@@ -353,6 +353,10 @@ func (s *stream) readFrames() error {
 			if err := r.Payload(m.payload); err != nil {
 				return err
 			}
+			// The state machine gets all control frames up to some point, never one after a gap.
+			if l.ctx.Err() != nil {
+				continue
+			}
 			select {
 			case l.control <- m:
 			case <-l.ctx.Done():

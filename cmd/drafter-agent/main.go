@@ -31,6 +31,9 @@ import (
 // version is set by the linker (make build).
 var version = "dev"
 
+// dialHost connects to the host. Tests replace it: the machine they run on may itself be somebody's guest.
+var dialHost agent.DialFunc = socket.Dial
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr)
@@ -174,6 +177,7 @@ func newAgentCommand(o *options) *cobra.Command {
 func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error {
 	guest := agent.Guest{
 		Port:        o.port,
+		Dial:        dialHost,
 		DialTimeout: o.timeout,
 		Version:     version,
 		Logger:      logger,
@@ -213,7 +217,7 @@ func newLivenessCommand(o *options) *cobra.Command {
 			ctx, cancel := context.WithTimeoutCause(cmd.Context(), d.timeout,
 				fmt.Errorf("host port %d took no connection within %v", d.port, d.timeout))
 			defer cancel()
-			return agent.SayAlive(ctx, d.port, nil)
+			return agent.SayAlive(ctx, d.port, dialHost)
 		},
 	}
 	d.add(cmd, agent.DefaultLivenessPort, "how long to try")

@@ -7,8 +7,16 @@ import (
 	"net"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 )
+
+func TestMain(m *testing.M) {
+	dialHost = func(ctx context.Context, port uint32) (net.Conn, error) {
+		return nil, syscall.ECONNREFUSED
+	}
+	m.Run()
+}
 
 func TestCommandLine(t *testing.T) {
 	for _, c := range []struct {

@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -67,7 +68,7 @@ var ErrNotSaved = errors.New("instance holds no saved state")
 // Record is the header of a state device: the instance's status and where its device state lies.
 type Record struct {
 	Status    Status
-	Migration [16]byte  // the migration that the status comes from; zero if none
+	Migration string    // id of the migration that the status comes from, at most 64 bytes; empty if none
 	Time      time.Time // when it was written
 	Length    int64     // bytes of device state that follow; 0 unless Saved
 	Sum       uint64    // xxh3 of the device state
@@ -75,17 +76,19 @@ type Record struct {
 
 // Layout of the header, little endian, padded to one page:
 //
-//	 0  8  magic "DRFTSTA1"
-//	 8  4  status
-//	12  4  zero
-//	16 16  migration id
-//	32  8  time, Unix nanoseconds
-//	40  8  length of the device state, which begins at recordSize
-//	48  8  xxh3-64 of the device state
-//	56  4  crc32c of bytes 0–55
+//	  0  8  magic "DRFTSTA1"
+//	  8  4  status
+//	 12  4  zero
+//	 16  8  time, Unix nanoseconds
+//	 24  8  length of the device state, which begins at recordSize
+//	 32  8  xxh3-64 of the device state
+//	 40 64  migration id, padded with zeros
+//	104  4  crc32c of bytes 0–103
 const (
-	recordMagic = "DRFTSTA1"
-	recordSize  = block.PageSize
+	recordMagic  = "DRFTSTA1"
+	recordSize   = block.PageSize
+	recordSum    = 104
+	maxMigration = 64
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -94,33 +97,33 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
-	copy(b[16:32], r.Migration[:])
-	binary.LittleEndian.PutUint64(b[32:], uint64(r.Time.UnixNano()))
-	binary.LittleEndian.PutUint64(b[40:], uint64(r.Length))
-	binary.LittleEndian.PutUint64(b[48:], r.Sum)
-	binary.LittleEndian.PutUint32(b[56:], crc32.Checksum(b[:56], castagnoli))
+	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
+	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
+	binary.LittleEndian.PutUint64(b[32:], r.Sum)
+	copy(b[40:40+maxMigration], r.Migration)
+	binary.LittleEndian.PutUint32(b[recordSum:], crc32.Checksum(b[:recordSum], castagnoli))
 	return b
 }
 
 func decodeRecord(b []byte) (Record, error) {
-	if len(b) < 60 || string(b[:8]) != recordMagic {
+	if len(b) < recordSize || string(b[:8]) != recordMagic {
 		return Record{}, errors.New("not a drafter state device (wrong magic)")
 	}
-	if got, want := crc32.Checksum(b[:56], castagnoli), binary.LittleEndian.Uint32(b[56:]); got != want {
-		return Record{}, fmt.Errorf("header is corrupt: checksum %08x, want %08x", got, want)
+	if got, want := crc32.Checksum(b[:recordSum], castagnoli), binary.LittleEndian.Uint32(b[recordSum:]); got != want {
+		return Record{}, fmt.Errorf("state header is corrupt: checksum %08x, want %08x", got, want)
 	}
 	r := Record{
 		Status:    Status(binary.LittleEndian.Uint32(b[8:])),
-		Migration: [16]byte(b[16:32]),
-		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[32:]))),
-		Length:    int64(binary.LittleEndian.Uint64(b[40:])),
-		Sum:       binary.LittleEndian.Uint64(b[48:]),
+		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
+		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
+		Sum:       binary.LittleEndian.Uint64(b[32:]),
+		Migration: string(bytes.TrimRight(b[40:40+maxMigration], "\x00")),
 	}
 	if r.Status < Saved || r.Status > Discarded {
-		return Record{}, fmt.Errorf("header has unknown %s", r.Status)
+		return Record{}, fmt.Errorf("state header has unknown %s", r.Status)
 	}
 	if r.Length < 0 || r.Length > StateDeviceSize-recordSize {
-		return Record{}, fmt.Errorf("header gives a device state of %d bytes, a state device holds %d", r.Length, StateDeviceSize-recordSize)
+		return Record{}, fmt.Errorf("state header gives a device state of %d bytes, a state device holds %d", r.Length, StateDeviceSize-recordSize)
 	}
 	return r, nil
 }
@@ -189,7 +192,7 @@ func (r Record) remedy() string {
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:
-		return fmt.Sprintf("it moved to another peer at %s (migration %x), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+		return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
 	}
 	return r.Status.String()
 }

@@ -1,0 +1,393 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/transport"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+// peerDevice is an element of the peer's --devices. Durations are nanoseconds.
+type peerDevice struct {
+	Name    string `json:"name"`
+	Base    string `json:"base"`
+	Overlay string `json:"overlay"`
+	State   string `json:"state"`
+
+	BlockSize      int64         `json:"blockSize"`
+	Expiry         time.Duration `json:"expiry"`
+	MaxDirtyBlocks int64         `json:"maxDirtyBlocks"`
+	MinCycles      int           `json:"minCycles"`
+	MaxCycles      int           `json:"maxCycles"`
+	CycleThrottle  time.Duration `json:"cycleThrottle"`
+
+	MakeMigratable *bool `json:"makeMigratable"`
+	Shared         bool  `json:"shared"`
+	SharedBase     bool  `json:"sharedbase"`
+
+	S3Sync        bool   `json:"s3sync"`
+	S3AccessKey   string `json:"s3accesskey"`
+	S3SecretKey   string `json:"s3secretkey"`
+	S3Endpoint    string `json:"s3endpoint"`
+	S3Secure      bool   `json:"s3secure"`
+	S3Bucket      string `json:"s3bucket"`
+	S3Concurrency int    `json:"s3concurrency"`
+}
+
+// device checks what one element says, and returns what it means.
+func (d peerDevice) device() (peer.Device, error) {
+	for key, set := range map[string]bool{
+		"shared": d.Shared, "sharedbase": d.SharedBase, "s3sync": d.S3Sync, "s3accesskey": d.S3AccessKey != "",
+		"s3secretkey": d.S3SecretKey != "", "s3endpoint": d.S3Endpoint != "", "s3secure": d.S3Secure,
+		"s3bucket": d.S3Bucket != "", "s3concurrency": d.S3Concurrency != 0,
+	} {
+		if set {
+			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, key)
+		}
+	}
+	return peer.Device{
+		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
+		Policy: migrate.Policy{
+			BlockSize: d.BlockSize, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles,
+			CycleThrottle: d.CycleThrottle, Expiry: d.Expiry,
+		},
+		Stationary: d.MakeMigratable != nil && !*d.MakeMigratable,
+	}, nil
+}
+
+type peerOptions struct {
+	machineFlags
+	devices       string
+	packagePath   string
+	instance      string
+	raddr, laddr  string
+	concurrency   int
+	noPostcopy    bool
+	rescueTimeout time.Duration
+	metrics       string
+	report        string
+	boot          bool
+	ioEngineSync  bool
+}
+
+func newPeerCommand() *cobra.Command {
+	var opts peerOptions
+	cmd := &cobra.Command{
+		Use:   "peer",
+		Short: "Run an instance of a package, and migrate it to and from other peers",
+		Long: `Run an instance, and migrate it live.
+
+  without --raddr   resume the instance from its package, or from where it was closed
+  with --raddr      receive it, running, from the peer that listens there
+  with --laddr      then let another peer take it over; this one ends when that has happened
+
+Closing a peer (Ctrl-C, SIGTERM) suspends the instance and saves it: into the overlays, or into the package's own files
+where there are none. The next start goes on from there.
+
+The short way gives --package and --instance: a package's folder, and a folder for the instance's overlays. The long way
+gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
+"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds.
+
+Exit statuses: 0 the instance was closed and saved, handed over, or shut down by its guest; 1 something failed; 2 the
+command line cannot be used; 130 ended by a signal before the instance ran.`,
+		Example: `  drafter peer --package out/package --instance out/instance-0 --laddr localhost:1337
+  drafter peer --package out/package --instance out/instance-1 --netns ark1 --raddr localhost:1337`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return runPeer(cmd, opts) },
+	}
+	flags := cmd.Flags()
+	opts.register(flags)
+	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
+	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
+	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
+	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the instance from (empty: resume it here)")
+	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the instance over at (empty: it is not migratable)")
+	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration")
+	flags.BoolVar(&opts.noPostcopy, "disable-postcopy-migration", false, "send everything before the instance resumes at its destination (always so in this version)")
+	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long saving and rolling back may take")
+	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at (not available in this version)")
+	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
+	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
+	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "use the hypervisor's synchronous disk engine")
+	return cmd
+}
+
+func runPeer(cmd *cobra.Command, opts peerOptions) error {
+	ctx, log, out := cmd.Context(), logger(cmd.Context()), cmd.ErrOrStderr()
+	if opts.concurrency < 1 {
+		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
+	}
+	if opts.rescueTimeout <= 0 {
+		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescueTimeout)
+	}
+	if opts.metrics != "" {
+		return usageErrorf("--metrics is not available in this version; leave it out")
+	}
+	if opts.boot && opts.raddr != "" {
+		return usageErrorf("--boot and --raddr exclude each other: an instance that is received runs already")
+	}
+	devices, err := peerDevices(opts)
+	if err != nil {
+		return err
+	}
+	if err := opts.check(); err != nil {
+		return err
+	}
+	backend, err := opts.backend()
+	if err != nil {
+		return err
+	}
+	host := opts.host(cmd)
+	host.IOEngineSync = opts.ioEngineSync
+	cfg := peer.Config{
+		Devices: devices, Backend: backend, Host: host, ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
+		Concurrency: opts.concurrency, Logger: log,
+	}
+
+	if opts.laddr != "" {
+		if err := cfg.CheckMigratable(); err != nil {
+			return usageErrorf("--devices: with --laddr, %w", err)
+		}
+	}
+	reports, err := openReports(opts.report)
+	if err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	defer reports.close()
+
+	// The address to listen on is taken before anything is begun, so that a port in use costs nothing.
+	var listener net.Listener
+	if opts.laddr != "" {
+		if transport.Insecure(opts.laddr) {
+			log.Warn("peers are neither authenticated nor encrypted; use a trusted network", "laddr", opts.laddr)
+		}
+		if listener, err = transport.Listen(ctx, opts.laddr); err != nil {
+			return fmt.Errorf("--laddr: %w", err)
+		}
+		defer listener.Close()
+	}
+
+	p, err := startPeer(ctx, cfg, opts, reports, out)
+	if err != nil {
+		return interrupted(cmd, err)
+	}
+	err = servePeer(ctx, p, listener, reports, out)
+	return errors.Join(err, p.Close(ctx))
+}
+
+// startPeer brings the instance up, in the way the options ask for.
+func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *reports, out io.Writer) (*peer.Peer, error) {
+	switch {
+	case opts.raddr != "":
+		if transport.Insecure(opts.raddr) {
+			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
+		}
+		conn, err := transport.Dial(ctx, opts.raddr)
+		if err != nil {
+			return nil, fmt.Errorf("--raddr: %w", err)
+		}
+		defer conn.Close()
+		p, report, err := peer.Receive(ctx, cfg, []io.ReadWriter{conn})
+		if err := reports.write(report); err != nil {
+			cfg.Logger.Error("could not write the report of a migration", "error", err)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("receive from %q: %w", opts.raddr, err)
+		}
+		fmt.Fprintf(out, "Received VM on %s: %v\n", p.VMPath(), report)
+		return p, nil
+	case opts.boot:
+		p, err := peer.Boot(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(out, "Booted VM on %s\n", p.VMPath())
+		return p, nil
+	default:
+		p, err := peer.Resume(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration(), p.VMPath())
+		return p, nil
+	}
+}
+
+// servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal.
+func servePeer(ctx context.Context, p *peer.Peer, listener net.Listener, reports *reports, out io.Writer) error {
+	conns := make(chan net.Conn)
+	if listener != nil {
+		fmt.Fprintf(out, "Serving on %s\n", listener.Addr())
+		accepted := make(chan struct{})
+		defer func() {
+			listener.Close()
+			<-accepted
+		}()
+		stop, cancel := context.WithCancel(ctx)
+		defer cancel()
+		go func() {
+			defer close(accepted)
+			for {
+				conn, err := listener.Accept()
+				if err != nil {
+					return // closed by us
+				}
+				select {
+				case conns <- conn:
+				case <-stop.Done():
+					conn.Close()
+					return
+				}
+			}
+		}()
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
+			return nil
+		case <-p.Done():
+			if err := p.Err(); err != nil {
+				return fmt.Errorf("the VM ended: %w", err)
+			}
+			fmt.Fprintf(out, "The guest shut down\n")
+			return nil
+		case conn := <-conns:
+			report, err := p.Send(ctx, []io.ReadWriter{conn})
+			conn.Close()
+			if err := reports.write(report); err != nil {
+				logger(ctx).Error("could not write the report of a migration", "error", err)
+			}
+			switch {
+			case err == nil:
+				fmt.Fprintf(out, "Sent VM to %s: %v\n", conn.RemoteAddr(), report)
+				return nil
+			case errors.Is(err, migrate.ErrInDoubt):
+				return fmt.Errorf("send to %s: %w", conn.RemoteAddr(), err)
+			default:
+				// The VM runs on here, as if nobody had asked.
+				fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", conn.RemoteAddr(), err)
+			}
+		}
+	}
+}
+
+// peerDevices are the devices of the instance, from --devices, or from --package and --instance, or the defaults.
+func peerDevices(opts peerOptions) ([]peer.Device, error) {
+	switch {
+	case opts.devices != "" && (opts.packagePath != "" || opts.instance != ""):
+		return nil, usageErrorf("--devices excludes --package and --instance")
+	case opts.devices == "" && opts.packagePath == "" && opts.instance != "":
+		return nil, usageErrorf("--instance %q needs --package: the package that it is an instance of", opts.instance)
+	case opts.packagePath != "":
+		return packageDevices(opts.packagePath, opts.instance)
+	case opts.devices == "":
+		opts.devices = defaultPeerDevices()
+	}
+	decoded, err := decodeDevices[peerDevice](opts.devices)
+	if err != nil {
+		return nil, err
+	}
+	var devices []peer.Device
+	var configs []runner.DeviceConfig
+	for _, d := range decoded {
+		device, err := d.device()
+		if err != nil {
+			return nil, err
+		}
+		devices = append(devices, device)
+		configs = append(configs, device.DeviceConfig)
+	}
+	if err := runner.CheckDevices(configs); err != nil {
+		return nil, usageErrorf("--devices: %w", err)
+	}
+	return devices, nil
+}
+
+// packageDevices fills in the devices of a package, with overlays in the instance's folder if there is one: for all of them,
+// as a migration to here writes to each.
+func packageDevices(path, instance string) ([]peer.Device, error) {
+	pkg, err := vmpackage.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("--package: %w", err)
+	}
+	var devices []peer.Device
+	for _, d := range pkg.Devices {
+		device := peer.Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}, Policy: defaultPolicy}
+		if instance != "" {
+			device.Overlay = filepath.Join(instance, "overlay", filepath.Base(d.Path))
+			device.State = filepath.Join(instance, "state", filepath.Base(d.Path))
+		}
+		devices = append(devices, device)
+	}
+	return devices, nil
+}
+
+// defaultPolicy copies until what is left takes no longer than a client would notice.
+var defaultPolicy = migrate.Policy{MaxDowntime: 10 * time.Millisecond}
+
+// defaultPeerDevices are the devices of out/package with overlays beside it, as documented for --devices.
+func defaultPeerDevices() string {
+	migratable := true
+	devices := []peerDevice{}
+	for _, name := range vmpackage.KnownNames() {
+		file := vmpackage.DefaultFile(name)
+		base := filepath.Join("out", "package", file)
+		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci") {
+			continue
+		}
+		devices = append(devices, peerDevice{
+			Name: name, Base: base, Overlay: filepath.Join("out", "overlay", file), State: filepath.Join("out", "state", file),
+			BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: 200, MinCycles: 5, MaxCycles: 20,
+			CycleThrottle: 500 * time.Millisecond, MakeMigratable: &migratable,
+		})
+	}
+	b, _ := json.Marshal(devices) // strings and numbers only: cannot fail
+	return string(b)
+}
+
+// reports is the file of --report. The zero value writes nothing.
+type reports struct{ file *os.File }
+
+func openReports(path string) (*reports, error) {
+	if path == "" {
+		return &reports{}, nil
+	}
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	return &reports{f}, nil
+}
+
+func (r *reports) write(report *migrate.Report) error {
+	if r.file == nil {
+		return nil
+	}
+	b, err := json.Marshal(report)
+	if err != nil {
+		return err
+	}
+	_, err = r.file.Write(append(b, '\n'))
+	return err
+}
+
+func (r *reports) close() error {
+	if r.file == nil {
+		return nil
+	}
+	return r.file.Close()
+}

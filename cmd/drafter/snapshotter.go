@@ -1,0 +1,146 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/snapshot"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+// snapshotterDevice is an element of the snapshotter's --devices.
+type snapshotterDevice struct {
+	Name   string `json:"name"`
+	Input  string `json:"input"`
+	Output string `json:"output"`
+}
+
+type snapshotterOptions struct {
+	machineFlags
+	devices      string
+	ioEngineSync bool
+	cpuCount     int
+	memorySize   int64 // MiB
+	cpuTemplate  string
+	bootArgs     string
+	iface        string
+	mac          string
+	livenessPort uint32
+	agentPort    uint32
+}
+
+func newSnapshotterCommand() *cobra.Command {
+	var opts snapshotterOptions
+	cmd := &cobra.Command{
+		Use:   "snapshotter",
+		Short: "Boot a blueprint and write it down as a package that can be resumed",
+		Long: `Boot a blueprint in a machine, wait until the guest says that it is up, tell its agent that it will be suspended, and
+write a package: device state, memory, machine description, and copies of the blueprint's files.
+
+Each device is {"name":NAME,"input":BLUEPRINT_FILE,"output":PACKAGE_FILE}; state, memory and config have no input. Names
+other than state, memory, kernel, initrd, disk, config and oci are additional disks, attached in the order given.
+
+Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be used; 130 ended by a signal, no package made.`,
+		Example: `  drafter snapshotter
+  drafter snapshotter --memory-size 512 --devices '[
+    {"name":"state","output":"out/package/state.bin"},
+    {"name":"memory","output":"out/package/memory.bin"},
+    {"name":"kernel","input":"out/blueprint/vmlinux","output":"out/package/vmlinux"},
+    {"name":"initrd","input":"out/blueprint/initrd.img","output":"out/package/initrd.img"},
+    {"name":"disk","input":"out/blueprint/rootfs.ext4","output":"out/package/rootfs.ext4"},
+    {"name":"config","output":"out/package/config.json"}]'`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return runSnapshotter(cmd, opts) },
+	}
+	flags := cmd.Flags()
+	opts.register(flags)
+	flags.StringVar(&opts.devices, "devices", "", "devices of the package, a JSON array (default: out/blueprint/* to out/package/*)")
+	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "use the hypervisor's synchronous disk engine")
+	flags.IntVar(&opts.cpuCount, "cpu-count", 1, "virtual CPUs")
+	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")
+	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it (None: the default for the acceleration)")
+	flags.StringVar(&opts.bootArgs, "boot-args", snapshot.DefaultBootArgs, "kernel arguments")
+	flags.StringVar(&opts.iface, "interface", "tap0", "tap interface in the network namespace (empty: a guest without network)")
+	flags.StringVar(&opts.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
+	flags.Uint32Var(&opts.livenessPort, "liveness-vsock-port", snapshot.DefaultLivenessVSockPort, "port on which the guest says that it is up (0: it does not)")
+	flags.Uint32Var(&opts.agentPort, "agent-vsock-port", snapshot.DefaultAgentVSockPort, "port of the guest's agent (0: it has none)")
+	return cmd
+}
+
+func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
+	if opts.devices == "" {
+		opts.devices = defaultSnapshotterDevices()
+	}
+	decoded, err := decodeDevices[snapshotterDevice](opts.devices)
+	if err != nil {
+		return err
+	}
+	var devices []snapshot.Device
+	for _, d := range decoded {
+		devices = append(devices, snapshot.Device(d))
+	}
+	if opts.cpuCount < 1 {
+		return usageErrorf("--cpu-count %d: give at least 1", opts.cpuCount)
+	}
+	if opts.memorySize < 1 || opts.memorySize > 1<<24 {
+		return usageErrorf("--memory-size %d: give MiB, from 1 to %d", opts.memorySize, 1<<24)
+	}
+	if opts.iface == "" {
+		opts.mac, opts.netns = "", ""
+	} else if _, err := net.ParseMAC(opts.mac); err != nil {
+		return usageErrorf("--mac %q is not a MAC address, like 02:0e:d9:fd:68:3d", opts.mac)
+	}
+	if err := opts.check(); err != nil {
+		return err
+	}
+	backend, err := opts.backend()
+	if err != nil {
+		return err
+	}
+	host := opts.host(cmd)
+	host.Interface, host.IOEngineSync = opts.iface, opts.ioEngineSync
+
+	result, err := snapshot.Create(cmd.Context(), snapshot.Config{
+		Backend: backend, Devices: devices, Host: host,
+		CPUCount: opts.cpuCount, MemorySize: opts.memorySize << 20, CPUTemplate: opts.cpuTemplate, Accel: opts.accel,
+		BootArgs: opts.bootArgs, MAC: opts.mac, LivenessVSockPort: opts.livenessPort, AgentVSockPort: opts.agentPort,
+		ResumeTimeout: opts.resumeTimeout, Logger: logger(cmd.Context()),
+		Progress: func(stage string) { logger(cmd.Context()).Info("snapshot", "stage", stage) },
+	})
+	if err != nil {
+		return interrupted(cmd, err)
+	}
+	where := "the outputs given"
+	if result.Manifest != nil {
+		where = filepath.Dir(devices[0].Output)
+	}
+	fmt.Fprintf(cmd.ErrOrStderr(), "Booted in %s, wrote the package to %s\n", result.BootTime.Round(10*time.Millisecond), where)
+	return nil
+}
+
+// defaultSnapshotterDevices takes what is in out/blueprint to out/package. The initrd and the OCI disk are there or not,
+// depending on the blueprint.
+func defaultSnapshotterDevices() string {
+	devices := []snapshotterDevice{}
+	for _, name := range vmpackage.KnownNames() {
+		d := snapshotterDevice{Name: name, Output: filepath.Join("out", "package", vmpackage.DefaultFile(name))}
+		switch name {
+		case runner.StateDevice, runner.MemoryDevice, runner.ConfigDevice:
+		default:
+			d.Input = filepath.Join("out", "blueprint", vmpackage.DefaultFile(name))
+			if _, err := os.Stat(d.Input); err != nil && (name == runner.InitrdDevice || name == "oci") {
+				continue
+			}
+		}
+		devices = append(devices, d)
+	}
+	b, _ := json.Marshal(devices) // strings only: cannot fail
+	return string(b)
+}

@@ -1,0 +1,519 @@
+// Package e2e tests the whole path with real machines: a guest that checks itself is snapshotted, resumed, cloned, and moved
+// between peers while it writes to all of its memory and to its disk.
+//
+// The tests need root, QEMU and, once, the Debian mirror; they skip, with the reason, where that is missing, and TestMain
+// fails when nothing ran.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/snapshot"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+const (
+	memorySize = 128 << 20
+	diskSize   = 64 << 20
+	// ramMiB is how much of its memory the guest writes over and over: all but what kernel and programs need.
+	ramMiB = 64
+)
+
+// guestWait bounds anything a guest is asked to do. Emulated guests on a busy machine are slow; a hang is longer still.
+const guestWait = 3 * time.Minute
+
+// guest is a package whose guest obeys commands on its console and has an agent.
+type guest struct {
+	backend vmm.Backend
+	pkg     string // folder of the package
+	console *testguest.Console
+}
+
+func newContext(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(t.Context(), guestWait)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// shortDir is a temporary folder with a path short enough for unix sockets.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "dr")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// newConsole returns a console whose log a failing test shows.
+func newConsole(t *testing.T) *testguest.Console {
+	t.Helper()
+	c, err := testguest.NewConsole()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		c.Close()
+		if t.Failed() {
+			t.Logf("the guest's console:\n%s", c.Log())
+		}
+	})
+	return c
+}
+
+// build builds a static program for the guest.
+func build(t *testing.T, pkg string) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", pkg, err, out)
+	}
+	return path
+}
+
+// newGuest makes a package in the way drafter snapshotter does.
+func newGuest(t *testing.T, extraDisks ...string) *guest {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: userfaultfd in another process, and network namespaces")
+	}
+	if testing.Short() {
+		t.Skip("boots real machines: left out with -short")
+	}
+	kernel, initrd := testguest.BuildWith(t, map[string]string{
+		"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest"),
+	})
+	dir := shortDir(t)
+	g := &guest{backend: qemu.New(qemu.Options{}), pkg: filepath.Join(dir, "package"), console: newConsole(t)}
+	out := func(name string) string { return filepath.Join(g.pkg, vmpackage.DefaultFile(name)) }
+	devices := []snapshot.Device{
+		{Name: "state", Output: out("state")}, {Name: "memory", Output: out("memory")}, {Name: "config", Output: out("config")},
+		{Name: "kernel", Input: kernel, Output: out("kernel")}, {Name: "initrd", Input: initrd, Output: out("initrd")},
+	}
+	for _, name := range append([]string{"disk"}, extraDisks...) {
+		blank := filepath.Join(dir, name+".blank")
+		if err := os.WriteFile(blank, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Truncate(blank, diskSize); err != nil {
+			t.Fatal(err)
+		}
+		devices = append(devices, snapshot.Device{Name: name, Input: blank, Output: out(name)})
+	}
+
+	ctx, cancel := context.WithCancel(newContext(t))
+	defer cancel()
+	started := make(chan error, 1)
+	go func() { started <- g.startServices(ctx) }()
+	_, err := snapshot.Create(ctx, snapshot.Config{
+		Backend: g.backend, Devices: devices, MemorySize: memorySize, BootArgs: "console=ttyS0 quiet panic=-1 testguest.channel=off",
+		LivenessVSockPort: snapshot.DefaultLivenessVSockPort, AgentVSockPort: snapshot.DefaultAgentVSockPort,
+		Host: g.host(t),
+	})
+	if err != nil {
+		cancel()
+	}
+	if err := errors.Join(err, <-started); err != nil {
+		t.Fatalf("make package: %v", err)
+	}
+	return g
+}
+
+// startServices does what the init system of a blueprint does.
+func (g *guest) startServices(ctx context.Context) error {
+	if err := g.console.Ready(ctx); err != nil {
+		return err
+	}
+	for _, command := range []string{
+		"spawn /bin/drafter-agent vsock",
+		"spawn /bin/drafter-agent agent --shell-cmd /bin/guest --before-suspend-cmd before --after-resume-cmd after",
+		"spawn /bin/drafter-agent liveness",
+	} {
+		if _, err := g.console.Do(ctx, command); err != nil {
+			return fmt.Errorf("%s: %w", command, err)
+		}
+	}
+	return nil
+}
+
+func (g *guest) host(t *testing.T) runner.Host {
+	return runner.Host{Dir: shortDir(t), SerialOutput: g.console, SerialInput: g.console.Input()}
+}
+
+// config is an instance of the package with overlays in folder.
+func (g *guest) config(t *testing.T, folder string) peer.Config {
+	t.Helper()
+	pkg, err := vmpackage.Open(g.pkg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cfg := peer.Config{Backend: g.backend, Host: g.host(t), ResumeTimeout: guestWait}
+	for _, d := range pkg.Devices {
+		device := peer.Device{
+			DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path},
+			Policy:       migrate.Policy{MaxDirtyBlocks: 200, MinCycles: 1, MaxCycles: 5},
+		}
+		if folder != "" {
+			device.Overlay = filepath.Join(folder, "overlay", d.Name)
+			device.State = filepath.Join(folder, "state", d.Name)
+		}
+		cfg.Devices = append(cfg.Devices, device)
+	}
+	return cfg
+}
+
+// do asks the guest, and fails the test when it cannot.
+func (g *guest) do(t *testing.T, command string) string {
+	t.Helper()
+	answer, err := g.console.Do(newContext(t), command)
+	if err != nil {
+		t.Fatalf("guest: %s: %v", command, err)
+	}
+	return answer
+}
+
+// move hands the instance over from one peer to a new one, over TCP.
+func move(t *testing.T, from *peer.Peer, to peer.Config) (*peer.Peer, *migrate.Report) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ctx := newContext(t)
+	var wg sync.WaitGroup
+	var sent *migrate.Report
+	var sendErr error
+	wg.Go(func() {
+		conn, err := l.Accept()
+		if err != nil {
+			sendErr = err
+			return
+		}
+		defer conn.Close()
+		sent, sendErr = from.Send(ctx, []io.ReadWriter{conn})
+	})
+	conn, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	p, _, err := peer.Receive(ctx, to, []io.ReadWriter{conn})
+	wg.Wait()
+	if err := errors.Join(err, sendErr); err != nil {
+		t.Fatalf("move: %v", err)
+	}
+	t.Logf("moved: %v", sent)
+	if err := from.Close(ctx); err != nil {
+		t.Errorf("close the source after the move: %v", err)
+	}
+	return p, sent
+}
+
+func TestMigrateUnderLoad(t *testing.T) {
+	g := newGuest(t)
+	ctx := newContext(t)
+	folders := []string{shortDir(t), shortDir(t)}
+	p, err := peer.Resume(ctx, g.config(t, folders[0]))
+	if err != nil {
+		t.Fatalf("resume: %v", err)
+	}
+	defer func() { p.Close(context.WithoutCancel(ctx)) }()
+
+	g.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	g.do(t, "disk disk start 4096")
+	for n := 1; n <= 3; n++ {
+		var report *migrate.Report
+		p, report = move(t, p, g.config(t, folders[n%2]))
+		if len(report.Digests) == 0 {
+			t.Error("the report has no digests: nothing was compared")
+		}
+		t.Logf("memory at %s, disk at %s", g.do(t, "mem status"), g.do(t, "disk disk status"))
+	}
+	g.do(t, "mem stop")
+	t.Logf("memory verified: %s", g.do(t, "mem verify"))
+	t.Logf("disk verified: %s", g.do(t, "disk disk verify"))
+
+	// Closed and resumed, it goes on, and what it wrote before is still right.
+	g.do(t, "mem go")
+	if err := p.Close(ctx); err != nil {
+		t.Fatalf("close: %v", err)
+	}
+	if p, err = peer.Resume(ctx, g.config(t, folders[1])); err != nil {
+		t.Fatalf("resume after close: %v", err)
+	}
+	g.do(t, "mem stop")
+	t.Logf("memory verified after close and resume: %s", g.do(t, "mem verify"))
+	t.Logf("disk verified after close and resume: %s", g.do(t, "disk disk verify"))
+
+	// The folder it moved away from must never run it again.
+	if _, err := peer.Resume(ctx, g.config(t, folders[0])); !errors.Is(err, runner.ErrNotSaved) || !strings.Contains(err.Error(), "moved") {
+		t.Errorf("resume where it moved away from: error %v, want one that says so", err)
+	}
+}
+
+// TestVerifierFindsAPlantedError shows that the checks of TestMigrateUnderLoad can fail: one page of the saved memory image
+// and one block of the disk are changed behind the guest's back.
+func TestVerifierFindsAPlantedError(t *testing.T) {
+	g := newGuest(t)
+	ctx := newContext(t)
+	p, err := peer.Resume(ctx, g.config(t, ""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	g.do(t, "disk disk start 64")
+	for g.do(t, "disk disk status") == "0" {
+	}
+	g.do(t, "mem stop")
+	g.do(t, "disk disk stop")
+	if err := p.Close(ctx); err != nil {
+		t.Fatal(err)
+	}
+	damaged := 0
+	for _, name := range []string{"memory", "disk"} {
+		damaged += damage(t, filepath.Join(g.pkg, vmpackage.DefaultFile(name)))
+	}
+	if damaged == 0 {
+		t.Fatal("found nothing to damage")
+	}
+	if p, err = peer.Resume(ctx, g.config(t, "")); err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close(ctx)
+	for _, command := range []string{"mem verify", "disk disk verify"} {
+		if answer, err := g.console.Do(ctx, command); err == nil {
+			t.Errorf("guest: %s found nothing wrong in damaged content: %s", command, answer)
+		}
+	}
+}
+
+// damage changes bytes in the middle of the longest stretch of data of a file's second half.
+func damage(t *testing.T, path string) int {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buf := make([]byte, 4096)
+	n := 0
+	for off := int64(0); ; off += 4096 {
+		if _, err := f.ReadAt(buf, off); err != nil {
+			return n
+		}
+		if strings.HasSuffix(path, "rootfs.ext4") && string(buf[:8]) != "\x00\x00\x00\x00\x00\x00\x00\x00" || looksLikeCounter(buf) {
+			buf[2048] ^= 0xff
+			if _, err := f.WriteAt(buf, off); err != nil {
+				t.Fatal(err)
+			}
+			n++
+		}
+	}
+}
+
+// looksLikeCounter recognises a page that the guest's memory test wrote: the same eight bytes throughout, not zero.
+func looksLikeCounter(p []byte) bool {
+	word := string(p[:8])
+	if word == "\x00\x00\x00\x00\x00\x00\x00\x00" || word == "\xff\xff\xff\xff\xff\xff\xff\xff" {
+		return false
+	}
+	for i := 8; i < len(p); i += 8 {
+		if string(p[i:i+8]) != word {
+			return false
+		}
+	}
+	return true
+}
+
+func TestCloneTwice(t *testing.T) {
+	g := newGuest(t)
+	before := digests(t, g.pkg)
+	first := g.console
+	for n := range 2 {
+		// A console each: the clones run at the same time.
+		g.console = newConsole(t)
+		p, err := peer.Resume(newContext(t), g.config(t, shortDir(t)))
+		if err != nil {
+			t.Fatalf("resume clone %d: %v", n, err)
+		}
+		defer p.Close(context.WithoutCancel(t.Context()))
+		name := fmt.Sprintf("clone-%d", n)
+		g.do(t, "put /name "+name)
+		g.do(t, fmt.Sprintf("disk disk write 0 4096 %d", n+1))
+		defer func(c *testguest.Console) {
+			g.console = c
+			if got := g.do(t, "cat /name"); !strings.Contains(got, name) {
+				t.Errorf("clone %d has name %s: clones are not independent", n, got)
+			}
+		}(g.console)
+	}
+	g.console = first
+	if after := digests(t, g.pkg); after != before {
+		t.Errorf("the package changed while clones of it ran:\n%s\nwas\n%s", after, before)
+	}
+}
+
+// digests are those of all files of a folder.
+func digests(t *testing.T, dir string) string {
+	t.Helper()
+	out, err := exec.Command("sh", "-c", "cd "+dir+" && sha256sum *").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(out)
+}
+
+func TestAdditionalDisk(t *testing.T) {
+	g := newGuest(t, "data", "logs")
+	p, err := peer.Resume(newContext(t), g.config(t, shortDir(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { p.Close(context.WithoutCancel(t.Context())) }()
+	for n, name := range []string{"disk", "data", "logs"} {
+		if got := strings.TrimSpace(g.do(t, "cat /sys/block/vd"+string(rune('a'+n))+"/serial")); !strings.Contains(got, name) {
+			t.Errorf("/dev/vd%c is %s, want %q: disks are not in the order given", 'a'+n, got, name)
+		}
+		if got := g.do(t, "disk "+name+" info"); got != fmt.Sprint(diskSize) {
+			t.Errorf("disk %q has size %s in the guest, want %d", name, got, diskSize)
+		}
+	}
+	want := g.do(t, "disk data write 1048576 1048576 7")
+	p, _ = move(t, p, g.config(t, shortDir(t)))
+	if got := g.do(t, "disk data sum 1048576 1048576"); got != want {
+		t.Errorf("additional disk has digest %s after the move, want %s", got, want)
+	}
+}
+
+// TestGuestSockets opens a port of the application in both directions, before and after a move.
+func TestGuestSockets(t *testing.T) {
+	g := newGuest(t)
+	p, err := peer.Resume(newContext(t), g.config(t, shortDir(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { p.Close(context.WithoutCancel(t.Context())) }()
+	g.do(t, "spawn /bin/guest listen 1234")
+	for _, when := range []string{"before the move", "after the move"} {
+		// Host to guest: the guest echoes.
+		conn, err := socket.DialGuest(newContext(t), p.VMPath(), 1234)
+		if err != nil {
+			t.Fatalf("%s: dial the guest: %v", when, err)
+		}
+		fmt.Fprintf(conn, "hello\n")
+		buf := make([]byte, 6)
+		if _, err := io.ReadFull(conn, buf); err != nil || string(buf) != "hello\n" {
+			t.Errorf("%s: the guest echoed %q, error %v", when, buf, err)
+		}
+		conn.Close()
+
+		// Guest to host.
+		l, err := socket.ListenHost(p.VMPath(), 4321)
+		if err != nil {
+			t.Fatal(err)
+		}
+		heard := make(chan string, 1)
+		go func() {
+			conn, err := l.Accept()
+			if err != nil {
+				heard <- err.Error()
+				return
+			}
+			defer conn.Close()
+			b, _ := io.ReadAll(conn)
+			heard <- string(b)
+		}()
+		g.do(t, "run /bin/guest say 4321 greetings")
+		if got := <-heard; got != "greetings" {
+			t.Errorf("%s: heard %q from the guest", when, got)
+		}
+		l.Close()
+
+		if when == "before the move" {
+			held, err := socket.DialGuest(newContext(t), p.VMPath(), 1234)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, _ = move(t, p, g.config(t, shortDir(t)))
+			// Streams are reset by a move: who waits on one learns it.
+			if n, err := held.Read(buf); err == nil {
+				t.Errorf("a stream that was open during the move gave %d bytes after it", n)
+			}
+			held.Close()
+		}
+	}
+}
+
+// TestHooksRunOnce counts how often the agent's hooks ran: once for each suspend, once for each resume.
+func TestHooksRunOnce(t *testing.T) {
+	g := newGuest(t) // one suspend
+	var suspended, resumed atomic.Int64
+	hooks := runner.Hooks{Suspended: func() { suspended.Add(1) }, AfterResume: func() { resumed.Add(1) }}
+	folder := shortDir(t)
+	cfg := g.config(t, folder)
+	cfg.Hooks = hooks
+	p, err := peer.Resume(newContext(t), cfg) // one resume
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { p.Close(context.WithoutCancel(t.Context())) }()
+	check := func(when string, before, after int) {
+		t.Helper()
+		if got := strings.Count(g.do(t, "cat /hooks"), "[before]"); got != before {
+			t.Errorf("%s: the before-suspend hook ran %d times, want %d", when, got, before)
+		}
+		if got := strings.Count(g.do(t, "cat /hooks"), "[after]"); got != after {
+			t.Errorf("%s: the after-resume hook ran %d times, want %d", when, got, after)
+		}
+	}
+	check("after snapshot and resume", 1, 1)
+	to := g.config(t, shortDir(t))
+	to.Hooks = hooks
+	p, _ = move(t, p, to)
+	check("after a move", 2, 2)
+
+	// A migration that fails before the commit: suspended or not, the guest runs on and its hooks are balanced.
+	left, right := net.Pipe()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := p.Send(newContext(t), []io.ReadWriter{left})
+		failed <- err
+	}()
+	broken := g.config(t, shortDir(t))
+	broken.Devices = broken.Devices[1:]
+	if _, _, err := peer.Receive(newContext(t), broken, []io.ReadWriter{right}); err == nil {
+		t.Error("a destination without one of the devices received the instance")
+	}
+	if err := <-failed; err == nil {
+		t.Error("sending to a destination without one of the devices succeeded")
+	}
+	left.Close()
+	right.Close()
+	check("after a refused move", 2, 2)
+	if suspended.Load() != 1 || resumed.Load() != 2 {
+		t.Errorf("the host's hooks saw %d suspends and %d resumes, want 1 and 2", suspended.Load(), resumed.Load())
+	}
+}

@@ -1,0 +1,272 @@
+package peer
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Device is a device of a peer's instance.
+type Device struct {
+	runner.DeviceConfig
+
+	// Policy says when pre-copy of this device has done enough. The zero value copies once, then switches.
+	Policy migrate.Policy
+
+	// Stationary devices do not travel: the destination has them already. An instance can be
+	// sent only if its stationary devices do not change while it runs: kernel, initrd, config.
+	Stationary bool
+}
+
+// Config is a peer's instance on this host.
+type Config struct {
+	Devices []Device    // the disks among them in the order the guest sees them
+	Backend vmm.Backend // runs the machine
+	Host    runner.Host
+	Hooks   runner.Hooks
+
+	// Concurrency bounds the workers of a migration. 0 means migrate's default.
+	Concurrency int
+
+	// ResumeTimeout bounds each wait for the guest's agent. Default: one minute.
+	ResumeTimeout time.Duration
+	// RescueTimeout bounds saving, rolling back and cleaning up. Default: one minute.
+	RescueTimeout time.Duration
+
+	// Progress is told how a migration goes. Nil is allowed.
+	Progress func(migrate.Progress)
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+func (c Config) runner() runner.Config {
+	rc := runner.Config{
+		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout, Logger: c.Logger,
+	}
+	for _, d := range c.Devices {
+		rc.Devices = append(rc.Devices, d.DeviceConfig)
+	}
+	return rc
+}
+
+func (c Config) withDefaults() Config {
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if c.RescueTimeout == 0 {
+		c.RescueTimeout = time.Minute
+	}
+	return c
+}
+
+// CheckMigratable reports why an instance with these devices could not be sent.
+func (c Config) CheckMigratable() error {
+	for _, d := range c.Devices {
+		if d.Stationary && (runner.IsDisk(d.Name) || d.Name == runner.MemoryDevice || d.Name == runner.StateDevice) {
+			return fmt.Errorf("device %q changes while the instance runs, so it cannot stay behind when the instance moves: make it migratable", d.Name)
+		}
+	}
+	return nil
+}
+
+// ErrBusy is returned by Send while another Send runs.
+var ErrBusy = errors.New("a migration is under way")
+
+// Peer owns one running instance.
+type Peer struct {
+	cfg      Config
+	instance *runner.Instance
+
+	mu      sync.Mutex         // guards what follows
+	sending bool               // a Send runs
+	cancel  context.CancelFunc // of that Send
+	idle    chan struct{}      // closed when no Send runs
+}
+
+func newPeer(cfg Config, i *runner.Instance) *Peer {
+	p := &Peer{cfg: cfg, instance: i, idle: make(chan struct{})}
+	close(p.idle)
+	return p
+}
+
+// Resume starts the instance on this host from its saved state.
+func Resume(ctx context.Context, cfg Config) (*Peer, error) {
+	return start(ctx, cfg, runner.Resume)
+}
+
+// Boot starts the instance on this host by booting its disks; the memory it was saved with is lost.
+func Boot(ctx context.Context, cfg Config) (*Peer, error) {
+	return start(ctx, cfg, runner.Boot)
+}
+
+func start(ctx context.Context, cfg Config, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
+	cfg = cfg.withDefaults()
+	i, err := how(ctx, cfg.runner())
+	if err != nil {
+		return nil, err
+	}
+	return newPeer(cfg, i), nil
+}
+
+// Receive takes over a running instance from the peer at the other end of streams. When it fails, the instance runs on at
+// the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams stay the caller's to
+// close. The report is there in any case.
+func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
+	cfg = cfg.withDefaults()
+	t := &target{cfg: cfg}
+	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
+		Target: t, Journal: t, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
+	})
+	if err != nil {
+		if t.instance != nil && errors.Is(err, migrate.ErrInDoubt) {
+			// It may be ours, and it may not run: what was received stays on disk, the machine does not.
+			err = errors.Join(err, t.instance.Kill())
+		}
+		return nil, report, err
+	}
+	// The guest serves by now. An agent that does not answer is the operator's to know, not a reason to stop it.
+	if err := t.instance.AfterResume(ctx); err != nil {
+		cfg.Logger.Error("the instance was received and runs, but its agent failed after the resume", "error", err)
+	}
+	return newPeer(cfg, t.instance), report, nil
+}
+
+// Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
+// only Close is left to call. After an error that wraps migrate.ErrInDoubt it is paused for good; after any other error it
+// runs on. The streams stay the caller's to close. The report is there in any case.
+func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
+	if err := p.cfg.CheckMigratable(); err != nil {
+		return &migrate.Report{}, err
+	}
+	ctx, done, err := p.begin(ctx)
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	defer done()
+
+	spec, err := json.Marshal(p.instance.Description())
+	if err != nil {
+		return &migrate.Report{}, fmt.Errorf("describe machine: %w", err)
+	}
+	opened := make(map[string]runner.Device)
+	for _, d := range p.instance.Devices() {
+		opened[d.Config.Name] = d
+	}
+	var devices []migrate.SourceDevice
+	for _, d := range p.cfg.Devices {
+		if of, ok := opened[d.Name]; ok && !d.Stationary {
+			devices = append(devices, migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy})
+		}
+	}
+	return migrate.Send(ctx, streams, migrate.SourceConfig{
+		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
+		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, Logger: p.cfg.Logger,
+	})
+}
+
+// begin registers a Send.
+func (p *Peer) begin(ctx context.Context) (context.Context, func(), error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sending {
+		return nil, nil, ErrBusy
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	p.sending, p.cancel, p.idle = true, cancel, make(chan struct{})
+	return ctx, func() {
+		cancel()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.sending = false
+		close(p.idle)
+	}, nil
+}
+
+// VMPath is the folder with the machine's sockets; guest sockets are at VMPath/vsock.sock.
+func (p *Peer) VMPath() string { return p.instance.VMPath() }
+
+// ResumeDuration is how long the instance took to resume, zero for one that was received or booted.
+func (p *Peer) ResumeDuration() time.Duration { return p.instance.ResumeDuration() }
+
+// Instance is the instance itself.
+func (p *Peer) Instance() *runner.Instance { return p.instance }
+
+// Done is closed when the machine has ended by itself: the guest shut down, or the hypervisor failed; Err says which.
+func (p *Peer) Done() <-chan struct{} { return p.instance.Machine().Done() }
+
+// Err is why the machine ended, once Done is closed: nil when the guest shut down.
+func (p *Peer) Err() error { return p.instance.Machine().Err() }
+
+// Close ends the instance here, saving it if it is ours: see runner.Instance.Close. A Send under way is cancelled, which
+// leaves the instance here unless it was committed.
+func (p *Peer) Close(ctx context.Context) error {
+	p.mu.Lock()
+	if p.cancel != nil {
+		p.cancel()
+	}
+	idle := p.idle
+	p.mu.Unlock()
+	<-idle
+	return p.instance.Close(ctx)
+}
+
+// source is an instance as migrate.Send sees it.
+type source struct{ *runner.Instance }
+
+func (s source) State(ctx context.Context, w io.Writer) error { return s.SaveState(ctx, w) }
+func (s source) Resume(ctx context.Context) error             { return s.Continue(ctx) }
+
+func (s source) Commit(ctx context.Context, id string) error { return s.Release(ctx, id) }
+func (s source) Abort(ctx context.Context, id string) error  { return s.Reclaim(ctx, id) }
+func (s source) Done(context.Context, string) error          { return nil } // Moved says it all
+
+// target is an instance that is being received, as migrate.Receive sees it.
+type target struct {
+	cfg      Config
+	instance *runner.Instance
+}
+
+func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	desc, err := runner.ParseDescription(m.Spec)
+	if err != nil {
+		return nil, migrate.Refuse("machine description: %v", err)
+	}
+	incoming := make([]runner.Incoming, len(m.Devices))
+	for n, d := range m.Devices {
+		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
+	}
+	i, err := runner.Prepare(ctx, t.cfg.runner(), desc, incoming)
+	if err != nil {
+		return nil, err
+	}
+	t.instance = i
+	devices := make([]block.Device, len(incoming))
+	for n, in := range incoming {
+		for _, d := range i.Devices() {
+			if d.Config.Name == in.Name {
+				devices[n] = d.Block
+			}
+		}
+	}
+	return devices, nil
+}
+
+func (t *target) Load(ctx context.Context, state io.Reader) error { return t.instance.Load(ctx, state) }
+func (t *target) Run(ctx context.Context) error                   { return t.instance.Run(ctx) }
+func (t *target) Discard(ctx context.Context) error               { return t.instance.Discard(ctx) }
+
+func (t *target) Commit(ctx context.Context, id string) error { return t.instance.Own(ctx, id) }
+func (t *target) Abort(ctx context.Context, id string) error  { return t.instance.Refuse(ctx, id) }
+func (t *target) Done(context.Context, string) error          { return nil }

@@ -1,0 +1,186 @@
+package runner
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+)
+
+// device is an opened device of an instance.
+type device struct {
+	DeviceConfig
+	block.Device // base, or overlay over base; closes both
+
+	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
+	lock    *os.File       // holds the lock on the base until the device is closed
+	created []string       // files that opening the device made, to remove if nothing comes of it
+}
+
+// openMode says what a device is opened for.
+type openMode int
+
+const (
+	openExisting openMode = iota // what is there is the device
+	openReceive                  // what is there will be overwritten by a migration
+)
+
+// CheckDevices reports the first thing that is wrong with a list of devices before anything is opened.
+func CheckDevices(devices []DeviceConfig) error {
+	names := make(map[string]bool)
+	files := make(map[string]string)
+	for _, d := range devices {
+		if d.Name == "" {
+			return errors.New("a device has no name")
+		}
+		if names[d.Name] {
+			return fmt.Errorf("device %q is configured twice", d.Name)
+		}
+		names[d.Name] = true
+		if d.Base == "" {
+			return fmt.Errorf("device %q has no base: give the file it starts from", d.Name)
+		}
+		if (d.Overlay == "") != (d.State == "") {
+			return fmt.Errorf("device %q has overlay %q and state %q: give both or neither", d.Name, d.Overlay, d.State)
+		}
+		if d.BlockSize != 0 && (d.BlockSize < block.PageSize || d.BlockSize&(d.BlockSize-1) != 0) {
+			return fmt.Errorf("device %q has block size %d: use a power of two of at least %d bytes", d.Name, d.BlockSize, block.PageSize)
+		}
+		for _, path := range []string{d.Base, d.Overlay, d.State} {
+			if path == "" {
+				continue
+			}
+			clean := filepath.Clean(path)
+			if other, ok := files[clean]; ok {
+				return fmt.Errorf("devices %q and %q both use the file %q", other, d.Name, path)
+			}
+			files[clean] = d.Name
+		}
+	}
+	return nil
+}
+
+// writable reports whether the instance changes the device, and so may not share its file with another.
+func (d DeviceConfig) writable() bool {
+	return IsDisk(d.Name) || d.Name == MemoryDevice || d.Name == StateDevice
+}
+
+// openDevice opens one device. A size above zero is what a device must have, and the size it is made with when it is to be
+// received.
+func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error) {
+	d := &device{DeviceConfig: c}
+	defer func() {
+		if err != nil {
+			d.discard()
+			err = fmt.Errorf("open device %q: %w", c.Name, err)
+		}
+	}()
+
+	inPlace := c.Overlay == ""
+	if _, err := os.Stat(c.Base); errors.Is(err, os.ErrNotExist) {
+		if mode != openReceive || !inPlace {
+			return nil, fmt.Errorf("its base %q does not exist: make the package first, or correct the path", c.Base)
+		}
+		if err := d.create(c.Base, size); err != nil {
+			return nil, err
+		}
+	} else if err != nil {
+		return nil, err
+	}
+	if d.lock, err = lockFile(c.Base, inPlace && c.writable()); err != nil {
+		return nil, err
+	}
+
+	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !inPlace || !c.writable() && mode != openReceive})
+	if err != nil {
+		return nil, err
+	}
+	d.Device = base
+	if size > 0 && base.Size() != size {
+		return nil, fmt.Errorf("its base %q has %d bytes, the instance's device has %d: they belong to different packages", c.Base, base.Size(), size)
+	}
+	if !inPlace {
+		for _, path := range []string{c.Overlay, c.State} {
+			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+				return nil, err
+			}
+			if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+				d.created = append(d.created, path)
+			}
+		}
+		overlay, err := block.OpenOverlay(block.OverlayOptions{
+			Base: base, BasePath: c.Base, Overlay: c.Overlay, State: c.State, BlockSize: c.BlockSize,
+			// What a migration brings is mostly what the base holds already, and a saved memory image mostly what it was.
+			ElideUnchanged: mode == openReceive || c.Name == MemoryDevice,
+		})
+		if err != nil {
+			return nil, err
+		}
+		d.Device = overlay
+	}
+	if IsDisk(c.Name) {
+		d.tracked = block.NewTracked(d.Device)
+		d.Device = d.tracked
+	}
+	return d, nil
+}
+
+// create makes the file of a device that will be received.
+func (d *device) create(path string, size int64) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return err
+	}
+	f, err := block.CreateFile(path, size)
+	if err != nil {
+		return err
+	}
+	d.created = append(d.created, path)
+	return f.Close()
+}
+
+// close flushes and closes the device.
+func (d *device) close() error {
+	var errs []error
+	if d.Device != nil {
+		errs = append(errs, d.Device.Close())
+	}
+	if d.lock != nil {
+		errs = append(errs, d.lock.Close())
+		d.lock = nil
+	}
+	return errors.Join(errs...)
+}
+
+// discard closes the device and removes the files that opening it made.
+func (d *device) discard() error {
+	errs := []error{d.close()}
+	for _, path := range d.created {
+		errs = append(errs, os.Remove(path))
+	}
+	return errors.Join(errs...)
+}
+
+// lockFile locks a file for as long as the returned descriptor is open: shared by all who only read it, exclusively by the
+// one who writes it.
+func lockFile(path string, exclusive bool) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	how := unix.LOCK_SH
+	if exclusive {
+		how = unix.LOCK_EX
+	}
+	if err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%q is in use by another instance: close it, or give this instance overlays of its own", path)
+		}
+		return nil, fmt.Errorf("lock %q: %w", path, err)
+	}
+	return f, nil
+}

@@ -1,0 +1,46 @@
+// Package runner runs an instance on this host: it opens the instance's devices, gives them to a machine, and keeps the
+// machine's memory, sockets and records in order until the instance is closed. It knows no network and no peers; package
+// peer moves instances between hosts.
+//
+//	i, err := runner.Resume(ctx, runner.Config{
+//		Backend: qemu.New(qemu.Options{}),
+//		Devices: []runner.DeviceConfig{
+//			{Name: "state", Base: "out/package/state.bin", Overlay: "out/i/overlay/state.bin", State: "out/i/state/state.bin"},
+//			{Name: "memory", Base: "out/package/memory.bin", Overlay: "out/i/overlay/memory.bin", State: "out/i/state/memory.bin"},
+//			{Name: "disk", Base: "out/package/rootfs.ext4", Overlay: "out/i/overlay/rootfs.ext4", State: "out/i/state/rootfs.ext4"},
+//			{Name: "config", Base: "out/package/config.json"},
+//		},
+//	})
+//	if err != nil { … }
+//	fmt.Println(i.VMPath())       // the folder with the machine's sockets
+//	err = i.Close(ctx)            // suspends and saves it; Resume goes on from there
+//
+// # An instance
+//
+// Its devices are files on this host. With overlays, everything that changes goes there and the base is only read, so that
+// any number of instances can share one. Without, the base is the instance: disks are written in place, memory and state
+// are replaced when it is closed. Files are locked while they are in use; a second process that wants them is refused.
+//
+// The state device begins with a [Record], which says whether what the devices hold can be run, and from what: see
+// [Status]. It is written before the fact it allows (Running before the guest may write to a disk, Moved before another peer
+// may run), and Saved is written after memory and disks are durable. A crash at any point therefore leaves a status
+// that is true.
+//
+// # Invariants
+//
+//   - When Resume, Boot or Prepare fails, nothing is left running, and files they made are removed. An instance whose guest
+//     has run before Resume failed (its agent did not answer) is saved first.
+//   - The guest's memory is our memfd; the machine maps it. It is filled lazily on Resume, and tracked for writes only
+//     while a migration asks for it.
+//   - Everything of a running instance that is not a device lies below Host.Dir/HYPERVISOR/ID, in a folder of mode 0700, and
+//     is gone after Close.
+//
+// # Concurrency
+//
+// The methods of an Instance may be called by any goroutine. Those that change its phase exclude each other and may take
+// as long as a guest's agent does.
+//
+// # What it does not do
+//
+// It makes no network: the tap interface in Host.Netns must exist. It does not restart guests that shut down or reboot.
+package runner

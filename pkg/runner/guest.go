@@ -1,0 +1,129 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/agent"
+	"github.com/drafter-vm/drafter/pkg/agent/channel"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+)
+
+// guest is the host's side of the services in an instance's guest. A nil guest has none: every method does nothing.
+type guest struct {
+	path     string
+	log      *slog.Logger
+	channel  *channel.Host   // nil until serve
+	agent    *agent.Host     // nil if the guest has no agent
+	liveness *agent.Liveness // nil unless the guest boots and will say when it is up
+}
+
+// openGuest listens for the guest's services, which must be done before the guest runs.
+func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *guest, err error) {
+	g := &guest{path: path, log: log}
+	defer func() {
+		if err != nil {
+			g.close()
+		}
+	}()
+	if desc.AgentVSockPort != 0 {
+		if g.agent, err = agent.ListenAgent(path, desc.AgentVSockPort, log); err != nil {
+			return nil, err
+		}
+	}
+	if boots && desc.LivenessVSockPort != 0 {
+		if g.liveness, err = agent.ListenLiveness(path, desc.LivenessVSockPort); err != nil {
+			return nil, err
+		}
+	}
+	return g, nil
+}
+
+// serve connects to the machine's guest channel and offers VMPath/vsock.sock.
+func (g *guest) serve() error {
+	if g == nil {
+		return nil
+	}
+	var err error
+	g.channel, err = channel.StartHost(channel.HostConfig{Dir: g.path, Logger: g.log})
+	return err
+}
+
+// close ends all connections with the guest.
+func (g *guest) close() error {
+	if g == nil {
+		return nil
+	}
+	var errs []error
+	if g.agent != nil {
+		errs = append(errs, g.agent.Close())
+	}
+	if g.liveness != nil {
+		errs = append(errs, g.liveness.Close())
+	}
+	if g.channel != nil {
+		errs = append(errs, g.channel.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// waitAlive waits until the guest says that it is up.
+func (g *guest) waitAlive(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
+	if g == nil || g.liveness == nil {
+		return nil
+	}
+	return bounded(ctx, m, timeout, "the guest did not say that it is up", g.liveness.Wait)
+}
+
+// waitAgent waits until the guest's agent is connected.
+func (g *guest) waitAgent(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
+	if g == nil || g.agent == nil {
+		return nil
+	}
+	return bounded(ctx, m, timeout, "the guest's agent did not connect", func(ctx context.Context) error {
+		version, err := g.agent.Wait(ctx)
+		g.log.Debug("agent is connected", "version", version)
+		return err
+	})
+}
+
+func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
+	if g == nil || g.agent == nil {
+		return nil
+	}
+	return bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", g.agent.BeforeSuspend)
+}
+
+func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
+	if g == nil || g.agent == nil {
+		return nil
+	}
+	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
+		return g.agent.AfterResume(ctx, agent.AfterResumeRequest{Entropy: agent.NewEntropy()})
+	})
+}
+
+// bounded calls f with a context that ends after timeout, and when the machine ends.
+func bounded(ctx context.Context, m vmm.Machine, timeout time.Duration, what string, f func(context.Context) error) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within the resume timeout of %s", timeout))
+	defer cancel()
+	ctx, ended := context.WithCancelCause(ctx)
+	stop := make(chan struct{})
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-m.Done():
+			ended(errors.Join(errors.New("the machine has ended"), m.Err()))
+		case <-stop:
+		}
+	}()
+	defer func() { close(stop); <-watched; ended(nil) }()
+	if err := f(ctx); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}

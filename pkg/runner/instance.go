@@ -1,0 +1,806 @@
+package runner
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/expose"
+	"github.com/drafter-vm/drafter/pkg/ram"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+)
+
+// phase is where an instance is in its life in this process.
+//
+//	Resume, Boot ────────────────────► running ⇄ suspended ─ Release ─► moved
+//	Prepare ─► waiting ─ Load ─► suspended ─ Run ─► running
+//	any ─ Close, Kill, Discard ─► closed
+//
+// Every transition is made by one method of Instance, which holds Instance.mu throughout.
+type phase int
+
+const (
+	waiting   phase = iota // devices are being received; the machine has no state
+	suspended              // all vCPUs stopped; memory, device state and disks are consistent
+	running                // ours, and live
+	moved                  // another peer owns the instance, or may
+	closed                 // nothing is left of it in this process
+)
+
+func (p phase) String() string {
+	return [...]string{"waiting", "suspended", "running", "moved", "closed"}[p]
+}
+
+// ErrPhase is returned by a method of Instance that the instance's phase does not allow.
+var ErrPhase = errors.New("instance is not in the right phase")
+
+// Instance is a virtual machine on this host with its devices. Its methods may be called by any goroutine; those that
+// change its phase exclude each other.
+type Instance struct {
+	cfg  Config
+	log  *slog.Logger
+	desc Description
+	root string // folder of this machine, removed at the end: Dir/HYPERVISOR/ID
+	path string // VMPath: root/root
+
+	devices []*device // in the order of the configuration
+	memory  *ram.Memory
+	filler  *ram.Filler // nil unless memory is filled lazily
+	disks   []*expose.Server
+	machine vmm.Machine
+	guest   *guest // nil when the machine has no guest sockets
+
+	mu    sync.Mutex // held through every change of phase; guards phase
+	phase phase
+
+	resumeDuration time.Duration
+}
+
+// Resume starts the instance from its saved state. When it fails, the instance is as it was before.
+//
+// Memory is filled lazily: the guest runs when Resume returns, whatever the size of its memory, and what it touches comes
+// first. With an agent in the guest, Resume returns after the agent has finished its work.
+func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
+	began := time.Now()
+	i, err := open(cfg, openExisting, nil)
+	if err != nil {
+		return nil, err
+	}
+	resumed := false
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.abandon(ctx, resumed))
+		}
+	}()
+	for _, name := range []string{StateDevice, MemoryDevice} {
+		if i.device(name) == nil {
+			return nil, fmt.Errorf("resume instance: no device %q is configured", name)
+		}
+	}
+	state, err := ReadSaved(i.device(StateDevice))
+	if err != nil {
+		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).Base, err)
+	}
+	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
+		return nil, fmt.Errorf("resume instance: the package does not fit this host: %w", err)
+	}
+	if err := i.start(ctx, nil); err != nil {
+		return nil, fmt.Errorf("resume instance: %w", err)
+	}
+	// The filling goes on when this call, and with it its context, is over.
+	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{OnError: func(err error) {
+		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("resume instance: %w", err)
+	}
+	select {
+	case <-i.filler.Ready():
+	case <-ctx.Done():
+		return nil, fmt.Errorf("resume instance: %w", context.Cause(ctx))
+	}
+
+	// From the moment the guest may write to its disks, the saved memory does not belong to them any more: that must be
+	// on record first. It costs a sync, which runs beside the machine's work.
+	var work errgroup.Group
+	resumed = true
+	work.Go(func() error { return writeRecord(i.device(StateDevice), Record{Status: Running}) })
+	work.Go(func() error { return i.machine.Load(ctx, bytes.NewReader(state)) })
+	if err := work.Wait(); err != nil {
+		resumed = false // nothing ran: the saved state is as good as it was
+		return nil, errors.Join(fmt.Errorf("resume instance: %w", err), WriteSaved(i.device(StateDevice), state))
+	}
+	if err := i.run(ctx); err != nil {
+		return nil, fmt.Errorf("resume instance: %w", err)
+	}
+	i.resumeDuration = time.Since(began)
+	if err := i.afterResume(ctx); err != nil {
+		return nil, fmt.Errorf("resume instance: %w", err)
+	}
+	return i, nil
+}
+
+// Boot starts the instance by booting its kernel, with empty memory; what its state and memory devices hold is void from
+// then on. The machine is what its config device describes. With a liveness port in the description, Boot returns when the
+// guest says that it is up.
+func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
+	i, err := open(cfg, openExisting, nil)
+	if err != nil {
+		return nil, err
+	}
+	booted := false
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.abandon(ctx, booted))
+		}
+	}()
+	boot := &vmm.Boot{}
+	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
+	}
+	if boot.Kernel == "" {
+		return nil, fmt.Errorf("boot instance: no device %q is configured", KernelDevice)
+	}
+	if boot.Initrd, err = i.bootFile(ctx, InitrdDevice); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
+	}
+	if state := i.device(StateDevice); state != nil {
+		if err := writeRecord(state, Record{Status: Running}); err != nil {
+			return nil, fmt.Errorf("boot instance: %w", err)
+		}
+	}
+	booted = true
+	if err := i.start(ctx, boot); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
+	}
+	i.phase = running
+	if err := i.guest.waitAlive(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
+	}
+	if err := i.guest.waitAgent(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
+	}
+	return i, nil
+}
+
+// Incoming is a device that a migration will bring.
+type Incoming struct {
+	Name string
+	Size int64 // bytes
+}
+
+// Prepare opens devices to receive a migration into, and starts the machine that waits for it. The incoming devices and the
+// configured ones must match by name, except those configured devices that exist here and do not travel; local names them.
+// [Instance.Target] gives the devices to write to; then come Load and Run, or Discard.
+func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incoming) (_ *Instance, err error) {
+	i, err := open(cfg, openReceive, &reception{desc: desc, incoming: incoming})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, i.Discard(context.WithoutCancel(ctx)))
+		}
+	}()
+	if err := i.cfg.Backend.Compatible(ctx, desc.Spec); err != nil {
+		return nil, fmt.Errorf("prepare instance: its machine does not fit this host: %w", err)
+	}
+	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving}); err != nil {
+		return nil, fmt.Errorf("prepare instance: %w", err)
+	}
+	if err := i.start(ctx, nil); err != nil {
+		return nil, fmt.Errorf("prepare instance: %w", err)
+	}
+	return i, nil
+}
+
+// reception is what a migration announces.
+type reception struct {
+	desc     Description
+	incoming []Incoming
+}
+
+// open makes an instance with its devices opened and nothing running.
+func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
+	cfg = cfg.withDefaults()
+	if cfg.Backend == nil {
+		return nil, errors.New("open instance: no backend is given")
+	}
+	if err := CheckDevices(cfg.Devices); err != nil {
+		return nil, fmt.Errorf("open instance: %w", err)
+	}
+	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting}
+	defer func() {
+		if err != nil {
+			for _, d := range i.devices {
+				err = errors.Join(err, d.discard())
+			}
+		}
+	}()
+
+	sizes := make(map[string]int64)
+	if r != nil {
+		i.desc = r.desc
+		if sizes, err = matchIncoming(cfg.Devices, r.incoming); err != nil {
+			return nil, fmt.Errorf("open instance: %w", err)
+		}
+		sizes[StateDevice] = StateDeviceSize
+		sizes[MemoryDevice] = r.desc.MemorySize
+	}
+	for _, c := range cfg.Devices {
+		size, travels := sizes[c.Name]
+		deviceMode := mode
+		if !travels {
+			deviceMode = openExisting
+		}
+		d, err := openDevice(c, deviceMode, size)
+		if err != nil {
+			return nil, err
+		}
+		i.devices = append(i.devices, d)
+	}
+	if r == nil {
+		config := i.device(ConfigDevice)
+		if config == nil {
+			return nil, fmt.Errorf("open instance: no device %q is configured: it describes the machine", ConfigDevice)
+		}
+		if i.desc, err = ReadDescription(config); err != nil {
+			return nil, fmt.Errorf("open instance: %q: %w", config.Base, err)
+		}
+	}
+	if err := i.checkDisks(); err != nil {
+		return nil, fmt.Errorf("open instance: %w", err)
+	}
+	if m := i.device(MemoryDevice); m != nil && m.Size() != i.desc.MemorySize {
+		return nil, fmt.Errorf("open instance: memory %q has %d bytes, the machine has %d: they belong to different packages", m.Base, m.Size(), i.desc.MemorySize)
+	}
+	return i, nil
+}
+
+// matchIncoming checks that what a migration brings is what is configured here, and returns the sizes by name.
+func matchIncoming(devices []DeviceConfig, incoming []Incoming) (map[string]int64, error) {
+	configured := make(map[string]bool)
+	for _, d := range devices {
+		configured[d.Name] = true
+	}
+	for _, name := range []string{StateDevice, MemoryDevice} {
+		if !configured[name] {
+			return nil, fmt.Errorf("no device %q is configured to receive into", name)
+		}
+	}
+	sizes := make(map[string]int64)
+	for _, in := range incoming {
+		if !configured[in.Name] {
+			return nil, fmt.Errorf("the source sends a device %q, which is not configured here: add it to the devices", in.Name)
+		}
+		if in.Name == StateDevice {
+			return nil, fmt.Errorf("the source sends a device %q: device state has messages of its own", in.Name)
+		}
+		if in.Size <= 0 {
+			return nil, fmt.Errorf("the source sends a device %q of %d bytes", in.Name, in.Size)
+		}
+		if _, ok := sizes[in.Name]; ok {
+			return nil, fmt.Errorf("the source sends the device %q twice", in.Name)
+		}
+		sizes[in.Name] = in.Size
+	}
+	for _, d := range devices {
+		if _, ok := sizes[d.Name]; ok || d.Name == StateDevice {
+			continue
+		}
+		if _, err := os.Stat(d.Base); err != nil {
+			return nil, fmt.Errorf("device %q is configured here, but the source does not send it and its base is not here: %w", d.Name, err)
+		}
+	}
+	return sizes, nil
+}
+
+// checkDisks compares the disks the machine was made with to those that are configured.
+func (i *Instance) checkDisks() error {
+	inMachine := make(map[string]bool)
+	for _, disk := range i.desc.Disks {
+		inMachine[disk.Name] = true
+		d := i.device(disk.Name)
+		if d == nil {
+			return fmt.Errorf("the machine has a disk %q, which is not configured: add it to the devices", disk.Name)
+		}
+		if d.Size() != disk.Size {
+			return fmt.Errorf("disk %q has %d bytes (%q), the machine was made with %d: they belong to different packages", disk.Name, d.Size(), d.Base, disk.Size)
+		}
+	}
+	for _, d := range i.devices {
+		if IsDisk(d.Name) && !inMachine[d.Name] {
+			return fmt.Errorf("disk %q is configured, but the machine was made without it: a disk cannot be added to a running guest; make a snapshot with it", d.Name)
+		}
+	}
+	return nil
+}
+
+func (i *Instance) device(name string) *device {
+	for _, d := range i.devices {
+		if d.Name == name {
+			return d
+		}
+	}
+	return nil
+}
+
+// bootFile is the path of a file with the device's content, for a VMM that reads files. Empty if there is no such device.
+func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
+	d := i.device(name)
+	if d == nil {
+		return "", nil
+	}
+	if d.Overlay == "" {
+		return filepath.Abs(d.Base)
+	}
+	if err := i.makeFolder(); err != nil {
+		return "", err
+	}
+	path := filepath.Join(i.path, name)
+	f, err := block.CreateFile(path, d.Size())
+	if err != nil {
+		return "", err
+	}
+	if err := block.Copy(ctx, f, d.Device, block.CopyOptions{}); err != nil {
+		f.Close()
+		return "", err
+	}
+	return filepath.Abs(path)
+}
+
+// makeFolder makes the VMPath.
+func (i *Instance) makeFolder() error {
+	if i.path != "" {
+		return nil
+	}
+	id := make([]byte, 8)
+	rand.Read(id)
+	i.root = filepath.Join(i.cfg.Host.Dir, i.cfg.Backend.Name(), hex.EncodeToString(id))
+	i.path = filepath.Join(i.root, "root")
+	if len(i.path) > maxPath {
+		return fmt.Errorf("folder %q has %d characters, too long for the unix sockets in it: choose a shorter --chroot-base-dir (at most %d)", i.path, len(i.path), maxPath)
+	}
+	if err := os.MkdirAll(filepath.Dir(i.root), 0o755); err != nil {
+		return fmt.Errorf("make folder of machines: %w", err)
+	}
+	for _, dir := range []string{i.root, i.path} {
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return fmt.Errorf("make folder of machine: %w", err)
+		}
+	}
+	return nil
+}
+
+// maxPath leaves room for the longest socket name in a VMPath within the 108 bytes of a unix socket's address (unix(7)).
+const maxPath = 80
+
+// start starts the machine: booting, or waiting for device state. On return its RAM is under our control.
+func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
+	if err := i.makeFolder(); err != nil {
+		return err
+	}
+	if i.memory, err = ram.Create("drafter-"+filepath.Base(i.root), i.desc.MemorySize); err != nil {
+		return err
+	}
+	cfg := vmm.Config{
+		Spec: i.desc.Spec, Dir: i.path, Memory: i.memory.File(), Boot: boot,
+		Netns: i.cfg.Host.Netns, Interface: i.cfg.Host.Interface,
+		SerialOutput: i.cfg.Host.SerialOutput, SerialInput: i.cfg.Host.SerialInput,
+		IOEngineSync: i.cfg.Host.IOEngineSync,
+		UID:          i.cfg.Host.UID, GID: i.cfg.Host.GID, NUMANode: -1,
+		CgroupVersion: i.cfg.Host.CgroupVersion, CgroupName: filepath.Base(i.root),
+		Binary: i.cfg.Host.Binary, Logger: i.log,
+	}
+	if i.cfg.Host.NUMANode != nil {
+		cfg.NUMANode = *i.cfg.Host.NUMANode
+	}
+	for _, disk := range i.desc.Disks {
+		d := i.device(disk.Name)
+		socket := filepath.Join(i.path, disk.Name+".nbd")
+		server, err := expose.ListenNBD(socket, []expose.Export{{Name: disk.Name, Device: d.Device, ReadOnly: disk.ReadOnly}}, expose.NBDOptions{Logger: i.log})
+		if err != nil {
+			return fmt.Errorf("expose disk %q: %w", disk.Name, err)
+		}
+		i.disks = append(i.disks, server)
+		cfg.Disks = append(cfg.Disks, vmm.Attachment{Name: disk.Name, Socket: socket})
+	}
+	if i.desc.Sockets {
+		if i.guest, err = openGuest(i.path, i.desc, boot != nil, i.log); err != nil {
+			return err
+		}
+	}
+	var handle *ram.Handle
+	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
+		handle, err = ram.Spawn(cmd, ram.Options{})
+		return err
+	}
+	if i.machine, err = i.cfg.Backend.Start(ctx, cfg); err != nil {
+		return err
+	}
+	if err := i.memory.Attach(ctx, handle); err != nil {
+		return err
+	}
+	return i.guest.serve()
+}
+
+// run lets the vCPUs run and puts that on record in the phase.
+func (i *Instance) run(ctx context.Context) error {
+	if err := i.machine.Resume(ctx); err != nil {
+		return err
+	}
+	i.phase = running
+	call(i.cfg.Hooks.Resumed)
+	return nil
+}
+
+// afterResume has the agent set the clock, reseed and run its hook.
+func (i *Instance) afterResume(ctx context.Context) error {
+	if err := i.guest.afterResume(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
+		return err
+	}
+	call(i.cfg.Hooks.AfterResume)
+	return nil
+}
+
+func call(hook func()) {
+	if hook != nil {
+		hook()
+	}
+}
+
+// VMPath is the folder with the machine's sockets; guest sockets are at VMPath/vsock.sock.
+func (i *Instance) VMPath() string { return i.path }
+
+// Description is the machine as the guest sees it.
+func (i *Instance) Description() Description { return i.desc }
+
+// Machine is the VMM. Callers must not change its state; PID, Done and Err are of use.
+func (i *Instance) Machine() vmm.Machine { return i.machine }
+
+// ResumeDuration is the time from the call of Resume until the vCPUs ran, zero for an instance that was not resumed.
+func (i *Instance) ResumeDuration() time.Duration { return i.resumeDuration }
+
+// BeforeSuspend tells the guest's agent that the guest will be suspended, and returns when it is ready. The guest runs on.
+func (i *Instance) BeforeSuspend(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.beforeSuspend(ctx)
+}
+
+func (i *Instance) beforeSuspend(ctx context.Context) error {
+	if i.phase != running {
+		return fmt.Errorf("suspend instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	call(i.cfg.Hooks.BeforeSuspend)
+	if err := i.guest.beforeSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
+		return fmt.Errorf("suspend instance: %w", err)
+	}
+	return nil
+}
+
+// Pause stops all vCPUs. Continue goes on from there.
+func (i *Instance) Pause(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.pause(ctx)
+}
+
+func (i *Instance) pause(ctx context.Context) error {
+	if i.phase != running {
+		return fmt.Errorf("pause instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	if err := i.machine.Pause(ctx); err != nil {
+		return fmt.Errorf("pause instance: %w", err)
+	}
+	i.phase = suspended
+	call(i.cfg.Hooks.Suspended)
+	return nil
+}
+
+// Suspend tells the agent, then stops all vCPUs. If that fails, the guest goes on running.
+func (i *Instance) Suspend(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.suspend(ctx)
+}
+
+func (i *Instance) suspend(ctx context.Context) error {
+	err := i.beforeSuspend(ctx)
+	if err == nil {
+		err = i.pause(ctx)
+	}
+	if err != nil && i.phase == running {
+		// Whatever the agent did before a suspend, it must undo.
+		err = errors.Join(err, i.guest.afterResume(context.WithoutCancel(ctx), i.machine, i.cfg.RescueTimeout))
+	}
+	return err
+}
+
+// SaveState writes the device state of a suspended instance to w.
+func (i *Instance) SaveState(ctx context.Context, w io.Writer) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != suspended {
+		return fmt.Errorf("save state of instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	return i.machine.Save(ctx, w)
+}
+
+// Continue undoes BeforeSuspend, Pause and SaveState, whether they succeeded or not: the guest runs on when it returns, and
+// its agent has been told. An error of the agent does not suspend it again.
+func (i *Instance) Continue(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	switch i.phase {
+	case running: // only the agent was told, or pausing failed half-way
+		if err := i.machine.Resume(ctx); err != nil {
+			return fmt.Errorf("continue instance: %w", err)
+		}
+	case suspended:
+		if err := i.run(ctx); err != nil {
+			return fmt.Errorf("continue instance: %w", err)
+		}
+	default:
+		return fmt.Errorf("continue instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	return i.afterResume(ctx)
+}
+
+// Release puts on record, durably, that the suspended instance was given to whoever completes the migration. When it
+// fails nobody knows what the record says: Reclaim follows.
+func (i *Instance) Release(ctx context.Context, migration string) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != suspended {
+		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	i.phase = moved
+	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration})
+}
+
+// Reclaim puts on record, durably, that an instance which may have been released belongs here. Only whoever knows that the
+// other side will never run it may call it.
+func (i *Instance) Reclaim(ctx context.Context, migration string) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase == moved {
+		i.phase = suspended
+	}
+	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
+}
+
+// Load gives the waiting machine its device state. Everything the devices need must have arrived.
+func (i *Instance) Load(ctx context.Context, state io.Reader) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != waiting {
+		return fmt.Errorf("load instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	if err := i.machine.Load(ctx, state); err != nil {
+		return fmt.Errorf("load instance: %w", err)
+	}
+	i.phase = suspended
+	return nil
+}
+
+// Own puts on record, durably, that this host owns the instance that was received: the commit of the migration.
+func (i *Instance) Own(ctx context.Context, migration string) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
+}
+
+// Refuse puts on record, durably, that what was received will never run here.
+func (i *Instance) Refuse(ctx context.Context, migration string) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return writeRecord(i.device(StateDevice), Record{Status: Discarded, Migration: migration})
+}
+
+// Run lets a received instance run, after Own.
+func (i *Instance) Run(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != suspended {
+		return fmt.Errorf("run instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	return i.run(ctx)
+}
+
+// AfterResume has the agent of a received instance do its work. It is apart from Run because the guest serves meanwhile.
+func (i *Instance) AfterResume(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != running {
+		return fmt.Errorf("after resume of instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	return i.afterResume(ctx)
+}
+
+// Device is a device of an instance as a migration sees it.
+type Device struct {
+	Config  DeviceConfig
+	Block   block.Device
+	Tracker block.Tracker // nil for a device that does not change while the instance runs
+}
+
+// Devices are the devices that make the instance, memory included, device state not: it exists only while suspended.
+func (i *Instance) Devices() []Device {
+	var out []Device
+	for _, d := range i.devices {
+		dev := Device{Config: d.DeviceConfig, Block: d.Device}
+		switch {
+		case d.Name == StateDevice:
+			continue
+		case d.Name == MemoryDevice:
+			dev.Block, dev.Tracker = i.memory.Device(), i.memory.Tracker()
+		case d.tracked != nil:
+			dev.Tracker = d.tracked
+		}
+		out = append(out, dev)
+	}
+	return out
+}
+
+// Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there; one that
+// moved away or was never ours is only taken down. The context bounds the work but its cancellation alone does not: an
+// instance half saved is worth nothing. Close may be called more than once.
+func (i *Instance) Close(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.cfg.RescueTimeout)
+	defer cancel()
+	var errs []error
+	switch i.phase {
+	case closed:
+		return nil
+	case running:
+		select {
+		case <-i.machine.Done():
+			i.log.Info("machine has ended", "vmpath", i.path, "reason", i.machine.Err())
+		default:
+			errs = append(errs, i.suspendAndSave(ctx))
+		}
+	case suspended:
+		errs = append(errs, i.save(ctx))
+	}
+	errs = append(errs, i.teardown())
+	return errors.Join(errs...)
+}
+
+// Kill ends the instance here as a power cut would: nothing is saved.
+func (i *Instance) Kill() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase == closed {
+		return nil
+	}
+	return i.teardown()
+}
+
+// Discard ends an instance whose migration to here was given up: what arrived is marked void, and files that were made for
+// it are removed.
+func (i *Instance) Discard(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase == closed {
+		return nil
+	}
+	var errs []error
+	if state := i.device(StateDevice); state != nil {
+		errs = append(errs, writeRecord(state, Record{Status: Discarded}))
+	}
+	errs = append(errs, i.teardown())
+	for _, d := range i.devices {
+		errs = append(errs, d.discard())
+	}
+	return errors.Join(errs...)
+}
+
+// abandon takes down an instance that failed to start. One whose guest has run is killed, not saved: it never came up.
+func (i *Instance) abandon(ctx context.Context, ran bool) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if !ran {
+		err := i.teardown()
+		for _, d := range i.devices {
+			err = errors.Join(err, d.discard())
+		}
+		return err
+	}
+	if i.phase == running && i.device(MemoryDevice) != nil && i.filler != nil {
+		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.cfg.RescueTimeout)
+		defer cancel()
+		return errors.Join(i.pauseAndSave(ctx), i.teardown())
+	}
+	return i.teardown()
+}
+
+func (i *Instance) suspendAndSave(ctx context.Context) error {
+	if err := i.suspend(ctx); err != nil {
+		// An agent that does not answer must not cost the instance its memory.
+		i.log.Warn("agent failed before suspend; saving the instance all the same", "error", err)
+		return i.pauseAndSave(ctx)
+	}
+	return i.save(ctx)
+}
+
+func (i *Instance) pauseAndSave(ctx context.Context) error {
+	if err := i.machine.Pause(ctx); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	i.phase = suspended
+	return i.save(ctx)
+}
+
+// save writes a suspended instance into its devices: disks and memory first, then the header that makes them one.
+func (i *Instance) save(ctx context.Context) error {
+	state, memory := i.device(StateDevice), i.device(MemoryDevice)
+	if state == nil || memory == nil {
+		return nil
+	}
+	var buf limitedBuffer
+	if err := i.machine.Save(ctx, &buf); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	var work errgroup.Group
+	for _, d := range i.devices {
+		if IsDisk(d.Name) {
+			work.Go(d.Flush)
+		}
+	}
+	work.Go(func() error {
+		if memory.Overlay == "" {
+			return block.ReplaceFile(ctx, memory.Base, i.memory.Device())
+		}
+		if err := block.Copy(ctx, memory.Device, i.memory.Device(), block.CopyOptions{}); err != nil {
+			return err
+		}
+		return memory.Flush()
+	})
+	if err := work.Wait(); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	if err := WriteSaved(state, buf.b); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	return nil
+}
+
+// teardown ends and removes everything that start made, and closes the devices. It works on whatever there is.
+func (i *Instance) teardown() error {
+	i.phase = closed
+	var errs []error
+	if i.machine != nil {
+		errs = append(errs, i.machine.Close())
+	}
+	errs = append(errs, i.guest.close())
+	for _, server := range i.disks {
+		errs = append(errs, server.Close())
+	}
+	if i.memory != nil {
+		errs = append(errs, i.memory.Close())
+	}
+	for _, d := range i.devices {
+		errs = append(errs, d.close())
+	}
+	if i.root != "" {
+		errs = append(errs, os.RemoveAll(i.root))
+	}
+	return errors.Join(errs...)
+}

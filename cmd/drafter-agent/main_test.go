@@ -86,7 +86,9 @@ func TestAgentEndsBySignal(t *testing.T) {
 	t.Setenv("NOTIFY_SOCKET", path)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- run(ctx, []string{"drafter-agent", "--log-level", "error"}, nil, new(bytes.Buffer), new(bytes.Buffer)) }()
+	go func() {
+		done <- run(ctx, []string{"drafter-agent", "--log-level", "error"}, nil, new(bytes.Buffer), new(bytes.Buffer))
+	}()
 	buf := make([]byte, 32)
 	n, err := ln.Read(buf)
 	if err != nil || string(buf[:n]) != "READY=1" {

@@ -97,6 +97,9 @@ func parseFrame(buf, encoded []byte) (f frame, body []byte, err error) {
 // each zero by the distance to the next.
 func appendStuffed(dst, src []byte) []byte {
 	for {
+		zeros := leading(src, 0) // each a step of its own, and common
+		dst = append(dst, manyOnes[:zeros]...)
+		src = src[zeros:]
 		run := src[:min(len(src), 254)]
 		n := bytes.IndexByte(run, 0)
 		switch {
@@ -120,6 +123,10 @@ func appendStuffed(dst, src []byte) []byte {
 // appendUnstuffed is the inverse of appendStuffed. src has no zeros.
 func appendUnstuffed(dst, src []byte) ([]byte, error) {
 	for len(src) > 0 {
+		if ones := leading(src[:len(src)-1], 1); ones > 0 { // each a zero, but for the last byte of all
+			dst = append(dst, manyZeros[:ones]...)
+			src = src[ones:]
+		}
 		code := int(src[0])
 		if code == 0 || code > len(src) {
 			return dst, errStuffing
@@ -132,6 +139,20 @@ func appendUnstuffed(dst, src []byte) ([]byte, error) {
 	}
 	return dst, nil
 }
+
+// leading is how many bytes of value c b begins with, up to the size of the arrays below.
+func leading(b []byte, c byte) (n int) {
+	b = b[:min(len(b), len(manyOnes))]
+	for n < len(b) && b[n] == c {
+		n++
+	}
+	return n
+}
+
+var (
+	manyZeros [1024]byte
+	manyOnes  = [1024]byte(bytes.Repeat([]byte{1}, 1024))
+)
 
 // decoder finds the frames in a stream that may begin anywhere, and may hold anything between them.
 type decoder struct {

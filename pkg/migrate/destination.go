@@ -212,8 +212,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 
 	d.state.set(DestinationReceiving)
-	stopTally := context.AfterFunc(l.ctx, func() { c.tally.fail(context.Cause(l.ctx)) })
-	defer stopTally()
+	context.AfterFunc(l.ctx, func() { c.tally.fail(context.Cause(l.ctx)) }) // which ends in any case
 	for range d.cfg.Concurrency {
 		d.workers.Go(func() { d.work(c) })
 	}

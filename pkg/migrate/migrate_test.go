@@ -10,7 +10,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -466,7 +465,6 @@ func TestForeignPeer(t *testing.T) {
 // stallable is a link whose halves can be made to swallow everything, as a broken path does.
 type stallable struct {
 	io.ReadWriter
-	once  sync.Once
 	stall chan struct{}
 }
 

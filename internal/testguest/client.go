@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"time"
@@ -23,15 +24,15 @@ type Console struct {
 	log   bytes.Buffer  // everything, for messages
 	grown chan struct{} // closed and replaced when lines grows
 
-	in    *io.PipeReader
-	input *io.PipeWriter
+	in, input *os.File // the ends of a pipe: a machine can stop reading it without taking the next one's bytes
 }
 
 // NewConsole returns a console that nothing has been written to.
-func NewConsole() *Console {
+func NewConsole() (*Console, error) {
 	c := &Console{grown: make(chan struct{})}
-	c.in, c.input = io.Pipe()
-	return c
+	var err error
+	c.in, c.input, err = os.Pipe()
+	return c, err
 }
 
 // Write receives what the guest writes.
@@ -56,8 +57,8 @@ func (c *Console) Write(p []byte) (int, error) {
 // Input is what the guest reads; it ends at Close.
 func (c *Console) Input() io.Reader { return c.in }
 
-// Close ends Input.
-func (c *Console) Close() error { return c.input.Close() }
+// Close ends Input. No machine may be using it any more.
+func (c *Console) Close() error { return errors.Join(c.input.Close(), c.in.Close()) }
 
 // Log returns everything the guest wrote.
 func (c *Console) Log() string {
@@ -97,18 +98,10 @@ func (c *Console) Ready(ctx context.Context) error {
 
 // Do sends a command and returns its result; an answer "error" becomes an error.
 func (c *Console) Do(ctx context.Context, command string) (string, error) {
-	written := make(chan error, 1)
-	go func() {
-		_, err := io.WriteString(c.input, command+"\n")
-		written <- err
-	}()
-	select {
-	case err := <-written:
-		if err != nil {
-			return "", fmt.Errorf("send %q: %w", command, err)
-		}
-	case <-ctx.Done():
-		return "", fmt.Errorf("send %q: %w", command, context.Cause(ctx))
+	stop := context.AfterFunc(ctx, func() { c.input.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
+	if _, err := io.WriteString(c.input, command+"\n"); err != nil {
+		return "", errors.Join(fmt.Errorf("send %q: %w", command, err), context.Cause(ctx))
 	}
 	answer, err := c.Line(ctx, "= "+verb(command)+" ")
 	if err != nil {

@@ -1,0 +1,915 @@
+// Package vmmtest is the suite that every [vmm.Backend] passes, against a real guest.
+//
+//	func TestSuite(t *testing.T) {
+//		vmmtest.Run(t, vmmtest.Harness{Backend: qemu.New(qemu.Options{})})
+//	}
+//
+// The guest (package testguest) boots once. What it was then is kept (device state, RAM, disk) and every other test
+// starts from a copy of it, which takes a fraction of a boot and exercises Load all the time.
+//
+// Backends that are vmm.Adopters are tested from a second process: Run starts the test binary again, and in that
+// process never returns.
+package vmmtest
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/internal/testguest/journal"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+)
+
+// Harness is what the suite has to know of a backend.
+type Harness struct {
+	// Backend is the one to test.
+	Backend vmm.Backend
+
+	// Attach serves the file of a disk to a machine in folder dir until the test ends. Nil means by its path.
+	Attach func(t testing.TB, dir string, disk vmm.Disk, file string) vmm.Attachment
+
+	// Configure changes a machine's configuration before it starts, in every test; nil changes nothing.
+	Configure func(cfg *vmm.Config)
+}
+
+const (
+	// patience ends a test that hangs. An emulated guest on a busy machine needs most of a minute to boot.
+	patience = 2 * time.Minute
+
+	memorySize   = 128 << 20
+	diskSize     = 4 << 20
+	diskName     = "disk"
+	journalSlots = 64
+	memoryLoad   = "mem start 16"
+	kernelArgs   = "quiet loglevel=1"
+)
+
+// ownerEnv names the folder of the machine that this process is to start and own, in the second process.
+const ownerEnv = "DRAFTER_VMMTEST_OWNER"
+
+// Run runs the suite.
+func Run(t *testing.T, h Harness) {
+	if dir := os.Getenv(ownerEnv); dir != "" {
+		own(t, h, dir)
+		return
+	}
+	s := &suite{Harness: h}
+	s.boot(t)
+	for _, test := range []struct {
+		name string
+		run  func(*testing.T)
+	}{
+		{"Load", s.testLoad},
+		{"Rollback", s.testRollback},
+		{"States", s.testStates},
+		{"SaveAgain", s.testSaveAgain},
+		{"CancelledSave", s.testCancelledSave},
+		{"BadState", s.testBadState},
+		{"SlowConsole", s.testSlowConsole},
+		{"Channel", s.testChannel},
+		{"Disk", s.testDisk},
+		{"Reboot", s.testReboot},
+		{"Poweroff", s.testPoweroff},
+		{"Killed", s.testKilled},
+		{"CloseLeavesNothing", s.testCloseLeavesNothing},
+		{"FailedStart", s.testFailedStart},
+		{"CancelledStart", s.testCancelledStart},
+		{"Adopt", s.testAdopt},
+		{"AdoptSaved", s.testAdoptSaved},
+	} {
+		t.Run(test.name, test.run)
+	}
+}
+
+// suite is the saved guest that the tests start from. It was saved while it wrote all over its RAM and its disk.
+type suite struct {
+	Harness
+	spec  vmm.Spec
+	state []byte
+	ram   *os.File // a memfd: copy it
+	disk  string   // a file: copy it
+}
+
+// instance is a machine with what belongs to it.
+type instance struct {
+	vmm.Machine
+	cfg     vmm.Config
+	console *testguest.Console
+	disk    string
+}
+
+func testContext(t testing.TB) context.Context {
+	ctx, cancel := context.WithTimeoutCause(t.Context(), patience, fmt.Errorf("the test's patience of %v has ended", patience))
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// boot boots the guest and saves it. What it checks on the way is that it can.
+func (s *suite) boot(t *testing.T) {
+	ctx := testContext(t)
+	kernel, initrd := testguest.Build(t)
+	spec, err := s.Backend.Describe(ctx, vmm.Spec{MemorySize: memorySize, Sockets: true, BootArgs: kernelArgs,
+		Disks: []vmm.Disk{{Name: diskName, Size: diskSize}}})
+	if err != nil {
+		t.Skipf("%s cannot be used here: %v", s.Backend.Name(), err)
+	}
+	if err := s.Backend.Compatible(ctx, spec); err != nil {
+		t.Fatalf("Compatible with what Describe said just now: %v", err)
+	}
+	s.spec = spec
+	s.disk = filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(s.disk, make([]byte, diskSize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.ram = NewMemory(t, memorySize)
+
+	cfg := s.config(t, s.ram, s.disk)
+	cfg.Boot = &vmm.Boot{Kernel: kernel, Initrd: initrd}
+	began := time.Now()
+	i := s.start(t, cfg, s.disk)
+	if err := i.console.Ready(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("booted in %v", time.Since(began).Round(time.Millisecond))
+	if got, want := i.do(t, "cpus"), strconv.Itoa(spec.CPUCount); got != want {
+		t.Errorf("the guest has %s CPUs, not %s", got, want)
+	}
+	if got, want := i.do(t, "disk "+diskName+" info"), strconv.Itoa(diskSize); got != want {
+		t.Errorf("the guest's disk has %s bytes, not %s", got, want)
+	}
+	i.do(t, memoryLoad)
+	i.do(t, fmt.Sprintf("disk %s start %d", diskName, journalSlots))
+	i.waitForJournal(t, 5)
+
+	began = time.Now()
+	if err := i.Pause(ctx); err != nil {
+		t.Fatal(err)
+	}
+	paused := time.Now()
+	first := digest(t, s.ram)
+	var state bytes.Buffer
+	saving := time.Now()
+	if err := i.Save(ctx, &state); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("paused in %v, saved %d bytes in %v", paused.Sub(began), state.Len(), time.Since(saving))
+	s.state = state.Bytes()
+	if len(s.state) > 4<<20 {
+		t.Errorf("the device state has %d bytes: RAM is in it", len(s.state))
+	}
+	if digest(t, s.ram) != first {
+		t.Error("the RAM of a paused machine has changed")
+	}
+	if err := i.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// config returns the configuration of a machine that waits for Load.
+func (s *suite) config(t testing.TB, ram *os.File, disk string) vmm.Config {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "vmm-") // t.TempDir's names are too long for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return s.configIn(t, dir, s.spec, ram, disk)
+}
+
+func (s *suite) configIn(t testing.TB, dir string, spec vmm.Spec, ram *os.File, disk string) vmm.Config {
+	t.Helper()
+	at := vmm.Attachment{Name: diskName, Path: disk}
+	if s.Attach != nil {
+		at = s.Attach(t, dir, spec.Disks[0], disk)
+	}
+	cfg := vmm.Config{Spec: spec, Dir: dir, Memory: ram, Disks: []vmm.Attachment{at}, NUMANode: -1, Logger: Logger(t)}
+	if s.Configure != nil {
+		s.Configure(&cfg)
+	}
+	return cfg
+}
+
+// start starts a machine with a console; it is closed with the test.
+func (s *suite) start(t testing.TB, cfg vmm.Config, disk string) *instance {
+	t.Helper()
+	i := &instance{cfg: cfg, disk: disk, console: newConsole(t)}
+	i.cfg.SerialInput, i.cfg.SerialOutput = i.console.Input(), i.console
+	m, err := s.Backend.Start(testContext(t), i.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.Machine = m
+	t.Cleanup(func() { m.Close() })
+	return i
+}
+
+// copies returns copies of the saved guest's RAM and disk.
+func (s *suite) copies(t testing.TB) (ram *os.File, disk string) {
+	t.Helper()
+	ram = CopyMemory(t, s.ram)
+	disk = filepath.Join(t.TempDir(), "disk")
+	copyFile(t, disk, s.disk)
+	return ram, disk
+}
+
+// waiting starts a machine on copies of the saved guest's RAM and disk, ready for Load.
+func (s *suite) waiting(t testing.TB) *instance {
+	t.Helper()
+	ram, disk := s.copies(t)
+	return s.start(t, s.config(t, ram, disk), disk)
+}
+
+// loaded is waiting, with the saved guest in it, paused.
+func (s *suite) loaded(t testing.TB) *instance {
+	t.Helper()
+	i := s.waiting(t)
+	if err := i.Load(testContext(t), bytes.NewReader(s.state)); err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+// running is loaded, and resumed.
+func (s *suite) running(t testing.TB) *instance {
+	t.Helper()
+	i := s.loaded(t)
+	if err := i.Resume(testContext(t)); err != nil {
+		t.Fatal(err)
+	}
+	return i
+}
+
+func newConsole(t testing.TB) *testguest.Console {
+	t.Helper()
+	c, err := testguest.NewConsole()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// do has the guest obey a command on its console.
+func (i *instance) do(t testing.TB, command string) string {
+	t.Helper()
+	answer, err := i.console.Do(testContext(t), command)
+	if err != nil {
+		t.Fatalf("%v\nThe machine's end: %v", err, i.Err())
+	}
+	return answer
+}
+
+// waitForJournal waits until the guest has flushed n records more.
+func (i *instance) waitForJournal(t testing.TB, n int) {
+	t.Helper()
+	at := func() int {
+		seq, err := strconv.Atoi(i.do(t, "disk "+diskName+" status"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return seq
+	}
+	for first := at(); at() < first+n; {
+	}
+}
+
+// verify checks that the guest has lost nothing of its RAM and disk, and works.
+func (i *instance) verify(t testing.TB) {
+	t.Helper()
+	before := i.do(t, "mem verify")
+	i.waitForJournal(t, 3)
+	newest := i.do(t, "disk "+diskName+" verify")
+	for i.do(t, "mem verify") == before { // the writer shares one CPU with us
+	}
+	f, err := os.Open(i.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	last, err := journal.Verify(f, journalSlots)
+	if err != nil {
+		t.Errorf("the journal seen from the host: %v", err)
+	}
+	if strconv.FormatUint(last, 10) != newest {
+		t.Errorf("the newest record on the host is %d, the guest says %s", last, newest)
+	}
+}
+
+// await waits for the machine's end.
+func (i *instance) await(t testing.TB) error {
+	t.Helper()
+	select {
+	case <-i.Done():
+		return i.Err()
+	case <-testContext(t).Done():
+		t.Fatalf("the machine does not end; its console says:\n%s", i.console.Log())
+		return nil
+	}
+}
+
+func (s *suite) testLoad(t *testing.T) {
+	ctx := testContext(t)
+	i := s.waiting(t)
+	began := time.Now()
+	if err := i.Load(ctx, bytes.NewReader(s.state)); err != nil {
+		t.Fatal(err)
+	}
+	loaded := time.Now()
+	if err := i.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("loaded in %v, resumed in %v", loaded.Sub(began), time.Since(loaded))
+	i.verify(t)
+}
+
+func (s *suite) testRollback(t *testing.T) {
+	ctx := testContext(t)
+	source := s.running(t)
+	for range 3 {
+		if err := source.Pause(ctx); err != nil {
+			t.Fatal(err)
+		}
+		var state bytes.Buffer
+		if err := source.Save(ctx, &state); err != nil {
+			t.Fatal(err)
+		}
+		// The destination gets as far as it can before somebody decides against it.
+		ram := CopyMemory(t, source.cfg.Memory)
+		disk := filepath.Join(t.TempDir(), "disk")
+		copyFile(t, disk, source.disk)
+		destination := s.start(t, s.config(t, ram, disk), disk)
+		if err := destination.Load(ctx, &state); err != nil {
+			t.Fatal(err)
+		}
+		if err := destination.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := source.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := source.do(t, "echo back again"); got != "back again" {
+			t.Fatalf("echo: %q", got)
+		}
+	}
+	source.verify(t)
+}
+
+func (s *suite) testStates(t *testing.T) {
+	ctx := testContext(t)
+	i := s.waiting(t)
+	type call struct {
+		name string
+		do   func() error
+	}
+	pause := call{"Pause", func() error { return i.Pause(ctx) }}
+	resume := call{"Resume", func() error { return i.Resume(ctx) }}
+	save := call{"Save", func() error { return i.Save(ctx, io.Discard) }}
+	load := call{"Load", func() error { return i.Load(ctx, bytes.NewReader(s.state)) }}
+	for _, step := range []struct {
+		state   string
+		illegal []call
+		next    call
+	}{
+		{"waiting", []call{pause, resume, save}, load},
+		{"loaded", []call{pause, load}, resume},
+		{"running", []call{resume, save, load}, pause},
+		{"paused", []call{pause, load}, save},
+		{"saved", []call{pause, load}, resume},
+		{"running again", []call{resume, save, load}, call{"Close", i.Close}},
+		{"closed", []call{pause, resume, save, load}, call{"Close", i.Close}},
+	} {
+		for _, c := range step.illegal {
+			if err := c.do(); !errors.Is(err, vmm.ErrState) {
+				t.Errorf("%s of a machine that is %s: error %v, want vmm.ErrState", c.name, step.state, err)
+			}
+		}
+		if err := step.next.do(); err != nil {
+			t.Fatalf("%s of a machine that is %s: %v", step.next.name, step.state, err)
+		}
+	}
+	if err := i.Err(); err != nil {
+		t.Errorf("Err after Close: %v", err)
+	}
+}
+
+func (s *suite) testSaveAgain(t *testing.T) {
+	ctx := testContext(t)
+	i := s.loaded(t)
+	broken := errors.New("no space on this writer")
+	if err := i.Save(ctx, writerFunc(func([]byte) (int, error) { return 0, broken })); !errors.Is(err, broken) {
+		t.Fatalf("Save to a broken writer: error %v, want %v", err, broken)
+	}
+	var first, second bytes.Buffer
+	if err := errors.Join(i.Save(ctx, &first), i.Save(ctx, &second)); err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(first.Bytes(), second.Bytes()) {
+		t.Error("two Saves of the same paused machine differ")
+	}
+	other := s.waiting(t)
+	if err := other.Load(ctx, &second); err != nil {
+		t.Fatal(err)
+	}
+	if err := i.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	i.verify(t)
+}
+
+func (s *suite) testCancelledSave(t *testing.T) {
+	ctx := testContext(t)
+	i := s.running(t)
+	// At many moments of a Save: before it, in it, after it.
+	for wait := time.Duration(0); wait < 20*time.Millisecond; wait = wait*2 + 100*time.Microsecond {
+		if err := i.Pause(ctx); err != nil {
+			t.Fatal(err)
+		}
+		short, cancel := context.WithTimeout(ctx, wait)
+		if err := i.Save(short, io.Discard); err != nil && !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("Save with %v: %v", wait, err)
+		}
+		cancel()
+		if err := i.Resume(ctx); err != nil {
+			t.Fatalf("Resume after Save with %v: %v", wait, err)
+		}
+	}
+	i.verify(t)
+}
+
+func (s *suite) testBadState(t *testing.T) {
+	ctx := testContext(t)
+	for _, tc := range []struct {
+		name  string
+		state []byte
+	}{
+		{"empty", nil},
+		{"foreign", []byte("GIF89a, not a machine")},
+		{"truncated", s.state[:len(s.state)/2]},
+		{"header only", s.state[:min(8, len(s.state))]},
+		{"corrupt", append(bytes.Clone(s.state[:len(s.state)/2]), bytes.Repeat([]byte{0xa5}, 4096)...)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			i := s.waiting(t)
+			err := i.Load(ctx, bytes.NewReader(tc.state))
+			if err == nil {
+				t.Fatal("Load succeeded")
+			}
+			t.Log(err)
+			if err := i.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// testSlowConsole has nobody take what the guest writes: it must not notice.
+func (s *suite) testSlowConsole(t *testing.T) {
+	ctx := testContext(t)
+	ram, disk := s.copies(t)
+	cfg := s.config(t, ram, disk)
+	stuck := make(chan struct{})
+	console := newConsole(t)
+	cfg.SerialInput = console.Input()
+	cfg.SerialOutput = writerFunc(func(p []byte) (int, error) { <-stuck; return console.Write(p) })
+	m, err := s.Backend.Start(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := errors.Join(m.Load(ctx, bytes.NewReader(s.state)), m.Resume(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	channel, err := testguest.Dial(ctx, filepath.Join(cfg.Dir, vmm.GuestChannel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer channel.Close()
+	// More than the buffers of sockets hold. It returns, so the guest's writes to its console do.
+	text := strings.Repeat("x", 1000)
+	for range 400 {
+		if _, err := channel.Do(ctx, "put /dev/console "+text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	close(stuck)
+	if _, err := console.Line(ctx, "xxx"); err != nil {
+		t.Error(err)
+	}
+}
+
+func (s *suite) testChannel(t *testing.T) {
+	ctx := testContext(t)
+	i := s.running(t)
+	for range 2 { // a second connection works as the first
+		channel, err := testguest.Dial(ctx, filepath.Join(i.cfg.Dir, vmm.GuestChannel))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.Repeat("all work and no play ", 2000)
+		text = strings.TrimSpace(text)
+		if got, err := channel.Do(ctx, "echo "+text); err != nil || got != text {
+			t.Errorf("echo of %d bytes: %d bytes, error %v", len(text), len(got), err)
+		}
+		channel.Close()
+	}
+}
+
+func (s *suite) testDisk(t *testing.T) {
+	i := s.running(t)
+	i.do(t, "disk "+diskName+" stop")
+	const offset, length = 2 << 20, 256 << 10
+	sum := i.do(t, fmt.Sprintf("disk %s write %d %d 7", diskName, offset, length))
+	if got := i.do(t, fmt.Sprintf("disk %s sum %d %d", diskName, offset, length)); got != sum {
+		t.Errorf("the guest reads %s and wrote %s", got, sum)
+	}
+	p := make([]byte, length)
+	f, err := os.Open(i.disk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.ReadAt(p, offset); err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprintf("%x", sha256.Sum256(p)); got != sum {
+		t.Errorf("the host reads %s, the guest wrote %s", got, sum)
+	}
+}
+
+func (s *suite) testReboot(t *testing.T) {
+	i := s.running(t)
+	i.send(t, "reboot")
+	if err := i.await(t); !errors.Is(err, vmm.ErrReboot) {
+		t.Errorf("Err is %v, want vmm.ErrReboot", err)
+	}
+}
+
+func (s *suite) testPoweroff(t *testing.T) {
+	i := s.running(t)
+	i.send(t, "poweroff")
+	if err := i.await(t); err != nil {
+		t.Errorf("Err is %v", err)
+	}
+}
+
+// send sends a command that the guest does not live to answer.
+func (i *instance) send(t testing.TB, command string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(testContext(t))
+	go func() {
+		<-i.Done()
+		cancel()
+	}()
+	if _, err := i.console.Do(ctx, command); err != nil && !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+}
+
+func (s *suite) testKilled(t *testing.T) {
+	i := s.running(t)
+	if err := syscall.Kill(i.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	err := i.await(t)
+	if err == nil || errors.Is(err, vmm.ErrReboot) {
+		t.Errorf("Err is %v", err)
+	}
+	if err := i.Pause(testContext(t)); err == nil {
+		t.Error("Pause of a killed machine succeeded")
+	}
+	if err := i.Close(); err != nil {
+		t.Error(err)
+	}
+	checkEmpty(t, i.cfg)
+}
+
+func (s *suite) testCloseLeavesNothing(t *testing.T) {
+	before := takeStock(t)
+	for range 3 {
+		t.Run("", func(t *testing.T) {
+			i := s.running(t)
+			i.do(t, "echo alive")
+			if err := errors.Join(i.Close(), i.Close()); err != nil {
+				t.Error(err)
+			}
+			checkEmpty(t, i.cfg)
+			if err := syscall.Kill(i.PID(), 0); err != syscall.ESRCH {
+				t.Errorf("signal to process %d: %v, want ESRCH", i.PID(), err)
+			}
+		})
+	}
+	before.check(t)
+}
+
+func (s *suite) testFailedStart(t *testing.T) {
+	before := takeStock(t)
+	ram, disk := s.copies(t)
+	for _, tc := range []struct {
+		name  string
+		spoil func(cfg *vmm.Config)
+		want  string
+	}{
+		{"no such folder", func(c *vmm.Config) { c.Dir = "/nonexistent" }, "/nonexistent"},
+		{"long folder", func(c *vmm.Config) { c.Dir = "/tmp/" + strings.Repeat("x", 100) }, "bytes"},
+		{"no such disk", func(c *vmm.Config) { c.Disks = []vmm.Attachment{{Name: diskName, Path: "/nonexistent"}} }, "/nonexistent"},
+		{"disk not attached", func(c *vmm.Config) { c.Disks = nil }, "disk"},
+		{"disk of another name", func(c *vmm.Config) { c.Disks = []vmm.Attachment{{Name: "other", Path: disk}} }, "other"},
+		{"no memory", func(c *vmm.Config) { c.Memory = nil }, "memory"},
+		{"memory of another size", func(c *vmm.Config) { c.Spec.MemorySize *= 2 }, "memory"},
+		{"no such kernel", func(c *vmm.Config) { c.Boot = &vmm.Boot{Kernel: "/nonexistent/vmlinux"} }, "/nonexistent/vmlinux"},
+		{"not a kernel", func(c *vmm.Config) { c.Boot = &vmm.Boot{Kernel: "/proc/self/status"} }, ""},
+		{"no such binary", func(c *vmm.Config) { c.Binary = "/nonexistent/vmm" }, "/nonexistent/vmm"},
+		{"no such cgroup version", func(c *vmm.Config) { c.CgroupVersion, c.CgroupName = 3, "x" }, "3"},
+		{"no such node", func(c *vmm.Config) { c.NUMANode = 4000 }, "4000"},
+		{"no such interface", func(c *vmm.Config) { c.Spec.MAC, c.Interface = "02:0e:d9:fd:68:3d", "nonexistent0" }, "nonexistent0"},
+		{"no such namespace", func(c *vmm.Config) {
+			c.Spec.MAC, c.Netns, c.Interface = "02:0e:d9:fd:68:3d", "nonexistent", "tap0"
+		}, "nonexistent"},
+		{"spawn fails", func(c *vmm.Config) { c.Spawn = func(*exec.Cmd) error { return errors.New("the hook failed") } }, "the hook failed"},
+		{"spawn fails late", func(c *vmm.Config) {
+			c.Spawn = func(cmd *exec.Cmd) error { return errors.Join(cmd.Start(), errors.New("the hook failed")) }
+		}, "the hook failed"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			cfg := s.config(t, ram, disk)
+			good := cfg
+			tc.spoil(&cfg)
+			m, err := s.Backend.Start(testContext(t), cfg)
+			if err == nil {
+				m.Close()
+				t.Fatal("Start succeeded")
+			}
+			t.Log(err)
+			if !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("the error does not name %q", tc.want)
+			}
+			checkEmpty(t, good)
+		})
+	}
+	ram.Close()
+	before.check(t, ram)
+}
+
+func (s *suite) testCancelledStart(t *testing.T) {
+	before := takeStock(t)
+	ram, disk := s.copies(t)
+	for wait := time.Duration(0); wait < 100*time.Millisecond; wait += 20 * time.Millisecond {
+		cfg := s.config(t, ram, disk)
+		ctx, cancel := context.WithTimeout(testContext(t), wait)
+		m, err := s.Backend.Start(ctx, cfg)
+		cancel()
+		switch {
+		case err == nil: // it was fast, and a machine that has started does not depend on the context
+			if err := m.Load(testContext(t), bytes.NewReader(s.state)); err != nil {
+				t.Error(err)
+			}
+			m.Close()
+		case !errors.Is(err, context.DeadlineExceeded):
+			t.Error(err)
+		}
+		checkEmpty(t, cfg)
+	}
+	ram.Close()
+	before.check(t, ram)
+}
+
+func (s *suite) testAdopt(t *testing.T) {
+	adopter, ok := s.Backend.(vmm.Adopter)
+	if !ok {
+		t.Skip("the backend's machines do not outlive their owner")
+	}
+	ctx := testContext(t)
+	i := s.orphan(t, false)
+	m, err := adopter.Adopt(ctx, i.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.Machine = m
+	defer m.Close()
+	i.verify(t)
+	var state bytes.Buffer
+	if err := errors.Join(m.Pause(ctx), m.Save(ctx, &state), m.Resume(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	i.do(t, "echo alive")
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := m.Err(); err != nil {
+		t.Errorf("Err after Close: %v", err)
+	}
+	checkEmpty(t, i.cfg)
+	if _, err := adopter.Adopt(ctx, i.cfg); err == nil {
+		t.Error("a closed machine was adopted")
+	}
+}
+
+// testAdoptSaved adopts a machine whose owner died between Save and Resume.
+func (s *suite) testAdoptSaved(t *testing.T) {
+	adopter, ok := s.Backend.(vmm.Adopter)
+	if !ok {
+		t.Skip("the backend's machines do not outlive their owner")
+	}
+	ctx := testContext(t)
+	i := s.orphan(t, true)
+	m, err := adopter.Adopt(ctx, i.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.Machine = m
+	defer m.Close()
+	if err := m.Pause(ctx); !errors.Is(err, vmm.ErrState) {
+		t.Errorf("Pause: error %v, want vmm.ErrState", err)
+	}
+	if err := m.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	i.verify(t)
+	i.send(t, "reboot")
+	if err := i.await(t); !errors.Is(err, vmm.ErrReboot) {
+		t.Errorf("Err is %v, want vmm.ErrReboot", err)
+	}
+}
+
+// orphan returns a machine, not yet adopted, whose owner was killed: a second process that started it.
+func (s *suite) orphan(t *testing.T, save bool) *instance {
+	t.Helper()
+	ram, disk := s.copies(t)
+	dir, err := os.MkdirTemp("", "vmm-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	state := filepath.Join(t.TempDir(), "state")
+	if err := os.WriteFile(state, s.state, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	top, _, _ := strings.Cut(t.Name(), "/")
+	cmd := exec.Command(os.Args[0], "-test.run", "^"+top+"$", "-test.v")
+	cmd.Env = append(os.Environ(), ownerEnv+"="+dir, "DRAFTER_VMMTEST_DISK="+disk, "DRAFTER_VMMTEST_STATE="+state,
+		fmt.Sprintf("DRAFTER_VMMTEST_SAVE=%t", save))
+	cmd.ExtraFiles = []*os.File{ram}
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ready := filepath.Join(dir, "owner-ready")
+	ctx := testContext(t)
+	exited := make(chan struct{})
+	go func() {
+		cmd.Wait()
+		close(exited)
+	}()
+	waitFile(ctx, ready, exited)
+	cmd.Process.Kill()
+	<-exited
+	if err := os.Remove(ready); err != nil {
+		t.Fatalf("the first owner: %v\n%s", err, output.String())
+	}
+	cfg := s.configIn(t, dir, s.spec, ram, disk)
+	i := &instance{cfg: cfg, disk: disk, console: newConsole(t)}
+	i.cfg.SerialInput, i.cfg.SerialOutput = i.console.Input(), i.console
+	return i
+}
+
+// own is the second process: it starts the machine, says so and waits to be killed.
+func own(t *testing.T, h Harness, dir string) {
+	ctx := testContext(t)
+	s := &suite{Harness: h, disk: os.Getenv("DRAFTER_VMMTEST_DISK")}
+	var err error
+	if s.state, err = os.ReadFile(os.Getenv("DRAFTER_VMMTEST_STATE")); err != nil {
+		t.Fatal(err)
+	}
+	if s.spec, err = h.Backend.Describe(ctx, vmm.Spec{MemorySize: memorySize, Sockets: true, BootArgs: kernelArgs,
+		Disks: []vmm.Disk{{Name: diskName, Size: diskSize}}}); err != nil {
+		t.Fatal(err)
+	}
+	i := s.start(t, s.configIn(t, dir, s.spec, os.NewFile(3, "memory"), s.disk), s.disk)
+	if err := errors.Join(i.Load(ctx, bytes.NewReader(s.state)), i.Resume(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	i.do(t, "echo owned")
+	if os.Getenv("DRAFTER_VMMTEST_SAVE") == "true" {
+		if err := errors.Join(i.Pause(ctx), i.Save(ctx, io.Discard)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "owner-ready"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	<-ctx.Done() // killed
+}
+
+// waitFile waits until a file exists, looking at its folder with inotify, or until exited is closed.
+func waitFile(ctx context.Context, path string, exited <-chan struct{}) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if _, err := os.Stat(path); err == nil {
+			return
+		}
+		select {
+		case <-tick.C:
+		case <-exited:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// writerFunc is a function as io.Writer.
+type writerFunc func([]byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+// NewMemory returns RAM for a machine: a memfd of size bytes that is closed with the test.
+func NewMemory(t testing.TB, size int64) *os.File {
+	t.Helper()
+	fd, err := unix.MemfdCreate("vmmtest", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fd), "memfd")
+	t.Cleanup(func() { f.Close() })
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// CopyMemory returns a copy of a machine's RAM, which must not change meanwhile. Holes stay holes.
+func CopyMemory(t testing.TB, from *os.File) *os.File {
+	t.Helper()
+	info, err := from.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	to := NewMemory(t, info.Size())
+	for off := int64(0); ; {
+		start, err := unix.Seek(int(from.Fd()), off, unix.SEEK_DATA)
+		if err == unix.ENXIO {
+			return to
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		end, err := unix.Seek(int(from.Fd()), start, unix.SEEK_HOLE)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.NewOffsetWriter(to, start), io.NewSectionReader(from, start, end-start)); err != nil {
+			t.Fatal(err)
+		}
+		off = end
+	}
+}
+
+func copyFile(t testing.TB, to, from string) {
+	t.Helper()
+	b, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// digest returns a hash of a file's contents.
+func digest(t testing.TB, f *os.File) string {
+	t.Helper()
+	info, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, io.NewSectionReader(f, 0, info.Size())); err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%x", h.Sum(nil))
+}
+
+// Logger returns a logger for a test: with -v it shows everything.
+func Logger(t testing.TB) *slog.Logger {
+	if !testing.Verbose() {
+		return slog.New(slog.DiscardHandler)
+	}
+	return slog.New(slog.NewTextHandler(t.Output(), &slog.HandlerOptions{Level: slog.LevelDebug}))
+}

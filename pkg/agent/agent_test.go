@@ -1,0 +1,431 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
+)
+
+// checkGoroutines fails the test if it ends with more goroutines than it began with.
+func checkGoroutines(t *testing.T) {
+	before := runtime.NumGoroutine()
+	t.Cleanup(func() {
+		var n int
+		for range 200 {
+			if n = runtime.NumGoroutine(); n <= before {
+				return
+			}
+			<-time.After(10 * time.Millisecond) // those of timers and of ttrpc end by themselves
+		}
+		buf := make([]byte, 1<<20)
+		t.Errorf("%d goroutines are left over:\n%s", n-before, buf[:runtime.Stack(buf, true)])
+	})
+}
+
+// world is a host and a guest whose connections can be cut.
+type world struct {
+	t   *testing.T
+	dir string
+
+	mu    sync.Mutex // guards conns
+	conns []net.Conn
+}
+
+func newWorld(t *testing.T) *world {
+	checkGoroutines(t)
+	return &world{t: t, dir: t.TempDir()}
+}
+
+func (w *world) host() *Host {
+	w.t.Helper()
+	h, err := ListenAgent(w.dir, 0, quiet())
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.t.Cleanup(func() { h.Close() })
+	return h
+}
+
+// dial is what the guest's socket.Dial amounts to.
+func (w *world) dial(ctx context.Context, port uint32) (net.Conn, error) {
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", socket.PortPath(socket.HostPath(w.dir), port))
+	if err == nil {
+		w.mu.Lock()
+		w.conns = append(w.conns, conn)
+		w.mu.Unlock()
+	}
+	return conn, err
+}
+
+// cut ends all connections.
+func (w *world) cut() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, conn := range w.conns {
+		conn.Close()
+	}
+	w.conns = nil
+}
+
+// guest serves g until the test ends.
+func (w *world) guest(g *Guest) {
+	g.Dial, g.Logger = w.dial, quiet()
+	if g.setClock == nil {
+		g.setClock = func(time.Time) (time.Duration, error) { return 0, nil }
+	}
+	if g.reseed == nil {
+		g.reseed = func([]byte) error { return nil }
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- g.Serve(ctx) }()
+	w.t.Cleanup(func() {
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			w.t.Errorf("Serve: got %v, want context.Canceled", err)
+		}
+	})
+}
+
+func quiet() *slog.Logger {
+	if testing.Verbose() {
+		return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	return slog.New(slog.DiscardHandler)
+}
+
+func within(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func TestRoundTrip(t *testing.T) {
+	w := newWorld(t)
+	h := w.host()
+	var events []string // written by executions, which are one after the other and answered before they are read
+	w.guest(&Guest{
+		Version:       "1.2.3",
+		BeforeSuspend: func(context.Context) error { events = append(events, "before"); return nil },
+		AfterResume: func(_ context.Context, clone bool) error {
+			events = append(events, fmt.Sprintf("after clone=%v", clone))
+			return nil
+		},
+		setClock: func(now time.Time) (time.Duration, error) {
+			events = append(events, "clock "+now.UTC().Format(time.DateOnly))
+			return time.Second, nil
+		},
+		reseed: func(b []byte) error { events = append(events, fmt.Sprint("entropy ", len(b))); return nil },
+	})
+	ctx := within(t, time.Minute)
+	if version, err := h.Wait(ctx); version != "1.2.3" || err != nil {
+		t.Fatalf("Wait: got %q, %v", version, err)
+	}
+	for range 2 {
+		if err := h.BeforeSuspend(ctx); err != nil {
+			t.Fatal(err)
+		}
+		err := h.AfterResume(ctx, AfterResumeRequest{Time: time.Unix(1<<31, 0), Entropy: NewEntropy(), Clone: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := "before,clock 2038-01-19,entropy 64,after clone=true"
+	if got := strings.Join(events, ","); got != want+","+want {
+		t.Errorf("events: got %s, want %s twice", got, want)
+	}
+}
+
+// TestExactlyOnce cuts the connection at every phase of a call, again and again: each call is executed once.
+func TestExactlyOnce(t *testing.T) {
+	w := newWorld(t)
+	h := w.host()
+	entered, leave := make(chan string), make(chan error)
+	hook := func(name string) error { entered <- name; return <-leave }
+	w.guest(&Guest{
+		BeforeSuspend: func(context.Context) error { return hook("before") },
+		AfterResume:   func(context.Context, bool) error { return hook("after") },
+	})
+	ctx := within(t, time.Minute)
+	for round := range 20 {
+		for _, c := range []struct {
+			name string
+			call func() error
+		}{
+			{"before", func() error { return h.BeforeSuspend(ctx) }},
+			{"after", func() error { return h.AfterResume(ctx, AfterResumeRequest{}) }},
+		} {
+			if round%3 == 0 {
+				w.cut()
+			}
+			result := make(chan error, 1)
+			go func() { result <- c.call() }()
+			if got := <-entered; got != c.name {
+				t.Fatalf("executed %q, want %q", got, c.name)
+			}
+			if round%2 == 0 {
+				w.cut() // the host asks again, and waits for the same execution
+			}
+			leave <- nil
+			select {
+			case err := <-result:
+				if err != nil {
+					t.Fatal(err)
+				}
+			case name := <-entered:
+				t.Fatalf("%q was executed twice", name)
+			}
+		}
+	}
+}
+
+// TestRetryByAnotherProcess repeats a call, by its id, from another host.
+func TestRetryByAnotherProcess(t *testing.T) {
+	w := newWorld(t)
+	executed := 0
+	w.guest(&Guest{AfterResume: func(context.Context, bool) error { executed++; return errors.New("hook failed") }})
+	ctx := within(t, time.Minute)
+	for range 3 {
+		h := w.host()
+		err := h.AfterResume(ctx, AfterResumeRequest{ID: "journaled"})
+		if err == nil || !strings.Contains(err.Error(), "hook failed") {
+			t.Errorf("got %v, want the outcome of the first", err)
+		}
+		h.Close()
+	}
+	if executed != 1 {
+		t.Errorf("executed %d times, want once", executed)
+	}
+	h := w.host()
+	h.AfterResume(ctx, AfterResumeRequest{})
+	if executed != 2 {
+		t.Errorf("a new call was executed %d times", executed-1)
+	}
+}
+
+// TestUnknownOutcome gives up a call that is executed: asking again joins it, and the resume waits for its end.
+func TestUnknownOutcome(t *testing.T) {
+	w := newWorld(t)
+	h := w.host()
+	entered, leave := make(chan string, 10), make(chan error)
+	w.guest(&Guest{
+		BeforeSuspend: func(context.Context) error { entered <- "before"; return <-leave },
+		AfterResume:   func(context.Context, bool) error { entered <- "after"; return nil },
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	result := make(chan error, 1)
+	go func() { result <- h.BeforeSuspend(ctx) }()
+	<-entered
+	cancel()
+	if err := <-result; !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v, want context.Canceled", err)
+	}
+	go func() { result <- h.BeforeSuspend(within(t, time.Minute)) }()
+	leave <- errors.New("not now")
+	if err := <-result; err == nil || !strings.Contains(err.Error(), "not now") {
+		t.Fatalf("second call: got %v, want the outcome of the first", err)
+	}
+	if err := h.AfterResume(within(t, time.Minute), AfterResumeRequest{}); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-entered; got != "after" || len(entered) > 0 {
+		t.Errorf("executed %q and %d more, want after alone", got, len(entered))
+	}
+}
+
+// TestDeadAgents has all kinds of guests that do not answer.
+func TestDeadAgents(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		act  func(conn net.Conn)
+	}{
+		{"silent", func(conn net.Conn) {}},
+		{"noise", func(conn net.Conn) { conn.Write([]byte(strings.Repeat("GET / HTTP/1.1\r\n", 100))) }},
+		{"gone", func(conn net.Conn) { conn.Close() }},
+		{"endless", func(conn net.Conn) { // a frame of 4 GiB
+			conn.Write([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, 2, 0})
+			go io.Copy(conn, neverEnding{})
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld(t)
+			h := w.host()
+			for range 2 * maxIntroductions {
+				conn, err := w.dial(t.Context(), DefaultPort)
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				c.act(conn)
+			}
+			ctx := within(t, 100*time.Millisecond)
+			if err := h.BeforeSuspend(ctx); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %v, want deadline exceeded", err)
+			}
+			h.Close()
+		})
+	}
+	t.Run("none", func(t *testing.T) {
+		w := newWorld(t)
+		err := w.host().AfterResume(within(t, 10*time.Millisecond), AfterResumeRequest{})
+		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no agent has connected") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("hangs in a hook", func(t *testing.T) {
+		w := newWorld(t)
+		h := w.host()
+		w.guest(&Guest{BeforeSuspend: func(ctx context.Context) error { <-ctx.Done(); return fmt.Errorf("hook: %w", ctx.Err()) }})
+		if _, err := h.Wait(within(t, time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+		err := h.BeforeSuspend(within(t, 500*time.Millisecond))
+		if err == nil || !strings.Contains(err.Error(), "deadline exceeded") {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("closed during a call", func(t *testing.T) {
+		w := newWorld(t)
+		h := w.host()
+		entered := make(chan bool)
+		w.guest(&Guest{BeforeSuspend: func(ctx context.Context) error { close(entered); <-ctx.Done(); return nil }})
+		go func() { <-entered; h.Close() }()
+		if err := h.BeforeSuspend(context.Background()); !errors.Is(err, net.ErrClosed) {
+			t.Errorf("got %v, want closed", err)
+		}
+	})
+}
+
+type neverEnding struct{}
+
+func (neverEnding) Read(p []byte) (int, error) { return len(p), nil }
+
+func TestHook(t *testing.T) {
+	t.Run("fails", func(t *testing.T) {
+		w := newWorld(t)
+		h := w.host()
+		w.guest(&Guest{BeforeSuspend: func(ctx context.Context) error {
+			return RunHook(ctx, "sh", `echo "cannot flush $WHAT" >&2; exit 3`, "WHAT=everything")
+		}})
+		err := h.BeforeSuspend(within(t, time.Minute))
+		for _, want := range []string{"exit status 3", "cannot flush everything"} {
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %q in it", err, want)
+			}
+		}
+	})
+	t.Run("long output", func(t *testing.T) {
+		err := RunHook(t.Context(), "sh", `i=0; while [ $i -lt 2000 ]; do echo line $i; i=$((i+1)); done; exit 1`)
+		if err == nil || !strings.HasSuffix(err.Error(), "line 1999") || len(err.Error()) > 2*maxOutput {
+			t.Errorf("got %v", err)
+		}
+	})
+	t.Run("no shell", func(t *testing.T) {
+		if err := RunHook(t.Context(), "/no/such/shell", "true"); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("got %v, want not exist", err)
+		}
+	})
+	t.Run("killed with its group", func(t *testing.T) {
+		fifo := filepath.Join(t.TempDir(), "children")
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- RunHook(ctx, "sh", `(echo started; exec sleep 1000) >`+fifo+` & wait`) }()
+		// The child holds the file open; when it is gone nothing holds the lock of its process group.
+		for {
+			if b, _ := os.ReadFile(fifo); string(b) == "started\n" {
+				break
+			}
+			<-time.After(time.Millisecond)
+		}
+		cancel()
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("got %v, want context.Canceled", err)
+		}
+		for range 1000 {
+			if !holdsOpen(t, fifo) {
+				return
+			}
+			<-time.After(10 * time.Millisecond)
+		}
+		t.Error("a process of the command's group lives on")
+	})
+	t.Run("background child", func(t *testing.T) {
+		if err := RunHook(t.Context(), "sh", `sleep 3 & exit 0`); err != nil {
+			t.Errorf("got %v, want nil", err)
+		}
+	})
+}
+
+// holdsOpen reports whether any process has the file open.
+func holdsOpen(t *testing.T, path string) bool {
+	fds, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range fds {
+		if target, _ := os.Readlink(fd); target == path {
+			return true
+		}
+	}
+	return false
+}
+
+func TestSetClockRefusesNonsense(t *testing.T) {
+	for _, now := range []time.Time{{}, time.Unix(0, 0), time.Unix(1<<40, 0), time.Unix(-1<<40, 0)} {
+		if _, err := setClock(now); err == nil {
+			t.Errorf("%v was accepted", now)
+		}
+	}
+	if step, err := setClock(time.Now()); step != 0 || err != nil {
+		t.Errorf("a clock that is right was set by %v, %v", step, err)
+	}
+}
+
+func TestReseed(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root: only it may add entropy")
+	}
+	if err := reseed(NewEntropy()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestLiveness(t *testing.T) {
+	w := newWorld(t)
+	l, err := ListenLiveness(w.dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if err := l.Wait(within(t, 10*time.Millisecond)); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("before: got %v, want deadline exceeded", err)
+	}
+	if err := SayAlive(within(t, time.Minute), 0, w.dial); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := l.Wait(within(t, time.Minute)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	l.Close()
+	if err := l.Wait(t.Context()); err != nil {
+		t.Errorf("after Close of one that heard of the guest: %v", err)
+	}
+	if err := SayAlive(within(t, 10*time.Millisecond), 0, w.dial); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("nobody listens: got %v, want deadline exceeded", err)
+	}
+}

@@ -94,22 +94,22 @@ var probe = sync.OnceValue(func() probed {
 	return probed{c, true}
 })
 
-// negotiate turns what UFFDIO_API granted into a rung, trying from limit downwards.
-func negotiate(u *uffd, limit Rung) (Rung, string) {
-	reason := ""
+// negotiateRung turns what UFFDIO_API grants on a new userfaultfd into a rung, trying from limit downwards. It takes over
+// fd, and returns nil on Eager.
+func negotiateRung(fd int, limit Rung) (*uffd, Capabilities) {
+	reason := fmt.Sprintf("limited to %s by configuration", limit)
 	if limit == Full {
-		err := u.negotiate(featuresFull)
+		err := negotiate(fd, featuresFull)
 		if err == nil {
-			return Full, ""
+			return newUFFD(fd), capabilities(Full, "")
 		}
 		reason = fmt.Sprintf("this kernel cannot track writes asynchronously (Linux 6.7 can): %v", err)
-	} else {
-		reason = fmt.Sprintf("limited to %s by configuration", limit)
 	}
-	if err := u.negotiate(featuresLazy); err != nil {
-		return Eager, fmt.Sprintf("this kernel cannot catch faults on shared memory: %v", err)
+	if err := negotiate(fd, featuresLazy); err != nil {
+		_ = unix.Close(fd)
+		return nil, capabilities(Eager, fmt.Sprintf("this kernel cannot catch faults on shared memory: %v", err))
 	}
-	return Lazy, reason
+	return newUFFD(fd), capabilities(Lazy, reason)
 }
 
 // onThread runs f on a thread of its own goroutine's that no other goroutine uses meanwhile, with every signal blocked

@@ -247,7 +247,9 @@ func (m *Memory) unregister() error {
 			return err
 		}
 	}
-	return nil
+	// UFFDIO_UNREGISTER wakes as well, but before it resets the mapping (fs/userfaultfd.c): a thread that faults in
+	// between, under the lock of the mapping alone (Linux 6.4), would be queued after that wake and sleep for ever.
+	return m.wake(0, m.size)
 }
 
 // writeProtect arms or disarms tracking of the whole memory. m.mu is held.

@@ -191,14 +191,8 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 			_ = cmd.Process.Kill()
 			_ = cmd.Wait()
 		} else if h, fatal = withPidfd(cmd, reason); fatal == nil && fd >= 0 {
-			h.uffd = newUFFD(fd)
-			rung, reason := negotiate(h.uffd, opts.Limit)
-			h.caps = capabilities(rung, reason)
+			h.uffd, h.caps = negotiateRung(fd, opts.Limit)
 			fd = -1
-			if rung == Eager {
-				_ = h.uffd.close()
-				h.uffd = nil
-			}
 		}
 		if fd >= 0 {
 			_ = unix.Close(fd)
@@ -346,14 +340,13 @@ func Adopt(pid int, opts Options) (*Handle, error) {
 		h.caps.Reason = fmt.Sprintf("take userfaultfd of process %d: %v", pid, err)
 		return h, nil
 	}
-	h.uffd = newUFFD(taken)
 	switch found[0].features &^ featureInitialized {
 	case featuresFull:
-		h.caps = capabilities(Full, "")
+		h.uffd, h.caps = newUFFD(taken), capabilities(Full, "")
 	case featuresLazy:
-		h.caps = capabilities(Lazy, "the VMM was started with lazy RAM only")
+		h.uffd, h.caps = newUFFD(taken), capabilities(Lazy, "the VMM was started with lazy RAM only")
 	default: // its starter did not get to negotiate
-		h.caps = capabilities(negotiate(h.uffd, opts.Limit))
+		h.uffd, h.caps = negotiateRung(taken, opts.Limit)
 	}
 	if opts.Limit > h.caps.Rung {
 		h.caps = capabilities(opts.Limit, fmt.Sprintf("limited to %s by configuration", opts.Limit))

@@ -144,7 +144,8 @@ type uffd struct {
 	file *os.File // for reads through the poller, so that they can be interrupted
 }
 
-// newUFFD takes over fd, which must be nonblocking.
+// newUFFD takes over fd, which must be nonblocking and negotiated: before, polling it reports an error, and the runtime's
+// poller would remember that.
 func newUFFD(fd int) *uffd {
 	return &uffd{fd: fd, file: os.NewFile(uintptr(fd), "userfaultfd")}
 }
@@ -153,9 +154,9 @@ func (u *uffd) close() error { return u.file.Close() }
 
 // negotiate does the UFFDIO_API handshake. A set of features the kernel lacks is refused with EINVAL and may be
 // followed by an attempt with less; after a success there is no second one.
-func (u *uffd) negotiate(features uint64) error {
+func negotiate(fd int, features uint64) error {
 	arg := uffdAPI{api: uffdAPIVersion, features: features}
-	if err := ioctl(u.fd, uffdioAPI, unsafe.Pointer(&arg)); err != nil {
+	if err := ioctl(fd, uffdioAPI, unsafe.Pointer(&arg)); err != nil {
 		return fmt.Errorf("negotiate userfaultfd features %#x: %w", features, err)
 	}
 	return nil

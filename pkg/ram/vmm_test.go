@@ -121,6 +121,12 @@ func vmmMain() {
 			mem = unsafe.Slice((*byte)(area), 3*half)
 		case "write": // page seed
 			pattern(arg(1), uint64(arg(2)), mem[arg(1)*pageSize:(arg(1)+1)*pageSize])
+		case "overwrite": // step seed: every so many pages, at random
+			for _, page := range rand.Perm(len(mem) / pageSize) {
+				if int64(page)%arg(1) == 0 {
+					pattern(int64(page), uint64(arg(2)), mem[page*pageSize:(page+1)*pageSize])
+				}
+			}
 		case "poke": // offset byte
 			mem[arg(1)] = byte(arg(2))
 		case "peek": // offset
@@ -129,6 +135,12 @@ func vmmMain() {
 			touching.Go(func() { _ = *(*byte)(unsafe.Pointer(&mem[arg(1)])); sink.Add(int64(mem[arg(1)])) })
 		case "join":
 			touching.Wait()
+		case "populate": // reads everything, as a VMM may that looks for something
+			var sum int64
+			for at := 0; at < len(mem); at += pageSize {
+				sum += int64(mem[at])
+			}
+			sink.Add(sum)
 		case "dontneed": // offset length
 			if err := unix.Madvise(mem[arg(1):arg(1)+arg(2)], unix.MADV_DONTNEED); err != nil {
 				panic(err)

@@ -267,7 +267,10 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 		if err := o.data.truncate("size new overlay", o.size); err != nil {
 			return fmt.Errorf("create overlay %q: %w", o.path, err)
 		}
-		o.dirty.Store(true) // so that no state speaks of the file before its size is durable
+		// Now, so that every other file of a wrong size is known to be wrong.
+		if err := o.data.sync("sync new overlay"); err != nil {
+			return fmt.Errorf("create overlay %q: %w", o.path, err)
+		}
 	}
 	if err := o.scrub(); err != nil {
 		return fmt.Errorf("open overlay %q: remove what was never flushed: %w", o.path, err)

@@ -5,10 +5,12 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -118,4 +120,31 @@ func TestQEMU(t *testing.T) {
 			t.Errorf("the overlay differs at %d, %v", at, err)
 		}
 	})
+}
+
+// startQEMUNBD serves the file at path with qemu-nbd, and returns the socket.
+func startQEMUNBD(t testing.TB, path string) string {
+	t.Helper()
+	tool, err := exec.LookPath("qemu-nbd")
+	if err != nil {
+		t.Skip("qemu-nbd is not installed (Debian package qemu-utils)")
+	}
+	socket := socketPath(t)
+	cmd := exec.Command(tool, "-k", socket, "-f", "raw", "-e", "16", "-t", "--cache=writeback", path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	for range 1 << 20 {
+		if conn, err := net.Dial("unix", socket); err == nil {
+			_ = conn.Close()
+			return socket
+		}
+		runtime.Gosched()
+	}
+	t.Fatal("qemu-nbd does not listen")
+	return ""
 }

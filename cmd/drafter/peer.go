@@ -200,6 +200,8 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 			return nil, fmt.Errorf("--raddr: %w", err)
 		}
 		defer conn.Close()
+		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
+		cfg.Hooks.Resumed = func() { fmt.Fprintln(out, "VM runs here") }
 		p, report, err := peer.Receive(ctx, cfg, []io.ReadWriter{conn})
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)

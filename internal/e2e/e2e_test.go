@@ -32,7 +32,7 @@ import (
 )
 
 const (
-	memorySize = 128 << 20
+	memorySize = 192 << 20
 	diskSize   = 64 << 20
 	// ramMiB is how much of its memory the guest writes over and over: all but what kernel and programs need.
 	ramMiB = 64

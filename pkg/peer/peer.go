@@ -121,8 +121,8 @@ func start(ctx context.Context, cfg Config, how func(context.Context, runner.Con
 }
 
 // Receive takes over a running instance from the peer at the other end of streams. When it fails, the instance runs on at
-// the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams stay the caller's to
-// close. The report is there in any case.
+// the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
+// returns. The report is there in any case.
 func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
 	cfg = cfg.withDefaults()
 	t := &target{cfg: cfg}
@@ -145,7 +145,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 
 // Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
 // only Close is left to call. After an error that wraps migrate.ErrInDoubt it is paused for good; after any other error it
-// runs on. The streams stay the caller's to close. The report is there in any case.
+// runs on. The streams are closed when it returns. The report is there in any case.
 func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
 	if err := p.cfg.CheckMigratable(); err != nil {
 		return &migrate.Report{}, err

@@ -229,6 +229,13 @@ if ! mount -t "$fstype" -o "$mode,$flags" "$device" /newroot; then
 	echo "drafter initrd: cannot mount $device ($fstype, $mode,$flags)" >&2
 	exec sh
 fi
+# Named virtio-serial ports, as udev will link them when it is up.
+for name in /sys/class/virtio-ports/*/name; do
+	[ -e "$name" ] && read -r port < "$name" && [ -n "$port" ] || continue
+	device=${name%/name}
+	mkdir -p /dev/virtio-ports
+	ln -sf "../${device##*/}" "/dev/virtio-ports/$port"
+done
 mount -o move /dev /newroot/dev
 mount -o move /proc /newroot/proc
 mount -o move /sys /newroot/sys
@@ -236,7 +243,7 @@ exec switch_root /newroot "$init"
 `
 
 // initrdApplets are the programs of busybox that the script calls.
-var initrdApplets = []string{"sh", "mount", "cat", "insmod", "findfs", "usleep", "switch_root"}
+var initrdApplets = []string{"sh", "mount", "cat", "insmod", "findfs", "usleep", "mkdir", "ln", "switch_root"}
 
 // writeInitrd writes the initial RAM disk: an uncompressed cpio archive, which the kernel unpacks faster than a
 // compressed one where the CPU is emulated, and which needs no more than its size in page cache anywhere else.

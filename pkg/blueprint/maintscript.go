@@ -36,11 +36,12 @@ type scriptRunner struct {
 	t       *tree
 	users   users
 	arch    string
+	debs    []*deb          // all that is installed
 	missing map[string]bool // programs a script called in vain; reset for each script
 }
 
 // ownLayout are packages whose scripts we do not run: what they do needs their own programs, and system.go does it.
-var ownLayout = []string{"base-passwd", "libpam-runtime", "libc6", "libc-bin", "systemd", "udev", "debconf", "tzdata", "dbus", "ca-certificates"}
+var ownLayout = []string{"base-passwd", "libpam-runtime", "libc6", "libc-bin", "systemd", "udev", "debconf", "tzdata", "dpkg", "dbus", "ca-certificates"}
 
 // run runs one script of a package, such as "postinst" with "configure". A package that has not got it needs nothing.
 func (s *scriptRunner) run(ctx context.Context, d *deb, script string, args ...string) error {
@@ -247,7 +248,7 @@ func init() {
 			return nil
 		},
 		"dpkg-realpath": (*call).realpath, "realpath": (*call).realpath,
-		"dpkg-query": func(*call) error { return failed },
+		"dpkg-query": (*call).dpkg,
 		"ischroot":   nothing, // we are as good as in one: programs must not be started
 		"uname":      func(c *call) error { return c.print("Linux") },
 		"setcap":     func(*call) error { return failed }, // scripts fall back to set-uid
@@ -960,8 +961,22 @@ func (c *call) mktemp() error {
 
 func first[A, B any](a A, _ B) A { return a }
 
+// dpkg answers what scripts ask of the package database: who owns a file, whether a package is there.
 func (c *call) dpkg() error {
+	opts, ops := c.options("-f --showformat")
 	switch {
+	case len(ops) == 1 && has(opts, "-S", "--search"):
+		for _, d := range c.debs {
+			if slices.ContainsFunc(d.files, func(f debFile) bool { return f.path == ops[0] }) {
+				return c.print(d.Name + ": " + ops[0])
+			}
+		}
+	case len(ops) == 1 && has(opts, "-s", "-W", "--status", "--show"):
+		for _, d := range c.debs {
+			if d.Name == ops[0] {
+				return c.print(d.Version)
+			}
+		}
 	case len(c.args) > 0 && c.args[0] == "--print-architecture":
 		return c.print(c.arch)
 	case len(c.args) == 4 && c.args[0] == "--compare-versions":

@@ -116,9 +116,19 @@ func (ix *index) sort() {
 	}
 	for _, list := range ix.provides {
 		slices.SortStableFunc(list, func(a, b provider) int {
-			return cmp.Or(strings.Compare(a.Name, b.Name), better(a.candidate, b.candidate))
+			// mawk, which every Debian system has, before gawk
+			return cmp.Or(cmp.Compare(importance(a.control), importance(b.control)), strings.Compare(a.Name, b.Name), better(a.candidate, b.candidate))
 		})
 	}
+}
+
+// importance orders packages by their Priority field: required first.
+func importance(control stanza) int {
+	order := []string{"required", "important", "standard", "optional"}
+	if i := slices.Index(order, control.get("Priority")); i >= 0 {
+		return i
+	}
+	return len(order)
 }
 
 // relations yields the comma-separated parts of a relationship field. A part that cannot be parsed ends it: indexes are

@@ -92,7 +92,7 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 
 // runScripts carries out the scripts of all packages, dependencies first, and returns the packages whose scripts failed.
 func (s *system) runScripts(ctx context.Context, debs []*deb) (unpacked map[string]bool, err error) {
-	runner := &scriptRunner{t: s.tree, users: s.users, arch: s.cfg.Arch}
+	runner := &scriptRunner{t: s.tree, users: s.users, arch: s.cfg.Arch, debs: debs}
 	unpacked = map[string]bool{}
 	for _, script := range []struct{ name, arg string }{{"preinst", "install"}, {"postinst", "configure"}} {
 		for _, d := range debs {
@@ -152,18 +152,19 @@ func (s *system) base() error {
 			return err
 		}
 	}
-	for _, l := range [][2]string{{"../run", "/var/run"}, {"../run/lock", "/var/lock"}} {
-		if s.find("/var/"+path.Base(l[1]), false) == nil {
-			if err := s.symlink("/"+strings.TrimPrefix(l[0], "../"), l[1]); err != nil {
+	for _, l := range [][2]string{{"/run", "/var/run"}, {"/run/lock", "/var/lock"}} {
+		if s.find(l[1], false) == nil {
+			if err := s.symlink(l[0], l[1]); err != nil {
 				return err
 			}
 		}
 	}
-	for from, to := range map[string]string{
-		"/usr/share/base-files/profile": "/etc/profile", "/usr/share/base-files/motd": "/etc/motd",
-		"/usr/share/base-files/dot.profile": "/root/.profile", "/usr/share/base-files/dot.bashrc": "/root/.bashrc",
-		"/usr/share/libc-bin/nsswitch.conf": "/etc/nsswitch.conf", "/usr/share/base-files/nsswitch.conf": "/etc/nsswitch.conf",
+	for _, template := range [][2]string{
+		{"/usr/share/base-files/profile", "/etc/profile"}, {"/usr/share/base-files/motd", "/etc/motd"},
+		{"/usr/share/base-files/dot.profile", "/root/.profile"}, {"/usr/share/base-files/dot.bashrc", "/root/.bashrc"},
+		{"/usr/share/libc-bin/nsswitch.conf", "/etc/nsswitch.conf"}, {"/usr/share/base-files/nsswitch.conf", "/etc/nsswitch.conf"}, // the first: trixie
 	} {
+		from, to := template[0], template[1]
 		if text, err := s.readFile(from); err == nil && s.find(to, false) == nil {
 			if err := s.writeFile(to, string(text), 0o644); err != nil {
 				return err
@@ -222,14 +223,87 @@ var masked = []string{
 	"dev-hugepages.mount", "dev-mqueue.mount", "sys-kernel-debug.mount", "sys-kernel-tracing.mount", "sys-kernel-config.mount", "sys-fs-fuse-connections.mount",
 	"modprobe@configfs.service", "modprobe@drm.service", "modprobe@efi_pstore.service", "modprobe@fuse.service", "modprobe@loop.service", "modprobe@dm_mod.service",
 	"getty-static.service", "getty@tty1.service", "systemd-remount-fs.service", "systemd-fsck-root.service", "e2scrub_reap.service",
-	"systemd-ask-password-wall.path", "systemd-ask-password-console.path", "systemd-modules-load.service", "kmod-static-nodes.service",
+	"systemd-tmpfiles-setup-dev.service", "systemd-ask-password-wall.path", "systemd-ask-password-console.path", "systemd-modules-load.service", "kmod-static-nodes.service",
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer", "systemd-rfkill.socket", "systemd-initctl.socket",
 }
+
+// maskedRules are udev's rules for what a guest has not (sound, cameras, tapes, mice): udevd reads all rules when it starts.
+var maskedRules = []string{
+	"60-autosuspend", "60-cdrom_id", "60-drm", "60-evdev", "60-fido-id", "60-infiniband", "60-input-id", "60-persistent-alsa", "60-persistent-input",
+	"60-persistent-storage-tape", "60-persistent-v4l", "60-sensor", "64-btrfs", "70-camera", "70-joystick", "70-memory", "70-mouse", "70-power-switch",
+	"70-touchpad", "75-probe_mtd", "78-sound-card", "81-net-dhcp", "90-iocost",
+}
+
+// maskedGenerators are programs that systemd runs before anything else, to make units of what a guest has not:
+// encrypted disks, hibernation, partitions found by type, a console named on the kernel's command line.
+var maskedGenerators = []string{
+	"systemd-cryptsetup-generator", "systemd-debug-generator", "systemd-gpt-auto-generator", "systemd-hibernate-resume-generator",
+	"systemd-integritysetup-generator", "systemd-run-generator", "systemd-system-update-generator", "systemd-veritysetup-generator",
+	"systemd-bless-boot-generator", "systemd-getty-generator",
+}
+
+// maskSysV leaves out the generator that makes units of init scripts where every script has a unit already.
+func (s *system) maskSysV() error {
+	needed := false
+	err := s.each("/etc/init.d", func(p string, n *node) error {
+		if n.typ == tar.TypeReg && n.mode&0o111 != 0 && s.findUnit(path.Base(p)+".service") == "" && !slices.Contains(plainInitScripts, path.Base(p)) {
+			needed = true
+		}
+		return nil
+	})
+	if err != nil || needed {
+		return err
+	}
+	return s.symlink("/dev/null", "/etc/systemd/system-generators/systemd-sysv-generator")
+}
+
+// plainInitScripts are scripts of base packages that systemd has units of another name for.
+var plainInitScripts = []string{"hwclock.sh", "procps", "udev", "kmod"}
+
+const consoleUnit = `[Unit]
+Description=Login on the serial console
+After=systemd-user-sessions.service
+Before=getty.target
+ConditionPathExists=/dev/%I
+
+[Service]
+ExecStart=-/sbin/agetty -o '-p -- \\u' --noclear --keep-baud 115200,57600,38400,9600 %I vt220
+Type=idle
+Restart=always
+RestartSec=0
+UtmpIdentifier=%I
+TTYPath=/dev/%I
+TTYReset=yes
+TTYVHangup=yes
+IgnoreSIGPIPE=no
+SendSIGHUP=yes
+
+[Install]
+WantedBy=getty.target
+`
 
 // boot makes the system start fast and log in on the serial console.
 func (s *system) boot() error {
 	for _, unit := range masked {
 		if err := s.maskUnit(unit); err != nil {
+			return err
+		}
+	}
+	for _, generator := range maskedGenerators {
+		if err := s.symlink("/dev/null", "/etc/systemd/system-generators/"+generator); err != nil {
+			return err
+		}
+	}
+	for _, rule := range maskedRules {
+		if err := s.symlink("/dev/null", "/etc/udev/rules.d/"+rule+".rules"); err != nil {
+			return err
+		}
+	}
+	if err := s.maskSysV(); err != nil {
+		return err
+	}
+	for _, group := range []string{"input", "sgx", "kvm", "render"} { // of udev's rules
+		if _, err := s.users.addGroup(group, -1, false); err != nil {
 			return err
 		}
 	}
@@ -247,15 +321,20 @@ func (s *system) boot() error {
 	if err := s.symlink("/dev/null", "/etc/systemd/network/99-default.link"); err != nil {
 		return err
 	}
-	return s.writeFiles([]file{
+	if err := s.writeFiles([]file{
 		{path: "/etc/hostname", text: s.cfg.Hostname + "\n"},
 		{path: "/etc/hosts", text: fmt.Sprintf("127.0.0.1\tlocalhost\n127.0.1.1\t%s\n::1\tlocalhost ip6-localhost ip6-loopback\n", s.cfg.Hostname)},
 		{path: "/etc/systemd/journald.conf.d/drafter.conf", text: "# In memory: no writes to the disk that a migration would have to move.\n[Journal]\nStorage=volatile\nRuntimeMaxUse=16M\n"},
 		{path: "/etc/systemd/system.conf.d/drafter.conf", text: "[Manager]\nDefaultTimeoutStopSec=10s\nShowStatus=no\n"},
+		// As systemd's own, but it does not wait for udev to tell of the port.
+		{path: "/etc/systemd/system/serial-getty@ttyS0.service", text: consoleUnit},
 		// Only what can be of use to a guest is announced to udev at boot; devices that come later are as ever.
 		{path: "/etc/systemd/system/systemd-udev-trigger.service.d/drafter.conf", text: "[Service]\nExecStart=\n" +
-			"ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=virtio-ports --subsystem-match=net --sysname-match=ttyS0 --sysname-match=vport* --sysname-match=vd* --sysname-match=eth*\n"},
-	})
+			"ExecStart=-udevadm trigger --type=devices --action=add --subsystem-match=block --subsystem-match=virtio-ports --subsystem-match=net\n"},
+	}); err != nil {
+		return err
+	}
+	return s.enableUnit("serial-getty@ttyS0.service")
 }
 
 // network gives the guest the fixed address that its place in the network is built around.
@@ -331,7 +410,7 @@ fi
 	[ -z "$ADDRESS4" ] || echo "address replace $ADDRESS4 dev $nic"
 	[ -z "$ADDRESS6" ] || echo "address replace $ADDRESS6 dev $nic nodad"
 	[ -z "$GATEWAY4" ] || echo "route replace default via $GATEWAY4 dev $nic"
-	[ -z "$GATEWAY6" ] || echo "-6 route replace default via $GATEWAY6 dev $nic"
+	[ -z "$GATEWAY6" ] || echo "route replace default via $GATEWAY6 dev $nic"
 } | ip -force -batch -
 `
 
@@ -374,7 +453,8 @@ func (s *system) guestServices() error {
 		mounts = append(mounts, mountUnit(strings.Fields(line)[1]))
 	}
 	if err := s.writeFiles([]file{
-		// The channel is the device's, so its service is, too: a guest with vsock proper never starts it.
+		// The channel is the device's, so its service is, too: a guest with vsock proper never starts it. The initrd makes
+		// the link that the unit looks for; udev is for a device that comes later.
 		{path: "/lib/udev/rules.d/90-drafter.rules", text: `SUBSYSTEM=="virtio-ports", ATTR{name}=="org.drafter.vsock", TAG+="systemd", ENV{SYSTEMD_WANTS}+="drafter-vsock.service"` + "\n"},
 		{path: "/lib/systemd/system/drafter-vsock.service", text: vsockUnit},
 		{path: "/lib/systemd/system/drafter-agent.service", text: agentUnit},
@@ -382,7 +462,7 @@ func (s *system) guestServices() error {
 	}); err != nil {
 		return err
 	}
-	for _, unit := range []string{"drafter-agent.service", "drafter-liveness.service"} {
+	for _, unit := range []string{"drafter-vsock.service", "drafter-agent.service", "drafter-liveness.service"} {
 		if err := s.enableUnit(unit); err != nil {
 			return err
 		}
@@ -409,6 +489,7 @@ Description=Guest sockets of Drafter over virtio-serial
 DefaultDependencies=no
 Conflicts=shutdown.target
 Before=shutdown.target drafter-agent.service drafter-liveness.service
+ConditionPathExists=/dev/virtio-ports/org.drafter.vsock
 StartLimitIntervalSec=0
 
 [Service]
@@ -416,6 +497,9 @@ ExecStart=/usr/bin/drafter-agent vsock
 Restart=always
 RestartSec=200ms
 OOMScoreAdjust=-900
+
+[Install]
+WantedBy=sysinit.target
 `
 
 const agentUnit = `[Unit]

@@ -108,14 +108,14 @@ func arguments(cfg vmm.Config, caps *capabilities, fd descriptors) []string {
 	socket("serial", fd.serial)
 	add("-serial", "chardev:serial")
 
-	// Disk I/O has its own thread: a missing page of RAM that it waits for does not keep QMP waiting.
-	if len(spec.Disks) > 0 {
-		add("-object", object{"qom-type": "iothread", "id": "disks"}.String())
-	}
+	// The disks have no iothread, although with one a missing page of RAM that disk I/O waits for would not keep QMP
+	// waiting: with QEMU 10.0 under TCG a stop in the middle of disk I/O then loses the interrupt of a finished request
+	// in one of about 30 cases, and the guest's disk hangs, there and wherever the saved machine is loaded. The test
+	// vmmtest Cycles shows it.
 	for i, d := range spec.Disks {
 		add("-blockdev", blockdev(cfg, i).String())
 		virtio("virtio-blk-pci", fmt.Sprintf("disk%d", i), object{"drive": fmt.Sprintf("block%d", i), "serial": d.Name,
-			"iothread": "disks", "write-cache": "on", "werror": "report", "rerror": "report"})
+			"write-cache": "on", "werror": "report", "rerror": "report"})
 	}
 	if spec.MAC != "" {
 		add("-netdev", object{"type": "tap", "id": "net", "fd": fmt.Sprint(fd.tap), "vhost": false}.String())

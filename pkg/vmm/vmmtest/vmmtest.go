@@ -76,6 +76,7 @@ func Run(t *testing.T, h Harness) {
 	}{
 		{"Load", s.testLoad},
 		{"Rollback", s.testRollback},
+		{"Cycles", s.testCycles},
 		{"States", s.testStates},
 		{"SaveAgain", s.testSaveAgain},
 		{"CancelledSave", s.testCancelledSave},
@@ -284,7 +285,11 @@ func (i *instance) waitForJournal(t testing.TB, n int) {
 		}
 		return seq
 	}
+	ctx := testContext(t)
 	for first := at(); at() < first+n; {
+		if ctx.Err() != nil {
+			t.Fatalf("the guest's disk writer stands still at record %d", at())
+		}
 	}
 }
 
@@ -294,7 +299,10 @@ func (i *instance) verify(t testing.TB) {
 	before := i.do(t, "mem verify")
 	i.waitForJournal(t, 3)
 	newest := i.do(t, "disk "+diskName+" verify")
-	for i.do(t, "mem verify") == before { // the writer shares one CPU with us
+	for ctx := testContext(t); i.do(t, "mem verify") == before; { // the writer shares one CPU with us
+		if ctx.Err() != nil {
+			t.Fatalf("the guest's memory writer stands still at %s", before)
+		}
 	}
 	f, err := os.Open(i.disk)
 	if err != nil {
@@ -367,6 +375,30 @@ func (s *suite) testRollback(t *testing.T) {
 		}
 	}
 	source.verify(t)
+}
+
+// testCycles stops and starts the guest in the middle of its disk I/O, again and again: no request and no interrupt may
+// get lost on the way.
+func (s *suite) testCycles(t *testing.T) {
+	ctx := testContext(t)
+	i := s.running(t)
+	for n := range 30 {
+		if err := i.Pause(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if n%2 == 0 {
+			if err := i.Save(ctx, io.Discard); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := i.Resume(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if n%5 == 0 {
+			i.waitForJournal(t, 1)
+		}
+	}
+	i.verify(t)
 }
 
 func (s *suite) testStates(t *testing.T) {

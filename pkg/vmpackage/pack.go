@@ -43,11 +43,12 @@ const (
 // Level is how hard to compress. The zero value is LevelFastest.
 type Level int
 
+// Measured with 700 MB of programs and libraries, which LevelFastest shrinks to 35 %.
 const (
-	LevelFastest Level = iota // some hundred MB/s per core
-	LevelDefault              // a tenth smaller, half as fast
-	LevelBetter
-	LevelBest // for packages that are shipped often
+	LevelFastest Level = iota
+	LevelDefault       // 7 % smaller, in twice the time
+	LevelBetter        // 11 % smaller, in 6 times the time
+	LevelBest          // 18 % smaller, in 16 times the time: for packages that are shipped often
 )
 
 var levels = []struct {

@@ -9,9 +9,10 @@ import (
 	"testing"
 
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/block/blocktest"
 )
 
-const testSize = 32 << 20
+const testSize = 16 << 20
 
 // mirror is what the other end of a migration would have.
 type mirror struct {
@@ -113,7 +114,7 @@ func TestTrackerExact(t *testing.T) {
 				t.Errorf("reported %v when nothing was written", got)
 			}
 			missed, reported, changed := 0, 0, 0
-			for round := range 30 {
+			for round := range 20 {
 				v.do("scribble %d %d", 100+round, 1+round*100)
 				if round%3 == 0 { // our own writes count as well
 					if _, err := mem.Device().WriteAt([]byte{1, 2, 3, byte(round)}, int64(round)*pageSize*10+pageSize-2); err != nil {
@@ -350,5 +351,26 @@ func TestTrackerUnmappedPages(t *testing.T) {
 	}
 	if err := tr.Stop(); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTrackerSuite runs the contract's own suite, the VMM's part played by Device.
+func TestTrackerSuite(t *testing.T) {
+	needFull(t)
+	checkLeaks(t)
+	for _, rung := range rungs {
+		t.Run(rung.String(), func(t *testing.T) {
+			blocktest.RunTracker(t, func(t *testing.T) blocktest.TrackerSubject {
+				mem := create(t, 1<<20)
+				v := startVMM(t, mem, Options{Limit: rung})
+				v.attach(mem)
+				dev := mem.Device()
+				return blocktest.TrackerSubject{
+					Tracker: mem.Tracker(), Size: mem.Size(), Overreports: rung != Full,
+					Write: func(p []byte, off int64) error { _, err := dev.WriteAt(p, off); return err },
+					Read:  func(p []byte, off int64) error { _, err := dev.ReadAt(p, off); return err },
+				}
+			})
+		})
 	}
 }

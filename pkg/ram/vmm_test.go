@@ -59,6 +59,7 @@ func pattern(page int64, seed uint64, out []byte) {
 	}
 }
 
+// contents are the patterns of all pages.
 func contents(size int64, seed uint64) []byte {
 	b := make([]byte, size)
 	for page := range size / pageSize {
@@ -125,6 +126,12 @@ func vmmMain() {
 			for _, page := range rand.Perm(len(mem) / pageSize) {
 				if int64(page)%arg(1) == 0 {
 					pattern(int64(page), uint64(arg(2)), mem[page*pageSize:(page+1)*pageSize])
+				}
+			}
+		case "dirty": // percent: one byte of that share of the pages, spread evenly
+			for page := range int64(len(mem) / pageSize) {
+				if page*arg(1)/100 != (page+1)*arg(1)/100 {
+					mem[page*pageSize]++
 				}
 			}
 		case "poke": // offset byte

@@ -434,6 +434,9 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if err := i.memory.Attach(ctx, handle); err != nil {
 		return err
 	}
+	if caps := i.memory.Capabilities(); caps.Rung != ram.Full {
+		i.log.Warn("this host offers less than the best way to handle guest memory", "capabilities", caps.String())
+	}
 	return i.guest.serve()
 }
 

@@ -1,12 +1,17 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmm"
@@ -26,6 +31,8 @@ type machineFlags struct {
 	enableOutput  bool
 	enableInput   bool
 	resumeTimeout time.Duration
+
+	flags *pflag.FlagSet // which of these were given
 }
 
 func (m *machineFlags) register(flags *pflag.FlagSet) {
@@ -36,20 +43,24 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&m.uid, "uid", 0, "user id to run the hypervisor as")
 	flags.IntVar(&m.gid, "gid", 0, "group id to run the hypervisor as")
 	flags.StringVar(&m.netns, "netns", "ark0", "network namespace with the tap interface (empty: the one this runs in)")
-	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any)")
-	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none)")
+	m.flags = flags
+	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any; the default where this host has no such node)")
+	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none; the default where this user cannot make one)")
 	flags.BoolVar(&m.enableOutput, "enable-output", true, "print the guest's console on stdout")
 	flags.BoolVar(&m.enableInput, "enable-input", false, "pass stdin to the guest's console")
 	flags.DurationVar(&m.resumeTimeout, "resume-timeout", time.Minute, "how long to wait for the guest's agent and liveness")
 }
 
-// check refuses values that no machine could have, before anything is begun.
+// check refuses values that no machine on this host could have, before anything is begun. A default that this host cannot
+// honour is none; a value that was asked for is honoured or refused.
 func (m *machineFlags) check() error {
 	switch {
 	case m.uid < 0:
-		return usageErrorf("--uid %d is negative", m.uid)
+		return usageErrorf("--uid %d is negative: give the number of a user", m.uid)
 	case m.gid < 0:
-		return usageErrorf("--gid %d is negative", m.gid)
+		return usageErrorf("--gid %d is negative: give the number of a group", m.gid)
+	case (m.uid != 0 && m.uid != os.Geteuid() || m.gid != 0 && m.gid != os.Getegid()) && os.Geteuid() != 0:
+		return usageErrorf("--uid %d --gid %d: only root can run the hypervisor as another user; leave them out, or run this as root", m.uid, m.gid)
 	case m.numaNode < -1:
 		return usageErrorf("--numa-node %d: give the number of a node, or -1 for any", m.numaNode)
 	case m.cgroupVersion < 0 || m.cgroupVersion > 2:
@@ -62,9 +73,64 @@ func (m *machineFlags) check() error {
 		return usageErrorf("--accel %q: use auto, kvm or tcg", m.accel)
 	}
 	if m.netns != "" {
-		if _, err := os.Stat("/run/netns/" + m.netns); err != nil {
-			return fmt.Errorf("--netns %q: there is no such network namespace: make it, or name another (empty: this one)", m.netns)
+		if m.netns != filepath.Base(m.netns) || m.netns == "." || m.netns == ".." {
+			return usageErrorf("--netns %q: give the name of a network namespace in %s, not a path", m.netns, netnsDir)
 		}
+		if _, err := os.Stat(filepath.Join(netnsDir, m.netns)); err != nil {
+			return fmt.Errorf("--netns %q: there is no such network namespace: make it (ip netns add %s), or name another (empty: this one)", m.netns, m.netns)
+		}
+	}
+	if m.qemuBin != "" {
+		if _, err := exec.LookPath(m.qemuBin); err != nil {
+			return fmt.Errorf("--qemu-bin: %w: give the path of QEMU's program, or leave it out", err)
+		}
+	}
+	if m.numaNode >= 0 {
+		if _, err := os.Stat(fmt.Sprintf("/sys/devices/system/node/node%d", m.numaNode)); err != nil {
+			if m.flags.Changed("numa-node") {
+				online, _ := os.ReadFile("/sys/devices/system/node/online")
+				return fmt.Errorf("--numa-node %d: this host has no such NUMA node (it has %q): name one of its own, or -1 for any",
+					m.numaNode, strings.TrimSpace(string(online)))
+			}
+			m.numaNode = -1
+		}
+	}
+	if m.cgroupVersion != 0 {
+		if err := cgroupUsable(m.cgroupVersion); err != nil {
+			if m.flags.Changed("cgroup-version") {
+				return fmt.Errorf("--cgroup-version %d: %w: use the other version, or 0 for none", m.cgroupVersion, err)
+			}
+			m.cgroupVersion = 0
+		}
+	}
+	return nil
+}
+
+// netnsDir is where network namespaces have their names (ip-netns(8)).
+const netnsDir = "/run/netns"
+
+// cgroupUsable says why this user cannot make control groups in the hierarchies of a version.
+func cgroupUsable(version int) error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	fs := map[int]string{1: "cgroup", 2: "cgroup2"}[version]
+	found := false
+	for line := range strings.Lines(string(mounts)) {
+		// proc_pid_mountinfo(5): the mount point is the fifth field, the file system the first after " - ".
+		left, right, _ := strings.Cut(line, " - ")
+		l, r := strings.Fields(left), strings.Fields(right)
+		if len(l) < 5 || len(r) < 3 || r[0] != fs || strings.Contains(r[2], "name=") {
+			continue
+		}
+		found = true
+		if err := unix.Access(l[4], unix.W_OK); err != nil {
+			return fmt.Errorf("this user cannot make control groups in %q: %w", l[4], err)
+		}
+	}
+	if !found {
+		return errors.New("no control group hierarchy of that version is mounted on this host")
 	}
 	return nil
 }

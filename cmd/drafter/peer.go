@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -162,23 +163,24 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--devices: with --laddr, %w", err)
 		}
 	}
-	reports, err := openReports(opts.report)
-	if err != nil {
-		return fmt.Errorf("--report: %w", err)
-	}
-	defer reports.close()
-
 	// The address to listen on is taken before anything is begun, so that a port in use costs nothing.
 	var listener net.Listener
 	if opts.laddr != "" {
 		if transport.Insecure(opts.laddr) {
 			log.Warn("peers are neither authenticated nor encrypted; use a trusted network", "laddr", opts.laddr)
 		}
-		if listener, err = transport.Listen(ctx, opts.laddr); err != nil {
+		if listener, err = transport.Listen(ctx, opts.laddr); errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("--laddr: %w: end the program that uses it, or choose another port (0: any that is free)", err)
+		} else if err != nil {
 			return fmt.Errorf("--laddr: %w", err)
 		}
 		defer listener.Close()
 	}
+	reports, err := openReports(opts.report)
+	if err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	defer reports.close()
 
 	p, err := startPeer(ctx, cfg, opts, reports, out)
 	if err != nil {
@@ -196,7 +198,9 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
 		}
 		conn, err := transport.Dial(ctx, opts.raddr)
-		if err != nil {
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, fmt.Errorf("--raddr: %w: start the peer that has the instance, with --laddr, or correct the address", err)
+		} else if err != nil {
 			return nil, fmt.Errorf("--raddr: %w", err)
 		}
 		defer conn.Close()
@@ -362,17 +366,22 @@ func defaultPeerDevices() string {
 }
 
 // reports is the file of --report. The zero value writes nothing.
-type reports struct{ file *os.File }
+type reports struct {
+	file *os.File
+	made bool // by us, and nothing was written to it
+}
 
 func openReports(path string) (*reports, error) {
 	if path == "" {
 		return &reports{}, nil
 	}
+	_, err := os.Lstat(path)
+	made := errors.Is(err, os.ErrNotExist)
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return nil, err
 	}
-	return &reports{f}, nil
+	return &reports{f, made}, nil
 }
 
 func (r *reports) write(report *migrate.Report) error {
@@ -383,6 +392,7 @@ func (r *reports) write(report *migrate.Report) error {
 	if err != nil {
 		return err
 	}
+	r.made = false
 	_, err = r.file.Write(append(b, '\n'))
 	return err
 }
@@ -390,6 +400,9 @@ func (r *reports) write(report *migrate.Report) error {
 func (r *reports) close() error {
 	if r.file == nil {
 		return nil
+	}
+	if r.made {
+		return errors.Join(r.file.Close(), os.Remove(r.file.Name()))
 	}
 	return r.file.Close()
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -19,6 +20,8 @@ type device struct {
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
 	lock    *os.File       // holds the lock on the base until the device is closed
 	created []string       // files that opening the device made, to remove if nothing comes of it
+	folders []string       // folders that it made for them, outermost first
+	closed  bool
 }
 
 // openMode says what a device is opened for.
@@ -105,7 +108,9 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 	}
 	if !inPlace {
 		for _, path := range []string{c.Overlay, c.State} {
-			if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			made, err := makeFolders(filepath.Dir(path), 0o700)
+			d.folders = append(d.folders, made...)
+			if err != nil {
 				return nil, err
 			}
 			if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
@@ -131,7 +136,9 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 
 // create makes the file of a device that will be received.
 func (d *device) create(path string, size int64) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	made, err := makeFolders(filepath.Dir(path), 0o700)
+	d.folders = append(d.folders, made...)
+	if err != nil {
 		return err
 	}
 	f, err := block.CreateFile(path, size)
@@ -142,26 +149,59 @@ func (d *device) create(path string, size int64) error {
 	return f.Close()
 }
 
-// close flushes and closes the device.
+// close flushes and closes the device. It may be called more than once.
 func (d *device) close() error {
+	if d.closed {
+		return nil
+	}
+	d.closed = true
 	var errs []error
 	if d.Device != nil {
 		errs = append(errs, d.Device.Close())
 	}
 	if d.lock != nil {
 		errs = append(errs, d.lock.Close())
-		d.lock = nil
 	}
 	return errors.Join(errs...)
 }
 
-// discard closes the device and removes the files that opening it made.
+// discard closes the device and removes the files and folders that opening it made.
 func (d *device) discard() error {
 	errs := []error{d.close()}
 	for _, path := range d.created {
-		errs = append(errs, os.Remove(path))
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
+	removeFolders(d.folders)
 	return errors.Join(errs...)
+}
+
+// makeFolders is os.MkdirAll that returns the folders it made, outermost first, also when it fails.
+func makeFolders(dir string, mode os.FileMode) (made []string, err error) {
+	var missing []string
+	for p := filepath.Clean(dir); ; p = filepath.Dir(p) {
+		if _, err := os.Stat(p); err == nil || p == filepath.Dir(p) {
+			break
+		}
+		missing = append(missing, p)
+	}
+	for _, p := range slices.Backward(missing) {
+		err := os.Mkdir(p, mode)
+		if err == nil {
+			made = append(made, p)
+		} else if !errors.Is(err, os.ErrExist) {
+			return made, err
+		}
+	}
+	return made, os.MkdirAll(dir, mode) // an error where a file is in the way
+}
+
+// removeFolders removes what makeFolders made, except what others use.
+func removeFolders(made []string) {
+	for _, dir := range slices.Backward(made) {
+		os.Remove(dir) // fails, rightly, when it is not empty
+	}
 }
 
 // lockFile locks a file for as long as the returned descriptor is open: shared by all who only read it, exclusively by the

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -55,6 +56,8 @@ type Instance struct {
 	desc Description
 	root string // folder of this machine, removed at the end: Dir/HYPERVISOR/ID
 	path string // VMPath: root/root
+
+	folders []string // those above root that were made for it
 
 	devices []*device // in the order of the configuration
 	memory  *ram.Memory
@@ -123,7 +126,8 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		resumed = false // nothing ran: the saved state is as good as it was
 		return nil, errors.Join(fmt.Errorf("resume instance: %w", err), WriteSaved(i.device(StateDevice), state))
 	}
-	if err := i.run(ctx); err != nil {
+	// From here on a cancelled context must not end the guest half-way: it runs, and then it is saved.
+	if err := i.run(context.WithoutCancel(ctx)); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	i.resumeDuration = time.Since(began)
@@ -225,9 +229,7 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting}
 	defer func() {
 		if err != nil {
-			for _, d := range i.devices {
-				err = errors.Join(err, d.discard())
-			}
+			err = errors.Join(err, i.discardDevices())
 		}
 	}()
 
@@ -374,13 +376,22 @@ func (i *Instance) makeFolder() error {
 	if len(i.path) > maxPath {
 		return fmt.Errorf("folder %q has %d characters, too long for the unix sockets in it: choose a shorter --chroot-base-dir (at most %d)", i.path, len(i.path), maxPath)
 	}
-	if err := os.MkdirAll(filepath.Dir(i.root), 0o755); err != nil {
-		return fmt.Errorf("make folder of machines: %w", err)
-	}
-	for _, dir := range []string{i.root, i.path} {
-		if err := os.Mkdir(dir, 0o700); err != nil {
+	// The end of another machine may remove the empty folder between the two calls.
+	for try := 0; ; try++ {
+		made, err := makeFolders(filepath.Dir(i.root), 0o755)
+		i.folders = append(i.folders, made...)
+		if err != nil {
+			return fmt.Errorf("make folder of machines: %w", err)
+		}
+		if err = os.Mkdir(i.root, 0o700); err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrNotExist) || try == 10 {
 			return fmt.Errorf("make folder of machine: %w", err)
 		}
+	}
+	if err := os.Mkdir(i.path, 0o700); err != nil {
+		return fmt.Errorf("make folder of machine: %w", err)
 	}
 	return nil
 }
@@ -708,9 +719,7 @@ func (i *Instance) Discard(ctx context.Context) error {
 		errs = append(errs, writeRecord(state, Record{Status: Discarded}))
 	}
 	errs = append(errs, i.teardown())
-	for _, d := range i.devices {
-		errs = append(errs, d.discard())
-	}
+	errs = append(errs, i.discardDevices())
 	return errors.Join(errs...)
 }
 
@@ -719,11 +728,7 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if !ran {
-		err := i.teardown()
-		for _, d := range i.devices {
-			err = errors.Join(err, d.discard())
-		}
-		return err
+		return errors.Join(i.teardown(), i.discardDevices())
 	}
 	if i.phase == running && i.device(MemoryDevice) != nil && i.filler != nil {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
@@ -804,6 +809,18 @@ func (i *Instance) teardown() error {
 	}
 	if i.root != "" {
 		errs = append(errs, os.RemoveAll(i.root))
+		// The hypervisor's folder goes with the last machine in it, whoever made it; those above if we made them.
+		os.Remove(filepath.Dir(i.root))
+		removeFolders(i.folders)
+	}
+	return errors.Join(errs...)
+}
+
+// discardDevices discards all devices, the last one first: the first may have made the folder that all are in.
+func (i *Instance) discardDevices() error {
+	var errs []error
+	for _, d := range slices.Backward(i.devices) {
+		errs = append(errs, d.discard())
 	}
 	return errors.Join(errs...)
 }

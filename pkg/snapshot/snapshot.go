@@ -256,8 +256,9 @@ func made(name string) bool {
 
 // outputs are the files of a package that is being made.
 type outputs struct {
-	partial []string // written under their name + partialSuffix
-	dirs    []string // made for them, outermost first
+	partial   []string // written under their name + partialSuffix
+	published []string // that got their name, but are no package before all of it is done
+	dirs      []string // made for them, outermost first
 }
 
 // make writes the files that the machine needs, and completes spec with the disks it finds.
@@ -331,14 +332,17 @@ func (o *outputs) publish() error {
 		if err := os.Rename(path+partialSuffix, path); err != nil {
 			return err
 		}
+		o.published = append(o.published, path)
 	}
-	o.partial, o.dirs = nil, nil
 	return nil
 }
 
-// discard removes what make wrote, except what was published.
+// discard removes what make wrote, published or not: part of a package is worth nothing.
 func (o *outputs) discard() error {
 	var errs []error
+	for _, path := range o.published {
+		errs = append(errs, os.Remove(path))
+	}
 	for _, path := range o.partial {
 		if err := os.Remove(path + partialSuffix); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)

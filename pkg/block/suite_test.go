@@ -175,8 +175,7 @@ func TestLazy(t *testing.T) {
 	t.Run("FetchAndStream", func(t *testing.T) {
 		blocktest.Run(t, func(t *testing.T) block.Device {
 			asked := make(chan block.Range, 1<<10)
-			var l *block.Lazy
-			l = must[*block.Lazy](t)(block.NewLazy(newFile(t, oddSize), block.LazyOptions{
+			l := must[*block.Lazy](t)(block.NewLazy(newFile(t, oddSize), block.LazyOptions{
 				Fetch: func(ctx context.Context, r block.Range) error {
 					select {
 					case asked <- r:

@@ -1,6 +1,7 @@
 package expose
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -120,6 +121,59 @@ func TestQEMU(t *testing.T) {
 			t.Errorf("the overlay differs at %d, %v", at, err)
 		}
 	})
+}
+
+// TestQEMUReconnects restarts the server under a client: QEMU goes on without an error.
+func TestQEMUReconnects(t *testing.T) {
+	tool, err := exec.LookPath("qemu-io")
+	if err != nil {
+		t.Skip("qemu-io is not installed (Debian package qemu-utils)")
+	}
+	d := block.NewMemory(1 << 20)
+	s := listen(t, NBDOptions{}, Export{Name: "disk", Device: d})
+	cmd := exec.Command(tool, "--image-opts", "driver=nbd,server.type=unix,server.path="+s.Path()+",export=disk,reconnect-delay=60")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = in.Close() // qemu-io then ends
+		if err := cmd.Wait(); err != nil {
+			t.Error(err)
+		}
+	}()
+	lines := bufio.NewScanner(out)
+	do := func(command, want string) {
+		t.Helper()
+		if _, err := fmt.Fprintln(in, command); err != nil {
+			t.Fatal(err)
+		}
+		for lines.Scan() {
+			if strings.Contains(lines.Text(), want) {
+				return
+			}
+			if strings.Contains(lines.Text(), "failed") {
+				t.Fatalf("%s: %s", command, lines.Text())
+			}
+		}
+		t.Fatalf("%s: qemu-io ended", command)
+	}
+	do("write -P 0x11 0 64k", "wrote 65536/65536")
+	for range 3 {
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = listenAt(t, s.Path(), NBDOptions{}, Export{Name: "disk", Device: d})
+		do("write -P 0x22 64k 64k", "wrote 65536/65536")
+		do("read -P 0x11 0 64k", "read 65536/65536")
+	}
 }
 
 // startQEMUNBD serves the file at path with qemu-nbd, and returns the socket.

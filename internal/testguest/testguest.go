@@ -18,6 +18,7 @@
 // Numbers are decimal, disks are called by their names (serial numbers).
 //
 //	echo TEXT                       TEXT
+//	say TEXT                        a line on the console
 //	clock                           wall clock, ns since 1970
 //	cpus                            number of CPUs
 //	mem start MIB                   write all over that much RAM, page after page, pass after pass; each page holds its pass

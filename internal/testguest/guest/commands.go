@@ -34,6 +34,14 @@ func (g *guest) do(args []string) (string, error) {
 	switch args[0] {
 	case "echo":
 		return strings.Join(args[1:], " "), nil
+	case "say":
+		tty, err := os.OpenFile("/dev/ttyS0", os.O_WRONLY|unix.O_NOCTTY, 0)
+		if err != nil {
+			return "", err
+		}
+		defer tty.Close()
+		_, err = fmt.Fprintln(tty, strings.Join(args[1:], " "))
+		return "", err
 	case "clock":
 		return strconv.FormatInt(time.Now().UnixNano(), 10), nil
 	case "cpus":

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"strings"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -102,7 +101,7 @@ func newClient(ctx context.Context, conn *net.UnixConn, onEvent func(string, jso
 		if err == nil && m.Greeting == nil {
 			err = errors.New("it did not start with a greeting")
 		}
-		greeting <- err
+		greeting <- connectionError(err)
 		if err != nil {
 			c.end(err)
 			return
@@ -170,13 +169,20 @@ func (c *client) read(r *bufio.Reader) error {
 	}
 }
 
+// connectionError says in one way what the system says in many.
+func connectionError(err error) error {
+	for _, end := range []error{io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, unix.ECONNRESET, unix.EPIPE} {
+		if errors.Is(err, end) {
+			return errors.New("connection closed")
+		}
+	}
+	return err
+}
+
 // end records why the connection ended.
 func (c *client) end(err error) {
-	if err == nil || errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) || errors.Is(err, unix.ECONNRESET) {
-		err = errors.New("QMP connection closed")
-	}
 	c.mu.Lock()
-	c.err = err
+	c.err = connectionError(err)
 	c.mu.Unlock()
 	c.conn.Close()
 	close(c.done)
@@ -258,8 +264,5 @@ func (c *client) send(line, rights []byte) error {
 	if err == nil && n < len(line) {
 		_, err = c.conn.Write(line[n:])
 	}
-	if err != nil && strings.Contains(err.Error(), "broken pipe") {
-		err = errors.New("QMP connection closed")
-	}
-	return err
+	return connectionError(err)
 }

@@ -27,7 +27,7 @@ func takeStock(t testing.TB) stock {
 
 // check reports what there is more of than before. Goroutines and reaped processes end a moment after whoever waited for
 // them hears of it, so it looks until all is well, or for a while.
-func (s stock) check(t testing.TB, _ ...*os.File) {
+func (s stock) check(t testing.TB) {
 	t.Helper()
 	deadline := time.Now().Add(5 * time.Second)
 	for {

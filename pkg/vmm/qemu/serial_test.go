@@ -1,0 +1,104 @@
+package qemu
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+)
+
+// gate is a writer that blocks until it is opened.
+type gate struct {
+	open chan struct{}
+	mu   sync.Mutex // guards got
+	got  bytes.Buffer
+}
+
+func (g *gate) Write(p []byte) (int, error) {
+	<-g.open
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.got.Write(p)
+}
+
+func TestConsoleNeverBlocks(t *testing.T) {
+	guest, ours := net.Pipe()
+	out := &gate{open: make(chan struct{})}
+	c := startConsole(ours, out, nil, vmmtest.Logger(t))
+	line := strings.Repeat("x", 1023) + "\n"
+	const lines = 3 * consoleBuffer / 1024
+	for range lines {
+		if _, err := io.WriteString(guest, line); err != nil { // a net.Pipe has no buffer: somebody takes each
+			t.Fatal(err)
+		}
+	}
+	if _, err := io.WriteString(guest, "the end"); err != nil {
+		t.Fatal(err)
+	}
+	close(out.open)
+	guest.Close()
+	c.close()
+	got := out.got.String()
+	if !strings.HasSuffix(got, "x\nthe end") {
+		t.Errorf("the end is missing: %q", got[max(0, len(got)-20):])
+	}
+	if len(got) < consoleBuffer || len(got) > consoleBuffer+2*32<<10 {
+		t.Errorf("%d bytes of %d arrived, the buffer has %d", len(got), lines*1024, consoleBuffer)
+	}
+}
+
+func TestConsoleStuckWriter(t *testing.T) {
+	guest, ours := net.Pipe()
+	out := &gate{open: make(chan struct{})}
+	c := startConsole(ours, out, nil, vmmtest.Logger(t))
+	if _, err := io.WriteString(guest, "x"); err != nil {
+		t.Fatal(err)
+	}
+	guest.Close()
+	c.close() // returns although the writer does not
+	close(out.open)
+	<-c.written
+}
+
+func TestConsoleBrokenWriter(t *testing.T) {
+	guest, ours := net.Pipe()
+	r, w := io.Pipe()
+	r.CloseWithError(errors.New("no reader"))
+	c := startConsole(ours, w, nil, vmmtest.Logger(t))
+	for range 1000 {
+		if _, err := guest.Write(make([]byte, 1024)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	guest.Close()
+	c.close()
+}
+
+// TestConsoleInputIsLeft shows that a console that ends takes no byte of its input with it: the next machine reads on.
+func TestConsoleInputIsLeft(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	for _, text := range []string{"first", "second"} {
+		guest, ours := net.Pipe()
+		c := startConsole(ours, nil, r, vmmtest.Logger(t))
+		if _, err := io.WriteString(w, text); err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, len(text))
+		if _, err := io.ReadFull(guest, got); err != nil || string(got) != text {
+			t.Fatalf("%q, %v", got, err)
+		}
+		guest.Close()
+		c.close()
+	}
+}

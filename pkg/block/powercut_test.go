@@ -336,14 +336,14 @@ func (s *simStorage) cut(n int, mode cutMode, rng *rand.Rand) *simStorage {
 }
 
 const (
-	simBlockSize  = 16 << 10
-	simDeviceSize = 200_704 // 12.25 blocks
+	simBlockSize  = 8 << 10
+	simDeviceSize = 100_352 // 12.25 blocks
 )
 
 func simBase() []byte {
 	p := make([]byte, simDeviceSize)
 	for i := range p {
-		if i/12000%3 != 1 {
+		if i/6000%3 != 1 {
 			p[i] = byte(1 + i*i>>6&0x7f)
 		}
 	}
@@ -462,7 +462,7 @@ func checkSectors(t *testing.T, have []byte, candidates ...[]byte) {
 // TestPowerCut cuts the power after each step that an overlay does to its files, and checks that the overlay can be
 // opened again, holds everything that was flushed, and works.
 func TestPowerCut(t *testing.T) {
-	const scripts = 6
+	const scripts = 4
 	cuts := 0
 	labels := make(map[string]int) // of the last step before each cut
 	for seed := range uint64(scripts) {
@@ -478,7 +478,7 @@ func TestPowerCut(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				simScript(t, s, o, h, rng, 40, nil)
+				simScript(t, s, o, h, rng, 30, nil)
 				if life < 2 {
 					step := simStep{begin: len(s.ops), after: bytes.Clone(h.last()), flushed: true}
 					if err := o.Close(); err != nil {
@@ -534,7 +534,7 @@ func (s *simStorage) label(n int) string {
 // TestPowerCutTwice cuts the power, and again while the overlay is being opened and used after that.
 func TestPowerCutTwice(t *testing.T) {
 	base := simBase()
-	for seed := range uint64(60) {
+	for seed := range uint64(40) {
 		rng := rand.New(rand.NewPCG(seed, 2))
 		s := newSimStorage()
 		h := &simHistory{steps: []simStep{{after: base, flushed: true}}}
@@ -703,7 +703,7 @@ func TestStateDamage(t *testing.T) {
 		t.Fatal(err)
 	}
 	h := &simHistory{steps: []simStep{{after: base}}}
-	simScript(t, s, o, h, rand.New(rand.NewPCG(5, 5)), 40, nil)
+	simScript(t, s, o, h, rand.New(rand.NewPCG(5, 5)), 20, nil)
 	if err := o.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"testing"
+	"time"
 )
 
 const benchSize = 1 << 30
@@ -68,14 +69,18 @@ func BenchmarkTrackerStart(b *testing.B) {
 	v.attach(mem)
 	v.do("dirty 100")
 	tr := mem.Tracker()
+	var start time.Duration
 	for b.Loop() {
+		began := time.Now()
 		if err := tr.Start(b.Context()); err != nil {
 			b.Fatal(err)
 		}
+		start += time.Since(began)
 		if err := tr.Stop(); err != nil {
 			b.Fatal(err)
 		}
 	}
+	b.ReportMetric(start.Seconds()*1e3/float64(b.N), "start-ms/GiB")
 }
 
 // BenchmarkFault is the time a thread of the VMM waits for one page, as measured there.
@@ -90,6 +95,9 @@ func BenchmarkFault(b *testing.B) {
 		{"quiet", FillOptions{demandOnly: true, ReadAround: -1}},
 		{"read around", FillOptions{demandOnly: true}},
 		{"full background", FillOptions{}},
+		{"full background, no read around", FillOptions{ReadAround: -1}},
+		{"full background, chunk=64K", FillOptions{Chunk: 64 << 10}},
+		{"full background, no read around, chunk=64K", FillOptions{ReadAround: -1, Chunk: 64 << 10}},
 	} {
 		b.Run(test.name, func(b *testing.B) {
 			var sum [3]float64

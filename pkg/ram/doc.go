@@ -32,7 +32,7 @@
 // Tracking registers the mapping for write protection in the asynchronous mode (Linux 6.7): the kernel resolves the
 // first write to a page by itself and remembers it; PAGEMAP_SCAN returns what it remembers and forgets it, atomically.
 //
-// Outside of filling and tracking nothing is registered, and neither costs anything.
+// Outside of filling no fault comes to us, and outside of tracking no page is protected: neither costs anything then.
 //
 // # The ladder
 //

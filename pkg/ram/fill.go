@@ -27,12 +27,12 @@ type FillOptions struct {
 	// Ranges are ignored.
 	Resume bool
 
-	// Workers is how many faults are served at once; 8 if zero. A fault takes one worker for as long as a read of the
-	// source takes. Receive needs no more than one.
+	// Workers is how many faults are served at once; 8 if zero. A fault takes one worker for as long as a read of one
+	// page of the source takes. Receive needs no more than one.
 	Workers int
 
-	// ReadAround is how much is read of the source around a demanded page once that was delivered, in bytes; 64 KiB if
-	// zero, nothing if negative.
+	// ReadAround is how much of the source around a demanded page the background brings next, in bytes; 64 KiB if zero,
+	// nothing if negative.
 	ReadAround int64
 
 	// Chunk is how much is read of the source at once in the background, in bytes; 256 KiB if zero. Streams is how many
@@ -48,7 +48,7 @@ type FillOptions struct {
 	// may be called by several goroutines. Nil: see Filler.Err.
 	OnError func(error)
 
-	// demandOnly leaves out the background, for tests that want to see faults.
+	// demandOnly leaves out the background, but for reading around, for tests that want to see faults.
 	demandOnly bool
 }
 
@@ -114,6 +114,8 @@ type Filler struct {
 
 	faults, zeroFaults, demandBytes, fillBytes, zeroBytes, failures atomic.Uint64
 	latency                                                         histogram
+
+	nearby chan span // what the background should do next, because a page of it was demanded; dropped when full
 }
 
 // Fill brings the contents of src into the memory: at once where the guest touches them, the rest in the background.
@@ -154,7 +156,7 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 		m: m, src: src, request: request, opts: opts.withDefaults(),
 		present: newBitmap(pages), claimed: newBitmap(pages),
 		complete: make(chan struct{}), ready: make(chan struct{}), done: make(chan struct{}),
-		wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1),
+		wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1), nearby: make(chan span, 4),
 	}
 	f.changed.L = &f.mu
 	f.extents, _ = src.(block.Extents)
@@ -176,7 +178,9 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 		close(f.complete)
 	} else if src != nil {
 		f.work.Go(f.retry)
-		if !f.opts.demandOnly {
+		if f.opts.demandOnly {
+			f.work.Go(func() { f.load(nil, f.ctx.Done()) })
+		} else {
 			f.work.Go(f.stream)
 		}
 	}
@@ -226,21 +230,10 @@ func (m *Memory) prepareFill(f *Filler) error {
 	}
 
 	if m.handle != nil && m.handle.caps.Lazy {
-		mode := uint64(modeMissing)
-		if m.handle.caps.Rung == Full {
-			mode |= modeWP
-		}
 		// Registered before the holes are punched, so that nobody can populate a hole again; served after, so that no
 		// page that was served is punched out.
-		if m.mode&mode != mode {
-			if m.mode&modeMissing == 0 {
-				if err := m.unregister(); err != nil {
-					return err
-				}
-			}
-			if err := m.register(mode); err != nil {
-				return err
-			}
+		if err := m.register(modeMissing); err != nil {
+			return err
 		}
 		f.lazy = true
 	}
@@ -444,7 +437,7 @@ func (f *Filler) Stats() FillStats {
 // serve answers page faults, one at a time, until stopServing.
 func (f *Filler) serve() {
 	u := f.m.handle.uffd
-	buf := make([]byte, max(f.opts.ReadAround, pageSize))
+	buf := make([]byte, pageSize)
 	for {
 		addr, err := u.next()
 		start := time.Now()
@@ -474,12 +467,12 @@ func (f *Filler) serve() {
 		case f.src == nil:
 			f.demand(page, start)
 		default:
-			if err := f.fetch(page, buf[:pageSize]); err != nil {
+			if err := f.fetch(page, buf); err != nil {
 				f.postpone(page)
 				continue
 			}
 			f.latency.add(time.Since(start))
-			f.readAround(page, buf)
+			f.readAround(page)
 		}
 	}
 }
@@ -529,21 +522,21 @@ func (f *Filler) read(buf []byte, off int64) error {
 	return err
 }
 
-// readAround brings the neighbourhood of a page that was just demanded, if there are any absent.
-func (f *Filler) readAround(page int64, buf []byte) {
-	n := int64(len(buf)) / pageSize
+// readAround has the background go on in the neighbourhood of a page that was just demanded, if anything is absent there.
+// When it has enough to do already, it is not told: what serves faults must not get in the way of faults.
+func (f *Filler) readAround(page int64) {
+	n := f.opts.ReadAround / pageSize
 	if n <= 1 {
 		return
 	}
 	lo := page / n * n
 	hi := min(lo+n, f.present.limit)
-	lo = f.present.next(lo, hi, false)
-	if lo == hi || f.ctx.Err() != nil {
+	if lo = f.present.next(lo, hi, false); lo == hi {
 		return
 	}
-	buf = buf[:(hi-lo)*pageSize]
-	if f.read(buf, lo*pageSize) == nil {
-		_ = f.put(lo, buf, false) // reported; the background or a fault will try again
+	select {
+	case f.nearby <- span{lo, hi}:
+	default:
 	}
 }
 
@@ -781,18 +774,15 @@ func (f *Filler) pass() (again bool) {
 	spans := make(chan span)
 	for range f.opts.Streams {
 		streams.Go(func() {
-			buf := make([]byte, f.opts.Chunk)
-			for s := range spans {
-				part := buf[:(s.hi-s.lo)*pageSize]
-				if f.read(part, s.lo*pageSize) != nil || f.put(s.lo, part, false) != nil {
-					failed.Store(true)
-				}
+			if !f.load(spans, nil) {
+				failed.Store(true)
 			}
 		})
 	}
 	pages := f.present.limit
+	data := int64(0) // up to where the source is known to have data: finding the end of a long extent takes its time
 	for lo := f.present.next(0, pages, false); lo < pages; lo = f.present.next(lo, pages, false) {
-		if f.extents != nil {
+		if f.extents != nil && lo >= data {
 			r, err := f.extents.NextData(lo * pageSize)
 			if errors.Is(err, io.EOF) {
 				f.putZeros(lo, pages)
@@ -804,6 +794,9 @@ func (f *Filler) pass() (again bool) {
 				f.putZeros(lo, next)
 				lo = next
 				continue
+			}
+			if err == nil {
+				data = r.End() / pageSize
 			}
 		}
 		// Reading across pages that are there already beats many small reads, unless it is mostly them.
@@ -828,6 +821,38 @@ func (f *Filler) pass() (again bool) {
 		f.recovered()
 	}
 	return f.remaining.Load() > 0
+}
+
+// load brings spans, and whatever is nearby a demanded page first, until spans or done is closed. It reports whether all
+// went well.
+func (f *Filler) load(spans <-chan span, done <-chan struct{}) bool {
+	ok := true
+	buf := make([]byte, max(f.opts.Chunk, f.opts.ReadAround))
+	for {
+		var s span
+		var more bool
+		select {
+		case s = <-f.nearby:
+			more = true
+		default:
+			select {
+			case s = <-f.nearby:
+				more = true
+			case s, more = <-spans:
+			case <-done:
+			}
+		}
+		if !more {
+			return ok
+		}
+		if s.lo = f.present.next(s.lo, s.hi, false); s.lo == s.hi {
+			continue // there by now
+		}
+		part := buf[:(s.hi-s.lo)*pageSize]
+		if f.read(part, s.lo*pageSize) != nil || f.put(s.lo, part, false) != nil {
+			ok = false
+		}
+	}
 }
 
 // recovered forgets a failure that was overcome.

@@ -95,7 +95,7 @@ func settled(t testing.TB, mem *Memory) {
 	t.Helper()
 	mem.mu.Lock()
 	defer mem.mu.Unlock()
-	if mem.mode != 0 || mem.filler.Load() != nil {
+	if mem.mode&modeMissing != 0 || mem.filler.Load() != nil {
 		t.Errorf("mode %d, filler %v", mem.mode, mem.filler.Load())
 	}
 }

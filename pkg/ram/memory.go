@@ -208,15 +208,15 @@ func (m *Memory) takeOver() error {
 		return err
 	}
 	m.mode = mode
-	if mode&modeMissing == 0 {
-		return m.unregister()
-	}
-	m.unfilled.Store(true)
 	if mode&modeWP != 0 {
-		if err := m.writeProtect(false); err != nil {
+		if err := m.disarm(); err != nil {
 			return err
 		}
 	}
+	if mode&modeMissing == 0 {
+		return nil
+	}
+	m.unfilled.Store(true)
 	// Faults whose messages the earlier keeper read, and never answered, are told again after a wake.
 	return m.wake(0, m.size)
 }
@@ -225,11 +225,12 @@ func (m *Memory) takeOver() error {
 // Until [Memory.Fill] or [Memory.Receive] is called with Resume, Device refuses to read.
 func (m *Memory) Unfilled() bool { return m.unfilled.Load() }
 
-// register makes faults on the VMM's mappings come to us, according to mode. m.mu is held.
+// register makes faults on the VMM's mappings come to us, according to mode, beside those that do already. m.mu is held.
 func (m *Memory) register(mode uint64) error {
 	if m.mode&mode == mode {
 		return nil
 	}
+	mode |= m.mode // the kernel would drop what is not named again
 	for _, mp := range m.maps {
 		if err := m.handle.uffd.register(mp.vma(), mode); err != nil {
 			return m.explain(err)
@@ -239,7 +240,8 @@ func (m *Memory) register(mode uint64) error {
 	return nil
 }
 
-// unregister undoes register, and with it write protection; whoever waits is woken. m.mu is held.
+// unregister undoes register, and with it write protection; whoever waits is woken. It is cheap unless the mode has
+// modeWP: then the kernel walks all page tables with the VMM's address space locked (30 ms/GiB). m.mu is held.
 func (m *Memory) unregister() error {
 	m.mode = 0
 	for _, mp := range m.maps {
@@ -252,10 +254,11 @@ func (m *Memory) unregister() error {
 	return m.wake(0, m.size)
 }
 
-// writeProtect arms or disarms tracking of the whole memory. m.mu is held.
-func (m *Memory) writeProtect(on bool) error {
-	for _, mp := range m.maps {
-		if err := m.handle.uffd.writeProtect(mp.vma(), on); err != nil {
+// disarm takes write protection off the whole memory. It stays registered for it, which costs nothing. m.mu is held.
+func (m *Memory) disarm() error {
+	const step = 64 << 20 // bytes for which the VMM's address space is locked at a time
+	for off := int64(0); off < m.size; off += step {
+		if err := m.maps.addresses(off, min(step, m.size-off), m.handle.uffd.disarm); err != nil {
 			return m.explain(err)
 		}
 	}

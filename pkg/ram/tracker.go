@@ -58,7 +58,7 @@ func (t *tracker) Start(ctx context.Context) error {
 	var run trackingMethod
 	var err error
 	if m.handle != nil && m.handle.caps.Rung == Full {
-		run, err = m.trackByProtection()
+		run, err = m.trackByProtection(ctx)
 	} else {
 		run, err = m.trackByHashing(ctx)
 	}
@@ -144,7 +144,7 @@ type protection struct {
 	vec     []pageRegion
 }
 
-func (m *Memory) trackByProtection() (*protection, error) {
+func (m *Memory) trackByProtection(ctx context.Context) (*protection, error) {
 	// The open file stays bound to the address space it was opened on, even if the process id is used again.
 	pagemap, err := os.Open(fmt.Sprintf("/proc/%d/pagemap", m.handle.pid))
 	if err != nil {
@@ -154,26 +154,27 @@ func (m *Memory) trackByProtection() (*protection, error) {
 		return nil, err
 	}
 	m.marks.Store(newBitmap(m.size / pageSize))
+	p := &protection{m: m, pagemap: pagemap, vec: make([]pageRegion, 4096)}
 	if err = m.register(modeWP); err == nil {
-		err = m.writeProtect(true)
+		if err = p.scan(ctx, func(block.Range) {}); err == nil {
+			return p, nil
+		}
 	}
-	if err == nil {
-		return &protection{m: m, pagemap: pagemap, vec: make([]pageRegion, 4096)}, nil
-	}
-	m.marks.Store(nil)
-	pagemap.Close()
-	if m.mode&modeMissing == 0 {
-		err = errors.Join(err, m.unregister())
-	}
+	_ = p.stop() // the failure of Start tells more
 	return nil, err
 }
 
 func (p *protection) collect(ctx context.Context, found func(block.Range)) error {
-	m := p.m
 	// Our own writes are marked after they were done, so one that is not marked yet will be by the next time.
-	m.marks.Load().drain(func(lo, hi int64) {
+	p.m.marks.Load().drain(func(lo, hi int64) {
 		found(block.Range{Offset: lo * pageSize, Length: (hi - lo) * pageSize})
 	})
+	return p.scan(ctx, found)
+}
+
+// scan tells what the kernel knows to be written, and arms the tracking of it again.
+func (p *protection) scan(ctx context.Context, found func(block.Range)) error {
+	m := p.m
 	raw, err := p.pagemap.SyscallConn()
 	if err != nil {
 		return err
@@ -210,12 +211,9 @@ func (p *protection) collect(ctx context.Context, found func(block.Range)) error
 func (p *protection) stop() error {
 	m := p.m
 	m.marks.Store(nil)
-	err := p.pagemap.Close()
-	if m.mode&modeMissing != 0 {
-		if werr := m.writeProtect(false); werr != nil && !errors.Is(werr, ErrProcessEnded) {
-			err = errors.Join(err, werr)
-		}
-		return err
+	err := m.disarm()
+	if errors.Is(err, ErrProcessEnded) {
+		err = nil
 	}
-	return errors.Join(err, m.unregister())
+	return errors.Join(err, p.pagemap.Close())
 }

@@ -59,6 +59,20 @@ func (d peerDevice) device() (peer.Device, error) {
 			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, key)
 		}
 	}
+	for _, v := range []struct {
+		key   string
+		value int64
+	}{
+		{"expiry", int64(d.Expiry)}, {"maxDirtyBlocks", d.MaxDirtyBlocks}, {"minCycles", int64(d.MinCycles)},
+		{"maxCycles", int64(d.MaxCycles)}, {"cycleThrottle", int64(d.CycleThrottle)},
+	} {
+		if v.value < 0 {
+			return peer.Device{}, usageErrorf("--devices: device %q: key %q is %d: it cannot be negative", d.Name, v.key, v.value)
+		}
+	}
+	if d.MaxCycles != 0 && d.MinCycles > d.MaxCycles {
+		return peer.Device{}, usageErrorf("--devices: device %q: minCycles is %d and maxCycles %d: give a maximum that is not below the minimum", d.Name, d.MinCycles, d.MaxCycles)
+	}
 	return peer.Device{
 		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
 		Policy: migrate.Policy{
@@ -81,6 +95,7 @@ type peerOptions struct {
 	metrics       string
 	report        string
 	boot          bool
+	forceOwner    bool
 	ioEngineSync  bool
 }
 
@@ -122,6 +137,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at (not available in this version)")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
+	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
 	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "use the hypervisor's synchronous disk engine")
 	return cmd
 }
@@ -155,7 +171,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	host.IOEngineSync = opts.ioEngineSync
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: host, ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		Concurrency: opts.concurrency, Logger: log,
+		ForceOwner: opts.forceOwner, Concurrency: opts.concurrency, Logger: log,
 	}
 
 	if opts.laddr != "" {

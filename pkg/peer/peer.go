@@ -36,6 +36,9 @@ type Config struct {
 	Host    runner.Host
 	Hooks   runner.Hooks
 
+	// ForceOwner is runner.Config.ForceOwner.
+	ForceOwner bool
+
 	// Concurrency bounds the workers of a migration. 0 means migrate's default.
 	Concurrency int
 
@@ -53,7 +56,8 @@ type Config struct {
 
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
-		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout, Logger: c.Logger,
+		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
+		ForceOwner: c.ForceOwner, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)
@@ -230,7 +234,11 @@ func (s source) Resume(ctx context.Context) error             { return s.Continu
 
 func (s source) Commit(ctx context.Context, id string) error { return s.Release(ctx, id) }
 func (s source) Abort(ctx context.Context, id string) error  { return s.Reclaim(ctx, id) }
-func (s source) Done(context.Context, string) error          { return nil } // Moved says it all
+
+func (s source) Done(context.Context, string) error {
+	s.Released()
+	return nil
+}
 
 // target is an instance that is being received, as migrate.Receive sees it.
 type target struct {
@@ -248,7 +256,9 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
 	}
 	i, err := runner.Prepare(ctx, t.cfg.runner(), desc, incoming)
-	if err != nil {
+	if errors.Is(err, runner.ErrMismatch) {
+		return nil, migrate.Refuse("%v", err)
+	} else if err != nil {
 		return nil, err
 	}
 	t.instance = i

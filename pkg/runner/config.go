@@ -138,6 +138,10 @@ type Config struct {
 	Host  Host
 	Hooks Hooks
 
+	// ForceOwner lets Resume take back an instance that was given to another peer which never confirmed that it runs it.
+	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
+	ForceOwner bool
+
 	// ResumeTimeout bounds the wait for the guest's agent, per call. Default: one minute.
 	ResumeTimeout time.Duration
 	// RescueTimeout bounds saving and cleaning up after the caller's context was cancelled. Default: one minute.

@@ -26,7 +26,9 @@ import (
 
 // phase is where an instance is in its life in this process.
 //
-//	Resume, Boot ────────────────────► running ⇄ suspended ─ Release ─► moved
+//	Resume, Boot ─────► running ⇄ suspended ─ Release ─► released ─ Released ─► moved
+//	                                   ▲                    │
+//	                                   └───── Reclaim ──────┘
 //	Prepare ─► waiting ─ Load ─► suspended ─ Run ─► running
 //	any ─ Close, Kill, Discard ─► closed
 //
@@ -37,12 +39,13 @@ const (
 	waiting   phase = iota // devices are being received; the machine has no state
 	suspended              // all vCPUs stopped; memory, device state and disks are consistent
 	running                // ours, and live
-	moved                  // another peer owns the instance, or may
+	released               // given to another peer, which has not said that it runs it
+	moved                  // another peer owns the instance
 	closed                 // nothing is left of it in this process
 )
 
 func (p phase) String() string {
-	return [...]string{"waiting", "suspended", "running", "moved", "closed"}[p]
+	return [...]string{"waiting", "suspended", "running", "released", "moved", "closed"}[p]
 }
 
 // ErrPhase is returned by a method of Instance that the instance's phase does not allow.
@@ -66,8 +69,9 @@ type Instance struct {
 	machine vmm.Machine
 	guest   *guest // nil when the machine has no guest sockets
 
-	mu    sync.Mutex // held through every change of phase; guards phase
-	phase phase
+	mu        sync.Mutex // held through every change of phase; guards phase and migration
+	phase     phase
+	migration string // that the instance was released to
 
 	resumeDuration time.Duration
 }
@@ -93,7 +97,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("resume instance: no device %q is configured", name)
 		}
 	}
-	state, err := ReadSaved(i.device(StateDevice))
+	state, err := ReadSaved(i.device(StateDevice), i.cfg.ForceOwner)
 	if err != nil {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).Base, err)
 	}
@@ -195,12 +199,19 @@ func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incom
 		return nil, err
 	}
 	defer func() {
-		if err != nil {
+		switch {
+		case err == nil:
+		case errors.Is(err, ErrMismatch): // nothing here was touched yet
+			err = errors.Join(err, i.abandon(ctx, false))
+		default:
 			err = errors.Join(err, i.Discard(context.WithoutCancel(ctx)))
 		}
 	}()
 	if err := i.cfg.Backend.Compatible(ctx, desc.Spec); err != nil {
-		return nil, fmt.Errorf("prepare instance: its machine does not fit this host: %w", err)
+		return nil, fmt.Errorf("prepare instance: %w: the machine: %w", ErrMismatch, err)
+	}
+	if err := i.checkVacant(); err != nil {
+		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
 	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
@@ -209,6 +220,26 @@ func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incom
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
 	return i, nil
+}
+
+// ErrMismatch is wrapped by errors of Prepare which say that what a migration would bring does not fit what is here. Their
+// text names no paths and may be told to the source.
+var ErrMismatch = errors.New("the instance does not fit this destination")
+
+// checkVacant refuses to receive over an instance that somebody may still want.
+func (i *Instance) checkVacant() error {
+	state := i.device(StateDevice)
+	if len(state.created) > 0 {
+		return nil
+	}
+	r, err := ReadRecord(state)
+	if err != nil {
+		return nil // not an instance: nothing of value
+	}
+	if r.Status == Saved || r.Status == Running {
+		return fmt.Errorf("%w: the devices configured here hold an instance already (%s at %s): receive into other overlays, or delete these", ErrMismatch, r.Status, r.Time.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // reception is what a migration announces.
@@ -237,7 +268,7 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 	if r != nil {
 		i.desc = r.desc
 		if sizes, err = matchIncoming(cfg.Devices, r.incoming); err != nil {
-			return nil, fmt.Errorf("open instance: %w", err)
+			return nil, fmt.Errorf("open instance: %w: %w", ErrMismatch, err)
 		}
 		sizes[StateDevice] = StateDeviceSize
 		sizes[MemoryDevice] = r.desc.MemorySize
@@ -304,7 +335,7 @@ func matchIncoming(devices []DeviceConfig, incoming []Incoming) (map[string]int6
 			continue
 		}
 		if _, err := os.Stat(d.Base); err != nil {
-			return nil, fmt.Errorf("device %q is configured here, but the source does not send it and its base is not here: %w", d.Name, err)
+			return nil, fmt.Errorf("device %q is configured here, but the source does not send it and its base is not here", d.Name)
 		}
 	}
 	return sizes, nil
@@ -582,8 +613,17 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	if i.phase != suspended {
 		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.phase = moved
+	i.phase, i.migration = released, migration
 	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration})
+}
+
+// Released says that whom the instance was given to runs it: nothing here is of use any more.
+func (i *Instance) Released() {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase == released {
+		i.phase = moved
+	}
 }
 
 // Reclaim puts on record, durably, that an instance which may have been released belongs here. Only whoever knows that the
@@ -591,7 +631,7 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.phase == moved {
+	if i.phase == released {
 		i.phase = suspended
 	}
 	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
@@ -670,14 +710,14 @@ func (i *Instance) Devices() []Device {
 	return out
 }
 
-// Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there; one that
-// moved away or was never ours is only taken down. The context bounds the work but its cancellation alone does not: an
-// instance half saved is worth nothing. Close may be called more than once.
+// Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there. One that
+// was released and not confirmed is saved too, but stays marked as moved: see [Config.ForceOwner]. One that moved away, or
+// was never ours, is only taken down. Cancelling ctx does not end the work, as an instance half saved is worth nothing;
+// Config.RescueTimeout bounds what the agent may take, and again what saving may take. Close may be called more than once.
 func (i *Instance) Close(ctx context.Context) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.cfg.RescueTimeout)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
 	var errs []error
 	switch i.phase {
 	case closed:
@@ -689,7 +729,7 @@ func (i *Instance) Close(ctx context.Context) error {
 		default:
 			errs = append(errs, i.suspendAndSave(ctx))
 		}
-	case suspended:
+	case suspended, released:
 		errs = append(errs, i.save(ctx))
 	}
 	errs = append(errs, i.teardown())
@@ -730,29 +770,29 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	if !ran {
 		return errors.Join(i.teardown(), i.discardDevices())
 	}
-	if i.phase == running && i.device(MemoryDevice) != nil && i.filler != nil {
+	if i.phase == running && i.filler != nil {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), i.cfg.RescueTimeout)
-		defer cancel()
-		return errors.Join(i.pauseAndSave(ctx), i.teardown())
+		return errors.Join(i.pauseAndSave(context.WithoutCancel(ctx)), i.teardown())
 	}
 	return i.teardown()
 }
 
 func (i *Instance) suspendAndSave(ctx context.Context) error {
-	if err := i.suspend(ctx); err != nil {
+	agent, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
+	defer cancel()
+	if err := i.beforeSuspend(agent); err != nil {
 		// An agent that does not answer must not cost the instance its memory.
 		i.log.Warn("agent failed before suspend; saving the instance all the same", "error", err)
-		return i.pauseAndSave(ctx)
 	}
-	return i.save(ctx)
+	return i.pauseAndSave(ctx)
 }
 
 func (i *Instance) pauseAndSave(ctx context.Context) error {
-	if err := i.machine.Pause(ctx); err != nil {
+	bounded, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
+	defer cancel()
+	if err := i.pause(bounded); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
-	i.phase = suspended
 	return i.save(ctx)
 }
 
@@ -762,6 +802,8 @@ func (i *Instance) save(ctx context.Context) error {
 	if state == nil || memory == nil {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
+	defer cancel()
 	var buf limitedBuffer
 	if err := i.machine.Save(ctx, &buf); err != nil {
 		return fmt.Errorf("save instance: %w", err)
@@ -784,7 +826,11 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := work.Wait(); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
-	if err := WriteSaved(state, buf.b); err != nil {
+	record := Record{Status: Saved}
+	if i.phase == released {
+		record = Record{Status: Moved, Migration: i.migration}
+	}
+	if err := writeState(state, record, buf.b); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
 	return nil

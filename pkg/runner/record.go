@@ -70,7 +70,7 @@ type Record struct {
 	Status    Status
 	Migration string    // id of the migration that the status comes from, at most 64 bytes; empty if none
 	Time      time.Time // when it was written
-	Length    int64     // bytes of device state that follow; 0 unless Saved
+	Length    int64     // bytes of device state that follow; 0 unless Saved, or Moved and not confirmed
 	Sum       uint64    // xxh3 of the device state
 }
 
@@ -152,6 +152,11 @@ func writeRecord(dev block.Device, r Record) error {
 // WriteSaved makes state the device's content, with status Saved. The memory and the disks it belongs to must be durable
 // before the call: the header is what makes them an instance.
 func WriteSaved(dev block.Device, state []byte) error {
+	return writeState(dev, Record{Status: Saved}, state)
+}
+
+// writeState writes device state and then, once that is durable, its header r.
+func writeState(dev block.Device, r Record, state []byte) error {
 	if int64(len(state)) > dev.Size()-recordSize {
 		return fmt.Errorf("device state of %d bytes does not fit the state device of %d", len(state), dev.Size())
 	}
@@ -161,16 +166,18 @@ func WriteSaved(dev block.Device, state []byte) error {
 	if err := dev.Flush(); err != nil {
 		return fmt.Errorf("flush device state: %w", err)
 	}
-	return writeRecord(dev, Record{Status: Saved, Length: int64(len(state)), Sum: xxh3.Hash(state)})
+	r.Length, r.Sum = int64(len(state)), xxh3.Hash(state)
+	return writeRecord(dev, r)
 }
 
-// ReadSaved returns the device state of a state device with status Saved.
-func ReadSaved(dev block.Device) ([]byte, error) {
+// ReadSaved returns the device state of a state device with status Saved. With force it also takes an instance that was
+// given away, if it was saved after that; see [Config.ForceOwner].
+func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 	r, err := ReadRecord(dev)
 	if err != nil {
 		return nil, err
 	}
-	if r.Status != Saved {
+	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0) {
 		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
 	}
 	state := make([]byte, r.Length)
@@ -192,6 +199,9 @@ func (r Record) remedy() string {
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:
+		if r.Length > 0 {
+			return fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it: if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays", at, r.Migration)
+		}
 		return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
 	}
 	return r.Status.String()

@@ -32,7 +32,7 @@ func TestSavedState(t *testing.T) {
 	if err := WriteSaved(dev, state); err != nil {
 		t.Fatal(err)
 	}
-	got, err := ReadSaved(dev)
+	got, err := ReadSaved(dev, false)
 	if err != nil || !bytes.Equal(got, state) {
 		t.Fatalf("read %d bytes, %v; want the %d written", len(got), err, len(state))
 	}
@@ -45,7 +45,7 @@ func TestSavedState(t *testing.T) {
 		if _, err := dev.WriteAt([]byte{1}, recordSize+7); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := ReadSaved(dev); err == nil || !strings.Contains(err.Error(), "corrupt") {
+		if _, err := ReadSaved(dev, false); err == nil || !strings.Contains(err.Error(), "corrupt") {
 			t.Errorf("error %v, want one about corruption", err)
 		}
 	})
@@ -54,10 +54,30 @@ func TestSavedState(t *testing.T) {
 			if err := writeRecord(dev, Record{Status: status, Migration: "M1"}); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := ReadSaved(dev); !errors.Is(err, ErrNotSaved) || !strings.Contains(err.Error(), remedy) {
+			if _, err := ReadSaved(dev, false); !errors.Is(err, ErrNotSaved) || !strings.Contains(err.Error(), remedy) {
 				t.Errorf("error %v, want ErrNotSaved with %q", err, remedy)
 			}
 		})
+	}
+}
+
+func TestForceOwner(t *testing.T) {
+	dev := block.NewMemory(StateDeviceSize)
+	if err := writeState(dev, Record{Status: Moved, Migration: "M1"}, []byte("state")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSaved(dev, false); !errors.Is(err, ErrNotSaved) || !strings.Contains(err.Error(), "--force-owner") {
+		t.Errorf("error %v, want ErrNotSaved with the way out", err)
+	}
+	if got, err := ReadSaved(dev, true); err != nil || string(got) != "state" {
+		t.Errorf("forced: read %q, %v", got, err)
+	}
+	// An instance whose new owner has confirmed has nothing left to force.
+	if err := writeRecord(dev, Record{Status: Moved, Migration: "M1"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSaved(dev, true); !errors.Is(err, ErrNotSaved) {
+		t.Errorf("forced after a confirmed move: error %v, want ErrNotSaved", err)
 	}
 }
 

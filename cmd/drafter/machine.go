@@ -96,7 +96,11 @@ func (m *machineFlags) check() error {
 		}
 	}
 	if m.cgroupVersion != 0 {
-		if err := cgroupUsable(m.cgroupVersion); err != nil {
+		mounts, err := os.ReadFile("/proc/self/mountinfo")
+		if err == nil {
+			err = cgroupUsable(string(mounts), m.cgroupVersion)
+		}
+		if err != nil {
 			if m.flags.Changed("cgroup-version") {
 				return fmt.Errorf("--cgroup-version %d: %w: use the other version, or 0 for none", m.cgroupVersion, err)
 			}
@@ -109,16 +113,12 @@ func (m *machineFlags) check() error {
 // netnsDir is where network namespaces have their names (ip-netns(8)).
 const netnsDir = "/run/netns"
 
-// cgroupUsable says why this user cannot make control groups in the hierarchies of a version.
-func cgroupUsable(version int) error {
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return err
-	}
+// cgroupUsable says why this user cannot make control groups in the hierarchies of a version. Mountinfo is in the format of
+// /proc/PID/mountinfo (proc_pid_mountinfo(5)): the mount point is the fifth field, the file system the first after " - ".
+func cgroupUsable(mountinfo string, version int) error {
 	fs := map[int]string{1: "cgroup", 2: "cgroup2"}[version]
 	found := false
-	for line := range strings.Lines(string(mounts)) {
-		// proc_pid_mountinfo(5): the mount point is the fifth field, the file system the first after " - ".
+	for line := range strings.Lines(mountinfo) {
 		left, right, _ := strings.Cut(line, " - ")
 		l, r := strings.Fields(left), strings.Fields(right)
 		if len(l) < 5 || len(r) < 3 || r[0] != fs || strings.Contains(r[2], "name=") {

@@ -343,6 +343,9 @@ func peerDevices(opts peerOptions) ([]peer.Device, error) {
 // as a migration to here writes to each.
 func packageDevices(path, instance string) ([]peer.Device, error) {
 	pkg, err := vmpackage.Open(path)
+	if isFile(path) {
+		return nil, fmt.Errorf("--package %q is a file, and a folder is needed: extract it (mkdir out/package && tar -xf %s -C out/package)", path, path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("--package: %w", err)
 	}

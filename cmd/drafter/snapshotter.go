@@ -94,8 +94,10 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	}
 	if opts.iface == "" {
 		opts.mac, opts.netns = "", ""
-	} else if _, err := net.ParseMAC(opts.mac); err != nil {
-		return usageErrorf("--mac %q is not a MAC address, like 02:0e:d9:fd:68:3d", opts.mac)
+	} else if mac, err := net.ParseMAC(opts.mac); err != nil || len(mac) != 6 {
+		return usageErrorf("--mac %q is not an Ethernet address, like 02:0e:d9:fd:68:3d", opts.mac)
+	} else if mac[0]&1 != 0 {
+		return usageErrorf("--mac %q is a multicast address, which no interface can have: make its first number even", opts.mac)
 	}
 	if err := opts.check(); err != nil {
 		return err

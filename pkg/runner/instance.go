@@ -102,7 +102,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).Base, err)
 	}
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
-		return nil, fmt.Errorf("resume instance: the package does not fit this host: %w", err)
+		return nil, fmt.Errorf("resume instance: %w: resume it on a host like the one that made it, or make the package anew for this one (drafter snapshotter --accel, --cpu-template)", err)
 	}
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)

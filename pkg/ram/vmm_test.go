@@ -255,6 +255,7 @@ func vmmCommand(mem *Memory) *exec.Cmd {
 func startVMM(t testing.TB, mem *Memory, opts Options, change ...func(*exec.Cmd)) *vmm {
 	t.Helper()
 	v := &vmm{t: t, cmd: vmmCommand(mem)}
+	v.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // also when the test times out
 	for _, f := range change {
 		f(v.cmd)
 	}
@@ -394,5 +395,8 @@ func descriptors(t testing.TB) map[string]int {
 
 // asNobody runs a command without any privilege.
 func asNobody(cmd *exec.Cmd) {
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: 65534, Gid: 65534},
+		Pdeathsig:  syscall.SIGKILL,
+	}
 }

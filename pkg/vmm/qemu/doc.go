@@ -15,7 +15,7 @@
 //
 // RAM is a memory-backend-file over the caller's memfd, reached as /proc/self/fd/N. (memory-backend-memfd would be
 // saved with the devices: QEMU skips only RAM that has a path.) Saving is QEMU's migration with the capability
-// x-ignore-shared into a pipe; what comes out is the state of the devices, some 100 KB.
+// x-ignore-shared into a pipe; what comes out is the state of the devices, some 300 KB.
 //
 // KVM is used when /dev/kvm opens and the processor has vmx or svm, or when asked for; else TCG, which needs nothing and
 // is slow. A machine saved under one cannot be loaded under the other.
@@ -43,9 +43,10 @@
 // # Concurrency
 //
 // As [vmm.Machine] says. Every machine has these goroutines, which have all ended when Done is closed: the reader of
-// QMP, the waiter for the process, the reader of its stderr, and two or three that pump the console. One exception:
-// a goroutine that reads Config.SerialInput ends only when that Read returns; a reader with SetReadDeadline (a pipe, a
-// connection) is interrupted.
+// QMP, the waiter for the process and its stderr, and two or three that pump the console. Two exceptions, both the
+// caller's readers and writers: a goroutine that reads Config.SerialInput ends only when that Read returns (one with
+// SetReadDeadline, such as a pipe or a connection, is interrupted), and a Write to Config.SerialOutput that hangs is
+// waited for one second.
 //
 // # What it does not do
 //

@@ -18,7 +18,7 @@ import (
 )
 
 const (
-	// maxState bounds the device state, in bytes. It has some 100 KB; more would be RAM that ought not to be in it.
+	// maxState bounds the device state, in bytes. It has some 300 KB; far more would be RAM that ought not to be in it.
 	maxState = 64 << 20
 
 	// stateMagic begins a QEMU migration stream.

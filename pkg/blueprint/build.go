@@ -98,10 +98,10 @@ type Config struct {
 	Cache string
 
 	// Progress, if set, is told how far the build is. It is called from several goroutines, one at a time.
-	Progress func(Progress)
+	Progress func(Progress) `json:"-"`
 
 	// Logger receives events and warnings; nil means slog.Default().
-	Logger *slog.Logger
+	Logger *slog.Logger `json:"-"`
 }
 
 // Copy is a file or folder of the host that goes into the guest.

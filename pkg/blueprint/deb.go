@@ -30,6 +30,9 @@ type debFile struct {
 const (
 	maxControl = 16 << 20 // bytes of one file of a control archive
 	maxFiles   = 1 << 20  // files of one package
+
+	// maxUnpacked bounds what one archive unpacks to, in bytes: far above any package, below what would fill a disk.
+	maxUnpacked = 8 << 30
 )
 
 // openDeb reads the .deb at file, keeping the contents of its files in s. keep says which paths are wanted.
@@ -130,7 +133,7 @@ func untar(r io.Reader, suffix string, each func(*tar.Header, io.Reader) error) 
 		return err
 	}
 	defer z.Close()
-	tr := tar.NewReader(z)
+	tr := tar.NewReader(io.LimitReader(z, maxUnpacked))
 	for {
 		h, err := tr.Next()
 		if err == io.EOF {
@@ -138,6 +141,9 @@ func untar(r io.Reader, suffix string, each func(*tar.Header, io.Reader) error) 
 		}
 		if err != nil {
 			return err
+		}
+		if h.Size > maxUnpacked || h.Typeflag == tar.TypeGNUSparse || h.PAXRecords["GNU.sparse.size"] != "" || h.PAXRecords["GNU.sparse.realsize"] != "" {
+			return fmt.Errorf("%s is sparse or larger than %d bytes, which no package needs", h.Name, int64(maxUnpacked))
 		}
 		if err := each(h, tr); err != nil {
 			return err

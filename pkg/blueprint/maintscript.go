@@ -36,12 +36,13 @@ type scriptRunner struct {
 	t       *tree
 	users   users
 	arch    string
-	debs    []*deb          // all that is installed
+	debs    []*deb // all that is installed
+	alts    map[string]*alternative
 	missing map[string]bool // programs a script called in vain; reset for each script
 }
 
 // ownLayout are packages whose scripts we do not run: what they do needs their own programs, and system.go does it.
-var ownLayout = []string{"base-passwd", "libpam-runtime", "libc6", "libc-bin", "systemd", "udev", "debconf", "tzdata", "dpkg", "dbus", "ca-certificates"}
+var ownLayout = []string{"base-passwd", "libpam-runtime", "libc6", "libc-bin", "systemd", "udev", "debconf", "tzdata", "dpkg", "dbus"}
 
 // run runs one script of a package, such as "postinst" with "configure". A package that has not got it needs nothing.
 func (s *scriptRunner) run(ctx context.Context, d *deb, script string, args ...string) error {
@@ -256,7 +257,7 @@ func init() {
 	for _, name := range strings.Fields(`update-rc.d invoke-rc.d deb-systemd-invoke service start-stop-daemon ldconfig dpkg-trigger
 		dpkg-maintscript-helper update-initramfs py3compile py3clean pycompile pyclean systemd-tmpfiles systemd-hwdb journalctl udevadm
 		install-info update-mime-database glib-compile-schemas fc-cache systemd-machine-id-setup update-shells add-shell remove-shell
-		sync sleep shadowconfig killall pkill update-menus update-ca-certificates update-icon-caches gtk-update-icon-cache rpcinfo
+		sync sleep shadowconfig killall pkill update-menus update-icon-caches gtk-update-icon-cache rpcinfo
 		db_version adequate deluser delgroup userdel groupdel chfn ucf ucfr modprobe sysctl`) {
 		programs[name] = nothing
 	}
@@ -1052,8 +1053,19 @@ func (c *call) statoverride() error {
 	return err
 }
 
+// alternative is a name with several programs that can go by it, and names that follow its choice.
+type alternative struct {
+	links   [][2]string // name and link: the name itself, then its followers
+	choices []alternativeChoice
+}
+
+type alternativeChoice struct {
+	priority int
+	paths    map[string]string // name → path
+}
+
 // alternatives is update-alternatives --install LINK NAME PATH PRIORITY [--slave LINK NAME PATH]…; the alternative of
-// the highest priority wins.
+// the highest priority wins. Other actions of the program have nothing to do on a new system.
 func (c *call) alternatives() error {
 	i := slices.Index(c.args, "--install")
 	if i < 0 || i+4 >= len(c.args) {
@@ -1062,45 +1074,54 @@ func (c *call) alternatives() error {
 		}
 		return nil
 	}
-	type choice struct{ link, name, path string }
-	main := choice{c.args[i+1], c.args[i+2], c.args[i+3]}
-	priority := number(c.args[i+4])
-	var slaves []choice
+	link, name, target := c.args[i+1], c.args[i+2], c.args[i+3]
+	if c.alts == nil {
+		c.alts = map[string]*alternative{}
+	}
+	alt := c.alts[name]
+	if alt == nil {
+		alt = &alternative{links: [][2]string{{name, link}}}
+		c.alts[name] = alt
+	}
+	choice := alternativeChoice{number(c.args[i+4]), map[string]string{name: target}}
 	for rest := c.args[i+5:]; len(rest) >= 4 && rest[0] == "--slave"; rest = rest[4:] {
-		slaves = append(slaves, choice{rest[1], rest[2], rest[3]})
+		if c.t.find(rest[3], true) == nil {
+			continue // a manual page left out of the disk
+		}
+		if l := [2]string{rest[2], rest[1]}; !slices.Contains(alt.links, l) {
+			alt.links = append(alt.links, l)
+		}
+		choice.paths[rest[2]] = rest[3]
 	}
-	// dpkg's own record of the alternatives of a name: status, link, slave names and links, then each choice.
-	record := "/var/lib/dpkg/alternatives/" + main.name
-	old, _ := c.t.readFile(record)
-	lines := strings.Split(string(old), "\n")
-	if len(lines) > 3 {
-		if best := number(lines[len(lines)-1]); best >= priority {
-			return nil
+	alt.choices = append(alt.choices, choice)
+	best := slices.MaxFunc(alt.choices, func(a, b alternativeChoice) int { return cmp.Compare(a.priority, b.priority) })
+
+	// dpkg's own record: status, link, the followers' names and links; then path, priority and followers' paths of each.
+	record := "auto\n" + link + "\n"
+	for _, l := range alt.links[1:] {
+		record += l[0] + "\n" + l[1] + "\n"
+	}
+	record += "\n"
+	for _, ch := range alt.choices {
+		record += fmt.Sprintf("%s\n%d\n", ch.paths[name], ch.priority)
+		for _, l := range alt.links[1:] {
+			record += ch.paths[l[0]] + "\n"
 		}
 	}
-	var b strings.Builder
-	fmt.Fprintf(&b, "auto\n%s\n", main.link)
-	var kept []choice
-	for _, s := range slaves {
-		if c.t.find(s.path, true) != nil { // a manual page left out of the disk
-			kept = append(kept, s)
-			fmt.Fprintf(&b, "%s\n%s\n", s.name, s.link)
+	for _, l := range alt.links {
+		if best.paths[l[0]] == "" {
+			c.t.remove("/etc/alternatives/" + l[0])
+			c.t.remove(l[1])
+			continue
 		}
-	}
-	fmt.Fprintf(&b, "\n%s\n%d\n", main.path, priority)
-	for _, s := range kept {
-		fmt.Fprintf(&b, "%s\n", s.path)
-	}
-	b.WriteString("\n")
-	for _, l := range append([]choice{main}, kept...) {
-		if err := c.t.symlink(l.path, "/etc/alternatives/"+l.name); err != nil {
+		if err := c.t.symlink(best.paths[l[0]], "/etc/alternatives/"+l[0]); err != nil {
 			return err
 		}
-		if err := c.t.symlink("/etc/alternatives/"+l.name, l.link); err != nil {
+		if err := c.t.symlink("/etc/alternatives/"+l[0], l[1]); err != nil {
 			return err
 		}
 	}
-	return c.t.writeFile(record, b.String(), 0o644)
+	return c.t.writeFile("/var/lib/dpkg/alternatives/"+name, record+"\n", 0o644)
 }
 
 func (c *call) systemdHelper() error {

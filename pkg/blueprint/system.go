@@ -82,7 +82,7 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 	if err := s.users.addSystemUsers(); err != nil {
 		return err
 	}
-	for _, step := range []func() error{s.boot, s.network, s.guestServices, s.extras} {
+	for _, step := range []func() error{s.certificates, s.libraries, s.boot, s.network, s.guestServices, s.extras} {
 		if err := step(); err != nil {
 			return err
 		}
@@ -192,6 +192,55 @@ func (s *system) base() error {
 		{path: "/etc/apt/sources.list", text: s.aptSources()},
 	})
 }
+
+// certificates bundles the authorities that package ca-certificates brings, for programs that read the bundle; its
+// script, which also makes openssl's links, runs with `dpkg --configure -a` in the guest.
+func (s *system) certificates() error {
+	var bundle strings.Builder
+	if err := s.each("/usr/share/ca-certificates", func(p string, n *node) error {
+		if n.typ == tar.TypeReg && path.Ext(p) == ".crt" {
+			return n.content.writeTo(&bundle)
+		}
+		return nil
+	}); err != nil || bundle.Len() == 0 {
+		return err
+	}
+	return s.writeFile("/etc/ssl/certs/ca-certificates.crt", bundle.String(), 0o644)
+}
+
+// libraries sees to libraries outside the loader's own folders, which it finds only by a cache that ldconfig makes.
+// That is made at the first boot, if a package needs it.
+func (s *system) libraries() error {
+	needed := false
+	if err := s.each("/etc/ld.so.conf.d", func(p string, _ *node) error {
+		if name := path.Base(p); name != "libc.conf" && name != "x86_64-linux-gnu.conf" {
+			needed = true
+		}
+		return nil
+	}); err != nil || !needed {
+		return err
+	}
+	if err := s.writeFile("/lib/systemd/system/drafter-ldconfig.service", ldconfigUnit, 0o644); err != nil {
+		return err
+	}
+	return s.enableUnit("drafter-ldconfig.service")
+}
+
+const ldconfigUnit = `[Unit]
+Description=Index shared libraries
+DefaultDependencies=no
+Conflicts=shutdown.target
+Before=shutdown.target sysinit.target
+ConditionPathExists=!/etc/ld.so.cache
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/sbin/ldconfig
+
+[Install]
+WantedBy=sysinit.target
+`
 
 // aptSources lets apt in the guest go on from where the blueprint was taken.
 func (s *system) aptSources() string {

@@ -138,7 +138,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
-	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "use the hypervisor's synchronous disk engine")
+	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	return cmd
 }
 

@@ -62,7 +62,7 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags := cmd.Flags()
 	opts.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the package, a JSON array (default: out/blueprint/* to out/package/*)")
-	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "use the hypervisor's synchronous disk engine")
+	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	flags.IntVar(&opts.cpuCount, "cpu-count", 1, "virtual CPUs")
 	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")
 	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it (None: the default for the acceleration)")

@@ -112,7 +112,7 @@ type Host struct {
 	NUMANode      *int   // nil: any
 	CgroupVersion int    // 1 or 2; 0: none
 	Binary        string // of the hypervisor; empty: from PATH
-	IOEngineSync  bool   // synchronous disk engine
+	IOEngineSync  bool   // each request of a disk is finished before the next is begun
 
 	SerialOutput io.Writer // what the guest's console prints; nil: discarded
 	SerialInput  io.Reader // nil: none

@@ -453,7 +453,12 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	for _, disk := range i.desc.Disks {
 		d := i.device(disk.Name)
 		socket := filepath.Join(i.path, disk.Name+".nbd")
-		server, err := expose.ListenNBD(socket, []expose.Export{{Name: disk.Name, Device: d.Device, ReadOnly: disk.ReadOnly}}, expose.NBDOptions{Logger: i.log})
+		opts := expose.NBDOptions{Logger: i.log}
+		if i.cfg.Host.IOEngineSync {
+			opts.Workers = 1
+		}
+		i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
+		server, err := expose.ListenNBD(socket, []expose.Export{{Name: disk.Name, Device: d.Device, ReadOnly: disk.ReadOnly}}, opts)
 		if err != nil {
 			return fmt.Errorf("expose disk %q: %w", disk.Name, err)
 		}

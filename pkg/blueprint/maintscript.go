@@ -480,7 +480,7 @@ func (c *call) id() error {
 	}
 	e := c.users.entry("/etc/passwd", name)
 	switch {
-	case e == nil || len(e) < 4:
+	case len(e) < 4:
 		return failed
 	case has(opts, "-n"):
 		return c.print(e[0])

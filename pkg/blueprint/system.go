@@ -276,6 +276,24 @@ var masked = []string{
 	"apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer", "fstrim.timer", "systemd-rfkill.socket", "systemd-initctl.socket",
 }
 
+// unwanted are units that may start where something asks for them, but are not part of every boot.
+var unwanted = []string{"cryptsetup.target", "integritysetup.target", "veritysetup.target", "remote-cryptsetup.target", "remote-veritysetup.target", "systemd-journald-audit.socket"}
+
+// unwant takes a unit out of the targets that want it. (A unit that is only masked is looked up and loaded all the same.)
+func (s *system) unwant(unit string) {
+	for _, dir := range unitDirs {
+		d := s.find(dir, true)
+		if d == nil {
+			continue
+		}
+		for name, n := range d.children {
+			if n.typ == tar.TypeDir && (strings.HasSuffix(name, ".wants") || strings.HasSuffix(name, ".requires")) {
+				delete(n.children, unit)
+			}
+		}
+	}
+}
+
 // maskedRules are udev's rules for what a guest has not (sound, cameras, tapes, mice): udevd reads all rules when it starts.
 var maskedRules = []string{
 	"60-autosuspend", "60-cdrom_id", "60-drm", "60-evdev", "60-fido-id", "60-infiniband", "60-input-id", "60-persistent-alsa", "60-persistent-input",
@@ -333,6 +351,9 @@ WantedBy=getty.target
 
 // boot makes the system start fast and log in on the serial console.
 func (s *system) boot() error {
+	for _, unit := range slices.Concat(masked, unwanted) {
+		s.unwant(unit)
+	}
 	for _, unit := range masked {
 		if err := s.maskUnit(unit); err != nil {
 			return err

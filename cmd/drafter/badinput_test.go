@@ -675,3 +675,67 @@ func TestReceiveFromStrangers(t *testing.T) {
 		})
 	}
 }
+
+// TestPackagerRefusesPackage extracts from what is no package, and from broken ones. Nothing of them is written.
+func TestPackagerRefusesPackage(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		spoil func(t *testing.T, path string)
+		want  []string
+	}{
+		{"missing", func(t *testing.T, path string) { os.Remove(path) }, []string{"no such file"}},
+		{"empty", func(t *testing.T, path string) {
+			if err := os.Truncate(path, 0); err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+		{"foreign", func(t *testing.T, path string) {
+			if err := os.WriteFile(path, []byte("PK\x03\x04 some other archive"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}, []string{"not a Drafter package"}},
+		{"truncated", func(t *testing.T, path string) {
+			info, err := os.Stat(path)
+			if err == nil {
+				err = os.Truncate(path, info.Size()*2/3)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+		{"corrupt", func(t *testing.T, path string) {
+			info, err := os.Stat(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			damage(t, path, info.Size()*2/3)
+		}, nil},
+		{"a folder", func(t *testing.T, path string) {
+			os.Remove(path)
+			if err := os.Mkdir(path, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			f := newForeign(t)
+			noise := make([]byte, 1<<20) // that does not compress, so that there is something to break
+			rand.NewChaCha8([32]byte{1}).Read(noise)
+			f.write(t, "disk", noise)
+			archive := filepath.Join(f.dir, "app.tar.zst")
+			devices := func(dir string) string {
+				var list []string
+				for _, name := range []string{"state", "memory", "kernel", "disk", "config"} {
+					list = append(list, fmt.Sprintf(`{"name":%q,"path":%q}`, name, filepath.Join(dir, vmpackage.DefaultFile(name))))
+				}
+				return "[" + strings.Join(list, ",") + "]"
+			}
+			if status, _, stderr := drafter(t.Context(), "packager", "--package-path", archive, "--devices", devices(f.pkg)); status != 0 {
+				t.Fatalf("packing failed: %s", stderr)
+			}
+			tt.spoil(t, archive)
+			checkRefused(t, f.dir, []string{"packager", "--extract", "--package-path", archive, "--devices", devices(filepath.Join(f.dir, "extracted"))},
+				1, append(tt.want, archive)...)
+		})
+	}
+}

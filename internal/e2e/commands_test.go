@@ -98,9 +98,10 @@ func (w *workshop) checkClean(t *testing.T) {
 		line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
 		t.Errorf("process %d is left: %.100q", pid, line)
 	}
-	if _, err := os.Stat(w.vms()); !errors.Is(err, os.ErrNotExist) {
+	// The folder itself goes with the peer that made it, unless another uses it then.
+	if entries, err := os.ReadDir(w.vms()); err == nil && len(entries) > 0 {
 		out, _ := exec.Command("find", w.vms()).Output()
-		t.Errorf("the folder of machines is left:\n%s", out)
+		t.Errorf("machines have left something:\n%s", out)
 	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
@@ -508,9 +509,9 @@ func TestCommandPeer(t *testing.T) {
 		t.Helper()
 		w.do(t, "mem stop")
 		w.do(t, "mem verify")
-		w.do(t, "disk disk verify")
+		last := w.do(t, "disk disk verify")
 		w.do(t, "mem go")
-		w.do(t, "disk disk start 4096")
+		w.do(t, "disk disk start 4096 "+last)
 	}
 
 	t.Run("signals at many moments", func(t *testing.T) {
@@ -548,7 +549,7 @@ func TestCommandPeer(t *testing.T) {
 	t.Run("instance in use", func(t *testing.T) {
 		first := w.start(t, w.console, w.peer("package", "instance")...)
 		first.waitFor(t, "Resumed VM")
-		if said := w.start(t, nil, w.peer("package", "instance")...).wait(t, 1); !strings.Contains(said, "in use") {
+		if said := w.start(t, nil, w.peer("package", "instance")...).wait(t, 1); !strings.Contains(said, "another process holds it") || !strings.Contains(said, w.path("instance")) {
 			t.Errorf("the second peer does not say that the instance is in use:\n%s", said)
 		}
 		verify(t)
@@ -602,7 +603,11 @@ func TestCommandPeer(t *testing.T) {
 		w.checkClean(t)
 	})
 
+	t.Run("packager interrupted", func(t *testing.T) { w.testPackagerInterrupted(t) })
+
 	t.Run("migration", func(t *testing.T) { w.testMigrationBroken(t, verify) })
+
+	t.Run("migration interrupted at many moments", func(t *testing.T) { w.testMigrationInterrupted(t, verify) })
 
 	t.Run("package without overlays", func(t *testing.T) {
 		for n := range 3 {
@@ -682,6 +687,108 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 		}
 	})
 	return p
+}
+
+// testPackagerInterrupted ends the packager at many moments: what it makes is there as a whole or not at all.
+func (w *workshop) testPackagerInterrupted(t *testing.T) {
+	var pack, extract []string
+	for _, name := range []string{"state", "memory", "kernel", "initrd", "disk", "config"} {
+		file := vmpackage.DefaultFile(name)
+		pack = append(pack, fmt.Sprintf(`{"name":%q,"path":%q}`, name, filepath.Join(w.path("package"), file)))
+		extract = append(extract, fmt.Sprintf(`{"name":%q,"path":%q}`, name, filepath.Join(w.path("extracted"), file)))
+	}
+	archive := w.path("archive/app.tar.zst")
+	line := []string{"packager", "--package-path", archive, "--devices", "[" + strings.Join(pack, ",") + "]"}
+	for _, step := range []struct {
+		folder string
+		files  int
+		args   []string
+	}{
+		{"archive", 1, line},
+		{"extracted", 6, []string{"packager", "--package-path", archive, "--extract", "--devices", "[" + strings.Join(extract, ",") + "]"}},
+	} {
+		for _, after := range []time.Duration{5, 15, 30, 60, 120, 240, 480} {
+			c := w.start(t, nil, step.args...)
+			select { // nothing to wait for: the moment is what is tested
+			case <-time.After(after * time.Millisecond):
+			case <-c.done:
+			}
+			c.Process.Signal(os.Interrupt)
+			c.wait(t, 0, 130, -1) // -1: it had not come so far as to hear of signals
+			entries, _ := os.ReadDir(w.path(step.folder))
+			if want := map[bool]int{true: step.files}[c.rc == 0]; len(entries) != want {
+				t.Errorf("after %d ms, status %d, there are %v, want %d files", after, c.rc, entries, want)
+			}
+			os.RemoveAll(w.path(step.folder))
+			w.checkClean(t)
+		}
+		w.start(t, nil, step.args...).wait(t, 0)
+	}
+}
+
+// testMigrationInterrupted interrupts one of the peers at many moments of migrations at full speed. Whatever happens, one
+// of them has the instance in the end, and the other nothing.
+func (w *workshop) testMigrationInterrupted(t *testing.T, verify func(*testing.T)) {
+	holder := "hop"
+	c := w.start(t, w.console, w.peer("package", holder)...)
+	c.waitFor(t, "Resumed VM")
+	w.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	w.do(t, "disk disk start 4096")
+	c.Process.Signal(os.Interrupt)
+	c.wait(t, 0)
+	moved := 0
+	for n, moment := range []struct {
+		destination bool          // it is interrupted
+		after       time.Duration // ms after its start; -1: when the destination says that the VM runs
+	}{{true, 150}, {false, 250}, {true, 400}, {false, 500}, {true, 700}, {false, 900}, {true, -1}, {false, -1}, {true, 1200}, {false, 1600}} {
+		source := w.start(t, w.console, w.peer("package", holder, "--laddr", "127.0.0.1:0")...)
+		addr := source.waitFor(t, "Serving on ")
+		verify(t)
+		hop := fmt.Sprintf("hop-%d", n)
+		destination := w.start(t, w.console, w.peer("package", hop, "--raddr", addr)...)
+		if moment.after < 0 {
+			destination.waitFor(t, "VM runs here")
+		} else {
+			select { // nothing to wait for: the moment is what is tested
+			case <-time.After(moment.after * time.Millisecond):
+			case <-destination.done:
+			}
+		}
+		victim := source
+		if moment.destination {
+			victim = destination
+		}
+		victim.Process.Signal(os.Interrupt)
+		victim.wait(t, 0, 130)
+		if moment.destination && victim.rc == 130 {
+			source.waitFor(t, "the VM runs on here")
+			source.Process.Signal(os.Interrupt)
+		}
+		source.wait(t, 0)
+		if strings.Contains(source.said(), "Sent VM") {
+			destination.waitFor(t, "Received VM")
+			destination.Process.Signal(os.Interrupt)
+			destination.wait(t, 0)
+			holder = hop
+			moved++
+		} else {
+			destination.wait(t, 1, 130)
+			if _, err := os.Stat(w.path(hop)); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the destination left files in %s", w.path(hop))
+			}
+		}
+		w.checkClean(t)
+		if t.Failed() {
+			t.Fatalf("at moment %+v", moment)
+		}
+	}
+	c = w.start(t, w.console, w.peer("package", holder)...)
+	c.waitFor(t, "Resumed VM")
+	verify(t)
+	c.Process.Signal(os.Interrupt)
+	c.wait(t, 0)
+	w.checkClean(t)
+	t.Logf("%d of the migrations were complete", moved)
 }
 
 // testMigrationBroken breaks migrations at either end. The instance must run on where it was, and nothing be left at the

@@ -708,6 +708,9 @@ func (w *workshop) testPackagerInterrupted(t *testing.T) {
 		{"extracted", 6, []string{"packager", "--package-path", archive, "--extract", "--devices", "[" + strings.Join(extract, ",") + "]"}},
 	} {
 		for _, after := range []time.Duration{5, 15, 30, 60, 120, 240, 480} {
+			if err := os.MkdirAll(filepath.Dir(archive), 0o700); err != nil {
+				t.Fatal(err)
+			}
 			c := w.start(t, nil, step.args...)
 			select { // nothing to wait for: the moment is what is tested
 			case <-time.After(after * time.Millisecond):
@@ -719,7 +722,9 @@ func (w *workshop) testPackagerInterrupted(t *testing.T) {
 			if want := map[bool]int{true: step.files}[c.rc == 0]; len(entries) != want {
 				t.Errorf("after %d ms, status %d, there are %v, want %d files", after, c.rc, entries, want)
 			}
-			os.RemoveAll(w.path(step.folder))
+			for _, e := range entries {
+				os.Remove(filepath.Join(w.path(step.folder), e.Name()))
+			}
 			w.checkClean(t)
 		}
 		w.start(t, nil, step.args...).wait(t, 0)

@@ -397,6 +397,7 @@ func TestCommandMachineFlags(t *testing.T) {
 		})
 	}
 	t.Run("input and output", func(t *testing.T) { w.testConsoleFlags(t) })
+	t.Run("output that nobody reads", func(t *testing.T) { w.testReaderLeaves(t) })
 }
 
 // testConsoleFlags checks that the guest hears and is heard only if it was asked for.
@@ -453,6 +454,37 @@ func (w *workshop) testConsoleFlags(t *testing.T) {
 	if run(&loud, "cat /deaf", "--enable-input"); !strings.Contains(loud.String(), "= cat error") {
 		t.Errorf("without --enable-input the guest heard: %q", loud.String())
 	}
+}
+
+// testReaderLeaves takes the reader of all output away, as a pipe to head does: the guest runs on and is saved in the end.
+func (w *workshop) testReaderLeaves(t *testing.T) {
+	r, stdin, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer stdin.Close()
+	left, stdout, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := w.startWith(t, r, stdout, w.peer("package", "instance")...)
+	stdout.Close()
+	l, err := socket.ListenHost(vmPath(t, c), 4321)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	left.Close()
+	fmt.Fprintf(stdin, "echo hello\nput /lonely yes\nrun /bin/guest say 4321 done\n")
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	c.Process.Signal(os.Interrupt)
+	c.wait(t, 0)
+	w.checkClean(t)
 }
 
 // TestCommandSnapshotterInterrupted ends the snapshotter by a signal at each of its stages.

@@ -348,12 +348,12 @@ func TestSnapshotterRefuses(t *testing.T) {
 		{"name twice", set("name", "kernel"), nil, 2, []string{`"kernel"`, "twice"}},
 		{"no output", set("output", ""), nil, 1, []string{`"disk"`, "no output", "give the file"}},
 		{"output twice", func(d []map[string]any) { d[3]["output"] = d[2]["output"] }, nil, 1, []string{`"kernel"`, `"disk"`, "same output"}},
-		{"input missing", set("input", "/no/such/rootfs"), nil, 1, []string{`"disk"`, `"/no/such/rootfs"`}},
+		{"input missing", set("input", "/no/such/rootfs"), nil, 1, []string{`"disk"`, `"/no/such/rootfs"`, "make a blueprint first"}},
 		{"input is a folder", set("input", "/"), nil, 1, []string{`"disk"`, `"/"`, "folder"}},
 		{"state with input", func(d []map[string]any) { d[0]["input"] = "/dev/null" }, nil, 1, []string{`"state"`, "leave the input out"}},
 		{"no disk", func(d []map[string]any) { d[3]["name"] = "initrd" }, nil, 1, []string{"no disk"}},
 		{"no kernel", func(d []map[string]any) { d[2]["name"] = "logs" }, nil, 1, []string{`"kernel"`}},
-		{"disk of odd size", func(d []map[string]any) { d[3]["input"] = f512(d) }, nil, 1, []string{`"disk"`, "multiple of 512"}},
+		{"disk of odd size", func(d []map[string]any) { d[3]["input"] = f512(d) }, nil, 1, []string{`"disk"`, `/odd"`, "3 bytes", "multiple of 512"}},
 		{"MAC", nil, []string{"--mac", "02:zz"}, 2, []string{"--mac", `"02:zz"`, "like 02:0e:d9:fd:68:3d"}},
 		{"MAC too long", nil, []string{"--mac", "02:00:00:00:00:00:00:01"}, 2, []string{"--mac", "02:00:00:00:00:00:00:01"}},
 		{"MAC multicast", nil, []string{"--mac", "03:00:00:00:00:01"}, 2, []string{"--mac", `"03:00:00:00:00:01"`, "multicast"}},
@@ -458,7 +458,7 @@ func TestPeerRefusesPackage(t *testing.T) {
 		change func(t *testing.T, f *foreign)
 		want   []string
 	}{
-		{"no package", func(t *testing.T, f *foreign) { os.RemoveAll(f.pkg) }, []string{"--package", "package"}},
+		{"no package", func(t *testing.T, f *foreign) { os.RemoveAll(f.pkg) }, []string{"--package", "package", "make the package first"}},
 		{"another hypervisor", func(t *testing.T, f *foreign) {
 			f.describe(t, func(d *runner.Description) { d.Hypervisor = "firecracker" })
 		}, []string{`"firecracker"`, `"qemu"`}},

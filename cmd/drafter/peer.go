@@ -346,7 +346,9 @@ func packageDevices(path, instance string) ([]peer.Device, error) {
 	if isFile(path) {
 		return nil, fmt.Errorf("--package %q is a file, and a folder is needed: extract it (mkdir out/package && tar -xf %s -C out/package)", path, path)
 	}
-	if err != nil {
+	if _, missing := os.Stat(filepath.Join(path, vmpackage.ManifestFile)); errors.Is(missing, os.ErrNotExist) {
+		return nil, fmt.Errorf("--package: %w: make the package first (drafter snapshotter), or correct the path", err)
+	} else if err != nil {
 		return nil, fmt.Errorf("--package: %w", err)
 	}
 	var devices []peer.Device

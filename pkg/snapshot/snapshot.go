@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -230,7 +231,7 @@ func (c Config) withDefaults() (Config, error) {
 			source = d.Output
 		}
 		if info, err := os.Stat(source); !made(d.Name) && err != nil {
-			return c, fmt.Errorf("device %q: its blueprint file %q cannot be used: %w", d.Name, source, err)
+			return c, fmt.Errorf("device %q: its blueprint file %q cannot be used: %w: make a blueprint first (drafter blueprint), or correct the path", d.Name, source, err)
 		} else if err == nil && info.IsDir() {
 			return c, fmt.Errorf("device %q: %q is a folder, a file is needed", d.Name, source)
 		}
@@ -290,7 +291,7 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 		}
 		if runner.IsDisk(d.Name) {
 			if size == 0 || size%512 != 0 {
-				return nil, fmt.Errorf("device %q: %q has %d bytes; a disk is a multiple of 512 bytes", d.Name, path, size)
+				return nil, fmt.Errorf("device %q: %q has %d bytes; a disk is a multiple of 512 bytes", d.Name, cmp.Or(d.Input, d.Output), size)
 			}
 			spec.Disks = append(spec.Disks, vmm.Disk{Name: d.Name, Size: size})
 		}

@@ -11,7 +11,10 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"testing/iotest"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Console is the host's end of a guest's serial console: give it to a machine as both SerialInput and SerialOutput.
@@ -25,6 +28,8 @@ type Console struct {
 	grown chan struct{} // closed and replaced when lines grows
 
 	in, input *os.File // the ends of a pipe: a machine can stop reading it without taking the next one's bytes
+
+	inputs []*os.File // what Input returned; guarded by mu
 }
 
 // NewConsole returns a console that nothing has been written to.
@@ -54,11 +59,36 @@ func (c *Console) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Input is what the guest reads; it ends at Close.
-func (c *Console) Input() io.Reader { return c.in }
+// Input is what the guest reads; it ends at Close. Each call returns a descriptor of its own, so that interrupting one
+// machine's reading, as its end does, leaves that of the next alone.
+func (c *Console) Input() io.Reader {
+	var in *os.File
+	raw, err := c.in.SyscallConn()
+	if err == nil {
+		// Control, as Fd would make the pipe one that deadlines do not work on.
+		err = errors.Join(raw.Control(func(fd uintptr) {
+			in, err = os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", fd), os.O_RDONLY|unix.O_NONBLOCK, 0)
+		}), err)
+	}
+	if err != nil {
+		return iotest.ErrReader(fmt.Errorf("console input: %w", err))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.inputs = append(c.inputs, in)
+	return in
+}
 
 // Close ends Input. No machine may be using it any more.
-func (c *Console) Close() error { return errors.Join(c.input.Close(), c.in.Close()) }
+func (c *Console) Close() error {
+	err := errors.Join(c.input.Close(), c.in.Close())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, in := range c.inputs {
+		err = errors.Join(err, in.Close())
+	}
+	return err
+}
 
 // Log returns everything the guest wrote.
 func (c *Console) Log() string {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -65,7 +64,7 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage.`,
 			}
 			show := newProgress(cmd.ErrOrStderr())
 			cfg.Progress = show.update
-			cfg.Logger = slog.Default()
+			cfg.Logger = logger(cmd.Context())
 			start := time.Now()
 			result, err := blueprint.Build(cmd.Context(), cfg)
 			show.finish()

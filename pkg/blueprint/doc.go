@@ -54,6 +54,6 @@
 // # What it does not do
 //
 // It runs no program of the guest, so packages whose scripts need one (that make keys, or are written in Perl) are left
-// "unpacked", with a warning: `dpkg --configure -a` in the guest finishes them. It knows amd64 only, and follows no
+// "unpacked", with a warning: `dpkg --configure -a` finishes them at the guest's first boot, before it counts as alive. It knows amd64 only, and follows no
 // recommendations. Resolution is greedy and never goes back on an alternative.
 package blueprint

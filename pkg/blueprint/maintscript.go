@@ -29,7 +29,7 @@ import (
 // missing. Nothing of the host is seen or changed, no privilege is needed, and the outcome is always the same.
 //
 // A script that needs a program we have not (a Perl script, openssl to make keys) fails; its package is then left
-// "unpacked" in dpkg's eyes, so that `dpkg --configure -a` finishes it in the guest.
+// "unpacked" in dpkg's eyes, and `dpkg --configure -a` finishes it when the guest boots for the first time.
 
 // scriptRunner runs maintainer scripts over a tree.
 type scriptRunner struct {
@@ -69,6 +69,13 @@ func (s *scriptRunner) run(ctx context.Context, d *deb, script string, args ...s
 			"DPKG_MAINTSCRIPT_PACKAGE="+d.Name, "DPKG_MAINTSCRIPT_ARCH="+s.arch, "DPKG_MAINTSCRIPT_NAME="+script, "DPKG_ADMINDIR=/var/lib/dpkg",
 		)),
 		interp.StdIO(nil, &output, &output),
+		// umask is no program, and the interpreter lacks it; modes are what commands say, as the mask is always 022.
+		interp.CallHandler(func(_ context.Context, args []string) ([]string, error) {
+			if args[0] == "umask" {
+				return []string{"true"}, nil
+			}
+			return args, nil
+		}),
 		interp.ExecHandlers(func(interp.ExecHandlerFunc) interp.ExecHandlerFunc { return s.exec }),
 		interp.OpenHandler(s.open),
 		interp.ReadDirHandler2(s.readDir),

@@ -20,9 +20,9 @@ import (
 
 // basePackages complete the essential packages of a release to a small Debian that boots by systemd. baseVersion is
 // raised with every change of them, as it makes locks stale.
-var basePackages = []string{"systemd-sysv", "udev", "kmod", "iproute2", "iputils-ping", "procps", "apt", "e2fsprogs", "libpam-runtime", "passwd", "mount", "usr-is-merged"}
+var basePackages = []string{"systemd-sysv", "udev", "kmod", "iproute2", "iputils-ping", "procps", "apt", "e2fsprogs", "libpam-runtime", "passwd", "mount", "login", "usr-is-merged"}
 
-const baseVersion = "base-1"
+const baseVersion = "base-2"
 
 // keepPath tells which files of packages go on the disk: no documentation but licences, no translations. dpkg in the
 // guest is told the same.
@@ -64,6 +64,15 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 			return err
 		}
 	}
+	// Before the packages: some still ship folders below the old names.
+	for _, l := range [][2]string{{"/run", "/var/run"}, {"/run/lock", "/var/lock"}} {
+		if err := s.mkdir(l[0], 0o755, 0, 0); err != nil {
+			return err
+		}
+		if err := s.symlink(l[0], l[1]); err != nil {
+			return err
+		}
+	}
 	for _, d := range debs {
 		if err := s.install(d); err != nil {
 			return err
@@ -87,8 +96,35 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 			return err
 		}
 	}
+	if len(unpacked) > 0 {
+		if err := s.writeFile("/lib/systemd/system/drafter-configure.service", configureUnit, 0o644); err != nil {
+			return err
+		}
+		if err := s.enableUnit("drafter-configure.service"); err != nil {
+			return err
+		}
+	}
 	return s.registerPackages(debs, unpacked)
 }
+
+// configureUnit finishes packages whose scripts could not be interpreted. It is over before the guest counts as alive, and
+// so before a snapshot is taken.
+const configureUnit = `[Unit]
+Description=Configure packages that need the running guest
+After=network.target local-fs.target
+ConditionPathExists=!/var/lib/drafter/configured
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+Environment=DEBIAN_FRONTEND=noninteractive HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+ExecStart=/usr/bin/dpkg --configure -a --force-confold
+ExecStartPost=/bin/mkdir -p /var/lib/drafter/configured
+TimeoutStartSec=infinity
+
+[Install]
+WantedBy=multi-user.target
+`
 
 // runScripts carries out the scripts of all packages, dependencies first, and returns the packages whose scripts failed.
 func (s *system) runScripts(ctx context.Context, debs []*deb) (unpacked map[string]bool, err error) {
@@ -104,7 +140,7 @@ func (s *system) runScripts(ctx context.Context, debs []*deb) (unpacked map[stri
 					return nil, ctx.Err()
 				}
 				unpacked[d.Name] = true
-				s.warn("package %s is left unpacked: its %s cannot run outside the guest (%v); run `dpkg --configure -a` in the guest", d.Name, script.name, err)
+				s.warn("package %s will be configured when the guest boots for the first time: its %s needs the running guest (%v)", d.Name, script.name, err)
 			}
 		}
 	}
@@ -152,13 +188,6 @@ func (s *system) base() error {
 			return err
 		}
 	}
-	for _, l := range [][2]string{{"/run", "/var/run"}, {"/run/lock", "/var/lock"}} {
-		if s.find(l[1], false) == nil {
-			if err := s.symlink(l[0], l[1]); err != nil {
-				return err
-			}
-		}
-	}
 	for _, template := range [][2]string{
 		{"/usr/share/base-files/profile", "/etc/profile"}, {"/usr/share/base-files/motd", "/etc/motd"},
 		{"/usr/share/base-files/dot.profile", "/root/.profile"}, {"/usr/share/base-files/dot.bashrc", "/root/.bashrc"},
@@ -194,7 +223,7 @@ func (s *system) base() error {
 }
 
 // certificates bundles the authorities that package ca-certificates brings, for programs that read the bundle; its
-// script, which also makes openssl's links, runs with `dpkg --configure -a` in the guest.
+// script, which also makes openssl's links, runs at the first boot.
 func (s *system) certificates() error {
 	var bundle strings.Builder
 	if err := s.each("/usr/share/ca-certificates", func(p string, n *node) error {

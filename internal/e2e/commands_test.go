@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -245,7 +246,12 @@ func (w *workshop) snapshot(t *testing.T, name string, more ...string) *command 
 	t.Helper()
 	c := w.start(t, w.console, w.snapshotter(name, more...)...)
 	g := &guest{console: w.console}
-	if err := g.startServices(newContext(t)); err != nil {
+	ctx, cancel := context.WithCancelCause(newContext(t))
+	go func() {
+		<-c.done // at the latest at the end of the test
+		cancel(errors.New("the snapshotter has ended"))
+	}()
+	if err := g.startServices(ctx); err != nil {
 		t.Fatalf("start the services: %v", err)
 	}
 	return c
@@ -635,6 +641,52 @@ func TestCommandPeer(t *testing.T) {
 		w.checkClean(t)
 	})
 
+	t.Run("no space to save", func(t *testing.T) {
+		small := w.mountSmall(t, "16m")
+		fill := func() *command {
+			c := w.start(t, w.console, w.peer("package", "small/instance")...)
+			c.waitFor(t, "Resumed VM")
+			w.do(t, fmt.Sprintf("mem start %d", ramMiB))
+			for pass := 0; pass < 2; { // until all of it was written
+				if _, err := fmt.Sscan(w.do(t, "mem status"), &pass); err != nil {
+					t.Fatal(err)
+				}
+			}
+			c.Process.Signal(os.Interrupt)
+			c.waitFor(t, "no space left")
+			return c
+		}
+		// It waits for room, and then nothing is lost.
+		c := fill()
+		if err := unix.Mount("", small, "", unix.MS_REMOUNT, "size=300m"); err != nil {
+			t.Fatalf("give the tmpfs room: %v", err)
+		}
+		c.wait(t, 0)
+		w.checkClean(t)
+		c = w.start(t, w.console, w.peer("package", "small/instance")...)
+		c.waitFor(t, "Resumed VM")
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		c.Process.Signal(os.Interrupt)
+		c.wait(t, 0)
+		w.checkClean(t)
+
+		// Who does not want to wait loses the memory, and is told what is left.
+		if err := os.RemoveAll(w.path("small/instance")); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("", small, "", unix.MS_REMOUNT, "size=16m"); err != nil {
+			t.Fatalf("take the room back: %v", err)
+		}
+		c = fill()
+		c.Process.Signal(os.Interrupt)
+		c.wait(t, 1)
+		w.checkClean(t)
+		if said := w.start(t, nil, w.peer("package", "small/instance")...).wait(t, 1); !strings.Contains(said, "--boot") {
+			t.Errorf("the message does not offer --boot:\n%s", said)
+		}
+	})
+
 	t.Run("packager interrupted", func(t *testing.T) { w.testPackagerInterrupted(t) })
 
 	t.Run("migration", func(t *testing.T) { w.testMigrationBroken(t, verify) })
@@ -719,6 +771,24 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 		}
 	})
 	return p
+}
+
+// mountSmall mounts a tmpfs with little room as the folder "small", until the end of the test.
+func (w *workshop) mountSmall(t *testing.T, size string) string {
+	t.Helper()
+	small := w.path("small")
+	if err := os.MkdirAll(small, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size="+size); err != nil {
+		t.Fatalf("mount a small tmpfs: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(small, 0); err != nil {
+			t.Errorf("unmount %s: %v", small, err)
+		}
+	})
+	return small
 }
 
 // testPackagerInterrupted ends the packager at many moments: what it makes is there as a whole or not at all.
@@ -853,19 +923,16 @@ func (w *workshop) testMigrationBroken(t *testing.T, verify func(*testing.T)) {
 	}
 	runsOn(t)
 
+	t.Run("destination with the source's files", func(t *testing.T) {
+		said := w.start(t, nil, w.peer("package", "instance", "--raddr", addr)...).wait(t, 1)
+		if !strings.Contains(said, "another process holds it") || !strings.Contains(said, w.path("instance")) {
+			t.Errorf("the destination does not say what is in use:\n%s", said)
+		}
+		runsOn(t)
+	})
+
 	t.Run("destination runs out of space", func(t *testing.T) {
-		small := w.path("small")
-		if err := os.Mkdir(small, 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Mount("tmpfs", small, "tmpfs", 0, "size=512k"); err != nil {
-			t.Fatalf("mount a small tmpfs: %v", err)
-		}
-		defer func() {
-			if err := unix.Unmount(small, 0); err != nil {
-				t.Errorf("unmount %s: %v", small, err)
-			}
-		}()
+		small := w.mountSmall(t, "512k")
 		w.do(t, "disk disk write 33554432 4194304 9")
 		said := w.start(t, nil, w.peer("package", "small/instance", "--raddr", addr)...).wait(t, 1)
 		if !strings.Contains(said, "no space left") {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"io/fs"
 	"math/rand/v2"
 	"net"
@@ -639,7 +640,7 @@ func TestReceiveFromStrangers(t *testing.T) {
 			rand.NewChaCha8([32]byte{}).Read(b)
 			c.Write(b)
 		}, []string{"not a Drafter"}},
-		{"one that hangs up", func(net.Conn) {}, []string{"closed"}},
+		{"one that hangs up", func(c net.Conn) { io.ReadFull(c, make([]byte, wire.PrefaceSize)) }, []string{"closed"}},
 		{"a newer Drafter", func(c net.Conn) {
 			c.Write(wire.Preface{Newest: 99, Oldest: 98, Role: wire.RoleSource, Streams: 1, Session: 7}.Append(nil))
 			c.Read(make([]byte, 64))

@@ -26,6 +26,7 @@ type machineFlags struct {
 	chrootBaseDir string
 	uid, gid      int
 	netns         string
+	iface         string
 	numaNode      int
 	cgroupVersion int
 	enableOutput  bool
@@ -43,6 +44,7 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&m.uid, "uid", 0, "user id to run the hypervisor as")
 	flags.IntVar(&m.gid, "gid", 0, "group id to run the hypervisor as")
 	flags.StringVar(&m.netns, "netns", "ark0", "network namespace with the tap interface (empty: the one this runs in)")
+	flags.StringVar(&m.iface, "interface", "tap0", "tap interface in the network namespace that the guest's is connected to")
 	m.flags = flags
 	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any; the default where this host has no such node)")
 	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none; the default where this user cannot make one)")
@@ -147,7 +149,7 @@ func (m *machineFlags) backend() (vmm.Backend, error) {
 // host is where and how the machine runs. Console output goes to stdout.
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
-		Dir: m.chrootBaseDir, Netns: m.netns, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion, Binary: m.qemuBin,
+		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion, Binary: m.qemuBin,
 	}
 	if m.numaNode >= 0 {
 		h.NUMANode = &m.numaNode

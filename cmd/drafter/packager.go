@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -105,6 +106,12 @@ func runPackager(cmd *cobra.Command, opts packagerOptions) error {
 	if err != nil {
 		return interrupted(cmd, err)
 	}
+	if dir := filepath.Dir(devices[0].Path); len(result.Ignored) == 0 && inFolder(dir, devices) {
+		// All of the package, in one folder: with a manifest it is one that peers start from.
+		if _, err := vmpackage.WriteManifest(cmd.Context(), dir, devices, vmpackage.ManifestOptions{Concurrency: opts.concurrency, Progress: bar.show}); err != nil {
+			return interrupted(cmd, err)
+		}
+	}
 	bar.end()
 	for _, d := range devices {
 		fmt.Fprintf(cmd.ErrOrStderr(), "extracted %s to %s\n", d.Name, d.Path)
@@ -113,6 +120,16 @@ func runPackager(cmd *cobra.Command, opts packagerOptions) error {
 		fmt.Fprintf(cmd.ErrOrStderr(), "left in the package, not named in --devices: %s\n", strings.Join(result.Ignored, ", "))
 	}
 	return nil
+}
+
+// inFolder reports whether all devices lie in dir itself.
+func inFolder(dir string, devices []vmpackage.File) bool {
+	for _, d := range devices {
+		if filepath.Dir(d.Path) != dir {
+			return false
+		}
+	}
+	return true
 }
 
 // interrupted turns an error that a signal caused into errInterrupted.

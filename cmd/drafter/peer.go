@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -73,14 +74,18 @@ func (d peerDevice) device() (peer.Device, error) {
 	if d.MaxCycles != 0 && d.MinCycles > d.MaxCycles {
 		return peer.Device{}, usageErrorf("--devices: device %q: minCycles is %d and maxCycles %d: give a maximum that is not below the minimum", d.Name, d.MinCycles, d.MaxCycles)
 	}
-	return peer.Device{
+	device := peer.Device{
 		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
 		Policy: migrate.Policy{
 			BlockSize: d.BlockSize, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles,
 			CycleThrottle: d.CycleThrottle, Expiry: d.Expiry,
 		},
 		Stationary: d.MakeMigratable != nil && !*d.MakeMigratable,
-	}, nil
+	}
+	if err := device.Policy.Check(); err != nil {
+		return peer.Device{}, usageErrorf("--devices: device %q: %w", d.Name, err)
+	}
+	return device, nil
 }
 
 type peerOptions struct {
@@ -131,7 +136,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
 	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the instance from (empty: resume it here)")
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the instance over at (empty: it is not migratable)")
-	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration")
+	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")
 	flags.BoolVar(&opts.noPostcopy, "disable-postcopy-migration", false, "send everything before the instance resumes at its destination (always so in this version)")
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at (not available in this version)")
@@ -203,7 +208,51 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return interrupted(cmd, err)
 	}
 	err = servePeer(ctx, p, listener, reports, out)
-	return errors.Join(err, p.Close(ctx))
+	if err := errors.Join(err, closePeer(ctx, p, out)); err != nil {
+		return err
+	}
+	if opts.packagePath != "" && opts.instance == "" {
+		// The package has changed, and the digests in its manifest are not true any more.
+		return refreshManifest(context.WithoutCancel(ctx), opts.packagePath)
+	}
+	return nil
+}
+
+// retryInterval is the time between attempts to save an instance.
+const retryInterval = 5 * time.Second
+
+// closePeer closes the peer. An instance that cannot be saved, as on a full disk, is kept paused until it can, or until
+// a further signal gives it up.
+func closePeer(ctx context.Context, p *peer.Peer, out io.Writer) error {
+	again, stop := signal.NotifyContext(context.WithoutCancel(ctx), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	for {
+		err := p.Close(ctx)
+		if !errors.Is(err, runner.ErrUnsaved) {
+			return err
+		}
+		fmt.Fprintf(out, "%v\nTrying again every %v; Ctrl-C gives the VM up and loses its memory\n", err, retryInterval)
+		select {
+		case <-time.After(retryInterval):
+		case <-again.Done():
+			return errors.Join(err, p.Kill())
+		}
+	}
+}
+
+// refreshManifest describes a package anew that an instance without overlays has changed. It leaves the digests out: they
+// would take as long as reading everything.
+func refreshManifest(ctx context.Context, dir string) error {
+	pkg, err := vmpackage.Open(dir)
+	if err != nil {
+		return err
+	}
+	var files []vmpackage.File
+	for _, d := range pkg.Devices {
+		files = append(files, vmpackage.File{Name: d.Name, Path: d.Path})
+	}
+	_, err = vmpackage.WriteManifest(ctx, dir, files, vmpackage.ManifestOptions{SkipDigests: true})
+	return err
 }
 
 // startPeer brings the instance up, in the way the options ask for.
@@ -299,6 +348,8 @@ func servePeer(ctx context.Context, p *peer.Peer, listener net.Listener, reports
 				return nil
 			case errors.Is(err, migrate.ErrInDoubt):
 				return fmt.Errorf("send to %s: %w", conn.RemoteAddr(), err)
+			case !p.Running():
+				return fmt.Errorf("send to %s: %w; the VM is not running here any more", conn.RemoteAddr(), err)
 			default:
 				// The VM runs on here, as if nobody had asked.
 				fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", conn.RemoteAddr(), err)

@@ -30,7 +30,6 @@ type snapshotterOptions struct {
 	memorySize   int64 // MiB
 	cpuTemplate  string
 	bootArgs     string
-	iface        string
 	mac          string
 	livenessPort uint32
 	agentPort    uint32
@@ -67,7 +66,7 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")
 	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it (None: the default for the acceleration)")
 	flags.StringVar(&opts.bootArgs, "boot-args", snapshot.DefaultBootArgs, "kernel arguments")
-	flags.StringVar(&opts.iface, "interface", "tap0", "tap interface in the network namespace (empty: a guest without network)")
+	flags.Lookup("interface").Usage = "tap interface in the network namespace (empty: a guest without network)"
 	flags.StringVar(&opts.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
 	flags.Uint32Var(&opts.livenessPort, "liveness-vsock-port", snapshot.DefaultLivenessVSockPort, "port on which the guest says that it is up (0: it does not)")
 	flags.Uint32Var(&opts.agentPort, "agent-vsock-port", snapshot.DefaultAgentVSockPort, "port of the guest's agent (0: it has none)")
@@ -93,6 +92,11 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 		return usageErrorf("--memory-size %d: give MiB, from 1 to %d", opts.memorySize, 1<<24)
 	}
 	if opts.iface == "" {
+		for _, name := range []string{"mac", "netns"} {
+			if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() != "" {
+				return usageErrorf("--%s has no meaning with an empty --interface, which makes a guest without network; leave one of them out", name)
+			}
+		}
 		opts.mac, opts.netns = "", ""
 	} else if mac, err := net.ParseMAC(opts.mac); err != nil || len(mac) != 6 {
 		return usageErrorf("--mac %q is not an Ethernet address, like 02:0e:d9:fd:68:3d", opts.mac)
@@ -107,7 +111,7 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 		return err
 	}
 	host := opts.host(cmd)
-	host.Interface, host.IOEngineSync = opts.iface, opts.ioEngineSync
+	host.IOEngineSync = opts.ioEngineSync
 
 	result, err := snapshot.Create(cmd.Context(), snapshot.Config{
 		Backend: backend, Devices: devices, Host: host,

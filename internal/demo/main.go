@@ -154,15 +154,7 @@ func (d *demo) makePackage(ctx context.Context) error {
 	if err := d.drafter(ctx, "packager", "--package-path", archive, "--devices", asJSON(packed)); err != nil {
 		return err
 	}
-	if err := d.drafter(ctx, "packager", "--package-path", archive, "--devices", asJSON(extracted), "--extract"); err != nil {
-		return err
-	}
-	var files []vmpackage.File
-	for _, device := range extracted {
-		files = append(files, vmpackage.File{Name: device["name"], Path: device["path"]})
-	}
-	_, err := vmpackage.WriteManifest(ctx, shipped, files, vmpackage.ManifestOptions{})
-	return err
+	return d.drafter(ctx, "packager", "--package-path", archive, "--devices", asJSON(extracted), "--extract")
 }
 
 // fresh reports whether a file is newer than all it was made of.
@@ -302,6 +294,8 @@ func (d *demo) awaitMove(ctx context.Context, from, to *peerProcess, before time
 	}
 	// The client has seen the end of the gap once it has acknowledged something again.
 	after := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
 	for d.client.AckedBetween(after, time.Now()) == 0 {
 		if err := wait(ctx, 5*time.Millisecond); err != nil {
 			return nil, fmt.Errorf("the client was not served after the move: %w", err)

@@ -25,7 +25,7 @@ type Policy struct {
 	MinCycles int
 
 	// MaxCycles is how many cycles there are at most. It must not be below MinCycles. 0 means none, or 30 when
-	// MaxDowntime is set.
+	// MaxDowntime or MinCycles is set.
 	MaxCycles int
 
 	// CycleThrottle is the pause before a cycle, during which the guest may write the same blocks again without costing
@@ -41,8 +41,15 @@ type Policy struct {
 	MaxDowntime time.Duration
 }
 
-const defaultMaxCycles = 30 // with a MaxDowntime
+const defaultMaxCycles = 30 // with a MaxDowntime or MinCycles
 
+// Check reports why the policy could not be used.
+func (p Policy) Check() error {
+	_, err := p.check()
+	return err
+}
+
+// check is Check, and fills in defaults.
 func (p Policy) check() (Policy, error) {
 	switch {
 	case p.BlockSize == 0:
@@ -50,7 +57,7 @@ func (p Policy) check() (Policy, error) {
 	case p.BlockSize < block.PageSize || p.BlockSize&(p.BlockSize-1) != 0:
 		return p, fmt.Errorf("block size %d: use a power of two, at least %d", p.BlockSize, block.PageSize)
 	}
-	if p.MaxDowntime > 0 && p.MaxCycles == 0 {
+	if p.MaxCycles == 0 && (p.MaxDowntime > 0 || p.MinCycles > 0) {
 		p.MaxCycles = max(defaultMaxCycles, p.MinCycles)
 	}
 	switch {

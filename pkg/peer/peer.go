@@ -110,9 +110,13 @@ func Resume(ctx context.Context, cfg Config) (*Peer, error) {
 	return start(ctx, cfg, runner.Resume)
 }
 
-// Boot starts the instance on this host by booting its disks; the memory it was saved with is lost.
+// Boot starts the instance on this host by booting its disks; the memory it was saved with is lost. A guest that does not
+// say that it is up is reported in the log, and runs.
 func Boot(ctx context.Context, cfg Config) (*Peer, error) {
-	return start(ctx, cfg, runner.Boot)
+	return start(ctx, cfg, func(ctx context.Context, rc runner.Config) (*runner.Instance, error) {
+		rc.BootUnattended = true
+		return runner.Boot(ctx, rc)
+	})
 }
 
 func start(ctx context.Context, cfg Config, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
@@ -135,8 +139,8 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	})
 	if err != nil {
 		if t.instance != nil && errors.Is(err, migrate.ErrInDoubt) {
-			// It may be ours, and it may not run: what was received stays on disk, the machine does not.
-			err = errors.Join(err, t.instance.Kill())
+			// It is ours, and it does not run. Saved, it is not lost, whatever becomes of the doubt.
+			err = errors.Join(err, t.instance.Close(ctx))
 		}
 		return nil, report, err
 	}
@@ -213,8 +217,15 @@ func (p *Peer) Done() <-chan struct{} { return p.instance.Machine().Done() }
 // Err is why the machine ended, once Done is closed: nil when the guest shut down.
 func (p *Peer) Err() error { return p.instance.Machine().Err() }
 
+// Kill ends the instance here without saving it, as a power cut would.
+func (p *Peer) Kill() error { return p.instance.Kill() }
+
+// Running reports whether the guest runs here.
+func (p *Peer) Running() bool { return p.instance.Running() }
+
 // Close ends the instance here, saving it if it is ours: see runner.Instance.Close. A Send under way is cancelled, which
-// leaves the instance here unless it was committed.
+// leaves the instance here unless it was committed. After an error that wraps runner.ErrUnsaved the instance is still here,
+// paused: Close again, or Kill.
 func (p *Peer) Close(ctx context.Context) error {
 	p.mu.Lock()
 	if p.cancel != nil {

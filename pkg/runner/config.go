@@ -108,6 +108,9 @@ type Host struct {
 	// "tap0"; both are ignored when the machine has no network interface.
 	Netns, Interface string
 
+	// Accel is what the machine must run under: "kvm", "tcg", or "auto" and empty for whatever it was made under.
+	Accel string
+
 	UID, GID      int    // user of the VMM; 0: ours
 	NUMANode      *int   // nil: any
 	CgroupVersion int    // 1 or 2; 0: none
@@ -142,9 +145,14 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
+	// BootUnattended makes Boot succeed, with a warning, when the guest's liveness or agent do not answer: for a guest
+	// that is to be repaired.
+	BootUnattended bool
+
 	// ResumeTimeout bounds the wait for the guest's agent, per call. Default: one minute.
 	ResumeTimeout time.Duration
-	// RescueTimeout bounds saving and cleaning up after the caller's context was cancelled. Default: one minute.
+	// RescueTimeout bounds what the guest's agent may take when the instance is closed, and each step of the machine then.
+	// Default: one minute.
 	RescueTimeout time.Duration
 
 	// Logger receives events; nil means slog.Default().

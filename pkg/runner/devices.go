@@ -1,8 +1,10 @@
 package runner
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +22,7 @@ type device struct {
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
 	lock    *os.File       // holds the lock on the base until the device is closed
 	created []string       // files that opening the device made, to remove if nothing comes of it
+	dirs    []string       // and folders, outermost first
 	folders []string       // folders that it made for them, outermost first
 	closed  bool
 }
@@ -94,15 +97,19 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 	} else if err != nil {
 		return nil, err
 	}
-	if d.lock, err = lockFile(c.Base, inPlace && c.writable()); err != nil {
+	writes := inPlace && (c.writable() || len(d.created) > 0)
+	if d.lock, err = LockFile(c.Base, writes); err != nil {
 		return nil, err
 	}
 
-	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !inPlace || !c.writable() && mode != openReceive})
+	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !writes})
 	if err != nil {
 		return nil, err
 	}
 	d.Device = base
+	if inPlace && !writes && mode == openReceive {
+		d.Device = &sameDevice{Device: base, name: c.Name}
+	}
 	if size > 0 && base.Size() != size {
 		return nil, fmt.Errorf("its base %q has %d bytes, the instance's device has %d: they belong to different packages", c.Base, base.Size(), size)
 	}
@@ -204,9 +211,41 @@ func removeFolders(made []string) {
 	}
 }
 
-// lockFile locks a file for as long as the returned descriptor is open: shared by all who only read it, exclusively by the
-// one who writes it.
-func lockFile(path string, exclusive bool) (*os.File, error) {
+// sameDevice stands for a file that a migration brings and that is here already, in use by others perhaps: it is compared
+// with what comes, never written.
+type sameDevice struct {
+	block.Device
+	name string
+}
+
+func (d *sameDevice) WriteAt(p []byte, off int64) (int, error) {
+	have := make([]byte, len(p))
+	if _, err := d.ReadAt(have, off); err != nil && err != io.EOF {
+		return 0, err
+	}
+	if !bytes.Equal(have, p) {
+		return 0, fmt.Errorf("device %q that the source sends differs from the one here: give this instance an overlay for it", d.name)
+	}
+	return len(p), nil
+}
+
+func (d *sameDevice) Discard(off, n int64) error {
+	zeros := make([]byte, min(n, 1<<20))
+	for n > 0 {
+		zeros = zeros[:min(n, int64(len(zeros)))]
+		if _, err := d.WriteAt(zeros, off); err != nil {
+			return err
+		}
+		off, n = off+int64(len(zeros)), n-int64(len(zeros))
+	}
+	return nil
+}
+
+func (d *sameDevice) Flush() error { return nil }
+
+// LockFile locks a device's file for as long as the returned descriptor is open: shared by all who only read it, exclusively
+// by the one who writes it.
+func LockFile(path string, exclusive bool) (*os.File, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -219,6 +258,29 @@ func lockFile(path string, exclusive bool) (*os.File, error) {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%q is in use by another instance: close it, or give this instance overlays of its own", path)
+		}
+		return nil, fmt.Errorf("lock %q: %w", path, err)
+	}
+	return f, nil
+}
+
+// lockOwner takes the lock that says that an instance is alive: an open file description lock (fcntl(2), F_OFD_SETLK) on the
+// file its record is in. The machine inherits the descriptor, so the lock lasts until both it and we are gone. It is of
+// another kind than the locks on bases and overlays, which end with this process, and does not meet them.
+func lockOwner(c DeviceConfig) (*os.File, error) {
+	path := c.Overlay
+	if path == "" {
+		path = c.Base
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	lock := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart}
+	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
+		f.Close()
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+			return nil, fmt.Errorf("the instance of %q is alive: its peer, or the hypervisor that a killed peer left behind, has it; end that process first (fuser %s)", path, path)
 		}
 		return nil, fmt.Errorf("lock %q: %w", path, err)
 	}

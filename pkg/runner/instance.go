@@ -29,7 +29,7 @@ import (
 //	Resume, Boot ─────► running ⇄ suspended ─ Release ─► released ─ Released ─► moved
 //	                                   ▲                    │
 //	                                   └───── Reclaim ──────┘
-//	Prepare ─► waiting ─ Load ─► suspended ─ Run ─► running
+//	Prepare ─► waiting ─ Load ─► loaded ─ Own ─► suspended ─ Run ─► running
 //	any ─ Close, Kill, Discard ─► closed
 //
 // Every transition is made by one method of Instance, which holds Instance.mu throughout.
@@ -37,6 +37,7 @@ type phase int
 
 const (
 	waiting   phase = iota // devices are being received; the machine has no state
+	loaded                 // everything was received; the instance belongs to the source still
 	suspended              // all vCPUs stopped; memory, device state and disks are consistent
 	running                // ours, and live
 	released               // given to another peer, which has not said that it runs it
@@ -45,7 +46,7 @@ const (
 )
 
 func (p phase) String() string {
-	return [...]string{"waiting", "suspended", "running", "released", "moved", "closed"}[p]
+	return [...]string{"waiting", "loaded", "suspended", "running", "released", "moved", "closed"}[p]
 }
 
 // ErrPhase is returned by a method of Instance that the instance's phase does not allow.
@@ -63,15 +64,17 @@ type Instance struct {
 	folders []string // those above root that were made for it
 
 	devices []*device // in the order of the configuration
+	owner   *os.File  // holds the lock on the instance: see lockOwner
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
 	machine vmm.Machine
 	guest   *guest // nil when the machine has no guest sockets
 
-	mu        sync.Mutex // held through every change of phase; guards phase and migration
+	mu        sync.Mutex // held through every change of phase; guards what follows
 	phase     phase
 	migration string // that the instance was released to
+	refused   bool   // it is on record that what was received will never run
 
 	resumeDuration time.Duration
 }
@@ -116,6 +119,10 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	select {
 	case <-i.filler.Ready():
+	case <-i.filler.Done():
+		if err := i.filler.Err(); err != nil {
+			return nil, fmt.Errorf("resume instance: %w", err)
+		}
 	case <-ctx.Done():
 		return nil, fmt.Errorf("resume instance: %w", context.Cause(ctx))
 	}
@@ -143,7 +150,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 
 // Boot starts the instance by booting its kernel, with empty memory; what its state and memory devices hold is void from
 // then on. The machine is what its config device describes. With a liveness port in the description, Boot returns when the
-// guest says that it is up.
+// guest says that it is up. An instance that moved away is refused, unless Config.ForceOwner says otherwise.
 func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i, err := open(cfg, openExisting, nil)
 	if err != nil {
@@ -155,6 +162,11 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			err = errors.Join(err, i.abandon(ctx, booted))
 		}
 	}()
+	if state := i.device(StateDevice); state != nil {
+		if err := i.checkBootable(state); err != nil {
+			return nil, fmt.Errorf("boot instance from %q: %w", state.Base, err)
+		}
+	}
 	boot := &vmm.Boot{}
 	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
@@ -175,13 +187,41 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
 	i.phase = running
-	if err := i.guest.waitAlive(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
-		return nil, fmt.Errorf("boot instance: %w", err)
-	}
-	if err := i.guest.waitAgent(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
-		return nil, fmt.Errorf("boot instance: %w", err)
+	for _, wait := range []func(context.Context, vmm.Machine, time.Duration) error{i.guest.waitAlive, i.guest.waitAgent} {
+		err := wait(ctx, i.machine, i.cfg.ResumeTimeout)
+		switch {
+		case err == nil:
+		case i.cfg.BootUnattended && ctx.Err() == nil && !ended(i.machine):
+			i.log.Warn("the instance boots, but its guest is silent", "error", err)
+		default:
+			return nil, fmt.Errorf("boot instance: %w", err)
+		}
 	}
 	return i, nil
+}
+
+// ended reports whether the machine's process has ended.
+func ended(m vmm.Machine) bool {
+	select {
+	case <-m.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// checkBootable refuses to boot an instance whose record says that it is not ours, or not whole.
+func (i *Instance) checkBootable(state *device) error {
+	r, err := ReadRecord(state)
+	switch {
+	case errors.Is(err, errNoRecord): // a package that is being made
+		return nil
+	case err != nil:
+		return err
+	case r.Status == Moved && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
+		return nil
+	}
+	return fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
 }
 
 // Incoming is a device that a migration will bring.
@@ -233,10 +273,14 @@ func (i *Instance) checkVacant() error {
 		return nil
 	}
 	r, err := ReadRecord(state)
-	if err != nil {
+	switch {
+	case errors.Is(err, errNoRecord):
 		return nil // not an instance: nothing of value
-	}
-	if r.Status == Saved || r.Status == Running {
+	case err != nil:
+		return err
+	case r.Status == Moved && r.Length > 0:
+		return fmt.Errorf("%w: the devices configured here hold an instance that was given away at %s and not confirmed, which may be its only copy: receive into other overlays", ErrMismatch, r.Time.UTC().Format(time.RFC3339))
+	case r.Status == Saved || r.Status == Running || r.Status == ShutDown:
 		return fmt.Errorf("%w: the devices configured here hold an instance already (%s at %s): receive into other overlays, or delete these", ErrMismatch, r.Status, r.Time.UTC().Format(time.RFC3339))
 	}
 	return nil
@@ -284,6 +328,11 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 			return nil, err
 		}
 		i.devices = append(i.devices, d)
+		if d.Name == StateDevice {
+			if i.owner, err = lockOwner(d.DeviceConfig); err != nil {
+				return nil, fmt.Errorf("open instance: %w", err)
+			}
+		}
 	}
 	if r == nil {
 		config := i.device(ConfigDevice)
@@ -293,6 +342,9 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 		if i.desc, err = ReadDescription(config); err != nil {
 			return nil, fmt.Errorf("open instance: %q: %w", config.Base, err)
 		}
+	}
+	if want := cfg.Host.Accel; want != "" && want != "auto" && want != i.desc.Accel {
+		return nil, fmt.Errorf("open instance: acceleration %q was asked for, but the machine was made under %q: a running guest cannot change it", want, i.desc.Accel)
 	}
 	if err := i.checkDisks(); err != nil {
 		return nil, fmt.Errorf("open instance: %w", err)
@@ -333,6 +385,9 @@ func matchIncoming(devices []DeviceConfig, incoming []Incoming) (map[string]int6
 	for _, d := range devices {
 		if _, ok := sizes[d.Name]; ok || d.Name == StateDevice {
 			continue
+		}
+		if IsDisk(d.Name) || d.Name == MemoryDevice {
+			return nil, fmt.Errorf("device %q is configured here, but the source does not send it: its content here is not that of the instance; remove it from the devices", d.Name)
 		}
 		if _, err := os.Stat(d.Base); err != nil {
 			return nil, fmt.Errorf("device %q is configured here, but the source does not send it and its base is not here", d.Name)
@@ -472,10 +527,17 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	}
 	var handle *ram.Handle
 	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
+		// The machine holds the instance's lock too: should this process die, the instance stays taken while it lives.
+		if i.owner != nil {
+			cmd.ExtraFiles = append(cmd.ExtraFiles, i.owner)
+		}
 		handle, err = ram.Spawn(cmd, ram.Options{})
 		return err
 	}
 	if i.machine, err = i.cfg.Backend.Start(ctx, cfg); err != nil {
+		if handle != nil {
+			handle.Close()
+		}
 		return err
 	}
 	if err := i.memory.Attach(ctx, handle); err != nil {
@@ -520,6 +582,13 @@ func (i *Instance) Description() Description { return i.desc }
 
 // Machine is the VMM. Callers must not change its state; PID, Done and Err are of use.
 func (i *Instance) Machine() vmm.Machine { return i.machine }
+
+// Running reports whether the guest runs here: not suspended, not given away, not ended.
+func (i *Instance) Running() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.phase == running && !ended(i.machine)
+}
 
 // ResumeDuration is the time from the call of Resume until the vCPUs ran, zero for an instance that was not resumed.
 func (i *Instance) ResumeDuration() time.Duration { return i.resumeDuration }
@@ -569,6 +638,9 @@ func (i *Instance) Suspend(ctx context.Context) error {
 }
 
 func (i *Instance) suspend(ctx context.Context) error {
+	if i.phase != running {
+		return fmt.Errorf("suspend instance: %w: it is %s", ErrPhase, i.phase)
+	}
 	err := i.beforeSuspend(ctx)
 	if err == nil {
 		err = i.pause(ctx)
@@ -590,14 +662,14 @@ func (i *Instance) SaveState(ctx context.Context, w io.Writer) error {
 	return i.machine.Save(ctx, w)
 }
 
-// Continue undoes BeforeSuspend, Pause and SaveState, whether they succeeded or not: the guest runs on when it returns, and
-// its agent has been told. An error of the agent does not suspend it again.
+// Continue undoes BeforeSuspend, Pause and SaveState, whether they succeeded or not: when it returns nil the guest runs on.
+// That its agent was told is tried, and logged where it fails: the guest serves all the same.
 func (i *Instance) Continue(ctx context.Context) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	switch i.phase {
 	case running: // only the agent was told, or pausing failed half-way
-		if err := i.machine.Resume(ctx); err != nil {
+		if err := i.machine.Resume(ctx); err != nil && !errors.Is(err, vmm.ErrState) {
 			return fmt.Errorf("continue instance: %w", err)
 		}
 	case suspended:
@@ -607,7 +679,10 @@ func (i *Instance) Continue(ctx context.Context) error {
 	default:
 		return fmt.Errorf("continue instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	return i.afterResume(ctx)
+	if err := i.afterResume(ctx); err != nil {
+		i.log.Error("the instance runs on, but its agent failed after the resume", "error", err)
+	}
+	return nil
 }
 
 // Release puts on record, durably, that the suspended instance was given to whoever completes the migration. When it
@@ -636,9 +711,10 @@ func (i *Instance) Released() {
 func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.phase == released {
-		i.phase = suspended
+	if i.phase != released && i.phase != suspended {
+		return fmt.Errorf("reclaim instance: %w: it is %s", ErrPhase, i.phase)
 	}
+	i.phase = suspended
 	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
 }
 
@@ -652,7 +728,7 @@ func (i *Instance) Load(ctx context.Context, state io.Reader) error {
 	if err := i.machine.Load(ctx, state); err != nil {
 		return fmt.Errorf("load instance: %w", err)
 	}
-	i.phase = suspended
+	i.phase = loaded
 	return nil
 }
 
@@ -660,14 +736,28 @@ func (i *Instance) Load(ctx context.Context, state io.Reader) error {
 func (i *Instance) Own(ctx context.Context, migration string) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
+	if i.phase != loaded {
+		return fmt.Errorf("own instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration}); err != nil {
+		return err
+	}
+	i.phase = suspended
+	return nil
 }
 
-// Refuse puts on record, durably, that what was received will never run here.
+// Refuse puts on record, durably, that what was received will never run here. Discard follows.
 func (i *Instance) Refuse(ctx context.Context, migration string) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return writeRecord(i.device(StateDevice), Record{Status: Discarded, Migration: migration})
+	if i.phase == running || i.phase == closed {
+		return fmt.Errorf("refuse instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	if err := writeRecord(i.device(StateDevice), Record{Status: Discarded, Migration: migration}); err != nil {
+		return err
+	}
+	i.phase, i.refused = loaded, true
+	return nil
 }
 
 // Run lets a received instance run, after Own.
@@ -715,40 +805,68 @@ func (i *Instance) Devices() []Device {
 	return out
 }
 
+// ErrUnsaved is wrapped by the error of a Close that could not save the instance. Its machine lives on, paused: Close tries
+// again, Kill gives the instance up.
+var ErrUnsaved = errors.New("the instance could not be saved and is kept, paused")
+
 // Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there. One that
 // was released and not confirmed is saved too, but stays marked as moved: see [Config.ForceOwner]. One that moved away, or
 // was never ours, is only taken down. Cancelling ctx does not end the work, as an instance half saved is worth nothing;
-// Config.RescueTimeout bounds what the agent may take, and again what saving may take. Close may be called more than once.
+// saving takes as long as writing its memory does. Close may be called more than once.
 func (i *Instance) Close(ctx context.Context) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	ctx = context.WithoutCancel(ctx)
-	var errs []error
+	var err error
 	switch i.phase {
 	case closed:
 		return nil
 	case running:
-		select {
-		case <-i.machine.Done():
-			i.log.Info("machine has ended", "vmpath", i.path, "reason", i.machine.Err())
-		default:
-			errs = append(errs, i.suspendAndSave(ctx))
+		if ended(i.machine) {
+			break
 		}
+		err = i.suspendAndSave(ctx)
 	case suspended, released:
-		errs = append(errs, i.save(ctx))
+		err = i.save(ctx)
+	case waiting, loaded:
+		if state := i.device(StateDevice); state != nil && !i.refused {
+			err = writeRecord(state, Record{Status: Discarded})
+		}
+		return errors.Join(err, i.teardown())
 	}
-	errs = append(errs, i.teardown())
-	return errors.Join(errs...)
+	if ended(i.machine) {
+		return errors.Join(i.recordEnd(), i.teardown())
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrUnsaved, err)
+	}
+	return i.teardown()
 }
 
-// Kill ends the instance here as a power cut would: nothing is saved.
+// recordEnd puts on record how the machine ended by itself. After anything but a shutdown the record says Running, which
+// is true of an instance that had no time to say more.
+func (i *Instance) recordEnd() error {
+	reason := i.machine.Err()
+	i.log.Info("machine has ended", "vmpath", i.path, "reason", reason)
+	state := i.device(StateDevice)
+	if i.phase != running || state == nil || reason != nil && !errors.Is(reason, vmm.ErrReboot) {
+		return nil
+	}
+	return writeRecord(state, Record{Status: ShutDown})
+}
+
+// Kill ends the instance here as a power cut would: nothing is saved. It does not wait for a Close that saves, but ends it.
 func (i *Instance) Kill() error {
+	var err error
+	if i.machine != nil {
+		err = i.machine.Close()
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.phase == closed {
-		return nil
+		return err
 	}
-	return i.teardown()
+	return errors.Join(err, i.teardown())
 }
 
 // Discard ends an instance whose migration to here was given up: what arrived is marked void, and files that were made for
@@ -775,7 +893,7 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	if !ran {
 		return errors.Join(i.teardown(), i.discardDevices())
 	}
-	if i.phase == running && i.filler != nil {
+	if i.phase == running && (i.filler != nil || i.cfg.BootUnattended) && !ended(i.machine) {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
 		return errors.Join(i.pauseAndSave(context.WithoutCancel(ctx)), i.teardown())
 	}
@@ -795,7 +913,9 @@ func (i *Instance) suspendAndSave(ctx context.Context) error {
 func (i *Instance) pauseAndSave(ctx context.Context) error {
 	bounded, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
 	defer cancel()
-	if err := i.pause(bounded); err != nil {
+	if err := i.pause(bounded); errors.Is(err, vmm.ErrState) {
+		i.phase = suspended // it has never run
+	} else if err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
 	return i.save(ctx)
@@ -807,10 +927,10 @@ func (i *Instance) save(ctx context.Context) error {
 	if state == nil || memory == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
+	bounded, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
 	defer cancel()
 	var buf limitedBuffer
-	if err := i.machine.Save(ctx, &buf); err != nil {
+	if err := i.machine.Save(bounded, &buf); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
 	var work errgroup.Group
@@ -857,6 +977,9 @@ func (i *Instance) teardown() error {
 	}
 	for _, d := range i.devices {
 		errs = append(errs, d.close())
+	}
+	if i.owner != nil {
+		i.owner.Close() // nothing was written through it
 	}
 	if i.root != "" {
 		errs = append(errs, os.RemoveAll(i.root))

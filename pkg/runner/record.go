@@ -24,6 +24,7 @@ const StateDeviceSize = 16 << 20
 //	            ▼                       │
 //	Saved ─ resume ─► Running ──────────┘
 //	                  Running ─ commit of a migration ─► Moved
+//	                  Running ─ the guest shuts down ─► ShutDown ─ boot ─► Running
 //	(any) ─ receive ─► Receiving ─ commit arrives ─► Running
 //	                   Receiving ─ abort ─► Discarded
 //
@@ -43,6 +44,8 @@ const (
 	Moved
 	// Discarded: a migration into these devices was given up. They hold nothing of use.
 	Discarded
+	// ShutDown: the guest shut down, or rebooted, by itself. There is no memory to resume; the disks are whole.
+	ShutDown
 )
 
 func (s Status) String() string {
@@ -57,6 +60,8 @@ func (s Status) String() string {
 		return "moved"
 	case Discarded:
 		return "discarded"
+	case ShutDown:
+		return "shut down"
 	}
 	return fmt.Sprintf("status %d", uint32(s))
 }
@@ -105,9 +110,12 @@ func (r Record) encode() []byte {
 	return b
 }
 
+// errNoRecord says that a device does not begin with a record.
+var errNoRecord = errors.New("not a drafter state device (wrong magic)")
+
 func decodeRecord(b []byte) (Record, error) {
 	if len(b) < recordSize || string(b[:8]) != recordMagic {
-		return Record{}, errors.New("not a drafter state device (wrong magic)")
+		return Record{}, errNoRecord
 	}
 	if got, want := crc32.Checksum(b[:recordSum], castagnoli), binary.LittleEndian.Uint32(b[recordSum:]); got != want {
 		return Record{}, fmt.Errorf("state header is corrupt: checksum %08x, want %08x", got, want)
@@ -119,7 +127,7 @@ func decodeRecord(b []byte) (Record, error) {
 		Sum:       binary.LittleEndian.Uint64(b[32:]),
 		Migration: string(bytes.TrimRight(b[40:40+maxMigration], "\x00")),
 	}
-	if r.Status < Saved || r.Status > Discarded {
+	if r.Status < Saved || r.Status > ShutDown {
 		return Record{}, fmt.Errorf("state header has unknown %s", r.Status)
 	}
 	if r.Length < 0 || r.Length > StateDeviceSize-recordSize {
@@ -195,7 +203,9 @@ func (r Record) remedy() string {
 	at := r.Time.UTC().Format(time.RFC3339)
 	switch r.Status {
 	case Running:
-		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, or delete its overlays to start from the package"
+		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, or delete its overlays (without overlays: make or extract the package anew) to start from the package"
+	case ShutDown:
+		return "its guest shut down at " + at + ": boot it again with --boot"
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:

@@ -49,7 +49,7 @@ func TestSavedState(t *testing.T) {
 			t.Errorf("error %v, want one about corruption", err)
 		}
 	})
-	for status, remedy := range map[Status]string{Running: "--boot", Receiving: "receive it again", Discarded: "receive it again", Moved: "another peer"} {
+	for status, remedy := range map[Status]string{Running: "--boot", Receiving: "receive it again", Discarded: "receive it again", Moved: "another peer", ShutDown: "--boot"} {
 		t.Run(status.String(), func(t *testing.T) {
 			if err := writeRecord(dev, Record{Status: status, Migration: "M1"}); err != nil {
 				t.Fatal(err)
@@ -86,7 +86,7 @@ func FuzzDecodeRecord(f *testing.F) {
 	f.Add([]byte(recordMagic))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r, err := decodeRecord(b)
-		if err == nil && (r.Length < 0 || r.Length > StateDeviceSize || r.Status < Saved || r.Status > Discarded) {
+		if err == nil && (r.Length < 0 || r.Length > StateDeviceSize || r.Status < Saved || r.Status > ShutDown) {
 			t.Errorf("accepted %+v", r)
 		}
 	})

@@ -103,6 +103,11 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 		}
 	}()
 
+	if err := out.lock(cfg.Devices); err != nil {
+		return nil, fmt.Errorf("create snapshot: %w", err)
+	}
+	defer out.unlock()
+
 	cfg.Progress("copy")
 	devices, err := out.make(ctx, cfg, &spec)
 	if err != nil {
@@ -147,6 +152,8 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("create snapshot: %w", context.Cause(ctx))
 	}
+	// From here on the only way is forward: the old package is gone with the first rename.
+	ctx = context.WithoutCancel(ctx)
 	dir := packageFolder(cfg.Devices)
 	if dir != "" {
 		// The manifest is written last and removed first: a folder with one is a whole package.
@@ -257,9 +264,10 @@ func made(name string) bool {
 
 // outputs are the files of a package that is being made.
 type outputs struct {
-	partial   []string // written under their name + partialSuffix
-	published []string // that got their name, but are no package before all of it is done
-	dirs      []string // made for them, outermost first
+	locks     []*os.File // on files that will be replaced
+	partial   []string   // written under their name + partialSuffix
+	published []string   // that got their name, but are no package before all of it is done
+	dirs      []string   // made for them, outermost first
 }
 
 // make writes the files that the machine needs, and completes spec with the disks it finds.
@@ -325,6 +333,34 @@ func (o *outputs) mkdir(dir string) error {
 	}
 	o.dirs = append(o.dirs, missing...)
 	return nil
+}
+
+// lock takes the files that will be replaced, so that no instance that runs from them, or starts meanwhile, loses them.
+func (o *outputs) lock(devices []Device) error {
+	for _, d := range devices {
+		f, err := runner.LockFile(d.Output, true)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			o.unlock()
+			return fmt.Errorf("device %q: output %w", d.Name, err)
+		}
+		// What is used in place is locked by the instance itself.
+		if d.Input == "" && !made(d.Name) {
+			f.Close()
+			continue
+		}
+		o.locks = append(o.locks, f)
+	}
+	return nil
+}
+
+func (o *outputs) unlock() {
+	for _, f := range o.locks {
+		f.Close()
+	}
+	o.locks = nil
 }
 
 // publish gives all files their names.

@@ -546,7 +546,7 @@ func TestCommandPeer(t *testing.T) {
 	// What the guest has when a peer starts must be what it had when the last one was closed, however that was.
 	c := w.start(t, w.console, w.peer("package", "instance")...)
 	c.waitFor(t, "Resumed VM")
-	w.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	w.do(t, "mem start 64")
 	w.do(t, "disk disk start 4096")
 	c.Process.Signal(syscall.SIGTERM)
 	c.wait(t, 0)
@@ -654,7 +654,7 @@ func TestCommandPeer(t *testing.T) {
 		fill := func() *command {
 			c := w.start(t, w.console, w.peer("package", "small/instance")...)
 			c.waitFor(t, "Resumed VM")
-			w.do(t, fmt.Sprintf("mem start %d", ramMiB))
+			w.do(t, "mem start 64")
 			for pass := 0; pass < 2; { // until all of it was written
 				if _, err := fmt.Sscan(w.do(t, "mem status"), &pass); err != nil {
 					t.Fatal(err)
@@ -847,7 +847,7 @@ func (w *workshop) testMigrationInterrupted(t *testing.T, verify func(*testing.T
 	holder := "hop"
 	c := w.start(t, w.console, w.peer("package", holder)...)
 	c.waitFor(t, "Resumed VM")
-	w.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	w.do(t, "mem start 64")
 	w.do(t, "disk disk start 4096")
 	c.Process.Signal(os.Interrupt)
 	c.wait(t, 0)

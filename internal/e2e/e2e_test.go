@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -36,8 +37,8 @@ import (
 const (
 	memorySize = 192 << 20
 	diskSize   = 64 << 20
-	// ramMiB is how much of its memory the guest writes over and over: all but what kernel and programs need.
-	ramMiB = 64
+	// spareMiB of its memory is what the guest leaves to its kernel and programs while it writes all the rest over and over.
+	spareMiB = 24
 )
 
 // guestWait bounds anything a guest is asked to do. Emulated guests on a busy machine are slow; a hang is longer still.
@@ -210,6 +211,23 @@ func (g *guest) do(t *testing.T, command string) string {
 	return answer
 }
 
+// loadMemory makes the guest write a counter over all of its free memory.
+func (g *guest) loadMemory(t *testing.T) {
+	t.Helper()
+	info, err := strconv.Unquote(g.do(t, "cat /proc/meminfo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(info, "MemAvailable:")
+	var available int
+	if _, err := fmt.Sscan(rest, &available); err != nil {
+		t.Fatalf("no MemAvailable in %s", info)
+	}
+	mib := available/1024 - spareMiB
+	t.Logf("the guest writes all over %d of its %d MiB", mib, memorySize>>20)
+	g.do(t, fmt.Sprintf("mem start %d", mib))
+}
+
 // move hands the instance over from one peer to a new one, over TCP.
 func move(t *testing.T, from *peer.Peer, to peer.Config) (*peer.Peer, *migrate.Report) {
 	t.Helper()
@@ -258,7 +276,7 @@ func TestMigrateUnderLoad(t *testing.T) {
 	}
 	defer func() { p.Close(context.WithoutCancel(ctx)) }()
 
-	g.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	g.loadMemory(t)
 	g.do(t, "disk disk start 4096")
 	for n := 1; n <= 3; n++ {
 		var report *migrate.Report
@@ -299,7 +317,7 @@ func TestVerifierFindsAPlantedError(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.do(t, fmt.Sprintf("mem start %d", ramMiB))
+	g.loadMemory(t)
 	g.do(t, "disk disk start 64")
 	for seq := 0; seq < 64; { // until every slot of the journal has a record
 		if _, err := fmt.Sscan(g.do(t, "disk disk status"), &seq); err != nil {
@@ -539,5 +557,128 @@ func TestHooksRunOnce(t *testing.T) {
 	check("after a refused move", 2, 2)
 	if suspended.Load() != 1 || resumed.Load() != 2 {
 		t.Errorf("the host's hooks saw %d suspends and %d resumes, want 1 and 2", suspended.Load(), resumed.Load())
+	}
+}
+
+// cutAt is a stream that breaks when the source reaches a state.
+type cutAt struct {
+	net.Conn
+	cut atomic.Bool
+}
+
+func (c *cutAt) Write(p []byte) (int, error) {
+	if c.cut.Load() {
+		c.Conn.Close()
+	}
+	return c.Conn.Write(p)
+}
+
+// TestRollback breaks the link before the guest is suspended, while it is, and before the commit: each time the guest runs
+// on at the source, its hooks are balanced, and the destination leaves nothing.
+func TestRollback(t *testing.T) {
+	g := newGuest(t)
+	states := []migrate.SourceState{
+		migrate.SourceCopying, migrate.SourceSuspending, migrate.SourcePausing, migrate.SourceSwitching, migrate.SourceConfirming,
+	}
+	var link atomic.Pointer[cutAt]
+	var at atomic.Int32
+	cfg := g.config(t, shortDir(t))
+	cfg.OnState = func(s migrate.SourceState) {
+		if int32(s) == at.Load() {
+			link.Load().cut.Store(true)
+			link.Load().Conn.Close()
+		}
+	}
+	ctx := newContext(t)
+	p, err := peer.Resume(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { p.Close(context.WithoutCancel(ctx)) }()
+	for _, state := range states {
+		left, right := net.Pipe()
+		cut := &cutAt{Conn: left}
+		link.Store(cut)
+		at.Store(int32(state))
+		failed := make(chan error, 1)
+		go func() {
+			_, err := p.Send(ctx, []io.ReadWriter{cut})
+			failed <- err
+		}()
+		folder := filepath.Join(shortDir(t), "instance")
+		if _, _, err := peer.Receive(ctx, g.config(t, folder), []io.ReadWriter{right}); err == nil {
+			t.Fatalf("cut in state %v: the destination received the instance", state)
+		}
+		if err := <-failed; err == nil || errors.Is(err, migrate.ErrInDoubt) {
+			t.Fatalf("cut in state %v: the source got %v, want an error before the commit", state, err)
+		}
+		if !p.Running() {
+			t.Fatalf("cut in state %v: the guest does not run at the source", state)
+		}
+		hooks := g.do(t, "cat /hooks")
+		if before, after := strings.Count(hooks, "[before]"), strings.Count(hooks, "[after]"); before != after {
+			t.Errorf("cut in state %v: hooks ran as %s: %d before, %d after", state, hooks, before, after)
+		}
+		if _, err := os.Stat(folder); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("cut in state %v: the destination left %s: %v", state, folder, err)
+		}
+	}
+	// And after all that it moves.
+	at.Store(-1)
+	p, _ = move(t, p, g.config(t, shortDir(t)))
+	g.do(t, "mem start 8")
+}
+
+// TestOneOwner tries to run an instance in every way where it does not belong.
+func TestOneOwner(t *testing.T) {
+	g := newGuest(t)
+	ctx := newContext(t)
+	folders := []string{shortDir(t), shortDir(t)}
+	p, err := peer.Resume(ctx, g.config(t, folders[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { p.Close(context.WithoutCancel(ctx)) }()
+	if _, err := peer.Resume(ctx, g.config(t, folders[0])); err == nil || !strings.Contains(err.Error(), "in use") && !strings.Contains(err.Error(), "alive") && !strings.Contains(err.Error(), "another process") {
+		t.Errorf("resume of a living instance: error %v, want one that says that it is taken", err)
+	}
+	p, _ = move(t, p, g.config(t, folders[1]))
+	for name, how := range map[string]func(context.Context, peer.Config) (*peer.Peer, error){"resume": peer.Resume, "boot": peer.Boot} {
+		if _, err := how(ctx, g.config(t, folders[0])); !errors.Is(err, runner.ErrNotSaved) {
+			t.Errorf("%s where it moved away from: error %v, want ErrNotSaved", name, err)
+		}
+		forced := g.config(t, folders[0])
+		forced.ForceOwner = true
+		if name == "resume" { // the move was confirmed, so there is nothing to take back
+			if _, err := how(ctx, forced); !errors.Is(err, runner.ErrNotSaved) {
+				t.Errorf("forced %s where it moved away from: error %v, want ErrNotSaved", name, err)
+			}
+		}
+	}
+
+	// A machine that was loaded and never owned is not saved as if it had been.
+	desc := p.Instance().Description()
+	var incoming []runner.Incoming
+	var devices []runner.DeviceConfig
+	folder := shortDir(t)
+	for _, d := range p.Instance().Devices() {
+		incoming = append(incoming, runner.Incoming{Name: d.Config.Name, Size: d.Block.Size()})
+	}
+	cfg := g.config(t, folder)
+	for _, d := range cfg.Devices {
+		devices = append(devices, d.DeviceConfig)
+	}
+	i, err := runner.Prepare(ctx, runner.Config{Backend: g.backend, Devices: devices, Host: runner.Host{Dir: shortDir(t)}}, desc, incoming)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := i.Run(ctx); !errors.Is(err, runner.ErrPhase) {
+		t.Errorf("run of an instance that was not received: error %v, want ErrPhase", err)
+	}
+	if err := i.Close(ctx); err != nil {
+		t.Error(err)
+	}
+	if _, err := peer.Resume(ctx, g.config(t, folder)); !errors.Is(err, runner.ErrNotSaved) {
+		t.Errorf("resume of what was never owned: error %v, want ErrNotSaved", err)
 	}
 }

@@ -49,6 +49,8 @@ type Config struct {
 
 	// Progress is told how a migration goes. Nil is allowed.
 	Progress func(migrate.Progress)
+	// OnState is called at each change of state of a Send, before anything is done in it. Nil is allowed.
+	OnState func(migrate.SourceState)
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
@@ -180,7 +182,7 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	}
 	return migrate.Send(ctx, streams, migrate.SourceConfig{
 		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
-		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, Logger: p.cfg.Logger,
+		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	})
 }
 

@@ -19,7 +19,18 @@ type guest struct {
 	channel  *channel.Host   // nil until serve
 	agent    *agent.Host     // nil if the guest has no agent
 	liveness *agent.Liveness // nil unless the guest boots and will say when it is up
+
+	told telling // that the guest will be suspended; of one goroutine at a time
 }
+
+// telling is whether the agent knows of a suspend that has not been followed by a resume.
+type telling int
+
+const (
+	untold    telling = iota
+	uncertain         // the call was sent and not answered
+	told
+)
 
 // openGuest listens for the guest's services, which must be done before the guest runs.
 func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *guest, err error) {
@@ -94,13 +105,37 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 	if g == nil || g.agent == nil {
 		return nil
 	}
-	return bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", g.agent.BeforeSuspend)
+	if ctx.Err() != nil {
+		return context.Cause(ctx) // and the guest knows nothing
+	}
+	g.told = uncertain
+	return bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", func(ctx context.Context) error {
+		err := g.agent.BeforeSuspend(ctx)
+		if err == nil || ctx.Err() == nil { // it did, or said why it does not
+			g.told = told
+		}
+		return err
+	})
+}
+
+// undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of
+// the suspend. Where that is uncertain the call is repeated first, which the guest does not execute twice.
+func (g *guest) undoSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
+	if g == nil || g.told == untold {
+		return nil
+	}
+	var err error
+	if g.told == uncertain {
+		err = g.beforeSuspend(ctx, m, timeout)
+	}
+	return errors.Join(err, g.afterResume(ctx, m, timeout))
 }
 
 func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
 	if g == nil || g.agent == nil {
 		return nil
 	}
+	g.told = untold
 	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
 		return g.agent.AfterResume(ctx, agent.AfterResumeRequest{Entropy: agent.NewEntropy()})
 	})

@@ -647,7 +647,7 @@ func (i *Instance) suspend(ctx context.Context) error {
 	}
 	if err != nil && i.phase == running {
 		// Whatever the agent did before a suspend, it must undo.
-		err = errors.Join(err, i.guest.afterResume(context.WithoutCancel(ctx), i.machine, i.cfg.RescueTimeout))
+		err = errors.Join(err, i.guest.undoSuspend(context.WithoutCancel(ctx), i.machine, i.cfg.RescueTimeout))
 	}
 	return err
 }
@@ -679,8 +679,10 @@ func (i *Instance) Continue(ctx context.Context) error {
 	default:
 		return fmt.Errorf("continue instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	if err := i.afterResume(ctx); err != nil {
+	if err := i.guest.undoSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
 		i.log.Error("the instance runs on, but its agent failed after the resume", "error", err)
+	} else {
+		call(i.cfg.Hooks.AfterResume)
 	}
 	return nil
 }

@@ -7,11 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"maps"
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -27,23 +27,108 @@ import (
 // The tests of this file build a blueprint from the real archive and boot it. They download about 70 MB once, into
 // $DRAFTER_TEST_CACHE or, without it, where `drafter blueprint` keeps its downloads; later runs need no network.
 
-// childVariable holds the configuration of a build that a test runs in a process of its own, under another user.
+// Builds run in a process of their own: as another user, to be interrupted, and without the race detector, under which
+// the decoder of xz takes minutes (the tests of single parts run with it).
+
+// childVariable holds the configuration of a build for the test program to run instead of tests.
 const childVariable = "DRAFTER_BLUEPRINT_TEST_BUILD"
+
+// childLine is what such a process prints, one line of JSON each: the stages it comes to, then the result.
+type childLine struct {
+	Stage  string  `json:",omitempty"`
+	Result *Result `json:",omitempty"`
+}
 
 func TestMain(m *testing.M) {
 	if text := os.Getenv(childVariable); text != "" {
-		var cfg Config
-		err := json.Unmarshal([]byte(text), &cfg)
-		if err == nil {
-			_, err = Build(context.Background(), cfg)
-		}
-		if err != nil {
+		if err := runChild(text); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
+}
+
+func runChild(text string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	var cfg Config
+	if err := json.Unmarshal([]byte(text), &cfg); err != nil {
+		return err
+	}
+	out := json.NewEncoder(os.Stdout)
+	stage := ""
+	cfg.Progress = func(p Progress) {
+		if p.Stage != stage {
+			stage = p.Stage
+			_ = out.Encode(childLine{Stage: stage}) // nobody reads: nothing lost
+		}
+	}
+	result, err := Build(ctx, cfg)
+	if err != nil {
+		return err
+	}
+	return out.Encode(childLine{Result: &result})
+}
+
+// builder runs builds in processes of their own.
+type builder struct {
+	program *os.File // the test program, without the race detector
+}
+
+func newBuilder(t *testing.T, dir string) *builder {
+	path := "/proc/self/exe"
+	if raceEnabled {
+		path = filepath.Join(dir, "helper.test")
+		if out, err := exec.CommandContext(t.Context(), "go", "test", "-c", "-race=false", "-o", path, ".").CombinedOutput(); err != nil {
+			t.Fatalf("build helper: %v\n%s", err, out)
+		}
+	}
+	f, err := os.Open(path)
+	must(t, err)
+	t.Cleanup(func() { f.Close() })
+	return &builder{f}
+}
+
+// build runs one build, as the user uid if it is not 0, and interrupts it when it comes to the stage named, if any.
+func (b *builder) build(t *testing.T, cfg Config, uid uint32, interruptAt string) (Result, error) {
+	t.Helper()
+	encoded, err := json.Marshal(cfg)
+	must(t, err)
+	cmd := exec.CommandContext(t.Context(), "/proc/self/fd/3") // by descriptor: the user need not reach its path
+	cmd.ExtraFiles = []*os.File{b.program}
+	cmd.Env = append(os.Environ(), childVariable+"="+string(encoded))
+	if uid != 0 {
+		cmd.Env, cmd.Dir = []string{childVariable + "=" + string(encoded), "HOME=/nonexistent"}, "/"
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
+	}
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	var result Result
+	lines := json.NewDecoder(stdout)
+	for {
+		var line childLine
+		if lines.Decode(&line) != nil {
+			break
+		}
+		if line.Result != nil {
+			result = *line.Result
+		}
+		if interruptAt != "" && line.Stage == interruptAt {
+			must(t, cmd.Process.Signal(os.Interrupt))
+		}
+	}
+	if err := cmd.Wait(); err != nil {
+		return Result{}, errors.New(strings.TrimSpace(stderr.String()))
+	}
+	if stderr.Len() > 0 {
+		t.Logf("the build says:\n%s", stderr.String())
+	}
+	return result, nil
 }
 
 // standIn is what takes the part of drafter-agent: liveness says so on the console, everything else waits.
@@ -97,31 +182,25 @@ func TestBlueprint(t *testing.T) {
 		Output: filepath.Join(dir, "out"), Agent: agent, Packages: []string{"valkey-server"}, Cache: os.Getenv("DRAFTER_TEST_CACHE"),
 		Units: []string{dir + "/hello.service"}, Scripts: []string{dir + "/setup.sh"}, Copies: []Copy{{dir + "/copied", "/srv/copied"}},
 		Fstab:  []string{"LABEL=data /data ext4 defaults 0 2", "LABEL=absent /absent ext4 defaults 0 2"},
-		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)),
 	}
+	b := newBuilder(t, dir)
 	start := time.Now()
-	result, err := Build(t.Context(), cfg)
+	result, err := b.build(t, cfg, 0, "")
 	must(t, err)
 	t.Logf("built in %.1f s: Linux %s, %d packages", time.Since(start).Seconds(), result.KernelVersion, len(result.Packages))
 
 	t.Run("nothing changed", func(t *testing.T) {
-		again, err := Build(t.Context(), cfg)
+		again, err := b.build(t, cfg, 0, "")
 		must(t, err)
 		if !again.UpToDate || !maps.Equal(again.SHA256, result.SHA256) {
 			t.Errorf("the second run built: %+v", again)
 		}
 	})
-	t.Run("same bytes elsewhere and unprivileged", func(t *testing.T) { testReproducible(t, cfg, dir, result) })
+	t.Run("same bytes elsewhere and unprivileged", func(t *testing.T) { testReproducible(t, b, cfg, dir, result) })
 	t.Run("cancelled", func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
 		other := cfg
 		other.Output = filepath.Join(dir, "cancelled")
-		other.Progress = func(p Progress) {
-			if p.Stage == "write root disk" {
-				cancel()
-			}
-		}
-		if _, err := Build(ctx, other); !errors.Is(err, context.Canceled) {
+		if _, err := b.build(t, other, 0, "write root disk"); err == nil || !strings.Contains(err.Error(), "canceled") {
 			t.Errorf("got error %v", err)
 		}
 		left, err := filepath.Glob(filepath.Join(other.Output, "[^b]*"))
@@ -135,7 +214,7 @@ func TestBlueprint(t *testing.T) {
 	t.Run("no space", func(t *testing.T) {
 		other := cfg
 		other.Output, other.Size = filepath.Join(dir, "small"), 64<<20
-		if _, err := Build(t.Context(), other); err == nil || !strings.Contains(err.Error(), "64 MiB") || !strings.Contains(err.Error(), "--size") {
+		if _, err := b.build(t, other, 0, ""); err == nil || !strings.Contains(err.Error(), "64 MiB") || !strings.Contains(err.Error(), "--size") {
 			t.Errorf("got error %v", err)
 		}
 	})
@@ -152,7 +231,7 @@ func TestBlueprint(t *testing.T) {
 }
 
 // testReproducible builds again in a process of its own, as nobody if we are root, with another cache.
-func testReproducible(t *testing.T, cfg Config, dir string, first Result) {
+func testReproducible(t *testing.T, b *builder, cfg Config, dir string, first Result) {
 	c, err := newCache(cfg.Cache)
 	must(t, err)
 	lock, _, err := readLock(first.Lock)
@@ -167,29 +246,19 @@ func testReproducible(t *testing.T, cfg Config, dir string, first Result) {
 	text, err := os.ReadFile(first.Lock)
 	must(t, err)
 	must(t, os.WriteFile(filepath.Join(work, "x.lock"), text, 0o644))
-	cfg.Output, cfg.Cache, cfg.Lock, cfg.Locked, cfg.Logger = filepath.Join(work, "elsewhere"), filepath.Join(work, "cache"), filepath.Join(work, "x.lock"), true, nil
-	encoded, err := json.Marshal(cfg)
-	must(t, err)
-	self, err := os.Open("/proc/self/exe")
-	must(t, err)
-	defer self.Close()
-	cmd := exec.CommandContext(t.Context(), "/proc/self/fd/3")
-	cmd.ExtraFiles = []*os.File{self}
-	cmd.Env = []string{childVariable + "=" + string(encoded), "HOME=/nonexistent", "TMPDIR=/tmp"}
-	cmd.Dir = "/"
+	cfg.Output, cfg.Cache, cfg.Lock, cfg.Locked = filepath.Join(work, "elsewhere"), filepath.Join(work, "cache"), filepath.Join(work, "x.lock"), true
+	uid := uint32(0)
 	if os.Getuid() == 0 {
-		const nobody = 65534
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: nobody, Gid: nobody}}
+		uid = 65534 // nobody
 		must(t, filepath.WalkDir(work, func(p string, _ os.DirEntry, err error) error {
 			if err != nil {
 				return err
 			}
-			return os.Lchown(p, nobody, nobody)
+			return os.Lchown(p, int(uid), int(uid))
 		}))
 	}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build: %v\n%s", err, out)
-	}
+	_, err = b.build(t, cfg, uid, "")
+	must(t, err)
 	for name, want := range first.SHA256 {
 		got, err := digestFile(t.Context(), filepath.Join(cfg.Output, name))
 		must(t, err)
@@ -357,11 +426,4 @@ func (l *consoleLog) wait(ctx context.Context, text string) error {
 			return fmt.Errorf("wait for %q on the console: %w", text, ctx.Err())
 		}
 	}
-}
-
-type testWriter struct{ t *testing.T }
-
-func (w testWriter) Write(p []byte) (int, error) {
-	w.t.Log(strings.TrimSpace(string(p)))
-	return len(p), nil
 }

@@ -149,3 +149,28 @@ func TestKeepPath(t *testing.T) {
 		}
 	}
 }
+
+// Packages are unpacked several at a time into one spool.
+func TestOpenAll(t *testing.T) {
+	c, err := newCache(t.TempDir())
+	must(t, err)
+	var packages []Package
+	for i := range 12 {
+		name := "pkg" + itoa(i)
+		data := testDeb(t, "Package: "+name+"\n", map[string]string{"usr/share/" + name: strings.Repeat(name, 30_000), "etc/" + name: name}, nil)
+		must(t, writeFileAtomic(c.path(sumOf(data)), data, 0o644))
+		packages = append(packages, Package{Name: name, Version: "1", SHA256: sumOf(data), Size: int64(len(data))})
+	}
+	tr := newTestTree(t)
+	debs, err := c.openAll(t.Context(), packages, tr.spool, keepPath, func(_, _ int64) {})
+	must(t, err)
+	for i, d := range debs {
+		must(t, tr.install(d))
+		name := "pkg" + itoa(i)
+		for p, want := range map[string]string{"/usr/share/" + name: strings.Repeat(name, 30_000), "/etc/" + name: name} {
+			if got, err := tr.readFile(p); err != nil || string(got) != want {
+				t.Errorf("%s: got %d bytes, %v", p, len(got), err)
+			}
+		}
+	}
+}

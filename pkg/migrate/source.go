@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -228,6 +229,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err := s.cfg.Guest.BeforeSuspend(l.ctx); err != nil {
 		return s.because("prepare guest for the pause", err)
 	}
+	if err := s.settle(); err != nil {
+		return err
+	}
 
 	s.state.set(SourcePausing)
 	done = l.limit(s.cfg.SwitchTimeout, "the switch")
@@ -325,7 +329,7 @@ func (s *source) copy() error {
 	if err := s.each(s.devices, func(d *sourceDevice) error { return s.sendRound(d, s.planAll) }); err != nil {
 		return err
 	}
-	for cycle := 1; ; cycle++ {
+	for {
 		again, throttle, err := s.decide(s.devices)
 		if err != nil || len(again) == 0 {
 			return err
@@ -344,15 +348,32 @@ func (s *source) copy() error {
 				}
 			}
 		}
-		s.round.Store(int64(cycle))
-		s.dirty.Store(0)
-		for _, d := range again {
-			s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
-		}
-		if err := s.each(again, func(d *sourceDevice) error { return s.sendRound(d, s.planPending) }); err != nil {
+		if err := s.cycle(again); err != nil {
 			return err
 		}
 	}
+}
+
+// cycle sends what is pending of some devices, as one more round.
+func (s *source) cycle(devices []*sourceDevice) error {
+	s.round.Add(1)
+	s.dirty.Store(0)
+	for _, d := range devices {
+		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
+	}
+	return s.each(devices, func(d *sourceDevice) error { return s.sendRound(d, s.planPending) })
+}
+
+// settle sends what the guest wrote while it got ready for the pause, once more, if that is more than the policies want to
+// send during it: hooks may take their time.
+func (s *source) settle() error {
+	reasons := maps.Clone(s.reasons) // why it switches was decided before
+	again, _, err := s.decide(s.devices)
+	s.reasons = reasons
+	if err != nil || len(again) == 0 {
+		return err
+	}
+	return s.cycle(again)
 }
 
 // decide collects from all trackers, and returns the devices that need another cycle and how long to wait before it.

@@ -22,7 +22,6 @@ type device struct {
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
 	lock    *os.File       // holds the lock on the base until the device is closed
 	created []string       // files that opening the device made, to remove if nothing comes of it
-	dirs    []string       // and folders, outermost first
 	folders []string       // folders that it made for them, outermost first
 	closed  bool
 }

@@ -181,7 +181,7 @@ func TestBlueprint(t *testing.T) {
 	cfg := Config{
 		Output: filepath.Join(dir, "out"), Agent: agent, Packages: []string{"valkey-server"}, Cache: os.Getenv("DRAFTER_TEST_CACHE"),
 		Units: []string{dir + "/hello.service"}, Scripts: []string{dir + "/setup.sh"}, Copies: []Copy{{dir + "/copied", "/srv/copied"}},
-		Fstab:  []string{"LABEL=data /data ext4 defaults 0 2", "LABEL=absent /absent ext4 defaults 0 2"},
+		Fstab: []string{"LABEL=data /data ext4 defaults 0 2", "LABEL=absent /absent ext4 defaults 0 2"},
 	}
 	b := newBuilder(t, dir)
 	start := time.Now()

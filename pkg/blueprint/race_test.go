@@ -1,0 +1,5 @@
+//go:build race
+
+package blueprint
+
+const raceEnabled = true

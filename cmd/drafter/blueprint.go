@@ -49,13 +49,13 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage.`,
 			for _, c := range copies {
 				host, guest, ok := strings.Cut(c, ":")
 				if !ok || host == "" || guest == "" {
-					return fmt.Errorf("--copy %q is not of the form HOST:GUEST", c)
+					return usageErrorf("--copy %q is not of the form HOST:GUEST", c)
 				}
 				cfg.Copies = append(cfg.Copies, blueprint.Copy{Host: host, Guest: guest})
 			}
 			var err error
 			if cfg.Size, err = parseDiskSize(size); err != nil {
-				return fmt.Errorf("--size: %w", err)
+				return usageErrorf("--size: %w", err)
 			}
 			if cfg.Agent == "" {
 				if cfg.Agent, err = findAgent(); err != nil {

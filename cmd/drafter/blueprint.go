@@ -37,7 +37,7 @@ The guest logs in as root on its serial console, without a password unless --roo
 172.16.0.2/30 and fd00:172:16::2/64 on its one interface. Programs in /etc/drafter/before-suspend.d and
 /etc/drafter/after-resume.d run around every snapshot and move.
 
-Exit status: 0 built or up to date, 1 failed, 2 wrong usage.`,
+Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 		Example: `  drafter blueprint --packages valkey-server
   drafter blueprint --packages nginx --copy ./site:/var/www/html --size 2G
   drafter blueprint --kernel-package linux-image-cloud-amd64/bookworm-backports
@@ -68,6 +68,9 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage.`,
 			start := time.Now()
 			result, err := blueprint.Build(cmd.Context(), cfg)
 			show.finish()
+			if err != nil && cmd.Context().Err() != nil {
+				return errInterrupted
+			}
 			if err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os"
@@ -107,9 +108,10 @@ func runPackager(cmd *cobra.Command, opts packagerOptions) error {
 		return interrupted(cmd, err)
 	}
 	if dir := filepath.Dir(devices[0].Path); len(result.Ignored) == 0 && inFolder(dir, devices) {
-		// All of the package, in one folder: with a manifest it is one that peers start from.
-		if _, err := vmpackage.WriteManifest(cmd.Context(), dir, devices, vmpackage.ManifestOptions{Concurrency: opts.concurrency, Progress: bar.show}); err != nil {
-			return interrupted(cmd, err)
+		// All of the package, in one folder: with a manifest it is one that peers start from. The files have their names by
+		// now, so a signal comes too late.
+		if _, err := vmpackage.WriteManifest(context.WithoutCancel(cmd.Context()), dir, devices, vmpackage.ManifestOptions{Concurrency: opts.concurrency, Progress: bar.show}); err != nil {
+			return err
 		}
 	}
 	bar.end()

@@ -101,7 +101,7 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 	f.StringArrayVar(&cfg.Units, "unit", nil, "systemd unit `file` to install and enable (repeatable)")
 	f.StringArrayVar(&cfg.Scripts, "script", nil, "`file` to run at boot, as a service (repeatable)")
 	f.StringArrayVar(&copies, "copy", nil, "`HOST:GUEST` file or folder to put into the guest (repeatable)")
-	f.StringArrayVar(&cfg.Fstab, "fstab", nil, "`line` for /etc/fstab, as for an additional disk (repeatable)")
+	f.StringArrayVar(&cfg.Fstab, "fstab", nil, "`line` for /etc/fstab, as for an additional disk, by LABEL=; a disk that is absent is waited for 20 s, then left out (repeatable)")
 	f.StringVar(&cfg.Lock, "lock", "", "lock `file` (default blueprint.lock in the output folder)")
 	f.BoolVar(&cfg.Locked, "locked", false, "fail where the lock file would have to change")
 	f.BoolVar(&cfg.UpdateLock, "update-lock", false, "choose the newest versions of everything")

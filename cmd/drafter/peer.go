@@ -101,6 +101,7 @@ type peerOptions struct {
 	report        string
 	boot          bool
 	forceOwner    bool
+	verify        bool
 	ioEngineSync  bool
 }
 
@@ -120,7 +121,8 @@ where there are none. The next start goes on from there.
 
 The short way gives --package and --instance: a package's folder, and a folder for the instance's overlays. The long way
 gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
-"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds.
+"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds. A migration copies everything once, then in cycles
+what was written meanwhile: until minCycles in a row had at most maxDirtyBlocks, or maxCycles are done, or nothing is dirty.
 
 Exit statuses: 0 the instance was closed and saved, handed over, or shut down by its guest; 1 something failed; 2 the
 command line cannot be used; 130 ended by a signal before the instance ran.`,
@@ -143,11 +145,30 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
+	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
+	for _, name := range machineOfPackage {
+		flags.String(name, "", "")
+		flags.Lookup(name).Hidden = true // they are refused with the remedy, which an unknown flag would not be
+	}
 	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	return cmd
 }
 
+// machineOfPackage are flags of the snapshotter that describe the machine in a package, which a running guest cannot change.
+var machineOfPackage = []string{"cpu-count", "memory-size", "cpu-template", "boot-args", "mac", "liveness-vsock-port", "agent-vsock-port"}
+
 func runPeer(cmd *cobra.Command, opts peerOptions) error {
+	for _, name := range machineOfPackage {
+		if cmd.Flags().Changed(name) {
+			return usageErrorf("--%s is part of the package: a guest that runs cannot change it; make a package with drafter snapshotter --%s", name, name)
+		}
+	}
+	if cmd.Flags().Changed("devices") && opts.devices == "" {
+		return usageErrorf("--devices is empty: give the devices as a JSON array, or leave it out")
+	}
+	if opts.verify && opts.packagePath == "" {
+		return usageErrorf("--verify needs --package: digests are in a package's manifest")
+	}
 	ctx, log, out := cmd.Context(), logger(cmd.Context()), cmd.ErrOrStderr()
 	if opts.concurrency < 1 {
 		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
@@ -171,6 +192,11 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	backend, err := opts.backend()
 	if err != nil {
 		return err
+	}
+	if opts.verify {
+		if _, err := vmpackage.Verify(ctx, opts.packagePath, vmpackage.ExtractOptions{}); err != nil {
+			return interrupted(cmd, fmt.Errorf("--verify: %w", err))
+		}
 	}
 	host := opts.host(cmd)
 	host.IOEngineSync = opts.ioEngineSync
@@ -292,7 +318,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if err != nil {
 			return nil, err
 		}
-		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration(), p.VMPath())
+		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
 		return p, nil
 	}
 }

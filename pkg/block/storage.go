@@ -41,7 +41,7 @@ type storedFile interface {
 }
 
 // errLocked is returned by storedFile.lock when the file is locked already.
-var errLocked = errors.New("another process holds it")
+var errLocked = errors.New("another process holds it: end that process, or give this instance overlays of its own")
 
 // hostStorage is the storage of the host.
 type hostStorage struct{}

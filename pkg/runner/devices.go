@@ -74,6 +74,14 @@ func (d DeviceConfig) writable() bool {
 	return IsDisk(d.Name) || d.Name == MemoryDevice || d.Name == StateDevice
 }
 
+// recordFile is the file that what is written to the device goes to; for a state device, the one its record is in.
+func (d DeviceConfig) recordFile() string {
+	if d.Overlay != "" {
+		return d.Overlay
+	}
+	return d.Base
+}
+
 // openDevice opens one device. A size above zero is what a device must have, and the size it is made with when it is to be
 // received.
 func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error) {
@@ -267,10 +275,7 @@ func LockFile(path string, exclusive bool) (*os.File, error) {
 // file its record is in. The machine inherits the descriptor, so the lock lasts until both it and we are gone. It is of
 // another kind than the locks on bases and overlays, which end with this process, and does not meet them.
 func lockOwner(c DeviceConfig) (*os.File, error) {
-	path := c.Overlay
-	if path == "" {
-		path = c.Base
-	}
+	path := c.recordFile()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return nil, err

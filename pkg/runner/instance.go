@@ -102,7 +102,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 	state, err := ReadSaved(i.device(StateDevice), i.cfg.ForceOwner)
 	if err != nil {
-		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).Base, err)
+		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).recordFile(), err)
 	}
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
 		return nil, fmt.Errorf("resume instance: %w: resume it on a host like the one that made it, or make the package anew for this one (drafter snapshotter --accel, --cpu-template)", err)
@@ -164,7 +164,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}()
 	if state := i.device(StateDevice); state != nil {
 		if err := i.checkBootable(state); err != nil {
-			return nil, fmt.Errorf("boot instance from %q: %w", state.Base, err)
+			return nil, fmt.Errorf("boot instance from %q: %w", state.recordFile(), err)
 		}
 	}
 	boot := &vmm.Boot{}

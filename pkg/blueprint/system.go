@@ -690,10 +690,10 @@ func (s *system) extras() error {
 	fstab := "# The root file system is mounted by the initrd.\n"
 	for _, line := range s.cfg.Fstab {
 		f := strings.Fields(line)
-		// A disk that is not there must not stop the boot, nor hold it up for long. But one that is there is mounted before
-		// the guest counts as alive: what a snapshot finds unmounted stays so. An emulated guest may need many seconds
-		// until udev runs.
-		for _, option := range []string{"nofail", "x-systemd.device-timeout=20s", "x-systemd.before=drafter-liveness.service"} {
+		// A disk that is not there must not stop the boot, nor hold it up for long. But one that is there must be mounted
+		// when the guest counts as alive, as what a snapshot finds unmounted stays so, and an emulated guest may need many
+		// seconds until udev runs.
+		for _, option := range []string{"nofail", "x-systemd.device-timeout=20s"} {
 			if name, _, _ := strings.Cut(option, "="); !slices.ContainsFunc(strings.Split(f[3], ","), func(o string) bool { return o == option || strings.HasPrefix(o, name+"=") }) {
 				f[3] += "," + option
 			}

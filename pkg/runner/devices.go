@@ -122,7 +122,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 	}
 	if !inPlace {
 		for _, path := range []string{c.Overlay, c.State} {
-			made, err := makeFolders(filepath.Dir(path), 0o700)
+			made, err := MakeFolders(filepath.Dir(path), 0o700)
 			d.folders = append(d.folders, made...)
 			if err != nil {
 				return nil, err
@@ -150,7 +150,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 
 // create makes the file of a device that will be received.
 func (d *device) create(path string, size int64) error {
-	made, err := makeFolders(filepath.Dir(path), 0o700)
+	made, err := MakeFolders(filepath.Dir(path), 0o700)
 	d.folders = append(d.folders, made...)
 	if err != nil {
 		return err
@@ -187,12 +187,12 @@ func (d *device) discard() error {
 			errs = append(errs, err)
 		}
 	}
-	removeFolders(d.folders)
+	RemoveFolders(d.folders)
 	return errors.Join(errs...)
 }
 
-// makeFolders is os.MkdirAll that returns the folders it made, outermost first, also when it fails.
-func makeFolders(dir string, mode os.FileMode) (made []string, err error) {
+// MakeFolders is os.MkdirAll that returns the folders it made, outermost first, also when it fails.
+func MakeFolders(dir string, mode os.FileMode) (made []string, err error) {
 	var missing []string
 	for p := filepath.Clean(dir); ; p = filepath.Dir(p) {
 		if _, err := os.Stat(p); err == nil || p == filepath.Dir(p) {
@@ -211,8 +211,8 @@ func makeFolders(dir string, mode os.FileMode) (made []string, err error) {
 	return made, os.MkdirAll(dir, mode) // an error where a file is in the way
 }
 
-// removeFolders removes what makeFolders made, except what others use.
-func removeFolders(made []string) {
+// RemoveFolders removes what MakeFolders made, except what others use.
+func RemoveFolders(made []string) {
 	for _, dir := range slices.Backward(made) {
 		os.Remove(dir) // fails, rightly, when it is not empty
 	}

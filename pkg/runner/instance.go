@@ -464,7 +464,7 @@ func (i *Instance) makeFolder() error {
 	}
 	// The end of another machine may remove the empty folder between the two calls.
 	for try := 0; ; try++ {
-		made, err := makeFolders(filepath.Dir(i.root), 0o755)
+		made, err := MakeFolders(filepath.Dir(i.root), 0o755)
 		i.folders = append(i.folders, made...)
 		if err != nil {
 			return fmt.Errorf("make folder of machines: %w", err)
@@ -638,9 +638,6 @@ func (i *Instance) Suspend(ctx context.Context) error {
 }
 
 func (i *Instance) suspend(ctx context.Context) error {
-	if i.phase != running {
-		return fmt.Errorf("suspend instance: %w: it is %s", ErrPhase, i.phase)
-	}
 	err := i.beforeSuspend(ctx)
 	if err == nil {
 		err = i.pause(ctx)
@@ -987,7 +984,7 @@ func (i *Instance) teardown() error {
 		errs = append(errs, os.RemoveAll(i.root))
 		// The hypervisor's folder goes with the last machine in it, whoever made it; those above if we made them.
 		os.Remove(filepath.Dir(i.root))
-		removeFolders(i.folders)
+		RemoveFolders(i.folders)
 	}
 	return errors.Join(errs...)
 }

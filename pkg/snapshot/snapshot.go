@@ -321,18 +321,9 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 
 // mkdir makes dir and remembers which folders were not there before.
 func (o *outputs) mkdir(dir string) error {
-	var missing []string
-	for p := dir; ; p = filepath.Dir(p) {
-		if _, err := os.Stat(p); err == nil || p == filepath.Dir(p) {
-			break
-		}
-		missing = append([]string{p}, missing...)
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	o.dirs = append(o.dirs, missing...)
-	return nil
+	made, err := runner.MakeFolders(dir, 0o755)
+	o.dirs = append(o.dirs, made...)
+	return err
 }
 
 // lock takes the files that will be replaced, so that no instance that runs from them, or starts meanwhile, loses them.
@@ -385,9 +376,7 @@ func (o *outputs) discard() error {
 			errs = append(errs, err)
 		}
 	}
-	for n := len(o.dirs) - 1; n >= 0; n-- {
-		os.Remove(o.dirs[n]) // fails, rightly, when others put files there
-	}
+	runner.RemoveFolders(o.dirs)
 	return errors.Join(errs...)
 }
 

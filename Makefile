@@ -7,6 +7,8 @@ DESTDIR     ?=
 OUT         ?= out
 VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
+LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
+
 # The tools that the one host binary also answers to, each as drafter-TOOL.
 TOOLS       := blueprint snapshotter packager peer
 
@@ -23,8 +25,8 @@ depend: ## Install what building, testing and the demo need (Debian 12; root, or
 	@scripts/depend
 
 build: ## Build bin/drafter and the static guest command bin/drafter-agent
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/drafter ./cmd/drafter
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w -X main.version=$(VERSION)' -o bin/drafter-agent ./cmd/drafter-agent
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/drafter ./cmd/drafter
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-s -w $(LDFLAGS)' -o bin/drafter-agent ./cmd/drafter-agent
 	ln -sf drafter-agent bin/drafter-liveness
 	for tool in $(TOOLS); do ln -sf drafter bin/drafter-$$tool; done
 

@@ -23,13 +23,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/drafter-vm/drafter/internal/version"
 	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/agent/channel"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
-
-// version is set by the linker (make build).
-var version = "dev"
 
 // dialHost connects to the host. Tests replace it: the machine they run on may itself be somebody's guest.
 var dialHost agent.DialFunc = socket.Dial
@@ -96,7 +94,7 @@ ended; a command that fails makes the host give up, with its output.
 
 After a resume the agent first sets the wall clock and reseeds the random number generator. The command then finds
 DRAFTER_CLONE=true in its environment if other machines run from the same snapshot.`
-	root.Version = version
+	root.Version = version.String()
 	root.SilenceErrors = true // run prints them, once
 	root.SilenceUsage = true
 	root.CompletionOptions.DisableDefaultCmd = true
@@ -179,7 +177,7 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 		Port:        o.port,
 		Dial:        dialHost,
 		DialTimeout: o.timeout,
-		Version:     version,
+		Version:     version.String(),
 		Logger:      logger,
 	}
 	if o.beforeSuspend != "" {

@@ -17,10 +17,9 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
-)
 
-// version is set by the linker (make build).
-var version = "dev"
+	"github.com/drafter-vm/drafter/internal/version"
+)
 
 func main() {
 	// A second signal changes nothing: what is under way then is saving the VM, and that has its own time limit.
@@ -67,7 +66,7 @@ func newRootCommand() *cobra.Command {
 running, to another host: with memory, disks and open connections.
 
 Each tool also answers to the name drafter-TOOL.`,
-		Version:       version,
+		Version:       version.String(),
 		SilenceErrors: true, // run prints them, once
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {

@@ -88,7 +88,7 @@ type Spec struct {
 	Accel       string   `json:"accel"`                 // "kvm" or "tcg" once described; "auto" (or empty) before
 	CPUCount    int      `json:"cpuCount"`
 	CPUModel    string   `json:"cpuModel,omitempty"`    // from --cpu-template; empty: the backend's default
-	CPUFeatures []string `json:"cpuFeatures,omitempty"` // flags the guest may use; a host must have all of them (KVM)
+	CPUFeatures []string `json:"cpuFeatures,omitempty"` // what the guest may use, and a host or its VMM must have
 	MemorySize  int64    `json:"memorySize"`            // bytes, a multiple of 1 MiB
 	Disks       []Disk   `json:"disks"`                 // in the order the guest sees them
 	MAC         string   `json:"mac,omitempty"`         // empty: no network interface

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+
+	"github.com/drafter-vm/drafter/internal/version"
 )
 
 // FormatVersion is the version of the package format this code writes and the newest it reads. It is raised when an older
@@ -35,6 +37,9 @@ var (
 type Manifest struct {
 	Format        string `json:"format"`        // "drafter-package"
 	FormatVersion int    `json:"formatVersion"` // see [FormatVersion]
+
+	// DrafterVersion is the version of the program that wrote the manifest, for people.
+	DrafterVersion string `json:"drafterVersion,omitempty"`
 
 	// The machine that the devices belong to, as its config device has it; all empty in a package without one. The first
 	// three repeat fields of Machine so that whoever lists packages need not know it.
@@ -89,7 +94,7 @@ func newManifest(raw json.RawMessage, devices []Device) (*Manifest, error) {
 		raw = compact.Bytes()
 	}
 	m := &Manifest{
-		Format: formatName, FormatVersion: FormatVersion,
+		Format: formatName, FormatVersion: FormatVersion, DrafterVersion: version.String(),
 		Hypervisor: mach.Hypervisor, HypervisorVersion: mach.Version, CPUFeatures: mach.CPUFeatures, Machine: raw,
 		Devices: devices,
 	}
@@ -121,16 +126,16 @@ func (m *Manifest) encode() ([]byte, error) {
 
 // decodeManifest decodes and checks the content of a manifest file. Fields it does not know are ignored.
 func decodeManifest(b []byte) (*Manifest, error) {
-	var version struct {
+	var head struct {
 		Format        string `json:"format"`
 		FormatVersion int    `json:"formatVersion"`
 	}
-	if err := json.Unmarshal(b, &version); err != nil || version.Format != formatName {
+	if err := json.Unmarshal(b, &head); err != nil || head.Format != formatName {
 		return nil, fmt.Errorf("%s: %w", ManifestFile, ErrNotPackage)
 	}
-	if version.FormatVersion > FormatVersion {
+	if head.FormatVersion > FormatVersion {
 		return nil, fmt.Errorf("%s has format version %d, this program reads up to %d; use a newer drafter: %w",
-			ManifestFile, version.FormatVersion, FormatVersion, ErrVersion)
+			ManifestFile, head.FormatVersion, FormatVersion, ErrVersion)
 	}
 	var m Manifest
 	if err := json.Unmarshal(b, &m); err != nil {

@@ -81,16 +81,12 @@ func (b *Backend) describe(spec vmm.Spec, caps *capabilities) (vmm.Spec, error) 
 			spec.CPUModel = kvmModel
 		}
 	}
-	have := b.host.flags()
-	if spec.Accel == "kvm" {
-		if missing := without(spec.CPUFeatures, have); len(missing) > 0 {
-			return vmm.Spec{}, fmt.Errorf("cpuFeatures has %q, but this host's CPU has them not", missing)
-		}
-		if len(spec.CPUFeatures) == 0 {
-			spec.CPUFeatures = have
-		}
-	} else {
-		spec.CPUFeatures = nil // TCG's do not depend on the host
+	have := b.features(spec, caps)
+	if missing := without(spec.CPUFeatures, have); len(missing) > 0 {
+		return vmm.Spec{}, fmt.Errorf("cpuFeatures has %q, but %s has them not", missing, b.cpu(spec))
+	}
+	if len(spec.CPUFeatures) == 0 {
+		spec.CPUFeatures = have
 	}
 	if err := checkSpec(spec, caps); err != nil {
 		return vmm.Spec{}, err
@@ -102,7 +98,7 @@ func (b *Backend) describe(spec vmm.Spec, caps *capabilities) (vmm.Spec, error) 
 // host, and its strings get into QEMU's command line: nothing passes here that is not known, or a plain name.
 func checkSpec(spec vmm.Spec, caps *capabilities) error {
 	if spec.Hypervisor != hypervisor {
-		return fmt.Errorf("hypervisor is %q, but this is %q", spec.Hypervisor, hypervisor)
+		return fmt.Errorf("it was made by hypervisor %q, and only %q is supported here: make the package anew with that", spec.Hypervisor, hypervisor)
 	}
 	if spec.Accel != "kvm" && spec.Accel != "tcg" {
 		return fmt.Errorf("accel is %q, not \"kvm\" or \"tcg\": the description is not complete", spec.Accel)
@@ -160,7 +156,7 @@ func checkSpec(spec vmm.Spec, caps *capabilities) error {
 var diskName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,` + strconv.Itoa(maxSerial-1) + `}$`)
 
 // Compatible implements [vmm.Backend]. A board of the saved machine's version must be known here. TCG machines load on
-// every host. The CPU model "max" is whatever a QEMU version can emulate, and so demands the same major.minor.
+// every host whose QEMU emulates the features they were saved with. The CPU model "max" is whatever a QEMU version can emulate, and so demands the same major.minor.
 func (b *Backend) Compatible(ctx context.Context, saved vmm.Spec) error {
 	binary, err := b.find("")
 	if err != nil {
@@ -188,12 +184,31 @@ func (b *Backend) compatible(saved vmm.Spec, caps *capabilities) error {
 		if err := b.host.kvm(); err != nil {
 			return fmt.Errorf("accel is \"kvm\" there, but only \"tcg\" here: %w", err)
 		}
-		have := b.host.flags()
-		if missing := without(saved.CPUFeatures, have); len(missing) > 0 {
-			return fmt.Errorf("cpuFeatures has %q there, which this host's CPU lacks (it has %q)", missing, have)
+		if len(saved.CPUFeatures) == 0 {
+			return errors.New("cpuFeatures is empty: the description of a machine under KVM says what it needs of a host's CPU")
 		}
 	}
+	if missing := without(saved.CPUFeatures, b.features(saved, caps)); len(missing) > 0 {
+		return fmt.Errorf("cpuFeatures has %q there, which %s lacks", missing, b.cpu(saved))
+	}
 	return nil
+}
+
+// features returns what a guest of this description can be given here: what the host's CPU has under KVM, in the names
+// of /proc/cpuinfo, or what QEMU emulates, in its names.
+func (b *Backend) features(spec vmm.Spec, caps *capabilities) []string {
+	if spec.Accel == "kvm" {
+		return b.host.flags()
+	}
+	return caps.Emulated[spec.CPUModel]
+}
+
+// cpu names in messages what features is about.
+func (b *Backend) cpu(spec vmm.Spec) string {
+	if spec.Accel == "kvm" {
+		return "this host's CPU"
+	}
+	return fmt.Sprintf("this QEMU's %q", spec.CPUModel)
 }
 
 // majorMinor cuts "10.0.2" to "10.0".

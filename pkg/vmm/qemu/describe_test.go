@@ -13,7 +13,8 @@ import (
 
 var caps100 = &capabilities{Major: 10, Minor: 0, Micro: 2,
 	Machines:  []string{"pc-q35-10.0", "pc-q35-9.2"},
-	CPUModels: []string{"EPYC", "Skylake-Server", "Westmere", "host", "max"}}
+	CPUModels: []string{"EPYC", "Skylake-Server", "Westmere", "host", "max"},
+	Emulated:  map[string][]string{"EPYC": {"aes", "svm"}, "Westmere": {"aes", "sse4.2"}, "max": {"aes", "avx2", "svm"}}}
 
 // fakeHost is a host with KVM or without, whose CPU has some flags.
 func fakeHost(t *testing.T, kvm bool, flags string) host {
@@ -91,6 +92,9 @@ func TestDescribe(t *testing.T) {
 			if tc.want.MachineType == "" {
 				tc.want.MachineType = "pc-q35-10.0"
 			}
+			if tc.want.Accel == "tcg" {
+				tc.want.CPUFeatures = caps100.Emulated[tc.want.CPUModel]
+			}
 			if got.Accel != tc.want.Accel || got.CPUModel != tc.want.CPUModel || !slices.Equal(got.CPUFeatures, tc.want.CPUFeatures) ||
 				got.MachineType != tc.want.MachineType || got.Version != "10.0.2" || got.Hypervisor != "qemu" || got.CPUCount != 1 {
 				t.Errorf("got %+v", got)
@@ -115,6 +119,8 @@ func TestCompatible(t *testing.T) {
 		{"max of another version", func(s *vmm.Spec) { s.CPUModel = "max" }, []string{"version", "9.2.1", "10.0.2"}},
 		{"max of this version", func(s *vmm.Spec) { s.CPUModel, s.Version = "max", "10.0.5" }, nil},
 		{"kvm", func(s *vmm.Spec) { s.Accel = "kvm" }, []string{"accel", "kvm", "tcg"}},
+		{"features as emulated here", func(s *vmm.Spec) { s.CPUFeatures = []string{"aes"} }, nil},
+		{"features of a newer QEMU", func(s *vmm.Spec) { s.CPUFeatures = []string{"aes", "apx"} }, []string{`["apx"]`, `QEMU's "Westmere"`}},
 		{"not described", func(s *vmm.Spec) { s.Accel = "auto" }, []string{"accel", "auto"}},
 		{"unknown CPU", func(s *vmm.Spec) { s.CPUModel = "i9" }, []string{"cpuModel", "i9"}},
 	} {
@@ -138,8 +144,13 @@ func TestCompatible(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), `["avx512f"]`) {
 		t.Errorf("missing features: %v", err)
 	}
-	if err := fakeBackend(fakeHost(t, true, "avx avx512f vmx")).compatible(kvm, caps100); err != nil {
+	with := fakeBackend(fakeHost(t, true, "avx avx512f vmx"))
+	if err := with.compatible(kvm, caps100); err != nil {
 		t.Errorf("all features: %v", err)
+	}
+	kvm.CPUFeatures = nil
+	if err := with.compatible(kvm, caps100); err == nil || !strings.Contains(err.Error(), "cpuFeatures is empty") {
+		t.Errorf("no features: %v", err)
 	}
 }
 

@@ -26,6 +26,7 @@ type capabilities struct {
 	Major, Minor, Micro int
 	Machines            []string // names, without aliases
 	CPUModels           []string
+	Emulated            map[string][]string // per CPU model: the features that TCG gives a guest, in QEMU's names
 }
 
 func (c *capabilities) version() string { return fmt.Sprintf("%d.%d.%d", c.Major, c.Minor, c.Micro) }
@@ -65,7 +66,7 @@ func (b *Backend) probe(ctx context.Context, binary string) (*capabilities, erro
 	}
 	caps, err := askBinary(ctx, binary)
 	if err != nil {
-		return nil, fmt.Errorf("ask QEMU %q what it can do: %w", binary, err)
+		return nil, fmt.Errorf("ask %q what it can do: it does not answer as QEMU does: %w: give the program qemu-system-x86_64 (Debian: qemu-system-x86), or leave it out", binary, err)
 	}
 	if !caps.atLeast(8, 0) {
 		return nil, fmt.Errorf("QEMU %q has version %s, but 8.0 or newer is needed", binary, caps.version())
@@ -96,7 +97,7 @@ func (b *Backend) cacheFile(binary string) string {
 	if !ok {
 		return ""
 	}
-	id := fmt.Sprintf("v1 %s %d %d %d %d %d", binary, sys.Dev, sys.Ino, sys.Size, sys.Mtim.Nano(), sys.Ctim.Nano())
+	id := fmt.Sprintf("v2 %s %d %d %d %d %d", binary, sys.Dev, sys.Ino, sys.Size, sys.Mtim.Nano(), sys.Ctim.Nano())
 	sum := sha256.Sum256([]byte(id))
 	return filepath.Join(dir, fmt.Sprintf("qemu-%x.json", sum[:8]))
 }
@@ -169,7 +170,7 @@ func askBinary(ctx context.Context, binary string) (*capabilities, error) {
 	); err != nil {
 		return nil, explain(err)
 	}
-	caps := &capabilities{Major: version.QEMU.Major, Minor: version.QEMU.Minor, Micro: version.QEMU.Micro}
+	caps := &capabilities{Major: version.QEMU.Major, Minor: version.QEMU.Minor, Micro: version.QEMU.Micro, Emulated: make(map[string][]string)}
 	for _, m := range machines {
 		if strings.HasPrefix(m.Name, "pc-q35-") {
 			caps.Machines = append(caps.Machines, m.Name)
@@ -177,10 +178,38 @@ func askBinary(ctx context.Context, binary string) (*capabilities, error) {
 	}
 	for _, m := range models {
 		caps.CPUModels = append(caps.CPUModels, m.Name)
+		features, err := emulated(ctx, qmp, m.Name)
+		if err != nil {
+			return nil, explain(err)
+		}
+		caps.Emulated[m.Name] = features
 	}
 	slices.Sort(caps.Machines)
 	slices.Sort(caps.CPUModels)
 	return caps, nil
+}
+
+// emulated returns the features of a CPU model, sorted; none of one that TCG cannot be. The static expansion of
+// QEMU's qapi/machine-target.json names each feature once and leaves out what is no feature.
+func emulated(ctx context.Context, qmp *client, model string) ([]string, error) {
+	var expansion struct {
+		Model struct{ Props map[string]any }
+	}
+	err := qmp.execute(ctx, "query-cpu-model-expansion", map[string]any{"type": "static", "model": map[string]any{"name": model}}, &expansion)
+	if refused := (*qmpError)(nil); errors.As(err, &refused) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var features []string
+	for name, value := range expansion.Model.Props {
+		if value == true {
+			features = append(features, name)
+		}
+	}
+	slices.Sort(features)
+	return features, nil
 }
 
 // socketPair returns two ends of a unix stream, one for us and one to inherit.

@@ -1,5 +1,3 @@
-// Package agentpb is the guest RPC on the wire: generated from agent.proto by protoc 3.21.12 and the plugins of the
-// versions below, which go.mod pins. Package agent is what programs use.
 package agentpb
 
 //go:generate sh -c "GOBIN=$PWD/.bin go install google.golang.org/protobuf/cmd/protoc-gen-go github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc"

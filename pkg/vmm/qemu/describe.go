@@ -98,7 +98,7 @@ func (b *Backend) describe(spec vmm.Spec, caps *capabilities) (vmm.Spec, error) 
 // host, and its strings get into QEMU's command line: nothing passes here that is not known, or a plain name.
 func checkSpec(spec vmm.Spec, caps *capabilities) error {
 	if spec.Hypervisor != hypervisor {
-		return fmt.Errorf("it was made by hypervisor %q, and only %q is supported here: make the package anew with that", spec.Hypervisor, hypervisor)
+		return fmt.Errorf("it was made by hypervisor %q, and only %q is supported here", spec.Hypervisor, hypervisor)
 	}
 	if spec.Accel != "kvm" && spec.Accel != "tcg" {
 		return fmt.Errorf("accel is %q, not \"kvm\" or \"tcg\": the description is not complete", spec.Accel)

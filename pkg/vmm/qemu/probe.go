@@ -66,7 +66,7 @@ func (b *Backend) probe(ctx context.Context, binary string) (*capabilities, erro
 	}
 	caps, err := askBinary(ctx, binary)
 	if err != nil {
-		return nil, fmt.Errorf("ask %q what it can do: it does not answer as QEMU does: %w: give the program qemu-system-x86_64 (Debian: qemu-system-x86), or leave it out", binary, err)
+		return nil, fmt.Errorf("ask %q what it can do: it is not QEMU, or does not work: %w: give the program qemu-system-x86_64 (Debian: qemu-system-x86)", binary, err)
 	}
 	if !caps.atLeast(8, 0) {
 		return nil, fmt.Errorf("QEMU %q has version %s, but 8.0 or newer is needed", binary, caps.version())

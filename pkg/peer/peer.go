@@ -90,6 +90,10 @@ func (c Config) CheckMigratable() error {
 // ErrBusy is returned by Send while another Send runs.
 var ErrBusy = errors.New("a migration is under way")
 
+// ErrStranger is wrapped by the error of Send when the other end did not introduce itself as a peer that can receive: it
+// is another program, said nothing, or speaks no common version. Nothing was begun then, and the guest has noticed nothing.
+var ErrStranger = errors.New("no peer that can receive")
+
 // Peer owns one running instance.
 type Peer struct {
 	cfg      Config
@@ -154,8 +158,8 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 }
 
 // Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
-// only Close is left to call. After an error that wraps migrate.ErrInDoubt it is paused for good; after any other error it
-// runs on. The streams are closed when it returns. The report is there in any case.
+// only Close is left to call. After an error that wraps migrate.ErrInDoubt it is paused for good; after any other error,
+// ErrStranger among them, it runs on. The streams are closed when it returns. The report is there in any case.
 func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
 	if err := p.cfg.CheckMigratable(); err != nil {
 		return &migrate.Report{}, err
@@ -180,10 +184,26 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 			devices = append(devices, migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy})
 		}
 	}
-	return migrate.Send(ctx, streams, migrate.SourceConfig{
+	return send(ctx, streams, migrate.SourceConfig{
 		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
 		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	})
+}
+
+// send is migrate.Send, with ErrStranger.
+func send(ctx context.Context, streams []io.ReadWriter, cfg migrate.SourceConfig) (*migrate.Report, error) {
+	connecting, onState := false, cfg.OnState
+	cfg.OnState = func(s migrate.SourceState) {
+		connecting = s == migrate.SourceConnecting || connecting && s != migrate.SourceOffering
+		if onState != nil {
+			onState(s)
+		}
+	}
+	report, err := migrate.Send(ctx, streams, cfg)
+	if err != nil && connecting && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", ErrStranger, err)
+	}
+	return report, err
 }
 
 // begin registers a Send.

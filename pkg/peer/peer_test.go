@@ -1,10 +1,18 @@
 package peer
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
 	"strings"
 	"testing"
 
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 func TestCheckMigratable(t *testing.T) {
@@ -36,5 +44,57 @@ func TestOneSendAtATime(t *testing.T) {
 		t.Errorf("send after the first ended: %v", err)
 	} else {
 		done()
+	}
+}
+
+// TestSendToStranger sends to what is no peer, and to peers that go away later.
+func TestSendToStranger(t *testing.T) {
+	receiver := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleDestination}
+	newer, source := receiver, receiver
+	newer.Newest, newer.Oldest = 99, 98
+	source.Role = wire.RoleSource
+	for _, tt := range []struct {
+		name     string
+		says     []byte
+		cancel   bool
+		stranger bool
+	}{
+		{name: "nothing", stranger: true},
+		{name: "HTTP", says: []byte("GET / HTTP/1.1\r\n\r\n"), stranger: true},
+		{name: "half a preface", says: receiver.Append(nil)[:20], stranger: true},
+		{name: "newer version", says: newer.Append(nil), stranger: true},
+		{name: "another source", says: source.Append(nil), stranger: true},
+		{name: "a peer that leaves", says: receiver.Append(nil)},
+		{name: "cancelled", cancel: true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			ours, theirs := net.Pipe()
+			gone := make(chan struct{})
+			go func() {
+				defer close(gone)
+				defer theirs.Close()
+				io.ReadFull(theirs, make([]byte, wire.PrefaceSize))
+				if theirs.Write(tt.says); tt.cancel {
+					cancel()
+					<-ctx.Done()
+					io.Copy(io.Discard, theirs) // until Send closes it
+				}
+			}()
+			var told []string
+			_, err := send(ctx, []io.ReadWriter{ours}, migrate.SourceConfig{
+				Devices: []migrate.SourceDevice{{Name: "disk", Device: block.NewMemory(4096)}},
+				Guest:   struct{ migrate.Guest }{}, Journal: struct{ migrate.Journal }{}, // neither is called
+				OnState: func(s migrate.SourceState) { told = append(told, s.String()) },
+			})
+			<-gone
+			if err == nil || errors.Is(err, ErrStranger) != tt.stranger {
+				t.Errorf("error %v, want a stranger: %t", err, tt.stranger)
+			}
+			if s := fmt.Sprint(told); !strings.HasPrefix(s, "[connecting ") || !strings.HasSuffix(s, " kept]") {
+				t.Errorf("the caller was told of the states %s", s)
+			}
+		})
 	}
 }

@@ -38,6 +38,15 @@ func Listen(ctx context.Context, address string) (net.Listener, error) {
 	return l, nil
 }
 
+// Check reports what is wrong with an address as it is written, for programs that want to know before they begin anything.
+// It looks up no host and opens no connection, so an address that passes may still lead nowhere.
+func Check(address string) error {
+	if _, err := parse(address); err != nil {
+		return fmt.Errorf("address %q: %w", address, err)
+	}
+	return nil
+}
+
 // Insecure reports whether traffic to or from an address can be read and changed by others: it is not protected, and it is
 // not certain to stay on this host.
 func Insecure(address string) bool {
@@ -71,6 +80,9 @@ func parse(address string) (string, error) {
 	}
 	if port == "" {
 		return "", fmt.Errorf("no port given: use HOST:PORT")
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return "", fmt.Errorf("%q is no port: use HOST:PORT with a number up to 65535", port)
 	}
 	return hostport, nil
 }

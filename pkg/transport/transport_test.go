@@ -61,6 +61,8 @@ func TestBadAddress(t *testing.T) {
 		{"no port", t.Context(), "localhost", false, "HOST:PORT"},
 		{"empty port", t.Context(), "localhost:", false, "no port given"},
 		{"empty", t.Context(), "", true, "HOST:PORT"},
+		{"port too large", t.Context(), "localhost:65536", true, `"65536" is no port`},
+		{"port no number", t.Context(), "localhost:no-such-service", false, `"no-such-service" is no port`},
 		{"unknown scheme", t.Context(), "carrier://pigeon:1", false, `unknown scheme "carrier"`},
 		{"port in use", t.Context(), l.Addr().String(), true, "address already in use"},
 		{"cancelled", cancelled, l.Addr().String(), false, "cancel"},
@@ -79,6 +81,18 @@ func TestBadAddress(t *testing.T) {
 				t.Errorf("error %v does not name the address %q", err, tt.address)
 			}
 		})
+	}
+}
+
+func TestCheck(t *testing.T) {
+	for address, want := range map[string]string{
+		"localhost:1337": "", "tcp://localhost:0": "", ":1": "", "[::1]:65535": "", "no.such.host.example:1": "",
+		"localhost": "HOST:PORT", "localhost:": "no port given", "localhost:-1": `"-1" is no port`, "::1:1": "HOST:PORT", "quic://localhost:1": `"quic"`,
+	} {
+		err := transport.Check(address)
+		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), address)) {
+			t.Errorf("Check(%q): %v, want %q", address, err, want)
+		}
 	}
 }
 

@@ -242,6 +242,7 @@ func TestMachineFlagsRefused(t *testing.T) {
 		{"resume timeout without unit", []string{"--resume-timeout", "60"}, 2, []string{"--resume-timeout", "60"}},
 		{"chroot base dir", []string{"--chroot-base-dir", ""}, 2, []string{"--chroot-base-dir", "give a folder"}},
 		{"QEMU missing", []string{"--qemu-bin", "/no/such/qemu"}, 1, []string{"--qemu-bin", "/no/such/qemu", "give the path"}},
+		{"no QEMU", []string{"--qemu-bin", "/bin/true"}, 1, []string{`--qemu-bin: ask "/bin/true"`, "it is not QEMU", "give the program qemu-system-x86_64 (Debian: qemu-system-x86)\n"}},
 	} {
 		for _, tool := range []string{"snapshotter", "peer"} {
 			t.Run(tool+" "+tt.name, func(t *testing.T) {
@@ -415,21 +416,18 @@ func TestPeerRefuses(t *testing.T) {
 		{"shared", set("shared", true), nil, 2, []string{`"disk"`, `"shared"`, "leave it out"}},
 		{"sharedbase", set("sharedbase", true), nil, 2, []string{`"sharedbase"`, "leave it out"}},
 		{"s3sync", set("s3sync", true), nil, 2, []string{`"s3sync"`, "leave it out"}},
-		{"s3accesskey", set("s3accesskey", "key"), nil, 2, []string{`"s3accesskey"`, "leave it out"}},
-		{"s3secretkey", set("s3secretkey", "key"), nil, 2, []string{`"s3secretkey"`, "leave it out"}},
 		{"s3endpoint", set("s3endpoint", "host"), nil, 2, []string{`"s3endpoint"`, "leave it out"}},
-		{"s3secure", set("s3secure", true), nil, 2, []string{`"s3secure"`, "leave it out"}},
-		{"s3bucket", set("s3bucket", "b"), nil, 2, []string{`"s3bucket"`, "leave it out"}},
-		{"s3concurrency", set("s3concurrency", 1), nil, 2, []string{`"s3concurrency"`, "leave it out"}},
 		{"disk the machine lacks", set("name", "logs"), nil, 1, []string{`"disk"`, "add it to the devices"}},
 		{"memory of another package", func(d []map[string]any) { d[1]["base"], d[2]["base"] = d[2]["base"], d[1]["base"] }, nil, 1, []string{"memory", "different packages"}},
 		{"metrics", nil, []string{"--metrics", "localhost:9090"}, 2, []string{"--metrics", "leave it out"}},
 		{"concurrency", nil, []string{"--concurrency", "0"}, 2, []string{"--concurrency 0", "at least 1"}},
 		{"rescue timeout", nil, []string{"--rescue-timeout", "-1s"}, 2, []string{"--rescue-timeout -1s", "above zero"}},
 		{"boot and receive", nil, []string{"--boot", "--raddr", "localhost:1"}, 2, []string{"--boot", "--raddr"}},
-		{"laddr without port", nil, []string{"--laddr", "localhost"}, 1, []string{"--laddr", `"localhost"`, "HOST:PORT"}},
-		{"laddr of another scheme", nil, []string{"--laddr", "quic://localhost:1"}, 1, []string{"--laddr", `"quic"`, "tcp://HOST:PORT"}},
-		{"raddr without port", nil, []string{"--raddr", "localhost"}, 1, []string{"--raddr", `"localhost"`, "HOST:PORT"}},
+		{"laddr without port", nil, []string{"--laddr", "localhost"}, 2, []string{"--laddr", `"localhost"`, "HOST:PORT"}},
+		{"laddr with a bad port", nil, []string{"--laddr", "localhost:65536"}, 2, []string{"--laddr", `"65536"`, "HOST:PORT"}},
+		{"laddr of another scheme", nil, []string{"--laddr", "quic://localhost:1"}, 2, []string{"--laddr", `"quic"`, "tcp://HOST:PORT"}},
+		{"raddr without port", nil, []string{"--raddr", "localhost"}, 2, []string{"--raddr", `"localhost"`, "HOST:PORT"}},
+		{"raddr with a bad port", nil, []string{"--raddr", "localhost:x"}, 2, []string{"--raddr", `"x"`, "HOST:PORT"}},
 		{"raddr without listener", nil, []string{"--raddr", "localhost:1"}, 1, []string{"--raddr", `"localhost:1"`, "refused", "start the peer"}},
 		{"report cannot be written", nil, []string{"--report", "/no/such/folder/report"}, 1, []string{"--report", "/no/such/folder/report"}},
 		{"package and devices", nil, []string{"--package", "x"}, 2, []string{"--devices", "--package"}},
@@ -462,7 +460,7 @@ func TestPeerRefusesPackage(t *testing.T) {
 		{"no package", func(t *testing.T, f *foreign) { os.RemoveAll(f.pkg) }, []string{"--package", "package", "make the package first"}},
 		{"another hypervisor", func(t *testing.T, f *foreign) {
 			f.describe(t, func(d *runner.Description) { d.Hypervisor = "firecracker" })
-		}, []string{`"firecracker"`, `"qemu"`}},
+		}, []string{`made by hypervisor "firecracker"`, `only "qemu" is supported here`, "make the package anew"}},
 		{"a machine type of the future", func(t *testing.T, f *foreign) {
 			f.describe(t, func(d *runner.Description) { d.MachineType = "pc-q35-99.0" })
 		}, []string{`"pc-q35-99.0"`, "install the QEMU version"}},
@@ -508,6 +506,19 @@ func TestPeerRefusesPackage(t *testing.T) {
 				checkRefused(t, f.dir, args, 1, tt.want...)
 			})
 		}
+	}
+}
+
+// TestInstanceIsPackage gives the package's own folder as the one for the overlays, under several names.
+func TestInstanceIsPackage(t *testing.T) {
+	f := newForeign(t)
+	link := filepath.Join(f.dir, "link")
+	if err := os.Symlink("package", link); err != nil {
+		t.Fatal(err)
+	}
+	for _, paths := range [][2]string{{f.pkg, f.pkg}, {f.pkg, link}, {link, f.pkg + "/."}} {
+		checkRefused(t, f.dir, []string{"peer", "--netns", "", "--chroot-base-dir", filepath.Join(f.dir, "vms"), "--package", paths[0], "--instance", paths[1]},
+			2, "--instance", paths[1], "the package itself", "a folder of its own")
 	}
 }
 

@@ -59,6 +59,30 @@ func TestDecodeDevicesRefuses(t *testing.T) {
 	}
 }
 
+// TestPeerDeviceIgnores decodes keys that ask for nothing: defaults that configurations carry.
+func TestPeerDeviceIgnores(t *testing.T) {
+	plain := `{"name":"disk","base":"b","overlay":"o","state":"s"}`
+	for _, more := range []string{
+		`"shared":false,"sharedbase":false`,
+		`"s3sync":false,"s3accesskey":"","s3secretkey":"","s3endpoint":"","s3secure":false,"s3bucket":"","s3concurrency":0`,
+		`"s3accesskey":"key","s3secretkey":"secret","s3secure":true,"s3bucket":"bucket","s3concurrency":10`,
+	} {
+		decoded, err := decodeDevices[peerDevice]("[" + strings.TrimSuffix(plain, "}") + "," + more + "}," + strings.Replace(plain, "disk", "data", 1) + "]")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := decoded[0].device()
+		if err != nil {
+			t.Errorf("%s: %v", more, err)
+			continue
+		}
+		want, err := decoded[1].device()
+		if want.Name = "disk"; err != nil || !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got %+v, want %+v (%v)", more, got, want, err)
+		}
+	}
+}
+
 func FuzzDecodeDevices(f *testing.F) {
 	f.Add(`[{"name":"disk","path":"x","blockSize":4096,"shared":true}]`)
 	f.Add(`[{"name":"a","name":"b"}] 7`)

@@ -29,6 +29,7 @@ type machineFlags struct {
 	iface         string
 	numaNode      int
 	cgroupVersion int
+	ioEngineSync  bool
 	enableOutput  bool
 	enableInput   bool
 	resumeTimeout time.Duration
@@ -45,12 +46,13 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&m.gid, "gid", 0, "group id to run the hypervisor as")
 	flags.StringVar(&m.netns, "netns", "ark0", "network namespace with the tap interface (empty: the one this runs in)")
 	flags.StringVar(&m.iface, "interface", "tap0", "tap interface in the network namespace that the guest's is connected to")
-	m.flags = flags
 	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any; the default where this host has no such node)")
 	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none; the default where this user cannot make one)")
+	flags.BoolVar(&m.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	flags.BoolVar(&m.enableOutput, "enable-output", true, "print the guest's console on stdout")
 	flags.BoolVar(&m.enableInput, "enable-input", false, "pass stdin to the guest's console")
 	flags.DurationVar(&m.resumeTimeout, "resume-timeout", time.Minute, "how long to wait for the guest's agent and liveness")
+	m.flags = flags
 }
 
 // check refuses values that no machine on this host could have, before anything is begun. A default that this host cannot
@@ -138,10 +140,17 @@ func cgroupUsable(mountinfo string, version int) error {
 }
 
 // backend chooses the hypervisor. Only commands do: libraries are given one.
-func (m *machineFlags) backend() (vmm.Backend, error) {
+func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, error) {
 	switch m.hypervisor {
 	case "auto", "qemu":
-		return qemu.New(qemu.Options{Binary: m.qemuBin}), nil
+		backend := qemu.New(qemu.Options{Binary: m.qemuBin})
+		if m.qemuBin != "" {
+			// What is no QEMU is found out now, as later it would look like a package that does not fit this host.
+			if _, err := backend.Describe(cmd.Context(), vmm.Spec{MemorySize: 1 << 20}); err != nil {
+				return nil, interrupted(cmd, fmt.Errorf("--qemu-bin: %w", err))
+			}
+		}
+		return backend, nil
 	}
 	return nil, usageErrorf("--hypervisor %q: use auto or qemu", m.hypervisor)
 }
@@ -150,6 +159,7 @@ func (m *machineFlags) backend() (vmm.Backend, error) {
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
 		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion, Binary: m.qemuBin,
+		IOEngineSync: m.ioEngineSync,
 	}
 	if m.numaNode >= 0 {
 		h.NUMANode = &m.numaNode

@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
@@ -93,9 +94,15 @@ func runPackager(cmd *cobra.Command, opts packagerOptions) error {
 	bar := newStageBar(cmd.ErrOrStderr())
 	defer bar.end()
 	if !opts.extract {
+		made, err := runner.MakeFolders(filepath.Dir(opts.packagePath), 0o755)
+		if err != nil {
+			runner.RemoveFolders(made)
+			return fmt.Errorf("make folder for --package-path: %w", err)
+		}
 		m, err := vmpackage.Pack(cmd.Context(), opts.packagePath, devices,
 			vmpackage.PackOptions{Level: level, Concurrency: opts.concurrency, Progress: bar.show})
 		if err != nil {
+			runner.RemoveFolders(made)
 			return interrupted(cmd, err)
 		}
 		bar.end()

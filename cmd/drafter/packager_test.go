@@ -32,7 +32,7 @@ func TestPackagerRoundTrip(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	archive := filepath.Join(dir, "app.tar.zst")
+	archive := filepath.Join(dir, "not", "there", "app.tar.zst")
 	stderr, err := runPackagerLine(t.Context(), "--package-path", archive, "--devices",
 		fmt.Sprintf(`[{"name":"disk","path":%q},{"name":"kernel","path":%q}]`, disk, kernel))
 	if err != nil {
@@ -81,6 +81,9 @@ func TestPackagerErrors(t *testing.T) {
 		{"argument", t.Context(), []string{"pack"}, 2, `"pack"`},
 		{"missing device", t.Context(), []string{"--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, missing)}, 1, `device "disk"`},
 		{"foreign package", t.Context(), []string{"--extract", "--package-path", file, "--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, missing)}, 1, "not a Drafter package"},
+		{"missing device, new folder", t.Context(), []string{"--package-path", filepath.Join(missing, "x", "app.tar.zst"), "--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, missing)}, 1, `device "disk"`},
+		{"a file as folder", t.Context(), []string{"--package-path", filepath.Join(file, "app.tar.zst"), "--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, file)}, 1, "--package-path"},
+		{"interrupted, new folder", cancelled, []string{"--package-path", filepath.Join(missing, "x"), "--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, file)}, 130, "interrupted"},
 		{"interrupted", cancelled, []string{"--package-path", missing, "--devices", fmt.Sprintf(`[{"name":"disk","path":%q}]`, file)}, 130, "interrupted"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -51,13 +51,15 @@ type peerDevice struct {
 
 // device checks what one element says, and returns what it means.
 func (d peerDevice) device() (peer.Device, error) {
-	for key, set := range map[string]bool{
-		"shared": d.Shared, "sharedbase": d.SharedBase, "s3sync": d.S3Sync, "s3accesskey": d.S3AccessKey != "",
-		"s3secretkey": d.S3SecretKey != "", "s3endpoint": d.S3Endpoint != "", "s3secure": d.S3Secure,
-		"s3bucket": d.S3Bucket != "", "s3concurrency": d.S3Concurrency != 0,
+	// The other keys of S3 mean nothing without these two, and configurations carry them with their defaults.
+	for _, v := range []struct {
+		key string
+		set bool
+	}{
+		{"shared", d.Shared}, {"sharedbase", d.SharedBase}, {"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
 	} {
-		if set {
-			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, key)
+		if v.set {
+			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, v.key)
 		}
 	}
 	for _, v := range []struct {
@@ -102,7 +104,6 @@ type peerOptions struct {
 	boot          bool
 	forceOwner    bool
 	verify        bool
-	ioEngineSync  bool
 }
 
 func newPeerCommand() *cobra.Command {
@@ -150,7 +151,6 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 		flags.String(name, "", "")
 		flags.Lookup(name).Hidden = true // they are refused with the remedy, which an unknown flag would not be
 	}
-	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	return cmd
 }
 
@@ -182,6 +182,14 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if opts.boot && opts.raddr != "" {
 		return usageErrorf("--boot and --raddr exclude each other: an instance that is received runs already")
 	}
+	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}} {
+		if v.address == "" {
+			continue
+		}
+		if err := transport.Check(v.address); err != nil {
+			return usageErrorf("--%s: %w", v.flag, err)
+		}
+	}
 	devices, err := peerDevices(opts)
 	if err != nil {
 		return err
@@ -189,7 +197,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := opts.check(); err != nil {
 		return err
 	}
-	backend, err := opts.backend()
+	backend, err := opts.backend(cmd)
 	if err != nil {
 		return err
 	}
@@ -198,10 +206,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return interrupted(cmd, fmt.Errorf("--verify: %w", err))
 		}
 	}
-	host := opts.host(cmd)
-	host.IOEngineSync = opts.ioEngineSync
 	cfg := peer.Config{
-		Devices: devices, Backend: backend, Host: host, ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
+		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
 		ForceOwner: opts.forceOwner, Concurrency: opts.concurrency, Logger: log,
 	}
 
@@ -304,7 +310,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if err != nil {
 			return nil, fmt.Errorf("receive from %q: %w", opts.raddr, err)
 		}
-		fmt.Fprintf(out, "Received VM on %s: %v\n", p.VMPath(), report)
+		fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
 		return p, nil
 	case opts.boot:
 		p, err := peer.Boot(ctx, cfg)
@@ -365,12 +371,17 @@ func servePeer(ctx context.Context, p *peer.Peer, listener net.Listener, reports
 		case conn := <-conns:
 			report, err := p.Send(ctx, []io.ReadWriter{conn})
 			conn.Close()
+			if errors.Is(err, peer.ErrStranger) {
+				// Anybody may knock: that is no migration, and has no report.
+				logger(ctx).Warn("refused a connection, the VM runs on here", "from", conn.RemoteAddr(), "reason", err)
+				continue
+			}
 			if err := reports.write(report); err != nil {
 				logger(ctx).Error("could not write the report of a migration", "error", err)
 			}
 			switch {
 			case err == nil:
-				fmt.Fprintf(out, "Sent VM to %s: %v\n", conn.RemoteAddr(), report)
+				fmt.Fprintf(out, "Sent VM to %s: %s\n", conn.RemoteAddr(), summary(report))
 				return nil
 			case errors.Is(err, migrate.ErrInDoubt):
 				return fmt.Errorf("send to %s: %w", conn.RemoteAddr(), err)
@@ -428,6 +439,9 @@ func packageDevices(path, instance string) ([]peer.Device, error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("--package: %w", err)
 	}
+	if instance != "" && sameFile(path, instance) {
+		return nil, usageErrorf("--instance %q is the folder of the package itself: give a folder of its own for what this instance changes, or leave --instance out to change the package", instance)
+	}
 	var devices []peer.Device
 	for _, d := range pkg.Devices {
 		device := peer.Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}, Policy: defaultPolicy}
@@ -438,6 +452,16 @@ func packageDevices(path, instance string) ([]peer.Device, error) {
 		devices = append(devices, device)
 	}
 	return devices, nil
+}
+
+// sameFile reports whether two paths lead to the same file or folder, by whatever links.
+func sameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
 }
 
 // defaultPolicy copies until what is left takes no longer than a client would notice.
@@ -461,46 +485,4 @@ func defaultPeerDevices() string {
 	}
 	b, _ := json.Marshal(devices) // strings and numbers only: cannot fail
 	return string(b)
-}
-
-// reports is the file of --report. The zero value writes nothing.
-type reports struct {
-	file *os.File
-	made bool // by us, and nothing was written to it
-}
-
-func openReports(path string) (*reports, error) {
-	if path == "" {
-		return &reports{}, nil
-	}
-	_, err := os.Lstat(path)
-	made := errors.Is(err, os.ErrNotExist)
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
-	if err != nil {
-		return nil, err
-	}
-	return &reports{f, made}, nil
-}
-
-func (r *reports) write(report *migrate.Report) error {
-	if r.file == nil {
-		return nil
-	}
-	b, err := json.Marshal(report)
-	if err != nil {
-		return err
-	}
-	r.made = false
-	_, err = r.file.Write(append(b, '\n'))
-	return err
-}
-
-func (r *reports) close() error {
-	if r.file == nil {
-		return nil
-	}
-	if r.made {
-		return errors.Join(r.file.Close(), os.Remove(r.file.Name()))
-	}
-	return r.file.Close()
 }

@@ -25,7 +25,6 @@ type snapshotterDevice struct {
 type snapshotterOptions struct {
 	machineFlags
 	devices      string
-	ioEngineSync bool
 	cpuCount     int
 	memorySize   int64 // MiB
 	cpuTemplate  string
@@ -61,7 +60,6 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags := cmd.Flags()
 	opts.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the package, a JSON array (default: out/blueprint/* to out/package/*)")
-	flags.BoolVar(&opts.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
 	flags.IntVar(&opts.cpuCount, "cpu-count", 1, "virtual CPUs")
 	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")
 	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it (None: the default for the acceleration)")
@@ -106,15 +104,13 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	if err := opts.check(); err != nil {
 		return err
 	}
-	backend, err := opts.backend()
+	backend, err := opts.backend(cmd)
 	if err != nil {
 		return err
 	}
-	host := opts.host(cmd)
-	host.IOEngineSync = opts.ioEngineSync
 
 	result, err := snapshot.Create(cmd.Context(), snapshot.Config{
-		Backend: backend, Devices: devices, Host: host,
+		Backend: backend, Devices: devices, Host: opts.host(cmd),
 		CPUCount: opts.cpuCount, MemorySize: opts.memorySize << 20, CPUTemplate: opts.cpuTemplate, Accel: opts.accel,
 		BootArgs: opts.bootArgs, MAC: opts.mac, LivenessVSockPort: opts.livenessPort, AgentVSockPort: opts.agentPort,
 		ResumeTimeout: opts.resumeTimeout, Logger: logger(cmd.Context()),

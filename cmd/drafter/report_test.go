@@ -1,0 +1,31 @@
+package main
+
+import (
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+func TestSummary(t *testing.T) {
+	ms := func(n float64) migrate.Millis { return migrate.Millis(n * float64(time.Millisecond)) }
+	for _, tt := range []struct {
+		name   string
+		report migrate.Report
+		want   string
+	}{
+		{"source", migrate.Report{
+			ID: "7f", Role: "source", Outcome: "moved", Streams: 1, Total: ms(1209.361), Downtime: ms(29.876), WireBytes: 379002616,
+			Rounds:  []migrate.Round{{Index: 0}, {Index: 2}, {Index: 0}, {Index: 1}},
+			Digests: map[string]string{"memory": "aa", "disk": "bb"}, Phases: []migrate.Phase{{Name: "copying", Duration: ms(1000)}},
+		}, "downtime 29.9ms, 1.21s in all\n  361.4 MiB sent in 3 rounds over 1 stream, verified: the digests of 2 devices agree"},
+		{"destination", migrate.Report{
+			Role: "destination", Streams: 2, Total: ms(901.23), WireBytes: 1 << 20, Digests: map[string]string{"disk": "bb"},
+		}, "901.2ms in all\n  1.0 MiB received over 2 streams, verified: the digests of 1 device agree"},
+		{"nothing compared", migrate.Report{Role: "destination", Streams: 1}, "0s in all\n  0.0 MiB received over 1 stream, not verified"},
+	} {
+		if got := summary(&tt.report); got != tt.want {
+			t.Errorf("%s:\n%s\nwant\n%s", tt.name, got, tt.want)
+		}
+	}
+}

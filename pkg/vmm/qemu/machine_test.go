@@ -323,7 +323,7 @@ func TestOpenTap(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct{ netns, name, want string }{
-		{netns, "tap0", "another process has it attached"},
+		{netns, "tap0", "another process has it attached: give each machine one of its own (--interface, --netns)"},
 		{netns, "tap9", "ip -n " + netns + " tuntap add tap9 mode tap"},
 		{netns, "dummy0", "not a tap"},
 		{"nonexistent", "tap0", "ip netns add nonexistent"},

@@ -104,8 +104,8 @@ func attachTap(name string) (*os.File, error) {
 	case unix.EINVAL:
 		return nil, errors.New("it is not a tap device")
 	case unix.EBUSY:
-		return nil, fmt.Errorf("another process has it attached: give each machine one of its own (--interface, --netns), or end the process, which "+
-			"grep -l iff:.%s$ /proc/[0-9]*/fdinfo/* finds", name)
+		return nil, fmt.Errorf("another process has it attached: give each machine one of its own (--interface, --netns), or end the process "+
+			"(grep -ls iff:.%s$ /proc/[0-9]*/fdinfo/* finds all that have one of this name)", name)
 	case unix.EPERM:
 		return nil, fmt.Errorf("attach to it: %w: run as root, or make it with ip tuntap add … user %d", err, os.Getuid())
 	}

@@ -42,6 +42,14 @@ type OverlayOptions struct {
 	// mostly repeat the base: receiving a migration, saving RAM.
 	ElideUnchanged bool
 
+	// Live is a file in memory (memfd_create(2)) in which the overlay keeps, from write to write, what only a Flush puts
+	// into the state file. It is for users that outlive this process, as a virtual machine does: to them every write that
+	// was answered has happened, flushed or not. Another process that holds the file keeps it from vanishing; who opens
+	// the overlay with it again finds every block as it was at the last answered write. After a power cut there is
+	// no such file, and no such user. Give an empty file to begin with. The caller keeps it, and may close it once the
+	// overlay is open. Nil: writes that were not flushed end with this process.
+	Live *os.File
+
 	// Logger receives what is noteworthy about opening; nil means slog.Default().
 	Logger *slog.Logger
 }
@@ -254,6 +262,14 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 	if err != nil {
 		return fmt.Errorf("read overlay state %q: %w", o.statePath, err)
 	}
+	durable := o.states.runs(o.blocks)
+	if opts.Live != nil {
+		before, err := o.live(opts.Live)
+		if err != nil {
+			return fmt.Errorf("open overlay %q: what it was like when its last user died: %w", o.path, err)
+		}
+		fresh = fresh && !before
+	}
 
 	overlaySize, err := o.data.size()
 	if err != nil {
@@ -276,11 +292,10 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 		return fmt.Errorf("open overlay %q: remove what was never flushed: %w", o.path, err)
 	}
 
-	runs := o.states.runs(o.blocks)
-	compact := stateHeaderSize + batchHeaderSize*2 + int64(len(runs))*batchRunSize
+	compact := stateHeaderSize + batchHeaderSize*2 + int64(len(durable))*batchRunSize
 	if o.stateLog.torn || o.stateLog.end > 2*compact+PageSize {
 		torn := o.stateLog.torn
-		if err := o.writeState(header, runs); err != nil {
+		if err := o.writeState(header, durable); err != nil {
 			return fmt.Errorf("compact overlay state %q: %w", o.statePath, err)
 		}
 		if torn {
@@ -878,6 +893,41 @@ func (o *Overlay) Close() error {
 		err = o.appendState(batchSeal, nil)
 	}
 	return errors.Join(err, o.data.close(), o.state.close(), o.base.Close())
+}
+
+// live moves the states of blocks into a file in memory, and reports whether they were there before: then those that
+// differ from the state file are what was not flushed.
+func (o *Overlay) live(f *os.File) (before bool, err error) {
+	size := int64(len(o.states)) * 8
+	if before, err = grow(f, size); err != nil || size == 0 {
+		return before, err
+	}
+	words, err := mapWords(o, f, size)
+	if err != nil {
+		return before, err
+	}
+	shared := blockStates(words)
+	if !before {
+		for i := range o.states {
+			shared[i].Store(o.states[i].Load())
+		}
+		o.states = shared
+		return false, nil
+	}
+	for i := range o.states {
+		if word := shared[i].Load(); word&(word>>1)&statesLow != 0 {
+			return true, fmt.Errorf("a block is in no known state: the file is damaged")
+		}
+	}
+	for i := int64(0); i < o.blocks; i++ {
+		if shared.get(i) != o.states.get(i) {
+			o.changed.set(i, i)
+		}
+	}
+	o.states = shared
+	// What it wrote before it died may not be on disk yet, whatever has become of the blocks' states.
+	o.dirty.Store(true)
+	return true, nil
 }
 
 // blockStates holds two bits for each block. Reads need no lock; writes to a block are ordered by the lock of the block.

@@ -110,6 +110,15 @@ func (h *Host) BeforeSuspend(ctx context.Context) error {
 	return nil
 }
 
+// RepeatSuspend gives the next BeforeSuspend the id of one whose outcome is unknown, as AfterResumeRequest.ID does for the
+// other call: a caller that may die and be replaced writes an id down first, and gives it here before each call, so that a
+// guest that was told already does nothing.
+func (h *Host) RepeatSuspend(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.suspend = id
+}
+
 // AfterResumeRequest says what a guest that runs again needs to know.
 type AfterResumeRequest struct {
 	// ID names the resumption: a guest that was told of it already does nothing. Empty lets the host choose one, which

@@ -71,6 +71,34 @@ type Adopter interface {
 	Adopt(ctx context.Context, cfg Config) (Machine, error)
 }
 
+// State is where a machine is in its life, as far as its owner needs to know.
+type State int
+
+const (
+	StateBroken  State = iota // in none of the others: only Close is left
+	StateWaiting              // for Load; the guest has never run
+	StateRunning
+	StatePaused // vCPUs stopped
+	StateClosed // the process has ended
+)
+
+func (s State) String() string {
+	return [...]string{"broken", "waiting", "running", "paused", "closed"}[s]
+}
+
+// Stater is implemented by machines that can be adopted, whose new owner must find out what the former one did last.
+type Stater interface {
+	// State may be called at any time by anyone.
+	State() State
+}
+
+// Reaper is implemented by backends whose machines have things outside of their folder.
+type Reaper interface {
+	// Reap removes what a machine has left whose process has ended without an owner to clean up after it. Of cfg it needs
+	// what says where those things are: Dir, CgroupVersion and CgroupName.
+	Reap(cfg Config) error
+}
+
 var (
 	// ErrState is returned when a method is called in a state that does not allow it.
 	ErrState = errors.New("machine is not in the right state")

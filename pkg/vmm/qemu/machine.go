@@ -58,7 +58,10 @@ type machine struct {
 	closeErr error // valid when done is closed: what could not be removed
 }
 
-var _ vmm.Machine = (*machine)(nil)
+var (
+	_ vmm.Machine = (*machine)(nil)
+	_ vmm.Stater  = (*machine)(nil)
+)
 
 func newMachine(cfg vmm.Config, caps *capabilities) *machine {
 	return &machine{
@@ -120,6 +123,21 @@ func (m *machine) onEvent(name string, data json.RawMessage) {
 		default: // more than an operation sends: none is waiting
 		}
 	}
+}
+
+// State implements [vmm.Stater].
+func (m *machine) State() vmm.State {
+	switch m.life.state() {
+	case waiting:
+		return vmm.StateWaiting
+	case running:
+		return vmm.StateRunning
+	case paused, saved:
+		return vmm.StatePaused
+	case closed:
+		return vmm.StateClosed
+	}
+	return vmm.StateBroken
 }
 
 // PID implements [vmm.Machine].

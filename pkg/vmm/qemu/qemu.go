@@ -39,7 +39,7 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Backend starts QEMU machines. It implements [vmm.Backend] and [vmm.Adopter].
+// Backend starts QEMU machines. It implements [vmm.Backend], [vmm.Adopter] and [vmm.Reaper].
 type Backend struct {
 	opts Options
 	log  *slog.Logger
@@ -49,6 +49,7 @@ type Backend struct {
 var (
 	_ vmm.Backend = (*Backend)(nil)
 	_ vmm.Adopter = (*Backend)(nil)
+	_ vmm.Reaper  = (*Backend)(nil)
 )
 
 // New returns a backend. It starts nothing and looks at nothing yet.
@@ -313,6 +314,17 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (*machine, error) {
 	m.life.now = found
 	go m.watch()
 	return m, nil
+}
+
+// Reap implements [vmm.Reaper].
+func (b *Backend) Reap(cfg vmm.Config) error {
+	if id, err := readIdentity(cfg.Dir); err == nil && id.alive() {
+		return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
+	}
+	if cfg.CgroupVersion == 0 {
+		return nil
+	}
+	return findCgroup(cfg.CgroupVersion, cfg.CgroupName).remove()
 }
 
 // checkMemory checks the guest's RAM.

@@ -464,8 +464,8 @@ func sameFile(a, b string) bool {
 	return err == nil && os.SameFile(x, y)
 }
 
-// defaultPolicy copies until what is left takes no longer than a client would notice.
-var defaultPolicy = migrate.Policy{MaxDowntime: 10 * time.Millisecond}
+// defaultPolicy leaves it to --max-downtime and --max-total-time.
+var defaultPolicy = migrate.Policy{ByGoal: true}
 
 // defaultPeerDevices are the devices of out/package with overlays beside it, as documented for --devices.
 func defaultPeerDevices() string {

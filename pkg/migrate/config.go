@@ -74,6 +74,9 @@ type SourceConfig struct {
 	Guest   Guest
 	Journal Journal
 
+	// Goal is what the migration is to achieve, for devices whose Policy leaves it to that.
+	Goal Goal
+
 	// Concurrency is how many goroutines read, hash and pack content. 0 means 4; more than 64 counts as 64.
 	Concurrency int
 
@@ -195,6 +198,9 @@ func (c *SourceConfig) check(streams int) error {
 	}
 	if c.Guest == nil {
 		return fmt.Errorf("no guest: set SourceConfig.Guest")
+	}
+	if err := c.Goal.Check(); err != nil {
+		return err
 	}
 	c.Devices = append([]SourceDevice(nil), c.Devices...)
 	for i := range c.Devices {

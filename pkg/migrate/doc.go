@@ -10,7 +10,7 @@
 //	  manifest: names, sizes, machine  ───────►  Target.Prepare: devices made, VMM started and waiting
 //	                                   ◄───────  accept
 //	  everything once, writes tracked  ───────►  written as it comes
-//	  what was written meanwhile, …    ───────►  … in rounds, until each Policy asks for the switch
+//	  what was written meanwhile, …    ───────►  … in rounds, until Decide asks for the switch
 //	  Guest.BeforeSuspend, Guest.Pause
 //	  the rest, and Guest.State        ───────►  digests compared, flushed, Target.Load
 //	                                   ◄───────  prepared
@@ -56,8 +56,8 @@
 // # Example
 //
 //	report, err := migrate.Send(ctx, []io.ReadWriter{conn}, migrate.SourceConfig{
-//		Devices: []migrate.SourceDevice{{Name: "memory", Device: ram, Tracker: ram,
-//			Policy: migrate.Policy{MaxDowntime: 20 * time.Millisecond}}},
+//		Devices: []migrate.SourceDevice{{Name: "memory", Device: ram, Tracker: ram, Policy: migrate.Policy{ByGoal: true}}},
+//		Goal:    migrate.Goal{MaxDowntime: 20 * time.Millisecond},
 //		Spec:    spec,
 //		Guest:   guest,
 //		Journal: journal,

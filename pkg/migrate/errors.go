@@ -16,6 +16,9 @@ var (
 	// neither run it nor durably promise never to.
 	ErrInDoubt = errors.New("ownership of the guest is in doubt")
 
+	// ErrGaveUp is wrapped by the error of [Send] when the guest runs on here because the [Goal] could not be reached.
+	ErrGaveUp = errors.New("migration given up")
+
 	// ErrNeverRan may be wrapped by an error of [Target.Run] when it is certain that the guest executed nothing here and
 	// cannot any more. The guest then goes back to the source, even after commit.
 	ErrNeverRan = errors.New("guest never ran here")

@@ -48,8 +48,11 @@ type Report struct {
 	// destination it is 0: it does not know when the guest was paused.
 	Downtime Millis `json:"downtime_ms"`
 
-	Rounds  []Round           `json:"rounds,omitempty"` // at the source; the last of each device is the one while paused
-	Reasons map[string]string `json:"reasons,omitempty"`
+	Rounds  []Round           `json:"rounds,omitempty"`  // at the source; the last of each device is the one while paused
+	Reasons map[string]string `json:"reasons,omitempty"` // at the source: per device, why it was ready for the switch
+
+	Decisions []Decision `json:"decisions,omitempty"` // at the source: all of them, the last is the one for the switch
+
 	Digests map[string]string `json:"digests,omitempty"` // per device, in hexadecimal, once compared
 
 	DataBytes  int64   `json:"data_bytes"`  // content that was sent or received as such

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -35,6 +34,11 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
 	}
 	s := &source{cfg: cfg, log: cfg.Logger.With("migration", cfg.ID, "role", "source"), reasons: make(map[string]string)}
+	s.goal = cfg.Goal
+	s.goal.PostCopy = false // not in this version
+	if _, ok := cfg.Guest.(Throttler); !ok {
+		s.goal.Throttle = false
+	}
 	var total int64
 	for i, d := range cfg.Devices {
 		s.devices = append(s.devices, &sourceDevice{SourceDevice: d, index: i, size: d.Device.Size()})
@@ -78,6 +82,9 @@ type source struct {
 	pausedAt   time.Time
 	downtime   time.Duration
 	copied     int64             // bytes of data sent while the guest ran
+	goal       Goal              // with what can be had of it
+	decisions  []Decision        // all of them
+	share      float64           // of its time that the guest is held back
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
 	round      atomic.Int64
@@ -141,6 +148,11 @@ func (s *source) rollBack(ctx context.Context, failure error) error {
 		// not this can be written. If it cannot, a crash from here on leaves a journal that says otherwise.
 		if err := s.cfg.Journal.Abort(ctx, s.cfg.ID); err != nil {
 			failure = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err)
+		}
+	}
+	if s.share > 0 {
+		if err := s.cfg.Guest.(Throttler).Throttle(ctx, 0); err != nil {
+			failure = fmt.Errorf("%w (and the guest is still held back: %w)", failure, err)
 		}
 	}
 	end := SourceKept
@@ -311,7 +323,7 @@ func compare(devices []wire.Device, a, b *wire.Summary) error {
 	return check("the device state", a.State, b.State)
 }
 
-// copy sends everything once and then what was written meanwhile, until every device's policy asks for the switch.
+// copy sends everything and then what was written meanwhile, in rounds, until it is decided to switch.
 func (s *source) copy() error {
 	ctx := s.link.ctx
 	s.dirty.Store(0)
@@ -326,74 +338,129 @@ func (s *source) copy() error {
 		}
 		d.tracked = true
 	}
-	if err := s.each(s.devices, func(d *sourceDevice) error { return s.sendRound(d, s.planAll) }); err != nil {
-		return err
-	}
+	defer s.limitTotal()()
 	for {
-		again, throttle, err := s.decide(s.devices)
-		if err != nil || len(again) == 0 {
+		v, err := s.decide()
+		for i, why := range v.Reasons {
+			s.reasons[s.devices[i].Name] = why
+		}
+		if err != nil || v.Action != Continue {
 			return err
 		}
-		if throttle > 0 {
-			t := time.NewTimer(throttle)
+		if v.Wait > 0 {
+			t := time.NewTimer(time.Duration(v.Wait))
 			select {
 			case <-t.C:
 			case <-ctx.Done():
 				t.Stop()
 				return context.Cause(ctx)
 			}
-			for _, d := range again {
-				if err := s.collect(ctx, d); err != nil {
-					return err
-				}
+			if err := s.collectFrom(v.Again); err != nil {
+				return err
 			}
 		}
-		if err := s.cycle(again); err != nil {
+		if err := s.cycle(v.Again); err != nil {
 			return err
 		}
 	}
 }
 
-// cycle sends what is pending of some devices, as one more round.
-func (s *source) cycle(devices []*sourceDevice) error {
-	s.round.Add(1)
+// limitTotal gives the migration up in the middle of a round when its time is over, until the returned function is called.
+func (s *source) limitTotal() (done func()) {
+	if s.goal.MaxTotalTime == 0 || s.goal.PostCopy {
+		return func() {}
+	}
+	t := time.AfterFunc(time.Until(s.began.Add(s.goal.MaxTotalTime)), func() {
+		s.link.fail(gaveUp(fmt.Sprintf("the %v of a migration are over", s.goal.MaxTotalTime)))
+	})
+	return func() { t.Stop() }
+}
+
+// cycle sends one more round of some devices: what is pending, or everything if nothing was sent yet.
+func (s *source) cycle(positions []int) error {
 	s.dirty.Store(0)
-	for _, d := range devices {
-		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
-	}
-	return s.each(devices, func(d *sourceDevice) error { return s.sendRound(d, s.planPending) })
-}
-
-// settle sends what the guest wrote while it got ready for the pause, once more, if that is more than the policies want to
-// send during it: hooks may take their time.
-func (s *source) settle() error {
-	reasons := maps.Clone(s.reasons) // why it switches was decided before
-	again, _, err := s.decide(s.devices)
-	s.reasons = reasons
-	if err != nil || len(again) == 0 {
-		return err
-	}
-	return s.cycle(again)
-}
-
-// decide collects from all trackers, and returns the devices that need another cycle and how long to wait before it.
-func (s *source) decide(devices []*sourceDevice) (again []*sourceDevice, throttle time.Duration, err error) {
-	for _, d := range devices {
-		if !d.tracked {
+	var devices []*sourceDevice
+	first := true
+	for _, i := range positions {
+		d := s.devices[i]
+		devices = append(devices, d)
+		if len(d.rounds) == 0 {
+			s.dirty.Add(d.size)
 			continue
 		}
-		if err := s.collect(s.link.ctx, d); err != nil {
-			return nil, 0, err
+		first = false
+		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
+	}
+	if !first {
+		s.round.Add(1)
+	}
+	began := time.Now()
+	return s.each(devices, func(d *sourceDevice) error {
+		if len(d.rounds) == 0 {
+			return s.sendRound(d, began, s.planAll)
 		}
-		v := d.Policy.Decide(d.rounds, measure(d.pending, d.Policy.BlockSize))
-		s.log.Debug("policy", "device", d.Name, "rounds", len(d.rounds), "switch", v.Switch, "reason", v.Reason)
-		s.reasons[d.Name] = v.Reason
-		if !v.Switch {
-			again = append(again, d)
-			throttle = max(throttle, d.Policy.CycleThrottle)
+		return s.sendRound(d, began, s.planPending)
+	})
+}
+
+// settle sends what the guest wrote while it got ready for the pause, once more, if that is more than should be sent
+// during it: hooks may take their time.
+func (s *source) settle() error {
+	defer s.limitTotal()()
+	v, err := s.decide() // why it switches was decided before
+	if err != nil || v.Action != Continue {
+		return err
+	}
+	return s.cycle(v.Again)
+}
+
+// decide collects from all trackers, and decides what to do next: Continue, Switch or PostCopy. The guest is slowed down
+// and the migration given up here.
+func (s *source) decide() (Decision, error) {
+	var sent []int
+	for i, d := range s.devices {
+		if len(d.rounds) > 0 {
+			sent = append(sent, i)
 		}
 	}
-	return again, throttle, nil
+	if err := s.collectFrom(sent); err != nil {
+		return Decision{}, err
+	}
+	history := make([]History, len(s.devices))
+	for i, d := range s.devices {
+		history[i] = History{Device: d.Name, Size: d.size, Policy: d.Policy, Rounds: d.rounds, Dirty: measure(d.pending, d.Policy.BlockSize)}
+	}
+	v := Decide(s.goal, time.Since(s.began), history)
+	s.decisions = append(s.decisions, v)
+	s.log.Debug("migration decision", "action", v.Action, "reason", v.Reason, "rest", v.Rest, "bandwidth", int64(v.Bandwidth), "dirty_rate", int64(v.DirtyRate))
+	switch v.Action {
+	case GiveUp:
+		return v, gaveUp(v.Reason)
+	case Throttle:
+		s.share = v.Share
+		if err := s.cfg.Guest.(Throttler).Throttle(s.link.ctx, v.Share); err != nil {
+			return v, s.because("slow the guest down", err)
+		}
+		v.Action = Continue
+	}
+	return v, nil
+}
+
+// gaveUp is the failure of a migration whose goal cannot be reached.
+func gaveUp(reason string) error {
+	return tell(wire.CodeCanceled, fmt.Errorf("%w: %s", ErrGaveUp, reason), "%v: %s", ErrGaveUp, reason)
+}
+
+// collectFrom collects from some of the devices, those that are tracked.
+func (s *source) collectFrom(positions []int) error {
+	for _, i := range positions {
+		if d := s.devices[i]; d.tracked {
+			if err := s.collect(s.link.ctx, d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // collect adds what was written since the last time to what is to be sent.
@@ -429,8 +496,7 @@ func (s *source) each(devices []*sourceDevice, f func(*sourceDevice) error) erro
 
 // sendRound sends one round of a device, and waits until the destination has all of it: only then may a page be sent
 // again, as two versions of it on two streams could arrive in any order.
-func (s *source) sendRound(d *sourceDevice, plan func(*sourceDevice, *planner) (Dirty, error)) error {
-	began := time.Now()
+func (s *source) sendRound(d *sourceDevice, began time.Time, plan func(*sourceDevice, *planner) (Dirty, error)) error {
 	index := len(d.rounds)
 	dirty, err := s.sendContent(d, plan)
 	if err != nil {
@@ -443,8 +509,13 @@ func (s *source) sendRound(d *sourceDevice, plan func(*sourceDevice, *planner) (
 	if err := s.window.drained(d.index); err != nil {
 		return err
 	}
-	d.rounds = append(d.rounds, Round{Device: d.Name, Index: index, Blocks: dirty.Blocks, Bytes: dirty.Bytes, Duration: Millis(time.Since(began))})
+	s.noteRound(d, dirty, began)
 	return nil
+}
+
+func (s *source) noteRound(d *sourceDevice, dirty Dirty, began time.Time) {
+	d.rounds = append(d.rounds, Round{Device: d.Name, Index: len(d.rounds), Start: Millis(began.Sub(s.began)), Blocks: dirty.Blocks,
+		Bytes: dirty.Bytes, Duration: Millis(time.Since(began)), Throttle: s.share})
 }
 
 // sendContent hands what plan chooses to the workers, and waits until they have sent it.
@@ -554,8 +625,8 @@ func (s *source) switchOver() (*wire.Summary, error) {
 		sum.State = wire.Part{Total: w.n, Digest: stateHash(&w.hash)}
 		return nil
 	})
+	began := time.Now()
 	err := s.each(tracked, func(d *sourceDevice) error {
-		began := time.Now()
 		if err := s.collect(ctx, d); err != nil {
 			return err
 		}
@@ -564,7 +635,7 @@ func (s *source) switchOver() (*wire.Summary, error) {
 		if err != nil {
 			return err
 		}
-		d.rounds = append(d.rounds, Round{Device: d.Name, Index: len(d.rounds), Blocks: dirty.Blocks, Bytes: dirty.Bytes, Duration: Millis(time.Since(began))})
+		s.noteRound(d, dirty, began)
 		return nil
 	})
 	if err := errors.Join(g.Wait(), err); err != nil {
@@ -603,7 +674,7 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 func (s *source) report(streams int, err error) *Report {
 	r := &Report{
 		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: streams,
-		Total: Millis(time.Since(s.began)), Downtime: Millis(s.downtime), Phases: s.state.history, Reasons: s.reasons,
+		Total: Millis(time.Since(s.began)), Downtime: Millis(s.downtime), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
 	}
 	if err != nil {

@@ -83,24 +83,39 @@ func Build(t testing.TB) (vmlinux, initrd string) {
 // their permissions.
 func BuildWith(t testing.TB, files map[string]string) (vmlinux, initrd string) {
 	t.Helper()
+	vmlinux, initrd, err := Make(t.Context(), files)
+	if errors.Is(err, errNoKernel) {
+		t.Skipf("test guest: %v", err)
+	}
+	if err != nil {
+		t.Fatalf("test guest: %v", err)
+	}
+	return vmlinux, initrd
+}
+
+// errNoKernel is wrapped by errors of Make that are the host's: it has no cache, or no way to a Debian mirror.
+var errNoKernel = errors.New("a Debian kernel is needed")
+
+// Make is BuildWith for programs that are no tests.
+func Make(ctx context.Context, files map[string]string) (vmlinux, initrd string, err error) {
 	cache, err := cacheDir()
 	if err != nil {
-		t.Skipf("test guest: %v", err)
+		return "", "", fmt.Errorf("%w: %w", errNoKernel, err)
 	}
 	unlock, err := lock(filepath.Join(cache, "lock"))
 	if err != nil {
-		t.Fatalf("test guest: lock the cache: %v", err)
+		return "", "", fmt.Errorf("lock the cache: %w", err)
 	}
 	defer unlock()
 	kernel := filepath.Join(cache, "kernel")
-	if err := fetchKernel(t.Context(), kernel); err != nil {
-		t.Skipf("test guest: a Debian kernel is needed: %v", err)
+	if err := fetchKernel(ctx, kernel); err != nil {
+		return "", "", fmt.Errorf("%w: %w", errNoKernel, err)
 	}
-	initrd, err = buildInitrd(t.Context(), kernel, cache, files)
+	initrd, err = buildInitrd(ctx, kernel, cache, files)
 	if err != nil {
-		t.Fatalf("test guest: build the initramfs: %v", err)
+		return "", "", fmt.Errorf("build the initramfs: %w", err)
 	}
-	return filepath.Join(kernel, "vmlinux"), initrd
+	return filepath.Join(kernel, "vmlinux"), initrd, nil
 }
 
 func cacheDir() (string, error) {

@@ -1,0 +1,35 @@
+// Command bench measures what docs/promises.md promises, each number beside its reference in the same run:
+//
+//	go run ./internal/bench [-quick] [-run REGEXP] [-samples N] [-list]
+//
+// The cases, in the order they run; -list says more of each:
+//
+//	engine/DATA/LOAD   1 GiB from one process's memory to another's over TCP, beside io.Copy of the same bytes
+//	vm                 a VM with a loaded Valkey server, beside QEMU's own pre-copy and post-copy of the same guest
+//	postcopy/engine    what a thread waits for a page that has not arrived, while everything else is streamed
+//	postcopy/vm        the same in a real machine
+//	resume             from a package to the guest's first instruction, 128 MiB to 4 GiB
+//	slowdown           how fast a guest works at a peer that does not migrate, beside plain QEMU; and while it migrates
+//
+// # What it writes
+//
+// A table on stdout, progress on stderr, all samples to out/bench.json, and a picture to docs/bench.svg. With -run, the
+// other cases' results in out/bench.json stay, each with the date it was measured. With -quick everything is tiny and the
+// files are out/bench-quick.json and out/bench-quick.svg: such a run shows that the harness works, its numbers mean
+// nothing. The exit status is 1 when a case failed; a goal that was missed is a result and no failure.
+//
+// # How it measures
+//
+// Machines differ, and this one's cores may be shared: what is compared is measured in turns, ours, the reference, ours,
+// and so on, and the ratio is the median of the ratios of the turns. Where only one side has samples, or the two have
+// different numbers of them, it is the ratio of the medians.
+//
+// Whatever is charged for CPU time or memory is a process of its own, which this program is once more with another role
+// (roles.go). What is measured starts when both ends are connected and have been told to go.
+//
+// # Cleaning up
+//
+// Ctrl-C ends the case that runs and writes what there is. Processes are ended by their owner, and by the kernel should
+// this program be killed; network namespaces and files below out/bench are removed, or found and removed by the next run.
+// What took long to make, blueprint and packages, is kept in out.
+package main

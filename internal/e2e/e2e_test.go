@@ -14,6 +14,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -55,6 +56,8 @@ type guest struct {
 var guests atomic.Int64
 
 func TestMain(m *testing.M) {
+	// Under nohup(1) the commands would inherit that SIGHUP is ignored, and honour it. A caught one they do not inherit.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	status := m.Run()
 	whole := flag.Lookup("test.run").Value.String() == "" && !testing.Short()
 	if status == 0 && whole && os.Getuid() == 0 && guests.Load() == 0 {

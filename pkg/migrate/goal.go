@@ -65,6 +65,7 @@ const (
 	recentBytes      = 16 << 20               // rounds with these bytes, or of this time, tell the bandwidth
 	recentTime       = 250 * time.Millisecond // …
 	lullWait         = time.Second            // before another cycle that is likely to be in vain
+	pointlessCycles  = 3                      // without a new low: they gain nothing over post-copy
 	stalledCycles    = 10                     // without a new low: they no longer make it less
 	hopelessCycles   = 30                     // without a new low: the goal is out of reach
 	forever          = 1000 * time.Hour
@@ -428,13 +429,15 @@ func (l *view) judge(rest int64, early, open []int) Decision {
 	sent := sweeps(l.devices, func(h *History) bool { return h.Policy.ByGoal })
 	n := len(sent)
 	last := sent[n-1].bytes
+	// What was written during a round may be less than what it sent and yet never get less from round to round, when
+	// there are pauses between them or the guest writes in bursts. So lows count too.
+	low := stalled(sent)
 	if l.goal.PostCopy {
-		if last == 0 && n == 1 || rest <= last/2 {
+		if last == 0 && n == 1 || rest <= last/2 && low < pointlessCycles {
 			return again
 		}
 		return ready("%s were sent and %s are dirty again: the rest is better sent when the guest runs there", size(last), size(rest))
 	}
-	low := stalled(sent, rest)
 	slow := n >= 2 && notLess(last, rest) // the last cycle was in vain
 	stuck := slow && n >= 3 && notLess(sent[n-2].bytes, last) || low >= stalledCycles
 	spent := !l.goal.Throttle || l.share >= shares[len(shares)-1] // the throttle
@@ -502,10 +505,10 @@ func bandwidth(sent []sweep) float64 {
 	return float64(bytes) / spent.Seconds()
 }
 
-// stalled is how many sweeps in a row, with the rest as the next, brought no new low: one a tenth below the one before.
-func stalled(sent []sweep, rest int64) (n int) {
+// stalled is how many sweeps in a row brought no new low: one a tenth below the one before.
+func stalled(sent []sweep) (n int) {
 	low := sent[0].bytes
-	for _, s := range append(slices.Clone(sent[1:]), sweep{bytes: rest}) {
+	for _, s := range sent[1:] {
 		if notLess(low, s.bytes) {
 			n++
 		} else {

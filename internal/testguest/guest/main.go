@@ -27,7 +27,7 @@ func main() {
 		}
 	}
 	loadModules()
-	nameDevices()
+	nameDevices("/sys/block/*/serial", "/dev/disk")
 
 	g := newGuest()
 	if cmdline, err := os.ReadFile("/proc/cmdline"); err == nil && !strings.Contains(string(cmdline), "testguest.channel=off") {
@@ -53,16 +53,14 @@ func loadModules() {
 	}
 }
 
-// nameDevices makes the links that udev would make: disks by serial number, virtio-serial ports by name.
-func nameDevices() {
-	links := []struct{ pattern, dir string }{{"/sys/block/*/serial", "/dev/disk"}, {"/sys/class/virtio-ports/*/name", "/dev/virtio-ports"}}
-	for _, l := range links {
-		os.MkdirAll(l.dir, 0o755)
-		files, _ := filepath.Glob(l.pattern)
-		for _, file := range files {
-			if name, err := os.ReadFile(file); err == nil {
-				os.Symlink("/dev/"+filepath.Base(filepath.Dir(file)), filepath.Join(l.dir, strings.TrimSpace(string(name))))
-			}
+// nameDevices makes the links in dir that udev would make, by what the files that match pattern say: disks by serial
+// number, virtio-serial ports by name.
+func nameDevices(pattern, dir string) {
+	os.MkdirAll(dir, 0o755)
+	files, _ := filepath.Glob(pattern)
+	for _, file := range files {
+		if name, err := os.ReadFile(file); err == nil {
+			os.Symlink("/dev/"+filepath.Base(filepath.Dir(file)), filepath.Join(dir, strings.TrimSpace(string(name))))
 		}
 	}
 }
@@ -86,13 +84,23 @@ func serveConsole(g *guest) {
 	}
 }
 
-// serveChannel serves the virtio-serial port. A read of zero bytes means that nobody listens on the host: look again.
+// serveChannel serves the virtio-serial port. It opens it once: closing it throws away what the host has sent
+// meanwhile. A read of zero bytes means that nobody listens on the host: look again.
 func serveChannel(g *guest) {
-	const name = "/dev/virtio-ports/org.drafter.vsock"
+	port := openChannel()
 	for {
-		if f, err := os.OpenFile(name, os.O_RDWR, 0); err == nil {
-			g.serve(f)
-			f.Close()
+		g.serve(port)
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// openChannel waits for the port: the host tells its name some time after the driver was loaded.
+func openChannel() *os.File {
+	const dir = "/dev/virtio-ports"
+	for {
+		nameDevices("/sys/class/virtio-ports/*/name", dir)
+		if port, err := os.OpenFile(dir+"/org.drafter.vsock", os.O_RDWR, 0); err == nil {
+			return port
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

@@ -29,12 +29,14 @@ type peerDevice struct {
 	Overlay string `json:"overlay"`
 	State   string `json:"state"`
 
-	BlockSize      int64         `json:"blockSize"`
-	Expiry         time.Duration `json:"expiry"`
-	MaxDirtyBlocks int64         `json:"maxDirtyBlocks"`
-	MinCycles      int           `json:"minCycles"`
-	MaxCycles      int           `json:"maxCycles"`
-	CycleThrottle  time.Duration `json:"cycleThrottle"`
+	BlockSize int64         `json:"blockSize"`
+	Expiry    time.Duration `json:"expiry"`
+
+	// Without all four, --max-downtime and --max-total-time decide; all four zero disable pre-copy.
+	MaxDirtyBlocks *int64         `json:"maxDirtyBlocks"`
+	MinCycles      *int           `json:"minCycles"`
+	MaxCycles      *int           `json:"maxCycles"`
+	CycleThrottle  *time.Duration `json:"cycleThrottle"`
 
 	MakeMigratable *bool `json:"makeMigratable"`
 	Shared         bool  `json:"shared"`
@@ -62,32 +64,42 @@ func (d peerDevice) device() (peer.Device, error) {
 			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, v.key)
 		}
 	}
+	policy := migrate.Policy{
+		ByGoal:    d.MaxDirtyBlocks == nil && d.MinCycles == nil && d.MaxCycles == nil && d.CycleThrottle == nil,
+		BlockSize: d.BlockSize, MaxDirtyBlocks: orZero(d.MaxDirtyBlocks), MinCycles: orZero(d.MinCycles), MaxCycles: orZero(d.MaxCycles),
+		CycleThrottle: orZero(d.CycleThrottle), Expiry: d.Expiry,
+	}
 	for _, v := range []struct {
 		key   string
 		value int64
 	}{
-		{"expiry", int64(d.Expiry)}, {"maxDirtyBlocks", d.MaxDirtyBlocks}, {"minCycles", int64(d.MinCycles)},
-		{"maxCycles", int64(d.MaxCycles)}, {"cycleThrottle", int64(d.CycleThrottle)},
+		{"expiry", int64(policy.Expiry)}, {"maxDirtyBlocks", policy.MaxDirtyBlocks}, {"minCycles", int64(policy.MinCycles)},
+		{"maxCycles", int64(policy.MaxCycles)}, {"cycleThrottle", int64(policy.CycleThrottle)},
 	} {
 		if v.value < 0 {
 			return peer.Device{}, usageErrorf("--devices: device %q: key %q is %d: it cannot be negative", d.Name, v.key, v.value)
 		}
 	}
-	if d.MaxCycles != 0 && d.MinCycles > d.MaxCycles {
-		return peer.Device{}, usageErrorf("--devices: device %q: minCycles is %d and maxCycles %d: give a maximum that is not below the minimum", d.Name, d.MinCycles, d.MaxCycles)
+	if policy.MaxCycles != 0 && policy.MinCycles > policy.MaxCycles {
+		return peer.Device{}, usageErrorf("--devices: device %q: minCycles is %d and maxCycles %d: give a maximum that is not below the minimum", d.Name, policy.MinCycles, policy.MaxCycles)
 	}
 	device := peer.Device{
 		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
-		Policy: migrate.Policy{
-			BlockSize: d.BlockSize, MaxDirtyBlocks: d.MaxDirtyBlocks, MinCycles: d.MinCycles, MaxCycles: d.MaxCycles,
-			CycleThrottle: d.CycleThrottle, Expiry: d.Expiry,
-		},
-		Stationary: d.MakeMigratable != nil && !*d.MakeMigratable,
+		Policy:       policy,
+		Stationary:   d.MakeMigratable != nil && !*d.MakeMigratable,
 	}
 	if err := device.Policy.Check(); err != nil {
 		return peer.Device{}, usageErrorf("--devices: device %q: %w", d.Name, err)
 	}
 	return device, nil
+}
+
+// orZero is what p points to, if it does.
+func orZero[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
 }
 
 type peerOptions struct {
@@ -98,6 +110,8 @@ type peerOptions struct {
 	raddr, laddr  string
 	concurrency   int
 	noPostcopy    bool
+	maxDowntime   time.Duration
+	maxTotalTime  time.Duration
 	rescueTimeout time.Duration
 	metrics       string
 	report        string
@@ -122,8 +136,12 @@ where there are none. The next start goes on from there.
 
 The short way gives --package and --instance: a package's folder, and a folder for the instance's overlays. The long way
 gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
-"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds. A migration copies everything once, then in cycles
-what was written meanwhile: until minCycles in a row had at most maxDirtyBlocks, or maxCycles are done, or nothing is dirty.
+"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds.
+
+A migration copies everything once, then in cycles what was written meanwhile, until the rest is small enough for
+--max-downtime, or cycles no longer make it less. For a device with any of maxDirtyBlocks, minCycles, maxCycles and
+cycleThrottle, these decide instead: until minCycles in a row had at most maxDirtyBlocks, or maxCycles are done, or nothing
+is dirty. All four zero disable copying before the switch, as far as possible.
 
 Exit statuses: 0 the instance was closed and saved, handed over, or shut down by its guest; 1 something failed; 2 the
 command line cannot be used; 130 ended by a signal before the instance ran.`,
@@ -141,6 +159,8 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the instance over at (empty: it is not migratable)")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")
 	flags.BoolVar(&opts.noPostcopy, "disable-postcopy-migration", false, "send everything before the instance resumes at its destination (always so in this version)")
+	flags.DurationVar(&opts.maxDowntime, "max-downtime", 0, "how long the guest may stand still when it is sent; what needs longer is given up (0: aim at 20ms, and send what there is)")
+	flags.DurationVar(&opts.maxTotalTime, "max-total-time", 0, "how long it may take to send the guest; what needs longer is given up (0: any time)")
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at (not available in this version)")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
@@ -176,6 +196,18 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if opts.rescueTimeout <= 0 {
 		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescueTimeout)
 	}
+	goal := migrate.Goal{MaxDowntime: opts.maxDowntime, MaxTotalTime: opts.maxTotalTime, PostCopy: !opts.noPostcopy, Throttle: true}
+	for _, v := range []struct {
+		flag  string
+		value time.Duration
+	}{{"max-downtime", opts.maxDowntime}, {"max-total-time", opts.maxTotalTime}} {
+		if cmd.Flags().Changed(v.flag) && v.value <= 0 {
+			return usageErrorf("--%s %s: give a time above zero, or leave it out", v.flag, v.value)
+		}
+	}
+	if err := goal.Check(); err != nil {
+		return usageErrorf("--max-downtime and --max-total-time: %w", err)
+	}
 	if opts.metrics != "" {
 		return usageErrorf("--metrics is not available in this version; leave it out")
 	}
@@ -208,7 +240,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Concurrency: opts.concurrency, Logger: log,
+		ForceOwner: opts.forceOwner, Goal: goal, Concurrency: opts.concurrency, Logger: log,
 	}
 
 	if opts.laddr != "" {
@@ -469,7 +501,7 @@ var defaultPolicy = migrate.Policy{ByGoal: true}
 
 // defaultPeerDevices are the devices of out/package with overlays beside it, as documented for --devices.
 func defaultPeerDevices() string {
-	migratable := true
+	migratable, maxDirtyBlocks, minCycles, maxCycles, cycleThrottle := true, int64(200), 5, 20, 500*time.Millisecond
 	devices := []peerDevice{}
 	for _, name := range vmpackage.KnownNames() {
 		file := vmpackage.DefaultFile(name)
@@ -479,8 +511,8 @@ func defaultPeerDevices() string {
 		}
 		devices = append(devices, peerDevice{
 			Name: name, Base: base, Overlay: filepath.Join("out", "overlay", file), State: filepath.Join("out", "state", file),
-			BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: 200, MinCycles: 5, MaxCycles: 20,
-			CycleThrottle: 500 * time.Millisecond, MakeMigratable: &migratable,
+			BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: &maxDirtyBlocks, MinCycles: &minCycles,
+			MaxCycles: &maxCycles, CycleThrottle: &cycleThrottle, MakeMigratable: &migratable,
 		})
 	}
 	b, _ := json.Marshal(devices) // strings and numbers only: cannot fail

@@ -21,7 +21,7 @@ import (
 type Device struct {
 	runner.DeviceConfig
 
-	// Policy says when pre-copy of this device has done enough. The zero value copies once, then switches.
+	// Policy says when pre-copy of this device has done enough. The zero value disables pre-copy.
 	Policy migrate.Policy
 
 	// Stationary devices do not travel: the destination has them already. An instance can be
@@ -38,6 +38,9 @@ type Config struct {
 
 	// ForceOwner is runner.Config.ForceOwner.
 	ForceOwner bool
+
+	// Goal is what a Send is to achieve, for devices whose Policy leaves it to that.
+	Goal migrate.Goal
 
 	// Concurrency bounds the workers of a migration. 0 means migrate's default.
 	Concurrency int
@@ -185,7 +188,7 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 		}
 	}
 	return send(ctx, streams, migrate.SourceConfig{
-		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
+		Devices: devices, Spec: spec, Goal: p.cfg.Goal, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
 		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	})
 }

@@ -1,0 +1,279 @@
+package migrate
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// someBase is a device of a few chunks of hashes with holes, zeros that are no holes, and a last page that is not whole.
+func someBase(tb testing.TB) *block.Memory {
+	m := block.NewMemory(3*chunkPages*block.PageSize + 1000)
+	p := make([]byte, 5*block.PageSize)
+	for i, off := range []int64{0, 100 * block.PageSize, chunkPages*block.PageSize - 8192, m.Size() - 1000 - 5*block.PageSize} {
+		fill(p, uint64(i))
+		clear(p[block.PageSize : 2*block.PageSize])
+		if _, err := m.WriteAt(p, off); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	if _, err := m.WriteAt([]byte("the end"), m.Size()-7); err != nil {
+		tb.Fatal(err)
+	}
+	return m
+}
+
+func digestOfDevice(tb testing.TB, d block.Device) wire.Digest {
+	sum, err := block.Digest(context.Background(), d)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return sum
+}
+
+func TestIndexBase(t *testing.T) {
+	for name, d := range map[string]block.Device{
+		"some": someBase(t), "empty": block.NewMemory(0), "zeros": block.NewMemory(1 << 20), "short": block.NewMemory(10),
+		"without extents": struct{ block.Device }{someBase(t)},
+	} {
+		x, err := IndexBase(context.Background(), d)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if want := digestOfDevice(t, d); x.Digest() != want || x.Size() != d.Size() {
+			t.Errorf("%s: got %x of %d bytes, want %x of %d", name, x.Digest(), x.Size(), want, d.Size())
+		}
+	}
+
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := IndexBase(ctx, someBase(t)); !errors.Is(err, context.Canceled) {
+		t.Errorf("canceled: got error %v", err)
+	}
+	closed := someBase(t)
+	closed.Close()
+	if _, err := IndexBase(context.Background(), closed); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("closed: got error %v", err)
+	}
+}
+
+// A digest that began as a base's and had pages replaced is the digest of the device with those pages.
+func TestDigestCloneGoesOn(t *testing.T) {
+	base := someBase(t)
+	x, err := IndexBase(context.Background(), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := x.Digest()
+	d := x.pages.clone()
+	p := make([]byte, 2*block.PageSize)
+	fill(p, 9)
+	for _, off := range []int64{0, 101 * block.PageSize, 2 * chunkPages * block.PageSize} {
+		if _, err := base.WriteAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+		d.write(off, p)
+	}
+	if err := base.Discard(chunkPages*block.PageSize-block.PageSize, 4*block.PageSize); err != nil {
+		t.Fatal(err)
+	}
+	d.zero(chunkPages*block.PageSize-block.PageSize, 4*block.PageSize)
+	if got, want := d.sum(), digestOfDevice(t, base); got != want {
+		t.Errorf("got %x, want %x", got, want)
+	}
+	if x.pages.sum() != before || x.Digest() != before {
+		t.Error("the index changed with its clone")
+	}
+}
+
+// writeFile makes a file with the contents of d that is old enough to be remembered.
+func writeFile(t *testing.T, path string, d block.Device) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := io.Copy(f, io.NewSectionReader(d, 0, d.Size())); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestBaseIndexFile(t *testing.T) {
+	x, err := IndexBase(context.Background(), someBase(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := fileIdentity{size: x.Size(), mtime: 1e18, ctime: 1e18 + 5, ino: 7}
+	var b bytes.Buffer
+	if err := writeBaseIndex(&b, id, x); err != nil {
+		t.Fatal(err)
+	}
+	if want := indexHead + 4*indexChunkSize + 16; b.Len() != want {
+		t.Errorf("%d bytes, want %d", b.Len(), want)
+	}
+	got, err := readBaseIndex(bytes.NewReader(b.Bytes()), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Digest() != x.Digest() || got.Size() != x.Size() {
+		t.Errorf("got %x of %d bytes, want %x of %d", got.Digest(), got.Size(), x.Digest(), x.Size())
+	}
+	again := new(bytes.Buffer)
+	if err := writeBaseIndex(again, id, got); err != nil || !bytes.Equal(again.Bytes(), b.Bytes()) {
+		t.Errorf("does not write what it read: %v", err)
+	}
+
+	for _, other := range []fileIdentity{
+		{id.size + 1, id.mtime, id.ctime, id.ino}, {id.size, id.mtime + 1, id.ctime, id.ino},
+		{id.size, id.mtime, id.ctime + 1, id.ino}, {id.size, id.mtime, id.ctime, id.ino + 1}, {0, id.mtime, id.ctime, id.ino},
+	} {
+		if _, err := readBaseIndex(bytes.NewReader(b.Bytes()), other); err == nil {
+			t.Errorf("index of %+v taken for %+v", id, other)
+		}
+	}
+	for _, at := range []int{0, 9, 20, 30, 45, 55, indexHead + 3, indexHead + 1000, b.Len() - 20, b.Len() - 1} {
+		damaged := bytes.Clone(b.Bytes())
+		damaged[at] ^= 4
+		if _, err := readBaseIndex(bytes.NewReader(damaged), id); err == nil {
+			t.Errorf("damage at %d was not noticed", at)
+		}
+	}
+	for _, n := range []int{0, 10, indexHead, indexHead + 100, b.Len() - 16, b.Len() - 1} {
+		if _, err := readBaseIndex(bytes.NewReader(b.Bytes()[:n]), id); err == nil {
+			t.Errorf("%d of %d bytes were taken for all", n, b.Len())
+		}
+	}
+	if _, err := readBaseIndex(io.MultiReader(&b, strings.NewReader("x")), id); err == nil {
+		t.Error("a byte too many was not noticed")
+	}
+}
+
+func TestOpenBaseIndex(t *testing.T) {
+	ctx, log := context.Background(), slog.New(slog.DiscardHandler)
+	dir := t.TempDir()
+	path, cache := filepath.Join(dir, "base"), filepath.Join(dir, "base.index")
+	base := someBase(t)
+	writeFile(t, path, base)
+	open := func() *BaseIndex {
+		t.Helper()
+		x, err := OpenBaseIndex(ctx, path, cache, log)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := digestOfDevice(t, base); x.Digest() != want {
+			t.Fatalf("got %x, want %x", x.Digest(), want)
+		}
+		return x
+	}
+	open()
+	if _, err := os.Stat(cache); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("index of a file that just changed was kept: %v", err)
+	}
+
+	// The time of the last change of an inode cannot be set: put an index where an older base would have got it.
+	plant := func(x *BaseIndex) {
+		t.Helper()
+		id, err := identify(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := saveBaseIndex(cache, id, x); err != nil {
+			t.Fatal(err)
+		}
+	}
+	planted, err := IndexBase(ctx, block.NewMemory(base.Size()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plant(planted)
+	if x, err := OpenBaseIndex(ctx, path, cache, log); err != nil || x.Digest() != planted.Digest() {
+		t.Errorf("the index that is kept was not used: %v", err)
+	}
+	for what, change := range map[string]func() error{
+		"content": func() error {
+			_, err := base.WriteAt([]byte("x"), 4711)
+			writeFile(t, path, base)
+			return err
+		},
+		"time":    func() error { return os.Chtimes(path, time.Time{}, time.Now().Add(-time.Hour)) },
+		"replace": func() error { writeFile(t, path+"2", base); return os.Rename(path+"2", path) },
+		"damage":  func() error { return os.WriteFile(cache, []byte("DRAFTIDX"), 0o600) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			plant(planted)
+			if err := change(); err != nil {
+				t.Fatal(err)
+			}
+			open()
+		})
+	}
+
+	if _, err := OpenBaseIndex(ctx, path, filepath.Join(dir, "nowhere", "index"), log); err != nil {
+		t.Errorf("an index that cannot be kept is an error: %v", err)
+	}
+	if _, err := OpenBaseIndex(ctx, dir, "", log); err == nil {
+		t.Error("a folder has an index")
+	}
+	if _, err := OpenBaseIndex(ctx, filepath.Join(dir, "missing"), "", nil); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing base: got error %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(dir, ".*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func FuzzReadBaseIndex(f *testing.F) {
+	x, err := IndexBase(context.Background(), someBase(f))
+	if err != nil {
+		f.Fatal(err)
+	}
+	id := fileIdentity{size: x.Size(), mtime: 1e18, ctime: 1e18, ino: 7}
+	var b bytes.Buffer
+	if err := writeBaseIndex(&b, id, x); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(b.Bytes())
+	f.Add(b.Bytes()[:indexHead])
+	f.Add(id.head(1 << 40))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		x, err := readBaseIndex(bytes.NewReader(in), id)
+		if err != nil {
+			return
+		}
+		var out bytes.Buffer
+		if err := writeBaseIndex(&out, id, x); err != nil || !bytes.Equal(out.Bytes(), in) {
+			t.Error("an index that was read is written differently", err)
+		}
+	})
+}
+
+func BenchmarkIndexBase(b *testing.B) {
+	const size = 256 << 20
+	base := newMemfd(b, size)
+	defer base.Close()
+	p := make([]byte, 1<<20)
+	for off := int64(0); off < size; off += int64(len(p)) {
+		fill(p, uint64(off))
+		if _, err := base.WriteAt(p, off); err != nil {
+			b.Fatal(err)
+		}
+	}
+	b.SetBytes(size)
+	for b.Loop() {
+		if _, err := IndexBase(context.Background(), base); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -321,6 +321,17 @@ func refreshManifest(ctx context.Context, dir string) error {
 
 // startPeer brings the instance up, in the way the options ask for.
 func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *reports, out io.Writer) (*peer.Peer, error) {
+	// A peer that was killed is started again with the same command line, and finds its machine alive.
+	if p, err := peer.Adopt(ctx, cfg); err == nil {
+		if id, ok := p.InDoubt(); ok {
+			fmt.Fprintf(out, "Adopted VM on %s, paused: it was given to another peer (migration %s), which has not confirmed that it runs it\n", p.VMPath(), id)
+		} else {
+			fmt.Fprintf(out, "Adopted VM on %s\n", p.VMPath())
+		}
+		return p, nil
+	} else if !errors.Is(err, runner.ErrNotAlive) {
+		return nil, err
+	}
 	switch {
 	case opts.raddr != "":
 		if transport.Insecure(opts.raddr) {

@@ -114,6 +114,9 @@ func newPeer(cfg Config, i *runner.Instance) *Peer {
 	return p
 }
 
+// Adopt takes over the living machine of an instance whose peer has died; see runner.Adopt. Resume and Boot do so too.
+func Adopt(ctx context.Context, cfg Config) (*Peer, error) { return start(ctx, cfg, runner.Adopt) }
+
 // Resume starts the instance on this host from its saved state.
 func Resume(ctx context.Context, cfg Config) (*Peer, error) {
 	return start(ctx, cfg, runner.Resume)
@@ -244,6 +247,13 @@ func (p *Peer) Err() error { return p.instance.Machine().Err() }
 
 // Kill ends the instance here without saving it, as a power cut would.
 func (p *Peer) Kill() error { return p.instance.Kill() }
+
+// Adopted reports whether the instance was taken over from a peer that had died.
+func (p *Peer) Adopted() bool { return p.instance.Adopted() }
+
+// InDoubt returns the migration by which the instance was given away and which nobody has confirmed, if there is one. The
+// guest is paused here, and may run there.
+func (p *Peer) InDoubt() (migration string, ok bool) { return p.instance.InDoubt() }
 
 // Running reports whether the guest runs here.
 func (p *Peer) Running() bool { return p.instance.Running() }

@@ -145,6 +145,10 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
+	// Anew makes the start end a living machine that it finds of this instance, where it would adopt it otherwise: for
+	// instances that are made, not kept.
+	Anew bool
+
 	// BootUnattended makes Boot succeed, with a warning, when the guest's liveness or agent do not answer: for a guest
 	// that is to be repaired.
 	BootUnattended bool

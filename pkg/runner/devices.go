@@ -20,6 +20,7 @@ type device struct {
 	block.Device // base, or overlay over base; closes both
 
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
+	live    *os.File       // of the overlay of a disk: see block.OverlayOptions
 	lock    *os.File       // holds the lock on the base until the device is closed
 	created []string       // files that opening the device made, to remove if nothing comes of it
 	folders []string       // folders that it made for them, outermost first
@@ -83,9 +84,9 @@ func (d DeviceConfig) recordFile() string {
 }
 
 // openDevice opens one device. A size above zero is what a device must have, and the size it is made with when it is to be
-// received.
-func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error) {
-	d := &device{DeviceConfig: c}
+// received. It takes live over.
+func openDevice(c DeviceConfig, mode openMode, size int64, live *os.File) (_ *device, err error) {
+	d := &device{DeviceConfig: c, live: live}
 	defer func() {
 		if err != nil {
 			d.discard()
@@ -135,6 +136,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64) (_ *device, err error
 			Base: base, BasePath: c.Base, Overlay: c.Overlay, State: c.State, BlockSize: c.BlockSize,
 			// What a migration brings is mostly what the base holds already, and a saved memory image mostly what it was.
 			ElideUnchanged: mode == openReceive || c.Name == MemoryDevice,
+			Live:           live,
 		})
 		if err != nil {
 			return nil, err
@@ -173,9 +175,7 @@ func (d *device) close() error {
 	if d.Device != nil {
 		errs = append(errs, d.Device.Close())
 	}
-	if d.lock != nil {
-		errs = append(errs, d.lock.Close())
-	}
+	closeFiles(d.lock, d.live)
 	return errors.Join(errs...)
 }
 
@@ -271,6 +271,9 @@ func LockFile(path string, exclusive bool) (*os.File, error) {
 	return f, nil
 }
 
+// ErrAlive is wrapped by the error of a start that finds a living process to have the instance, and cannot adopt it.
+var ErrAlive = errors.New("the instance is alive")
+
 // lockOwner takes the lock that says that an instance is alive: an open file description lock (fcntl(2), F_OFD_SETLK) on the
 // file its record is in. The machine inherits the descriptor, so the lock lasts until both it and we are gone. It is of
 // another kind than the locks on bases and overlays, which end with this process, and does not meet them.
@@ -284,7 +287,7 @@ func lockOwner(c DeviceConfig) (*os.File, error) {
 	if err := unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
-			return nil, fmt.Errorf("the instance of %q is alive: its peer, or the hypervisor that a killed peer left behind, has it; end that process first (fuser %s)", path, path)
+			return nil, fmt.Errorf("%w: its peer, or the hypervisor that a killed peer left behind, has %q; end that process first (fuser %s)", ErrAlive, path, path)
 		}
 		return nil, fmt.Errorf("lock %q: %w", path, err)
 	}

@@ -2,9 +2,13 @@ package runner
 
 import (
 	"context"
+	"crypto/rand"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/agent"
@@ -21,6 +25,66 @@ type guest struct {
 	liveness *agent.Liveness // nil unless the guest boots and will say when it is up
 
 	told telling // that the guest will be suspended; of one goroutine at a time
+	note callNote
+}
+
+// callNote says which call to the agent was begun last and is not known to be over. It is kept in a file beside the VMPath,
+// so that who adopts the machine of a process that died repeats that call, which the guest does not execute twice, and
+// makes the one that must follow it. At most one of the two is set.
+type callNote struct {
+	Suspend string `json:"suspend,omitempty"` // id of a BeforeSuspend that no AfterResume has followed
+	Resume  string `json:"resume,omitempty"`  // id of an AfterResume that has not been answered
+}
+
+// callFile is the name of that file.
+const callFile = "agent.json"
+
+// write replaces the file. It is not synced: it is of use to a living machine only.
+func (n callNote) write(vmPath string) error {
+	path := filepath.Join(filepath.Dir(vmPath), callFile)
+	if n == (callNote{}) {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	text, err := json.Marshal(n)
+	if err == nil {
+		err = os.WriteFile(path+".new", text, 0o600)
+	}
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	return err
+}
+
+// remember makes n the note. A call is made all the same when that fails.
+func (g *guest) remember(n callNote) {
+	g.note = n
+	if err := n.write(g.path); err != nil {
+		g.log.Warn("a process that takes over from this one would not know what the guest's agent was told", "error", err)
+	}
+}
+
+// recall finds out what a former owner of the machine has told the agent.
+func (g *guest) recall() {
+	text, err := os.ReadFile(filepath.Join(filepath.Dir(g.path), callFile))
+	if err != nil || g.agent == nil {
+		return
+	}
+	if json.Unmarshal(text, &g.note) == nil && g.note.Suspend != "" {
+		g.told = uncertain
+	}
+}
+
+// owed reports whether the agent is to be told that the guest runs.
+func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
+
+// noteResume notes, before a guest runs that was saved or sent, that its agent is to be told.
+func (g *guest) noteResume() {
+	if g != nil && g.agent != nil {
+		g.remember(callNote{Resume: rand.Text()})
+	}
 }
 
 // telling is whether the agent knows of a suspend that has not been followed by a resume.
@@ -108,6 +172,10 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 	if ctx.Err() != nil {
 		return context.Cause(ctx) // and the guest knows nothing
 	}
+	if g.told != uncertain || g.note.Suspend == "" {
+		g.remember(callNote{Suspend: rand.Text()})
+	}
+	g.agent.RepeatSuspend(g.note.Suspend)
 	g.told = uncertain
 	return bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", func(ctx context.Context) error {
 		err := g.agent.BeforeSuspend(ctx)
@@ -121,7 +189,7 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 // undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of
 // the suspend. Where that is uncertain the call is repeated first, which the guest does not execute twice.
 func (g *guest) undoSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
-	if g == nil || g.told == untold {
+	if g == nil || g.told == untold && !g.owed() {
 		return nil
 	}
 	var err error
@@ -136,8 +204,15 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 		return nil
 	}
 	g.told = untold
+	if g.note.Resume == "" {
+		g.remember(callNote{Resume: rand.Text()})
+	}
 	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-		return g.agent.AfterResume(ctx, agent.AfterResumeRequest{Entropy: agent.NewEntropy()})
+		err := g.agent.AfterResume(ctx, agent.AfterResumeRequest{ID: g.note.Resume, Entropy: agent.NewEntropy()})
+		if err == nil || ctx.Err() == nil {
+			g.remember(callNote{})
+		}
+		return err
 	})
 }
 

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -16,6 +17,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/zeebo/xxh3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -31,6 +33,8 @@ import (
 //	                                   └───── Reclaim ──────┘
 //	Prepare ─► waiting ─ Load ─► loaded ─ Own ─► suspended ─ Run ─► running
 //	any ─ Close, Kill, Discard ─► closed
+//
+// An instance whose owner died enters by Adopt, as running or released.
 //
 // Every transition is made by one method of Instance, which holds Instance.mu throughout.
 type phase int
@@ -65,6 +69,9 @@ type Instance struct {
 
 	devices []*device // in the order of the configuration
 	owner   *os.File  // holds the lock on the instance: see lockOwner
+	folder  *os.File  // holds the lock on root: see machineFile
+	orphan  *orphan   // the machine of an owner that died, until it is adopted
+	adopted bool
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
@@ -85,9 +92,12 @@ type Instance struct {
 // first. With an agent in the guest, Resume returns after the agent has finished its work.
 func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	began := time.Now()
-	i, err := open(cfg, openExisting, nil)
+	i, err := open(ctx, cfg, openExisting, nil)
 	if err != nil {
 		return nil, err
+	}
+	if i.orphan != nil {
+		return i.takeOver(ctx, Resume)
 	}
 	resumed := false
 	defer func() {
@@ -110,11 +120,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
-	// The filling goes on when this call, and with it its context, is over.
-	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{OnError: func(err error) {
-		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
-	}})
-	if err != nil {
+	if err := i.fill(ctx, false); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	select {
@@ -128,10 +134,14 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	}
 
 	// From the moment the guest may write to its disks, the saved memory does not belong to them any more: that must be
-	// on record first. It costs a sync, which runs beside the machine's work.
+	// on record first. It costs a sync, which runs beside the machine's work. The record still says where the device state
+	// is, for whoever finds that this process died before the guest ran.
+	i.guest.noteResume()
 	var work errgroup.Group
 	resumed = true
-	work.Go(func() error { return writeRecord(i.device(StateDevice), Record{Status: Running}) })
+	work.Go(func() error {
+		return writeRecord(i.device(StateDevice), Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state)})
+	})
 	work.Go(func() error { return i.machine.Load(ctx, bytes.NewReader(state)) })
 	if err := work.Wait(); err != nil {
 		resumed = false // nothing ran: the saved state is as good as it was
@@ -152,9 +162,12 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 // then on. The machine is what its config device describes. With a liveness port in the description, Boot returns when the
 // guest says that it is up. An instance that moved away is refused, unless Config.ForceOwner says otherwise.
 func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
-	i, err := open(cfg, openExisting, nil)
+	i, err := open(ctx, cfg, openExisting, nil)
 	if err != nil {
 		return nil, err
+	}
+	if i.orphan != nil {
+		return i.takeOver(ctx, Boot)
 	}
 	booted := false
 	defer func() {
@@ -234,7 +247,7 @@ type Incoming struct {
 // configured ones must match by name, except those configured devices that exist here and do not travel; local names them.
 // [Instance.Target] gives the devices to write to; then come Load and Run, or Discard.
 func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incoming) (_ *Instance, err error) {
-	i, err := open(cfg, openReceive, &reception{desc: desc, incoming: incoming})
+	i, err := open(ctx, cfg, openReceive, &reception{desc: desc, incoming: incoming})
 	if err != nil {
 		return nil, err
 	}
@@ -293,7 +306,7 @@ type reception struct {
 }
 
 // open makes an instance with its devices opened and nothing running.
-func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
+func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 	cfg = cfg.withDefaults()
 	if cfg.Backend == nil {
 		return nil, errors.New("open instance: no backend is given")
@@ -304,7 +317,11 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting}
 	defer func() {
 		if err != nil {
+			if i.orphan != nil {
+				i.orphan.close()
+			}
 			err = errors.Join(err, i.discardDevices())
+			closeFiles(i.owner, i.folder)
 		}
 	}()
 
@@ -317,24 +334,42 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 		sizes[StateDevice] = StateDeviceSize
 		sizes[MemoryDevice] = r.desc.MemorySize
 	}
-	for _, c := range cfg.Devices {
+	// The state device first: it says whether there is a machine already, which knows more of the disks than their files.
+	order := slices.Clone(cfg.Devices)
+	slices.SortStableFunc(order, func(a, b DeviceConfig) int {
+		return cmp.Compare(btoi(b.Name == StateDevice), btoi(a.Name == StateDevice))
+	})
+	for _, c := range order {
 		size, travels := sizes[c.Name]
 		deviceMode := mode
 		if !travels {
 			deviceMode = openExisting
 		}
-		d, err := openDevice(c, deviceMode, size)
+		var live *os.File
+		if IsDisk(c.Name) && c.Overlay != "" {
+			if live, err = i.liveFile(c.Name); err != nil {
+				return nil, fmt.Errorf("open device %q: %w", c.Name, err)
+			}
+		}
+		d, err := openDevice(c, deviceMode, size, live)
 		if err != nil {
 			return nil, err
 		}
 		i.devices = append(i.devices, d)
 		if d.Name == StateDevice {
-			if i.owner, err = lockOwner(d.DeviceConfig); err != nil {
+			if err := i.lock(ctx, d, mode); err != nil {
 				return nil, fmt.Errorf("open instance: %w", err)
 			}
 		}
 	}
-	if r == nil {
+	rank := make(map[string]int)
+	for n, c := range cfg.Devices {
+		rank[c.Name] = n
+	}
+	slices.SortFunc(i.devices, func(a, b *device) int { return cmp.Compare(rank[a.Name], rank[b.Name]) })
+	if i.orphan != nil {
+		i.desc = i.orphan.info.Description
+	} else if r == nil {
 		config := i.device(ConfigDevice)
 		if config == nil {
 			return nil, fmt.Errorf("open instance: no device %q is configured: it describes the machine", ConfigDevice)
@@ -353,6 +388,60 @@ func open(cfg Config, mode openMode, r *reception) (_ *Instance, err error) {
 		return nil, fmt.Errorf("open instance: memory %q has %d bytes, the machine has %d: they belong to different packages", m.Base, m.Size(), i.desc.MemorySize)
 	}
 	return i, nil
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// lock takes the lock on the instance. A machine that has it, because its owner died, is kept for adoption if it may have
+// run and its instance is not to be made anew, and is ended otherwise.
+func (i *Instance) lock(ctx context.Context, state *device, mode openMode) error {
+	owner, o, err := lockInstance(ctx, state.DeviceConfig)
+	if err != nil {
+		return err
+	}
+	if o == nil {
+		i.owner = owner
+		return nil
+	}
+	i.owner, i.folder, i.orphan = o.owner, o.note, o
+	r, err := ReadRecord(state)
+	ran := err == nil && (r.Status == Running || r.Status == Moved && !r.Settled)
+	switch {
+	case err != nil && !errors.Is(err, errNoRecord):
+		return err
+	case ran && mode == openReceive:
+		return fmt.Errorf("%w: the instance configured here is alive already (process %d): receive into other overlays, or start it here to adopt it", ErrMismatch, o.pid)
+	case ran && !i.cfg.Anew:
+		return nil
+	}
+	i.log.Info("the machine of an owner that died is ended: it holds nothing of use", "pid", o.pid, "status", r.Status)
+	if err := o.end(ctx, i.cfg.Backend); err != nil {
+		return err
+	}
+	o.close()
+	closeFiles(o.note)
+	i.folder, i.orphan = nil, nil
+	if r.Status == Receiving {
+		return writeRecord(state, Record{Status: Discarded, Migration: r.Migration})
+	}
+	return nil
+}
+
+// liveFile is what outlives this process of a disk's overlay: that of the machine to be adopted, or a new one.
+func (i *Instance) liveFile(disk string) (*os.File, error) {
+	name := memfdPrefix + "blocks:" + disk
+	if i.orphan == nil {
+		return block.NewLive(name)
+	}
+	if f := i.orphan.claim(name); f != nil {
+		return f, nil
+	}
+	return nil, fmt.Errorf("process %d, the machine, does not hold %q, which says what was written last", i.orphan.pid, name)
 }
 
 // matchIncoming checks that what a migration brings is what is configured here, and returns the sizes by name.
@@ -451,7 +540,7 @@ func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
 }
 
 // makeFolder makes the VMPath.
-func (i *Instance) makeFolder() error {
+func (i *Instance) makeFolder() (err error) {
 	if i.path != "" {
 		return nil
 	}
@@ -476,11 +565,25 @@ func (i *Instance) makeFolder() error {
 			return fmt.Errorf("make folder of machine: %w", err)
 		}
 	}
-	if err := os.Mkdir(i.path, 0o700); err != nil {
+	host := i.cfg.Host
+	i.folder, err = machineNote{
+		Hypervisor: i.cfg.Backend.Name(), Netns: host.Netns, Interface: host.Interface, UID: host.UID, GID: host.GID,
+		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Description: i.desc,
+	}.make(i.root)
+	if err == nil {
+		err = os.Mkdir(i.path, 0o700)
+	}
+	if err != nil {
 		return fmt.Errorf("make folder of machine: %w", err)
+	}
+	if err := reapFolders(filepath.Dir(i.root), i.cfg.Backend); err != nil {
+		i.log.Warn("what an ended machine left could not be removed", "error", err)
 	}
 	return nil
 }
+
+// memoryName is the name of the memfd that is the RAM of the machine whose folder is root.
+func memoryName(root string) string { return memfdPrefix + filepath.Base(root) }
 
 // maxPath leaves room for the longest socket name in a VMPath within the 108 bytes of a unix socket's address (unix(7)).
 const maxPath = 80
@@ -490,35 +593,12 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if err := i.makeFolder(); err != nil {
 		return err
 	}
-	if i.memory, err = ram.Create("drafter-"+filepath.Base(i.root), i.desc.MemorySize); err != nil {
+	if i.memory, err = ram.Create(memoryName(i.root), i.desc.MemorySize); err != nil {
 		return err
 	}
-	cfg := vmm.Config{
-		Spec: i.desc.Spec, Dir: i.path, Memory: i.memory.File(), Boot: boot,
-		Netns: i.cfg.Host.Netns, Interface: i.cfg.Host.Interface,
-		SerialOutput: i.cfg.Host.SerialOutput, SerialInput: i.cfg.Host.SerialInput,
-		IOEngineSync: i.cfg.Host.IOEngineSync,
-		UID:          i.cfg.Host.UID, GID: i.cfg.Host.GID, NUMANode: -1,
-		CgroupVersion: i.cfg.Host.CgroupVersion, CgroupName: filepath.Base(i.root),
-		Binary: i.cfg.Host.Binary, Logger: i.log,
-	}
-	if i.cfg.Host.NUMANode != nil {
-		cfg.NUMANode = *i.cfg.Host.NUMANode
-	}
-	for _, disk := range i.desc.Disks {
-		d := i.device(disk.Name)
-		socket := filepath.Join(i.path, disk.Name+".nbd")
-		opts := expose.NBDOptions{Logger: i.log}
-		if i.cfg.Host.IOEngineSync {
-			opts.Workers = 1
-		}
-		i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
-		server, err := expose.ListenNBD(socket, []expose.Export{{Name: disk.Name, Device: d.Device, ReadOnly: disk.ReadOnly}}, opts)
-		if err != nil {
-			return fmt.Errorf("expose disk %q: %w", disk.Name, err)
-		}
-		i.disks = append(i.disks, server)
-		cfg.Disks = append(cfg.Disks, vmm.Attachment{Name: disk.Name, Socket: socket})
+	cfg := i.machineConfig(boot)
+	if cfg.Disks, err = i.serveDisks(); err != nil {
+		return err
 	}
 	if i.desc.Sockets {
 		if i.guest, err = openGuest(i.path, i.desc, boot != nil, i.log); err != nil {
@@ -527,10 +607,9 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	}
 	var handle *ram.Handle
 	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
-		// The machine holds the instance's lock too: should this process die, the instance stays taken while it lives.
-		if i.owner != nil {
-			cmd.ExtraFiles = append(cmd.ExtraFiles, i.owner)
-		}
+		// The machine holds the instance's locks too: should this process die, the instance stays taken while it lives. And
+		// it holds what it alone outlives us with: see block.OverlayOptions.Live.
+		cmd.ExtraFiles = append(cmd.ExtraFiles, i.inherited()...)
 		handle, err = ram.Spawn(cmd, ram.Options{})
 		return err
 	}
@@ -547,6 +626,55 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 		i.log.Warn("this host offers less than the best way to handle guest memory", "capabilities", caps.String())
 	}
 	return i.guest.serve()
+}
+
+// inherited are the files that the machine holds for its next owner.
+func (i *Instance) inherited() []*os.File {
+	files := []*os.File{i.folder}
+	if i.owner != nil {
+		files = append(files, i.owner)
+	}
+	for _, d := range i.devices {
+		if d.live != nil {
+			files = append(files, d.live)
+		}
+	}
+	return files
+}
+
+// machineConfig is the machine without its disks.
+func (i *Instance) machineConfig(boot *vmm.Boot) vmm.Config {
+	host := i.cfg.Host
+	cfg := vmm.Config{
+		Spec: i.desc.Spec, Dir: i.path, Memory: i.memory.File(), Boot: boot,
+		Netns: host.Netns, Interface: host.Interface,
+		SerialOutput: host.SerialOutput, SerialInput: host.SerialInput,
+		IOEngineSync: host.IOEngineSync,
+		UID:          host.UID, GID: host.GID, NUMANode: -1,
+		CgroupVersion: host.CgroupVersion, CgroupName: filepath.Base(i.root),
+		Binary: host.Binary, Logger: i.log,
+	}
+	if host.NUMANode != nil {
+		cfg.NUMANode = *host.NUMANode
+	}
+	return cfg
+}
+
+// serveDisk serves a disk where the machine looks for it.
+func (i *Instance) serveDisk(disk vmm.Disk) (vmm.Attachment, error) {
+	socket := filepath.Join(i.path, disk.Name+".nbd")
+	opts := expose.NBDOptions{Logger: i.log}
+	if i.cfg.Host.IOEngineSync {
+		opts.Workers = 1
+	}
+	i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
+	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).Device, ReadOnly: disk.ReadOnly}
+	server, err := expose.ListenNBD(socket, []expose.Export{export}, opts)
+	if err != nil {
+		return vmm.Attachment{}, fmt.Errorf("expose disk %q: %w", disk.Name, err)
+	}
+	i.disks = append(i.disks, server)
+	return vmm.Attachment{Name: disk.Name, Socket: socket}, nil
 }
 
 // run lets the vCPUs run and puts that on record in the phase.
@@ -700,8 +828,13 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 func (i *Instance) Released() {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.phase == released {
-		i.phase = moved
+	if i.phase != released {
+		return
+	}
+	i.phase = moved
+	// Nobody depends on this record but one who starts the instance after this process died, and who would be in doubt.
+	if err := writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Settled: true}); err != nil {
+		i.log.Warn("could not put on record that the instance runs elsewhere", "error", err)
 	}
 }
 
@@ -766,6 +899,7 @@ func (i *Instance) Run(ctx context.Context) error {
 	if i.phase != suspended {
 		return fmt.Errorf("run instance: %w: it is %s", ErrPhase, i.phase)
 	}
+	i.guest.noteResume()
 	return i.run(ctx)
 }
 
@@ -977,8 +1111,8 @@ func (i *Instance) teardown() error {
 	for _, d := range i.devices {
 		errs = append(errs, d.close())
 	}
-	if i.owner != nil {
-		i.owner.Close() // nothing was written through it
+	if i.orphan != nil {
+		i.orphan.close()
 	}
 	if i.root != "" {
 		errs = append(errs, os.RemoveAll(i.root))
@@ -986,6 +1120,7 @@ func (i *Instance) teardown() error {
 		os.Remove(filepath.Dir(i.root))
 		RemoveFolders(i.folders)
 	}
+	closeFiles(i.owner, i.folder) // last: until then the folder is not anybody's to remove
 	return errors.Join(errs...)
 }
 

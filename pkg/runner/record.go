@@ -75,15 +75,18 @@ type Record struct {
 	Status    Status
 	Migration string    // id of the migration that the status comes from, at most 64 bytes; empty if none
 	Time      time.Time // when it was written
-	Length    int64     // bytes of device state that follow; 0 unless Saved, or Moved and not confirmed
+	Length    int64     // bytes of device state that follow; 0 if there is none
 	Sum       uint64    // xxh3 of the device state
+
+	// Settled says of an instance that moved that the other peer runs it, and needs nothing of this one.
+	Settled bool
 }
 
 // Layout of the header, little endian, padded to one page:
 //
 //	  0  8  magic "DRFTSTA1"
 //	  8  4  status
-//	 12  4  zero
+//	 12  4  flags; bit 0: settled
 //	 16  8  time, Unix nanoseconds
 //	 24  8  length of the device state, which begins at recordSize
 //	 32  8  xxh3-64 of the device state
@@ -102,6 +105,7 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
+	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)))
 	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
 	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
 	binary.LittleEndian.PutUint64(b[32:], r.Sum)
@@ -122,6 +126,7 @@ func decodeRecord(b []byte) (Record, error) {
 	}
 	r := Record{
 		Status:    Status(binary.LittleEndian.Uint32(b[8:])),
+		Settled:   binary.LittleEndian.Uint32(b[12:])&1 != 0,
 		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
 		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
 		Sum:       binary.LittleEndian.Uint64(b[32:]),
@@ -209,7 +214,7 @@ func (r Record) remedy() string {
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:
-		if r.Length > 0 {
+		if r.Length > 0 && !r.Settled {
 			return fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it: if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays", at, r.Migration)
 		}
 		return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)

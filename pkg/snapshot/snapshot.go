@@ -120,6 +120,7 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	began := time.Now()
 	instance, err := runner.Boot(ctx, runner.Config{
 		Devices: devices, Backend: cfg.Backend, Host: cfg.Host, Hooks: cfg.Hooks, ResumeTimeout: cfg.ResumeTimeout, Logger: cfg.Logger,
+		Anew: true,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot: %w%s", err, console)

@@ -1,0 +1,172 @@
+package e2e
+
+import (
+	"errors"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestCommandAdopt kills peers, at rest, under load and at many moments, and starts them again: each adopts its machine, and
+// the guest has noticed nothing.
+func TestCommandAdopt(t *testing.T) {
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	w.checkClean(t)
+	kill := func(t *testing.T, c *command) {
+		t.Helper()
+		c.Process.Kill()
+		c.wait(t, -1, 0) // 0: it had ended already
+	}
+	start := func(want string, more ...string) *command { // of the whole test, so that subtests leave it alive
+		t.Helper()
+		c := w.start(t, w.console, w.peer("package", "instance", more...)...)
+		if want != "" {
+			c.waitFor(t, want)
+		}
+		return c
+	}
+	// check checks everything the guest can know of what became of it.
+	check := func(t *testing.T) {
+		t.Helper()
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		last := w.do(t, "disk disk verify")
+		w.do(t, "mem go")
+		w.do(t, "disk disk start 4096 "+last)
+		if log := w.console.Log(); strings.Contains(log, "I/O error") {
+			t.Error("the guest saw an I/O error")
+		}
+	}
+	hooks := func(t *testing.T) {
+		t.Helper()
+		told, err := strconv.Unquote(w.do(t, "cat /hooks"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(told, "[before][after]"); n*len("[before][after]") != len(told) {
+			t.Errorf("the guest was told %s", told)
+		}
+	}
+
+	c := start("Resumed VM")
+	machine := machinePID(t, c)
+
+	t.Run("at rest", func(t *testing.T) {
+		for range 2 {
+			kill(t, c)
+			c = start("Adopted VM on ")
+			w.do(t, "echo hello")
+			hooks(t)
+		}
+	})
+	w.do(t, "mem start 64")
+	w.do(t, "disk disk start 4096")
+
+	t.Run("under load", func(t *testing.T) {
+		for range 4 {
+			kill(t, c)
+			c = start("Adopted VM on ")
+			check(t)
+		}
+		hooks(t)
+		if !running(machine) {
+			t.Error("the machine is another one")
+		}
+	})
+
+	t.Run("flags of the machine", func(t *testing.T) {
+		kill(t, c)
+		c = start("Adopted VM on ", "--chroot-base-dir", w.path("elsewhere"))
+		check(t)
+	})
+
+	t.Run("closing", func(t *testing.T) {
+		for _, after := range []time.Duration{5, 20, 40, 80, 160, 320} {
+			c.Process.Signal(syscall.SIGTERM)
+			w.pass(c, after)
+			kill(t, c)
+			c = start(" VM ")
+			check(t)
+			hooks(t)
+		}
+	})
+
+	t.Run("starting", func(t *testing.T) {
+		for _, after := range []time.Duration{0, 10, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, -1} {
+			c.Process.Signal(syscall.SIGTERM)
+			c.wait(t, 0)
+			w.checkClean(t)
+			c = start("")
+			if after < 0 {
+				c.waitFor(t, "Resumed VM") // and memory is being filled
+			} else {
+				w.pass(c, after)
+			}
+			kill(t, c)
+			c = start(" VM ")
+			t.Logf("after %d ms: %s", after, strings.TrimSpace(c.said()))
+			check(t)
+			hooks(t)
+			if t.Failed() {
+				t.Fatalf("killed after %d ms", after)
+			}
+		}
+	})
+
+	t.Run("moves on", func(t *testing.T) {
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+		c = start("Resumed VM")
+		kill(t, c)
+		c = start("Adopted VM on ", "--laddr", "127.0.0.1:0")
+		addr := c.waitFor(t, "Serving on ")
+		there := w.start(t, w.console, w.peer("package", "there", "--raddr", addr)...)
+		there.waitFor(t, "Received VM")
+		c.wait(t, 0)
+		check(t)
+		hooks(t)
+		kill(t, there)
+		// With the same command line: it has the VM, and asks nobody for it.
+		there = w.start(t, w.console, w.peer("package", "there", "--raddr", addr)...)
+		there.waitFor(t, "Adopted VM on ")
+		check(t)
+		hooks(t)
+		there.Process.Signal(syscall.SIGTERM)
+		there.wait(t, 0)
+		w.checkClean(t)
+	})
+
+	t.Run("machine dies too", func(t *testing.T) {
+		c := w.start(t, w.console, w.peer("package", "there")...)
+		c.waitFor(t, "Resumed VM")
+		machine := machinePID(t, c)
+		kill(t, c)
+		syscall.Kill(machine, syscall.SIGKILL)
+		if said := w.start(t, nil, w.peer("package", "there")...).wait(t, 1); !strings.Contains(said, "--boot") {
+			t.Errorf("the message does not offer --boot:\n%s", said)
+		}
+		c = w.start(t, w.console, w.peer("package", "there", "--boot")...)
+		c.waitFor(t, "Booted VM") // and removes what the other has left
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+		w.checkClean(t)
+		if _, err := os.Stat(w.path("elsewhere")); !errors.Is(err, os.ErrNotExist) {
+			t.Error("a folder was made where nothing runs")
+		}
+	})
+}
+
+// pass lets some milliseconds pass: there is nothing to wait for, the moment is what is tested.
+func (w *workshop) pass(c *command, ms time.Duration) {
+	select {
+	case <-time.After(ms * time.Millisecond):
+	case <-c.done:
+	}
+}
+
+// running reports whether a process exists.
+func running(pid int) bool { return syscall.Kill(pid, 0) == nil }

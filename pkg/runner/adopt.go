@@ -1,0 +1,231 @@
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+
+	"github.com/drafter-vm/drafter/pkg/ram"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+)
+
+// ErrNotAlive is returned by Adopt when there is no living machine of the instance.
+var ErrNotAlive = errors.New("the instance has no living machine")
+
+// Adopt takes over the living machine of an instance whose owner has died: the guest goes on as if nothing had happened,
+// with every page and every write that it had. Resume and Boot do the same when there is one; Adopt does nothing else.
+//
+// What becomes of it is what the instance's record says. Running: it runs, and if it had been paused, it is let run.
+// Moved: it stays paused, as somebody else runs it, or may ([Instance.InDoubt]); Config.ForceOwner takes it back. Anything
+// else: its guest never ran, or was saved, and it is ended.
+func Adopt(ctx context.Context, cfg Config) (*Instance, error) {
+	if !Alive(cfg.Devices) {
+		return nil, ErrNotAlive
+	}
+	i, err := open(ctx, cfg, openExisting, nil)
+	if err != nil {
+		return nil, err
+	}
+	if i.orphan == nil {
+		return nil, errors.Join(ErrNotAlive, i.abandon(ctx, false))
+	}
+	return i.takeOver(ctx, Adopt)
+}
+
+// errNeverRan says that the owner of a machine died before the guest ran in it.
+var errNeverRan = errors.New("the guest never ran in this machine")
+
+// takeOver makes the orphan that open found this instance's machine. Where its guest never ran, it is ended, and again
+// starts the instance from what it was saved as.
+func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Config) (*Instance, error)) (*Instance, error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	o, cfg := i.orphan, i.cfg
+	err := i.adopt(ctx)
+	switch {
+	case err == nil:
+		return i, nil
+	case errors.Is(err, errNeverRan):
+		state := i.device(StateDevice)
+		err := o.end(context.WithoutCancel(ctx), cfg.Backend)
+		if err == nil {
+			err = restoreSaved(state)
+		}
+		if err = errors.Join(err, i.letGo()); err != nil {
+			return nil, fmt.Errorf("end a machine whose guest never ran: %w", err)
+		}
+		return again(ctx, cfg)
+	case o.ended(endingTime / 10):
+		// It was on its way out. What is left is what a power cut leaves.
+		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), reap(o.root, o.note, cfg.Backend))
+	default:
+		err = fmt.Errorf("adopt instance: %w: its machine (process %d, in %q) lives on: try again, or end it (kill -9 %d) and start the instance with --boot", err, o.pid, o.root, o.pid)
+	}
+	return nil, errors.Join(err, i.letGo())
+}
+
+// letGo closes everything but leaves the machine, and what is its own, as it is.
+func (i *Instance) letGo() error {
+	i.machine, i.root = nil, ""
+	err := i.teardown()
+	if errors.Is(err, ram.ErrIncomplete) {
+		err = nil // whoever adopts it next goes on with that
+	}
+	return err
+}
+
+// adopt connects everything to the orphan. The order matters: the machine may be waiting for a page, or for a disk, with the
+// thread that would answer us.
+func (i *Instance) adopt(ctx context.Context) error {
+	o := i.orphan
+	adopter, ok := i.cfg.Backend.(vmm.Adopter)
+	if !ok {
+		return fmt.Errorf("hypervisor %q cannot be taken over", i.cfg.Backend.Name())
+	}
+	record, err := ReadRecord(i.device(StateDevice))
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, fmt.Errorf("not done within the rescue timeout of %s", i.cfg.RescueTimeout))
+	defer cancel()
+	i.root, i.path = o.root, filepath.Join(o.root, "root")
+	if have := i.cfg.Host; i.desc.MAC != "" && (have.Netns != o.info.Netns || have.Interface != o.info.Interface) {
+		i.log.Warn("the adopted machine stays where it is", "netns", o.info.Netns, "interface", o.info.Interface)
+	}
+	i.cfg.Host.UID, i.cfg.Host.GID, i.cfg.Host.CgroupVersion = o.info.UID, o.info.GID, o.info.CgroupVersion
+	i.cfg.Host.Netns, i.cfg.Host.Interface, i.cfg.Host.IOEngineSync = o.info.Netns, o.info.Interface, o.info.IOEngineSync
+
+	file := o.claim(memoryName(i.root))
+	if file == nil {
+		return fmt.Errorf("process %d does not hold its memory %q", o.pid, memoryName(i.root))
+	}
+	if i.memory, err = ram.Open(file); err != nil {
+		return err
+	}
+	cfg := i.machineConfig(nil)
+	if cfg.Disks, err = i.serveDisks(); err != nil {
+		return err
+	}
+	handle, err := ram.Adopt(o.pid, ram.Options{})
+	if err != nil {
+		return err
+	}
+	if err := i.memory.Attach(ctx, handle); err != nil {
+		return err
+	}
+	if i.memory.Unfilled() {
+		if err := i.fill(ctx, true); err != nil {
+			return err
+		}
+	}
+	if i.desc.Sockets {
+		if i.guest, err = openGuest(i.path, i.desc, false, i.log); err != nil {
+			return err
+		}
+		i.guest.recall()
+	}
+	if err := i.guest.serve(); err != nil {
+		return err
+	}
+	if i.machine, err = adopter.Adopt(ctx, cfg); err != nil {
+		return err
+	}
+	state := vmm.StateBroken
+	if m, ok := i.machine.(vmm.Stater); ok {
+		state = m.State()
+	}
+	if i.machine.PID() != o.pid {
+		return fmt.Errorf("the machine that answers in %q is process %d, the instance's is %d", i.path, i.machine.PID(), o.pid)
+	}
+	if err := i.settle(context.WithoutCancel(ctx), record, state); err != nil {
+		return err
+	}
+	o.close()
+	i.orphan, i.adopted = nil, true
+	return nil
+}
+
+// settle brings an adopted machine into the state that its record asks for.
+func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) error {
+	switch {
+	case record.Status == Moved:
+		if state == vmm.StateRunning { // a former owner would have had to do the impossible
+			if err := i.machine.Pause(ctx); err != nil {
+				return fmt.Errorf("pause a machine that was given away: %w", err)
+			}
+			state = vmm.StatePaused
+		}
+		i.phase, i.migration = released, record.Migration
+		if !i.cfg.ForceOwner {
+			return nil
+		}
+		i.phase = suspended
+		if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: record.Migration}); err != nil {
+			return err
+		}
+	case state == vmm.StateRunning:
+		i.phase = running
+	case state != vmm.StatePaused && record.Length > 0:
+		return errNeverRan
+	case state != vmm.StatePaused:
+		return fmt.Errorf("the machine is %s", state)
+	default:
+		i.phase = suspended
+	}
+	if i.phase == suspended {
+		if err := i.run(ctx); err != nil {
+			return err
+		}
+	}
+	if i.guest.owed() {
+		if err := i.guest.undoSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
+			i.log.Error("the instance was adopted and runs, but its agent failed after the resume", "error", err)
+		} else {
+			call(i.cfg.Hooks.AfterResume)
+		}
+	}
+	return nil
+}
+
+// restoreSaved makes the state device say again that the instance is saved. Nothing of it has run since it was.
+func restoreSaved(state *device) error {
+	r, err := ReadRecord(state)
+	if err != nil {
+		return err
+	}
+	r.Status = Saved
+	return writeRecord(state, r)
+}
+
+// serveDisks serves the disks where the machine looks for them.
+func (i *Instance) serveDisks() ([]vmm.Attachment, error) {
+	var attachments []vmm.Attachment
+	for _, disk := range i.desc.Disks {
+		at, err := i.serveDisk(disk)
+		if err != nil {
+			return nil, err
+		}
+		attachments = append(attachments, at)
+	}
+	return attachments, nil
+}
+
+// fill has memory filled from its device, lazily. Resumed is the filling that another process began.
+func (i *Instance) fill(ctx context.Context, resumed bool) (err error) {
+	// It goes on when the call that started it, and with that its context, is over.
+	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{Resume: resumed, OnError: func(err error) {
+		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
+	}})
+	return err
+}
+
+// Adopted reports whether the machine was taken over from an owner that had died.
+func (i *Instance) Adopted() bool { return i.adopted }
+
+// InDoubt returns the migration to which the instance was given and which nobody has confirmed, and whether there is one.
+func (i *Instance) InDoubt() (migration string, ok bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.migration, i.phase == released
+}

@@ -72,6 +72,7 @@ type destination struct {
 	jobs    chan *wire.Buffer // content frames on their way to a device
 
 	began    time.Time
+	downtime laps // begun by the first device state
 	prepared bool // Prepare succeeded: a failure needs Discard
 	promised bool // Prepared may have been sent: a failure needs the journal's Abort
 	summary  *wire.Summary
@@ -226,6 +227,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return err
 	}
 
+	d.downtime.end(PartTransfer)
 	d.state.set(DestinationLoading)
 	ours, err := d.load(c, state, theirs)
 	if err != nil {
@@ -248,12 +250,14 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return context.Cause(l.ctx)
 	}
 
+	d.downtime.end(PartDecision)
 	// From here on the link may do what it wants.
 	d.state.set(DestinationCommitting)
 	after := context.WithoutCancel(ctx)
 	if err := d.cfg.Journal.Commit(after, m.ID); err != nil {
 		return d.giveBack(after, fmt.Errorf("record the commit: %w", err))
 	}
+	d.downtime.end(PartCommit)
 	d.state.set(DestinationStarting)
 	if err := d.cfg.Target.Run(after); err != nil {
 		err = fmt.Errorf("run guest: %w", err)
@@ -262,6 +266,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 		}
 		return &afterCommitError{err: err}
 	}
+	d.downtime.end(PartResume)
 	d.state.set(DestinationRunning)
 	if err := l.send(wire.Header{Type: wire.TypeRunning}, nil); err != nil {
 		d.log.Warn("guest runs here, but the source cannot be told: it will be in doubt", "error", err)
@@ -449,6 +454,9 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 				err := fmt.Errorf("device state is larger than %d bytes: raise DestinationConfig.MaxState", d.cfg.MaxState)
 				return nil, nil, tell(wire.CodeRefused, err, "device state is larger than %d bytes", d.cfg.MaxState)
 			}
+			if !d.downtime.begun() {
+				d.downtime.begin()
+			}
 			state = append(state, m.payload...)
 			last = m.Flags&wire.FlagLast != 0
 			d.stateBytes.Store(int64(len(state)))
@@ -501,16 +509,22 @@ func (d *destination) load(c *content, state []byte, theirs *wire.Summary) (*wir
 	if err := compare(d.manifest.Devices, theirs, ours); err != nil {
 		return nil, err
 	}
+	d.downtime.end(PartVerify)
 	var g errgroup.Group
+	began := time.Now()
+	var flushed atomic.Int64 // nanoseconds after began
 	for _, dev := range c.devices {
 		g.Go(func() error {
 			if err := dev.Flush(); err != nil {
 				return d.deviceError("flush", dev, 0, err)
 			}
+			atomicMax(&flushed, int64(time.Since(began)))
 			return nil
 		})
 	}
+	var loaded time.Time
 	g.Go(func() error {
+		defer func() { loaded = time.Now() }()
 		if err := d.cfg.Target.Load(d.link.ctx, bytes.NewReader(state)); err != nil {
 			return tell(wire.CodeInternal, fmt.Errorf("load device state: %w", err), "the VMM cannot load the device state")
 		}
@@ -522,13 +536,14 @@ func (d *destination) load(c *content, state []byte, theirs *wire.Summary) (*wir
 		}
 		return nil, err
 	}
+	d.downtime.endAll(span{PartFlush, began, began.Add(time.Duration(flushed.Load()))}, span{PartLoad, began, loaded})
 	return ours, nil
 }
 
 func (d *destination) report(streams int, err error) *Report {
 	r := &Report{
 		Role: wire.RoleDestination.String(), Outcome: d.state.get().String(), Streams: streams,
-		Total: Millis(time.Since(d.began)), Phases: d.state.history,
+		Total: Millis(time.Since(d.began)), Downtime: d.downtime.total(), Parts: d.downtime.parts, Phases: d.state.history,
 		DataBytes: d.dataBytes.Load(), ZeroBytes: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(),
 	}
 	if err != nil {

@@ -45,8 +45,15 @@ type Report struct {
 
 	// Downtime is how long the guest did not run. At the source: from the call of Guest.Pause until the destination
 	// said that it runs (or until it was resumed here), which is at most one network trip more than the truth. At the
-	// destination it is 0: it does not know when the guest was paused.
+	// destination, which does not know when the guest was paused: from the first device state until it ran.
 	Downtime Millis `json:"downtime_ms"`
+	// Parts are what the downtime was spent on: PartPause and so on. They add up to it.
+	Parts []Part `json:"parts,omitempty"`
+
+	// How long the guest's agent took to hear of the pause before it, at the source, and of the resume after it, at the
+	// destination. The guest runs meanwhile, but its hooks may have stopped what it serves.
+	AgentBefore Millis `json:"agent_before_ms,omitempty"`
+	AgentAfter  Millis `json:"agent_after_ms,omitempty"`
 
 	Rounds  []Round           `json:"rounds,omitempty"`  // at the source; the last of each device is the one while paused
 	Reasons map[string]string `json:"reasons,omitempty"` // at the source: per device, why it was ready for the switch

@@ -77,10 +77,11 @@ type source struct {
 	workers sync.WaitGroup
 
 	began      time.Time
-	disturbed  bool // BeforeSuspend was called: a rollback needs Resume
-	recorded   bool // the journal may hold a commit: a rollback needs Abort
-	pausedAt   time.Time
-	downtime   time.Duration
+	disturbed  bool              // BeforeSuspend was called: a rollback needs Resume
+	recorded   bool              // the journal may hold a commit: a rollback needs Abort
+	downtime   laps              // begun when the guest is paused
+	agent      time.Duration     // that BeforeSuspend took
+	stateSaved span              // by Guest.State
 	copied     int64             // bytes of data sent while the guest ran
 	goal       Goal              // with what can be had of it
 	decisions  []Decision        // all of them
@@ -162,8 +163,8 @@ func (s *source) rollBack(ctx context.Context, failure error) error {
 			failure = fmt.Errorf("resume guest: %w (after the migration failed: %w)", err, failure)
 		}
 	}
-	if !s.pausedAt.IsZero() {
-		s.downtime = time.Since(s.pausedAt)
+	if s.downtime.begun() {
+		s.downtime.end(PartRollback)
 	}
 	s.stopTracking()
 	s.finish()
@@ -238,19 +239,22 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 
 	s.state.set(SourceSuspending)
 	s.disturbed = true
+	began := time.Now()
 	if err := s.cfg.Guest.BeforeSuspend(l.ctx); err != nil {
 		return s.because("prepare guest for the pause", err)
 	}
+	s.agent = time.Since(began)
 	if err := s.settle(); err != nil {
 		return err
 	}
 
 	s.state.set(SourcePausing)
 	done = l.limit(s.cfg.SwitchTimeout, "the switch")
-	s.pausedAt = time.Now()
+	s.downtime.begin()
 	if err := s.cfg.Guest.Pause(l.ctx); err != nil {
 		return s.because("pause guest", err)
 	}
+	s.downtime.end(PartPause)
 
 	s.state.set(SourceSwitching)
 	ours, err := s.switchOver()
@@ -271,6 +275,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return err
 	}
 	s.summary = ours
+	s.downtime.end(PartLoad)
 	done()
 	if !ignoreCancel() {
 		<-l.ctx.Done()
@@ -285,6 +290,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if l.ctx.Err() != nil {
 		return context.Cause(l.ctx) // the commit frame has not left, so the guest is still ours
 	}
+	s.downtime.end(PartCommit)
 
 	s.state.set(SourceCommitted)
 	defer l.limit(s.cfg.CommitTimeout, "starting the guest at the destination")()
@@ -294,7 +300,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if _, err := l.expect(wire.TypeRunning); err != nil {
 		return err
 	}
-	s.downtime = time.Since(s.pausedAt)
+	s.downtime.end(PartResume)
 	return nil
 }
 
@@ -614,6 +620,7 @@ func (s *source) switchOver() (*wire.Summary, error) {
 	var g errgroup.Group
 	g.Go(func() error {
 		w := &stateWriter{s: s}
+		saving := span{name: PartState, begin: time.Now()}
 		if err := s.cfg.Guest.State(ctx, w); err != nil {
 			err = s.because("save device state", err)
 			s.link.fail(err)
@@ -623,13 +630,17 @@ func (s *source) switchOver() (*wire.Summary, error) {
 			return err
 		}
 		sum.State = wire.Part{Total: w.n, Digest: stateHash(&w.hash)}
+		saving.end = time.Now()
+		s.stateSaved = saving
 		return nil
 	})
 	began := time.Now()
+	var listed atomic.Int64 // nanoseconds after began
 	err := s.each(tracked, func(d *sourceDevice) error {
 		if err := s.collect(ctx, d); err != nil {
 			return err
 		}
+		atomicMax(&listed, int64(time.Since(began)))
 		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
 		dirty, err := s.sendContent(d, s.planPending)
 		if err != nil {
@@ -638,12 +649,15 @@ func (s *source) switchOver() (*wire.Summary, error) {
 		s.noteRound(d, dirty, began)
 		return nil
 	})
+	ended := time.Now()
 	if err := errors.Join(g.Wait(), err); err != nil {
 		if s.link.ctx.Err() != nil {
 			return nil, context.Cause(s.link.ctx)
 		}
 		return nil, err
 	}
+	list := began.Add(time.Duration(listed.Load()))
+	s.downtime.endAll(span{PartFinalList, began, list}, s.stateSaved, span{PartTransfer, list, ended})
 	for i, d := range s.devices {
 		sum.Devices[i] = wire.Part{Total: s.window.total(i), Digest: d.digest.sum()}
 	}
@@ -674,7 +688,7 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 func (s *source) report(streams int, err error) *Report {
 	r := &Report{
 		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: streams,
-		Total: Millis(time.Since(s.began)), Downtime: Millis(s.downtime), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
+		Total: Millis(time.Since(s.began)), Downtime: s.downtime.total(), Parts: s.downtime.parts, AgentBefore: Millis(s.agent), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
 	}
 	if err != nil {

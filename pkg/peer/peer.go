@@ -157,9 +157,11 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 		return nil, report, err
 	}
 	// The guest serves by now. An agent that does not answer is the operator's to know, not a reason to stop it.
+	began := time.Now()
 	if err := t.instance.AfterResume(ctx); err != nil {
 		cfg.Logger.Error("the instance was received and runs, but its agent failed after the resume", "error", err)
 	}
+	report.AgentAfter = migrate.Millis(time.Since(began))
 	return newPeer(cfg, t.instance), report, nil
 }
 

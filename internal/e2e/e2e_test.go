@@ -149,7 +149,7 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 	_, err := snapshot.Create(ctx, snapshot.Config{
 		Backend: g.backend, Devices: devices, MemorySize: memorySize, BootArgs: "console=ttyS0 quiet panic=-1 testguest.channel=off",
 		LivenessVSockPort: snapshot.DefaultLivenessVSockPort, AgentVSockPort: snapshot.DefaultAgentVSockPort,
-		Host: g.host(t),
+		Host: g.host(t), ResumeTimeout: guestWait,
 	})
 	if err != nil {
 		cancel()

@@ -158,17 +158,6 @@ type Target interface {
 	Discard(ctx context.Context) error
 }
 
-// Progress is where a migration stands.
-type Progress struct {
-	State      string // as SourceState or DestinationState prints it
-	Round      int    // at the source; 0: the first
-	Size       int64  // bytes of all devices
-	Dirty      int64  // at the source: bytes that were found dirty at the start of this round, or to be sent in the first
-	Data       int64  // bytes of content sent or received so far, over all rounds
-	Zero       int64  // bytes that went as runs of zeros
-	StateBytes int64  // bytes of device state
-}
-
 func orDefault(d *time.Duration, v time.Duration) {
 	if *d == 0 {
 		*d = v

@@ -33,9 +33,10 @@ func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig
 		return &Report{Role: wire.RoleDestination.String(), Outcome: DestinationDiscarded.String(), Error: err.Error(), Streams: len(streams)}, err
 	}
 	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), jobs: make(chan *wire.Buffer, 2*cfg.Concurrency)}
+	d.began = time.Now()
 	d.meter = &meter{tell: cfg.Progress, take: func() Progress {
-		return Progress{State: d.state.get().String(), Size: d.size.Load(),
-			Data: d.dataBytes.Load(), Zero: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load()}
+		return Progress{Role: wire.RoleDestination.String(), State: d.state.get().String(), Size: d.size.Load(),
+			Data: d.dataBytes.Load(), Zero: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(), Elapsed: time.Since(d.began)}
 	}}
 	d.state = newMachine(func(st DestinationState) {
 		d.log.Debug("migration state", "state", st)
@@ -112,7 +113,6 @@ func (e *afterCommitError) Error() string { return e.err.Error() }
 func (e *afterCommitError) Unwrap() error { return e.err }
 
 func (d *destination) run(ctx context.Context, streams []io.ReadWriter) error {
-	d.began = time.Now()
 	d.state.begin()
 	err := d.walk(ctx, streams)
 	after := context.WithoutCancel(ctx)

@@ -44,9 +44,18 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 		s.devices = append(s.devices, &sourceDevice{SourceDevice: d, index: i, size: d.Device.Size()})
 		total += d.Device.Size()
 	}
+	s.began = time.Now()
 	s.meter = &meter{tell: cfg.Progress, take: func() Progress {
-		return Progress{State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
-			Data: s.dataBytes.Load(), Zero: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load()}
+		p := Progress{Role: wire.RoleSource.String(), State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
+			Data: s.dataBytes.Load(), Zero: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(), Elapsed: time.Since(s.began)}
+		p.Rest = max(0, p.Dirty+s.sentBefore.Load()-p.Data-p.Zero)
+		if d := s.decided.Load(); d != nil {
+			p.DirtyRate, p.Throttle = d.DirtyRate, d.Share
+			if d.Bandwidth > 0 {
+				p.share = d.DirtyRate / d.Bandwidth
+			}
+		}
+		return p
 	}}
 	s.state = newMachine(func(st SourceState) {
 		s.log.Debug("migration state", "state", st)
@@ -90,6 +99,8 @@ type source struct {
 	summary    *wire.Summary     // once compared
 	round      atomic.Int64
 	dirty      atomic.Int64
+	sentBefore atomic.Int64 // data and zeros before this round
+	decided    atomic.Pointer[Decision]
 	dataBytes  atomic.Int64
 	zeroBytes  atomic.Int64
 	stateBytes atomic.Int64
@@ -109,7 +120,6 @@ type sourceDevice struct {
 }
 
 func (s *source) run(ctx context.Context, streams []io.ReadWriter) error {
-	s.began = time.Now()
 	s.state.begin()
 	err := s.walk(ctx, streams)
 	after := context.WithoutCancel(ctx)
@@ -301,6 +311,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return err
 	}
 	s.downtime.end(PartResume)
+	s.logRound(s.tracked(), "paused")
 	return nil
 }
 
@@ -400,13 +411,34 @@ func (s *source) cycle(positions []int) error {
 	if !first {
 		s.round.Add(1)
 	}
-	began := time.Now()
-	return s.each(devices, func(d *sourceDevice) error {
+	began := s.beginRound()
+	err := s.each(devices, func(d *sourceDevice) error {
 		if len(d.rounds) == 0 {
 			return s.sendRound(d, began, s.planAll)
 		}
 		return s.sendRound(d, began, s.planPending)
 	})
+	if err == nil {
+		s.logRound(devices, "running")
+	}
+	return err
+}
+
+// beginRound notes what was sent before a round.
+func (s *source) beginRound() time.Time {
+	s.sentBefore.Store(s.dataBytes.Load() + s.zeroBytes.Load())
+	return time.Now()
+}
+
+// logRound says what the last round of some devices was.
+func (s *source) logRound(devices []*sourceDevice, guest string) {
+	var bytes int64
+	var took Millis
+	for _, d := range devices {
+		r := d.rounds[len(d.rounds)-1]
+		bytes, took = bytes+r.Bytes, max(took, r.Duration)
+	}
+	s.log.Info("migration round", "round", s.round.Load(), "guest", guest, "sent", size(bytes), "took", took)
 }
 
 // settle sends what the guest wrote while it got ready for the pause, once more, if that is more than should be sent
@@ -438,7 +470,8 @@ func (s *source) decide() (Decision, error) {
 	}
 	v := Decide(s.goal, time.Since(s.began), history)
 	s.decisions = append(s.decisions, v)
-	s.log.Debug("migration decision", "action", v.Action, "reason", v.Reason, "rest", v.Rest, "bandwidth", int64(v.Bandwidth), "dirty_rate", int64(v.DirtyRate))
+	s.decided.Store(&v)
+	s.log.Info("migration decision", "action", v.Action, "reason", v.Reason)
 	switch v.Action {
 	case GiveUp:
 		return v, gaveUp(v.Reason)
@@ -610,12 +643,6 @@ func (s *source) switchOver() (*wire.Summary, error) {
 	ctx := s.link.ctx
 	s.round.Add(1)
 	s.dirty.Store(0)
-	var tracked []*sourceDevice
-	for _, d := range s.devices {
-		if d.tracked {
-			tracked = append(tracked, d)
-		}
-	}
 	sum := &wire.Summary{Devices: make([]wire.Part, len(s.devices))}
 	var g errgroup.Group
 	g.Go(func() error {
@@ -634,9 +661,9 @@ func (s *source) switchOver() (*wire.Summary, error) {
 		s.stateSaved = saving
 		return nil
 	})
-	began := time.Now()
+	began := s.beginRound()
 	var listed atomic.Int64 // nanoseconds after began
-	err := s.each(tracked, func(d *sourceDevice) error {
+	err := s.each(s.tracked(), func(d *sourceDevice) error {
 		if err := s.collect(ctx, d); err != nil {
 			return err
 		}
@@ -662,6 +689,16 @@ func (s *source) switchOver() (*wire.Summary, error) {
 		sum.Devices[i] = wire.Part{Total: s.window.total(i), Digest: d.digest.sum()}
 	}
 	return sum, s.link.send(wire.Header{Type: wire.TypeFinal}, sum.Encode())
+}
+
+// tracked are the devices that the guest may write to.
+func (s *source) tracked() (out []*sourceDevice) {
+	for _, d := range s.devices {
+		if d.tracked {
+			out = append(out, d)
+		}
+	}
+	return out
 }
 
 // stateWriter sends device state as it is written.

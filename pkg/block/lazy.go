@@ -28,6 +28,16 @@ type LazyOptions struct {
 	// Calls are concurrent, and never for the same block at the same time. Nil: nobody is asked, and
 	// waiting ends when a Fill happens to bring the block.
 	Fetch func(ctx context.Context, r Range) error
+
+	// List is a file that says durably what is missing, for a destination whose contents are worth something before all of
+	// them have arrived. If it is there, it is what Missing and BlockSize are. If not, the first Flush makes it,
+	// and until that has returned nil nothing of what this device does may be relied on after a power cut.
+	// [Lazy.Complete] removes it. Empty: what is missing is known to this process alone.
+	List string
+
+	// Live is a file in memory in which the device keeps, from block to block, what only a Flush puts into List. It is what
+	// [OverlayOptions.Live] is, for the same users.
+	Live *os.File
 }
 
 // Lazy is a device whose contents arrive while it is in use, in a destination device, from wherever [LazyOptions.Fetch]
@@ -43,6 +53,12 @@ type LazyOptions struct {
 // Present blocks are read from and written to the destination directly. A read of a missing block, and a write to a part of one,
 // wait until it is present. A write or Discard of a whole missing block makes it present, and what Fill brings for
 // it later is dropped: it is older. There is no way back from present.
+//
+// # What a crash leaves
+//
+// With a list, Flush makes what is present durable in the destination first, then strikes it off the list, and returns
+// when that is durable, too. So a block that is found on the list was never part of a Flush that returned, and
+// who fetches it again overwrites nothing that was promised.
 type Lazy struct {
 	dst       Device
 	size      int64 // bytes
@@ -56,6 +72,8 @@ type Lazy struct {
 
 	present bitmap
 	missing atomic.Int64 // how many blocks are not present
+
+	list *missingList // nil: not kept
 
 	mu      sync.Mutex        // guards flights, and idle being closed
 	flights map[int64]*flight // blocks in flight
@@ -78,10 +96,26 @@ var (
 	_ Extents = (*Lazy)(nil)
 )
 
-// NewLazy wraps dst, which it owns, and of which it is the only user from then on.
+// NewLazy wraps dst, which it owns, and of which it is the only user from then on. When it fails, dst stays the caller's.
 func NewLazy(dst Device, opts LazyOptions) (*Lazy, error) {
+	return newLazy(hostStorage{}, dst, opts)
+}
+
+func newLazy(fs storage, dst Device, opts LazyOptions) (_ *Lazy, err error) {
+	var list *missingList
+	if opts.List != "" {
+		if list, err = openMissingList(fs, opts.List, dst.Size()); err != nil {
+			return nil, fmt.Errorf("make lazy device: %w", err)
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, list.close())
+			}
+		}()
+	}
 	l := &Lazy{
-		dst: dst, size: dst.Size(), blockSize: opts.BlockSize, fetch: opts.Fetch,
+		list: list,
+		dst:  dst, size: dst.Size(), blockSize: opts.BlockSize, fetch: opts.Fetch,
 		flights: make(map[int64]*flight), idle: make(chan struct{}),
 	}
 	if l.blockSize == 0 {
@@ -90,11 +124,20 @@ func NewLazy(dst Device, opts LazyOptions) (*Lazy, error) {
 	if err := checkBlockSize(l.blockSize); err != nil {
 		return nil, fmt.Errorf("make lazy device: %w", err)
 	}
+	missing := opts.Missing
+	if list != nil && list.found {
+		l.blockSize = list.blockSize
+	}
 	l.blocks = (l.size + l.blockSize - 1) / l.blockSize
 	l.present = newBitmap(l.blocks)
-	missing := opts.Missing
 	if missing == nil && l.size > 0 {
 		missing = []Range{{Offset: 0, Length: l.size}}
+	}
+	if list != nil && list.found {
+		missing = []Range{}
+		for _, r := range list.missing(l.blocks) {
+			missing = append(missing, l.bytesOf(r.Offset, r.End()-1))
+		}
 	}
 	if len(missing) > 0 {
 		absent := newBitmap(l.blocks)
@@ -114,6 +157,14 @@ func NewLazy(dst Device, opts LazyOptions) (*Lazy, error) {
 	} else {
 		for i := range l.present {
 			l.present[i].Store(^uint64(0))
+		}
+	}
+	if list != nil {
+		list.begin(l)
+	}
+	if opts.Live != nil {
+		if err := l.live(opts.Live); err != nil {
+			return nil, fmt.Errorf("make lazy device: what had arrived when its last user died: %w", err)
 		}
 	}
 	if l.missing.Load() == 0 {
@@ -199,7 +250,13 @@ func (l *Lazy) arrived(first, last int64) {
 	for i := l.present.next(first, last+1, false); i <= last; i = l.present.next(i+1, last+1, false) {
 		n++
 	}
+	if n == 0 {
+		return // a write to what was there already, by the time the lock was ours
+	}
 	l.present.set(first, last)
+	if l.list != nil {
+		l.list.changed.set(first, last)
+	}
 	left := l.missing.Add(-n)
 
 	l.mu.Lock()
@@ -212,7 +269,7 @@ func (l *Lazy) arrived(first, last int64) {
 			}
 		}
 	}
-	if n > 0 && left == 0 {
+	if left == 0 {
 		close(l.idle)
 	}
 }
@@ -363,13 +420,69 @@ func (l *Lazy) change(verb string, off, n int64, store func() error) error {
 	return nil
 }
 
-// Flush implements [Device]: it makes what is present durable, and knows nothing of what is missing.
+// Flush implements [Device]: it makes what is present durable, and then, with a list, that it is.
 func (l *Lazy) Flush() error {
 	if err := l.enter("flush"); err != nil {
 		return err
 	}
 	defer l.leave()
-	return l.dst.Flush()
+	return l.flush()
+}
+
+func (l *Lazy) flush() error {
+	if l.list == nil {
+		return l.dst.Flush()
+	}
+	return l.list.flush(l.dst)
+}
+
+// Complete makes durable that nothing is missing, and removes the list. It fails if something is. From then on the device
+// is its destination, and a little detour.
+func (l *Lazy) Complete() error {
+	if n := l.Missing(); n > 0 {
+		return fmt.Errorf("complete lazy device: %d bytes are missing", n)
+	}
+	if err := l.Flush(); err != nil {
+		return fmt.Errorf("complete lazy device: %w", err)
+	}
+	if l.list == nil {
+		return nil
+	}
+	return l.list.remove()
+}
+
+// live moves the bits of what is present into a file in memory. If they were there before, those that are not on the list
+// yet are what was not flushed.
+func (l *Lazy) live(f *os.File) error {
+	size := int64(len(l.present)) * 8
+	before, err := grow(f, size)
+	if err != nil || size == 0 {
+		return err
+	}
+	words, err := mapWords(l, f, size)
+	if err != nil {
+		return err
+	}
+	shared := bitmap(words)
+	if !before {
+		for i := range l.present {
+			shared[i].Store(l.present[i].Load())
+		}
+		l.present = shared
+		return nil
+	}
+	var n int64
+	for i := int64(0); i < l.blocks; i++ {
+		switch {
+		case !shared.get(i):
+			n++
+		case l.list != nil && !l.present.get(i):
+			l.list.changed.set(i, i)
+		}
+	}
+	l.present = shared
+	l.missing.Store(n)
+	return nil
 }
 
 // NextData implements [Extents]. What is missing may be data.
@@ -464,5 +577,9 @@ func (l *Lazy) Close() error {
 	l.cancel()
 	l.using.Lock()
 	defer l.using.Unlock()
-	return errors.Join(l.dst.Flush(), l.dst.Close())
+	err := errors.Join(l.flush(), l.dst.Close())
+	if l.list != nil {
+		err = errors.Join(err, l.list.close())
+	}
+	return err
 }

@@ -25,6 +25,7 @@ var mayImport = map[string][]string{
 	"expose":    {"block"},
 	"vmpackage": {"block"},
 	"migrate":   {"block", "wire"},
+	"control":   {"migrate"},
 	"runner":    {"block", "ram", "expose", "vmm", "agent"},
 	"snapshot":  {"block", "blueprint", "runner", "vmm", "vmpackage"},
 	"peer":      {"block", "migrate", "runner", "transport", "vmm", "wire"},
@@ -36,6 +37,7 @@ var onlyIn = map[string]string{
 	"github.com/vishvananda/netlink":  "nat",
 	"github.com/google/nftables":      "nat",
 	"github.com/containerd/ttrpc":     "agent",
+	"github.com/prometheus/":          "control",
 	"github.com/spf13/cobra":          "",
 	"github.com/schollz/progressbar/": "",
 }

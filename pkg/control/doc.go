@@ -1,0 +1,26 @@
+// Package control lets others look at a peer: it serves numbers about it and its migrations to Prometheus.
+//
+//	metrics := control.NewMetrics(version)
+//	server := control.Serve(listener, metrics.Handler(), nil) // at /metrics
+//	defer server.Close()
+//
+//	cfg.Progress = metrics.Progress              // of the peer: it counts what every migration does
+//	report, err := p.Send(ctx, streams)
+//	metrics.Done(report)
+//
+// # Numbers
+//
+// All names begin with drafter_, and end with their unit. Those of a single migration are of the one that is under way, or
+// the last; those with _total, and histograms, are of all since the peer began. The label role says which side of a
+// migration this peer is: source or destination. [Metrics] lists them.
+//
+// # Concurrency
+//
+// All methods may be called by any goroutine. None of them blocks for longer than a scrape takes to copy the numbers.
+//
+// # What it does not do
+//
+// It knows neither peers nor instances, but takes what it is told. It does not listen by itself, and neither authenticates
+// nor encrypts: give it a listener on an address that only those reach who may read. The numbers name no path, no guest
+// and no other host.
+package control

@@ -1,0 +1,270 @@
+package control
+
+import (
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+// State is what a peer does.
+type State string
+
+// The states of a peer.
+const (
+	Starting  State = "starting"  // the instance is being resumed or booted
+	Receiving State = "receiving" // it is being received
+	Running   State = "running"
+	Sending   State = "sending" // it runs, and is being sent
+	InDoubt   State = "in-doubt"
+	Moved     State = "moved"
+	Closing   State = "closing" // it is being saved
+)
+
+var states = []State{Starting, Receiving, Running, Sending, InDoubt, Moved, Closing}
+
+// Memory is how the lazy filling of a guest's memory goes.
+type Memory struct {
+	Faults   uint64 // page faults served
+	Failures uint64 // attempts to fill that failed
+
+	Demanded   uint64 // bytes delivered because the guest waited for them
+	Background uint64 // bytes delivered otherwise
+	Zero       uint64 // bytes that were found to be zeros, and not stored
+	Missing    int64  // bytes
+
+	P50, P99, Max time.Duration // latency of faults
+}
+
+// Metrics are the numbers of one peer:
+//
+//	drafter_build_info{version}                            1
+//	drafter_peer_state{state}                              1 for the state the peer is in, 0 for others
+//	drafter_resume_duration_seconds                        time it took to resume the instance
+//	drafter_memory_missing_bytes                           memory that was not filled yet
+//	drafter_memory_filled_bytes_total{kind}                kind: demanded, background, zero
+//	drafter_memory_faults_total                            page faults of the guest that were served
+//	drafter_memory_fill_failures_total                     attempts to fill that failed
+//	drafter_memory_fault_latency_seconds{rank}             rank: p50, p99, max
+//	drafter_migration_state{role,state}                    1 for the state of the migration under way, or the last
+//	drafter_migration_round                                number of the round, from 0
+//	drafter_migration_size_bytes{role}                     of all devices
+//	drafter_migration_rest_bytes                           of this round, not sent yet
+//	drafter_migration_dirty_bytes                          that were dirty when this round began
+//	drafter_migration_dirty_bytes_per_second               that the guest writes
+//	drafter_migration_bandwidth_bytes_per_second{role}     of data
+//	drafter_migration_remaining_seconds                    estimate; 0 if unknown
+//	drafter_migration_throttle_ratio                       share of its time that the guest is held back
+//	drafter_migrations_total{role,outcome}
+//	drafter_migration_bytes_total{role,kind}               kind: data, zero, state, wire (the last when a migration is over)
+//	drafter_migration_rounds_total                         rounds sent
+//	drafter_migration_duration_seconds{role}               histogram
+//	drafter_migration_downtime_seconds{role}               histogram
+//	drafter_migration_downtime_part_seconds{role,part}     of the last migration; they add up to its downtime
+//	drafter_migration_agent_seconds{moment}                of the last migration; moment: before, after
+//
+// Those of the Go runtime (go_…) and of the process (process_…) come with them.
+type Metrics struct {
+	registry *prometheus.Registry
+
+	resume, round, rest, dirty, dirtyRate, remaining, throttle prometheus.Gauge
+	rounds                                                     prometheus.Counter
+	peerState, state, size, bandwidth, part, agent             *prometheus.GaugeVec
+	migrations, bytes                                          *prometheus.CounterVec
+	duration, downtime                                         *prometheus.HistogramVec
+
+	mu     sync.Mutex // guards what follows, and changes of state
+	last   migrate.Progress
+	memory func() (Memory, bool)
+}
+
+// NewMetrics returns metrics of a peer that is starting.
+func NewMetrics(version string) *Metrics {
+	m := &Metrics{registry: prometheus.NewRegistry()}
+	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
+		g := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "drafter_" + name, Help: help}, labels)
+		m.registry.MustRegister(g)
+		return g
+	}
+	gauge := func(name, help string) prometheus.Gauge { return gauges(name, help).WithLabelValues() }
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		c := prometheus.NewCounterVec(prometheus.CounterOpts{Name: "drafter_" + name, Help: help}, labels)
+		m.registry.MustRegister(c)
+		return c
+	}
+	histogram := func(name, help string, buckets []float64) *prometheus.HistogramVec {
+		h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "drafter_" + name, Help: help, Buckets: buckets}, []string{"role"})
+		m.registry.MustRegister(h)
+		return h
+	}
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &memoryCollector{m})
+	gauges("build_info", "1, with the version of Drafter.", "version").WithLabelValues(version).Set(1)
+	m.peerState = gauges("peer_state", "1 for the state the peer is in, 0 for others.", "state")
+	m.resume = gauge("resume_duration_seconds", "Time it took to resume the instance; 0 for one that was received or booted.")
+	m.state = gauges("migration_state", "1 for the state of the migration under way, or of the last one.", "role", "state")
+	m.round = gauge("migration_round", "Number of the round of the migration under way or the last one, from 0.")
+	m.size = gauges("migration_size_bytes", "Size of all devices of the migration under way or the last one.", "role")
+	m.rest = gauge("migration_rest_bytes", "Bytes of this round that were not sent yet.")
+	m.dirty = gauge("migration_dirty_bytes", "Bytes that were dirty when this round began.")
+	m.dirtyRate = gauge("migration_dirty_bytes_per_second", "Bytes that the guest writes per second, each page counted once a round.")
+	m.bandwidth = gauges("migration_bandwidth_bytes_per_second", "Bytes of data that are sent or received per second.", "role")
+	m.remaining = gauge("migration_remaining_seconds", "Estimate of the time until everything is there; 0 if unknown.")
+	m.throttle = gauge("migration_throttle_ratio", "Share of its time that the guest is held back, from 0 to 1.")
+	m.migrations = counters("migrations_total", "Migrations that ended, by their last state.", "role", "outcome")
+	m.bytes = counters("migration_bytes_total", "Bytes of content by kind (data, zero, state), and of everything on the streams (wire), which is counted when a migration ends.", "role", "kind")
+	m.rounds = counters("migration_rounds_total", "Rounds that were sent by migrations that ended.").WithLabelValues()
+	m.duration = histogram("migration_duration_seconds", "Time migrations took, from begin to end.", prometheus.ExponentialBuckets(0.1, 2, 14))
+	m.downtime = histogram("migration_downtime_seconds", "Time the guest did not run; at the destination, the part that it sees.", prometheus.ExponentialBuckets(0.001, 2, 15))
+	m.part = gauges("migration_downtime_part_seconds", "Parts of the downtime of the last migration, which add up to it.", "role", "part")
+	m.agent = gauges("migration_agent_seconds", "Time the guest's agent took before the pause and after the resume of the last migration.", "moment")
+	m.State(Starting)
+	return m
+}
+
+// State notes what the peer does now.
+func (m *Metrics) State(s State) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, other := range states {
+		m.peerState.WithLabelValues(string(other)).Set(0)
+	}
+	m.peerState.WithLabelValues(string(s)).Set(1)
+}
+
+// Resumed notes how long the instance took to resume.
+func (m *Metrics) Resumed(d time.Duration) { m.resume.Set(d.Seconds()) }
+
+// Memory names a function that tells how the filling of memory goes, false when there is no such thing. It is called at
+// each scrape.
+func (m *Metrics) Memory(stats func() (Memory, bool)) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.memory = stats
+}
+
+// Progress notes how a migration goes. It is made for [migrate.SourceConfig].Progress and its like; Done ends it.
+func (m *Metrics) Progress(p migrate.Progress) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.count(p)
+	m.state.Reset()
+	m.state.WithLabelValues(p.Role, p.State).Set(1)
+	m.size.WithLabelValues(p.Role).Set(float64(p.Size))
+	m.bandwidth.WithLabelValues(p.Role).Set(p.Bandwidth)
+	if p.Role != "source" {
+		return
+	}
+	m.round.Set(float64(p.Round))
+	m.rest.Set(float64(p.Rest))
+	m.dirty.Set(float64(p.Dirty))
+	m.dirtyRate.Set(p.DirtyRate)
+	m.remaining.Set(p.Remaining.Seconds())
+	m.throttle.Set(p.Throttle)
+}
+
+// count adds what is new since the last progress of the same migration. m.mu is held.
+func (m *Metrics) count(p migrate.Progress) {
+	add := func(kind string, now, before int64) {
+		m.bytes.WithLabelValues(p.Role, kind).Add(float64(max(0, now-before)))
+	}
+	add("data", p.Data, m.last.Data)
+	add("zero", p.Zero, m.last.Zero)
+	add("state", p.StateBytes, m.last.StateBytes)
+	m.last = p
+}
+
+// Done notes how a migration ended.
+func (m *Metrics) Done(r *migrate.Report) {
+	if r == nil || r.Role == "" { // refused before it began
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.count(migrate.Progress{Role: r.Role, Data: r.DataBytes, Zero: r.ZeroBytes, StateBytes: r.StateBytes})
+	m.last = migrate.Progress{}
+	m.bytes.WithLabelValues(r.Role, "wire").Add(float64(r.WireBytes))
+	m.migrations.WithLabelValues(r.Role, r.Outcome).Inc()
+	m.state.Reset()
+	m.state.WithLabelValues(r.Role, r.Outcome).Set(1)
+	m.bandwidth.WithLabelValues(r.Role).Set(0)
+	m.rest.Set(0)
+	m.remaining.Set(0)
+	m.throttle.Set(0)
+	m.duration.WithLabelValues(r.Role).Observe(time.Duration(r.Total).Seconds())
+	var rounds []migrate.Millis // their starts
+	for _, x := range r.Rounds {
+		if !slices.Contains(rounds, x.Start) {
+			rounds = append(rounds, x.Start)
+		}
+	}
+	m.rounds.Add(float64(len(rounds)))
+	m.part.Reset()
+	if len(r.Parts) > 0 {
+		m.downtime.WithLabelValues(r.Role).Observe(time.Duration(r.Downtime).Seconds())
+	}
+	for _, p := range r.Parts {
+		m.part.WithLabelValues(r.Role, p.Name).Add(time.Duration(p.Duration).Seconds())
+	}
+	m.agent.WithLabelValues("before").Set(time.Duration(r.AgentBefore).Seconds())
+	m.agent.WithLabelValues("after").Set(time.Duration(r.AgentAfter).Seconds())
+}
+
+// Handler serves the metrics at /metrics.
+func (m *Metrics) Handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry}))
+	mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w, "nothing here: the metrics are at /metrics", http.StatusNotFound)
+	})
+	return mux
+}
+
+// memoryCollector asks for the filling of memory at each scrape.
+type memoryCollector struct{ m *Metrics }
+
+var (
+	memoryMissing  = prometheus.NewDesc("drafter_memory_missing_bytes", "Memory of the guest that was not filled yet.", nil, nil)
+	memoryFilled   = prometheus.NewDesc("drafter_memory_filled_bytes_total", "Memory that was filled: demanded by the guest, in the background, or found to be zeros.", []string{"kind"}, nil)
+	memoryFaults   = prometheus.NewDesc("drafter_memory_faults_total", "Page faults of the guest that were served.", nil, nil)
+	memoryFailures = prometheus.NewDesc("drafter_memory_fill_failures_total", "Attempts to fill memory that failed.", nil, nil)
+	memoryLatency  = prometheus.NewDesc("drafter_memory_fault_latency_seconds", "Latency of page faults that were served.", []string{"rank"}, nil)
+)
+
+func (c *memoryCollector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{memoryMissing, memoryFilled, memoryFaults, memoryFailures, memoryLatency} {
+		out <- d
+	}
+}
+
+func (c *memoryCollector) Collect(out chan<- prometheus.Metric) {
+	c.m.mu.Lock()
+	stats := c.m.memory
+	c.m.mu.Unlock()
+	if stats == nil {
+		return
+	}
+	s, ok := stats()
+	if !ok {
+		return
+	}
+	gauge, counter := prometheus.GaugeValue, prometheus.CounterValue
+	for _, x := range []prometheus.Metric{
+		prometheus.MustNewConstMetric(memoryMissing, gauge, float64(s.Missing)),
+		prometheus.MustNewConstMetric(memoryFilled, counter, float64(s.Demanded), "demanded"),
+		prometheus.MustNewConstMetric(memoryFilled, counter, float64(s.Background), "background"),
+		prometheus.MustNewConstMetric(memoryFilled, counter, float64(s.Zero), "zero"),
+		prometheus.MustNewConstMetric(memoryFaults, counter, float64(s.Faults)),
+		prometheus.MustNewConstMetric(memoryFailures, counter, float64(s.Failures)),
+		prometheus.MustNewConstMetric(memoryLatency, gauge, s.P50.Seconds(), "p50"),
+		prometheus.MustNewConstMetric(memoryLatency, gauge, s.P99.Seconds(), "p99"),
+		prometheus.MustNewConstMetric(memoryLatency, gauge, s.Max.Seconds(), "max"),
+	} {
+		out <- x
+	}
+}

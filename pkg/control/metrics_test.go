@@ -1,0 +1,202 @@
+package control
+
+import (
+	"errors"
+	"flag"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// scrape returns what the metrics say of drafter.
+func scrape(t *testing.T, url string) string {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %v: %s", resp.Status, err, b)
+	}
+	var out strings.Builder
+	for line := range strings.Lines(string(b)) {
+		if strings.Contains(line, "drafter_") {
+			out.WriteString(line)
+		}
+	}
+	return out.String()
+}
+
+func serve(t *testing.T, m *Metrics) (url string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Serve(l, m.Handler(), slog.New(slog.DiscardHandler))
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		if _, err := net.Dial("tcp", l.Addr().String()); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("after Close, dial: %v", err)
+		}
+		http.DefaultClient.CloseIdleConnections()
+	})
+	return "http://" + l.Addr().String()
+}
+
+// one migration from here that failed, one that worked, after one to here.
+func story(m *Metrics) {
+	ms := func(n int) migrate.Millis { return migrate.Millis(n) * migrate.Millis(time.Millisecond) }
+	m.Resumed(62 * time.Millisecond)
+	m.State(Running)
+	m.Memory(func() (Memory, bool) {
+		return Memory{Faults: 7, Failures: 1, Demanded: 4096, Background: 1 << 20, Zero: 8192, Missing: 512, P50: 9 * time.Microsecond, P99: 35 * time.Microsecond, Max: time.Millisecond}, true
+	})
+	m.Done(nil)
+	m.Done(&migrate.Report{})
+
+	m.Progress(migrate.Progress{Role: "destination", State: "receiving", Size: 1 << 30, Data: 1000, Zero: 500, Bandwidth: 5e8})
+	m.Done(&migrate.Report{Role: "destination", Outcome: "running", Total: ms(1000), DataBytes: 2000, ZeroBytes: 500, WireBytes: 2100,
+		Downtime: ms(9), Parts: []migrate.Part{{Name: "load", Duration: ms(9)}}, AgentAfter: ms(12)})
+
+	m.State(Sending)
+	m.Progress(migrate.Progress{Role: "source", State: "copying", Size: 1 << 30, Dirty: 1 << 30, Rest: 1 << 29, Data: 1 << 28})
+	m.Done(&migrate.Report{Role: "source", Outcome: "kept", Total: ms(500), DataBytes: 1 << 28, WireBytes: 1 << 28})
+
+	m.Progress(migrate.Progress{Role: "source", State: "copying", Size: 1 << 30, Dirty: 1 << 30, Data: 10})
+	m.Progress(migrate.Progress{Role: "source", State: "copying", Round: 1, Size: 1 << 30, Dirty: 1 << 20, Rest: 1 << 19, Data: 1 << 30, Bandwidth: 1e9,
+		DirtyRate: 5e7, Remaining: 1500 * time.Millisecond, Throttle: 0.2})
+}
+
+func end(m *Metrics) {
+	ms := func(n int) migrate.Millis { return migrate.Millis(n) * migrate.Millis(time.Millisecond) }
+	m.Done(&migrate.Report{Role: "source", Outcome: "moved", Total: ms(2000), DataBytes: 1<<30 + 4096, StateBytes: 90_000, WireBytes: 1<<30 + 99_000,
+		Rounds:   []migrate.Round{{Device: "memory"}, {Device: "disk"}, {Device: "memory", Index: 1, Start: ms(1500)}},
+		Downtime: ms(12), Parts: []migrate.Part{{Name: "pause", Duration: ms(2)}, {Name: "load", Duration: ms(4)}, {Name: "resume", Duration: ms(6)}}, AgentBefore: ms(30)})
+	m.State(Moved)
+}
+
+func TestMetrics(t *testing.T) {
+	m := NewMetrics("1.2.3")
+	url := serve(t, m)
+	story(m)
+	got := scrape(t, url+"/metrics")
+	end(m)
+	got += "\n# And when it is over:\n" + scrape(t, url+"/metrics")
+	const golden = "testdata/metrics.txt"
+	if *update {
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("differs from %s; if that is right, run with -update:\n%s", golden, got)
+	}
+
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	problems, err := promlint.NewWithMetricFamilies(families).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if strings.HasPrefix(p.Metric, "drafter_") {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+}
+
+// Every metric is in the list of the documentation, and the other way round.
+func TestMetricsDocumented(t *testing.T) {
+	source, err := os.ReadFile("metrics.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := NewMetrics("1")
+	story(m)
+	end(m)
+	families, err := m.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := 0
+	for line := range strings.Lines(string(source)) {
+		if strings.HasPrefix(line, "//\tdrafter_") {
+			listed++
+		}
+	}
+	n := 0
+	for _, f := range families {
+		if !strings.HasPrefix(f.GetName(), "drafter_") {
+			continue
+		}
+		if n++; !strings.Contains(string(source), "//\t"+f.GetName()) {
+			t.Errorf("%s is not in the list", f.GetName())
+		}
+	}
+	if n != listed {
+		t.Errorf("%d metrics, %d in the list", n, listed)
+	}
+}
+
+func TestNothingElse(t *testing.T) {
+	url := serve(t, NewMetrics("1"))
+	for _, path := range []string{"/", "/debug/pprof/"} {
+		resp, err := http.Get(url + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, _ := io.ReadAll(resp.Body)
+		if resp.Body.Close(); resp.StatusCode != http.StatusNotFound || !strings.Contains(string(b), "/metrics") {
+			t.Errorf("%s: %s: %s", path, resp.Status, b)
+		}
+	}
+	// Without memory that is filled lazily, nothing is said of it.
+	if got := scrape(t, url+"/metrics"); strings.Contains(got, "drafter_memory") || !strings.Contains(got, `drafter_peer_state{state="starting"} 1`) {
+		t.Error(got)
+	}
+}
+
+// Scrapes and news at the same time, and a close in the middle.
+func TestConcurrent(t *testing.T) {
+	m := NewMetrics("1")
+	url := serve(t, m)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 20 {
+				story(m)
+				end(m)
+			}
+		})
+		wg.Go(func() {
+			for range 20 {
+				scrape(t, url+"/metrics")
+			}
+		})
+	}
+	wg.Wait()
+}

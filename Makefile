@@ -15,8 +15,11 @@ TOOLS       := blueprint snapshotter packager peer
 # -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
 GOTESTFLAGS ?= -p 1 -count 1 -timeout 20m
 
+# For the command behind make bench: -run REGEXP, -quick, -samples N, -list.
+BENCHFLAGS  ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help depend build install test test-unit lint bench demo fuzz clean
+.PHONY: help depend build install test test-unit lint bench bench-micro demo fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +50,10 @@ lint: ## gofmt, go vet, staticcheck, and the dependency table of the rooms
 	$(GO) vet ./...
 	$(GO) tool staticcheck ./...
 
-bench: depend build ## Benchmarks, side by side with their references
+bench: depend build ## Measure docs/promises.md beside references: table, docs/bench.svg, out/bench.json (BENCHFLAGS=-list, -quick, …)
+	@$(GO) run ./internal/bench -out $(OUT) $(BENCHFLAGS)
+
+bench-micro: depend build ## The Go benchmarks of the packages
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 
 demo: depend build ## A Valkey server in a VM moves A → B → A → B while a client writes to it

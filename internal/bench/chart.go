@@ -5,15 +5,16 @@ import (
 	"fmt"
 	"html"
 	"math"
+	"strings"
 )
 
 // The picture's measures, in pixels.
 const (
-	chartWidth  = 1120
+	chartWidth  = 1180
 	labelWidth  = 270
 	barsWidth   = 360
 	rowHeight   = 22
-	headHeight  = 86
+	headHeight  = 104
 	groupHeight = 34
 	footHeight  = 30
 )
@@ -54,8 +55,10 @@ func drawChart(f file) []byte {
 		fmt.Fprintf(&b, `<text x="%.1f" y="%.1f" text-anchor="%s" fill="%s"%s>%s</text>`+"\n", x, y, anchor, colour, style, html.EscapeString(s))
 	}
 	text(16, 26, "start", textColour, ` font-size="17" font-weight="bold"`, "Ours, as a multiple of the reference")
-	text(16, 46, "start", subtleColour, "", fmt.Sprintf("%s, %d cores, %d GiB, Linux %s, QEMU %s; %s. Medians; where there is no reference, of the goal. A tick is the goal.",
-		f.Machine.CPU, f.Machine.Cores, f.Machine.MemoryGiB, f.Machine.Kernel, f.Machine.QEMU, f.Date.Format("2006-01-02")))
+	qemu, _, _ := strings.Cut(f.Machine.QEMU, " ")
+	text(16, 46, "start", subtleColour, "", "Medians; where there is no reference, of the goal. A tick is the goal. ↑ more is better, ↓ less is better.")
+	text(16, 63, "start", subtleColour, "", fmt.Sprintf("%s, %d cores, %d GiB, Linux %s, QEMU %s, %s; %s, commit %s",
+		f.Machine.CPU, f.Machine.Cores, f.Machine.MemoryGiB, f.Machine.Kernel, qemu, f.Machine.Go, f.Date.Format("2006-01-02"), f.Machine.Commit))
 
 	bottom := float64(height - footHeight)
 	for v := axisMin; v <= axisMax; v *= 2 {
@@ -94,11 +97,11 @@ func drawChart(f file) []byte {
 // drawRow draws label, bar, goal and numbers of a row.
 func drawRow(b *bytes.Buffer, text func(x, y float64, anchor, colour, style, s string), r Row, y float64) {
 	base := y + 15
-	direction := "less is better"
+	direction := "↓"
 	if r.Better == more {
-		direction = "more is better"
+		direction = "↑"
 	}
-	text(28, base, "start", textColour, "", r.Name)
+	text(28, base, "start", textColour, "", r.Name+" "+direction)
 	value, goalAt := r.Ratio, 0.0
 	numbers := number(r.OursMedian) + " " + r.Unit
 	if len(r.Reference) > 0 {
@@ -118,14 +121,12 @@ func drawRow(b *bytes.Buffer, text func(x, y float64, anchor, colour, style, s s
 			colour = metColour
 		}
 		numbers += fmt.Sprintf("; goal %s: %s", r.Goal, verdict(r))
-	} else {
-		numbers += "; " + direction
 	}
 	if value > 0 {
 		from, to := place(1), place(value)
 		left, width := math.Min(from, to), math.Max(2, math.Abs(to-from))
 		fmt.Fprintf(b, `<rect x="%.1f" y="%.1f" width="%.1f" height="%d" fill="%s"><title>%s</title></rect>`+"\n",
-			left, y+4, width, rowHeight-8, colour, html.EscapeString(fmt.Sprintf("%s, %s: %s (%s)", r.Case, r.Name, numbers, direction)))
+			left, y+4, width, rowHeight-8, colour, html.EscapeString(fmt.Sprintf("%s, %s: %s", r.Case, r.Name, numbers)))
 	}
 	if goalAt > 0 {
 		x := place(goalAt)

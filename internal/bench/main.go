@@ -196,7 +196,9 @@ func (b *bench) say(format string, args ...any) {
 }
 
 // path is a path below the folder for output.
-func (b *bench) path(elem ...string) string { return filepath.Join(append([]string{b.out}, elem...)...) }
+func (b *bench) path(elem ...string) string {
+	return filepath.Join(append([]string{b.out}, elem...)...)
+}
 
 // describeMachine leaves out what it cannot find.
 func describeMachine() machine {

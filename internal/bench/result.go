@@ -38,9 +38,9 @@ const (
 
 // goal is what a row has to reach. The zero value asks for nothing.
 type goal struct {
-	text   string
-	bound  float64
-	of     string
+	text  string
+	bound float64
+	of    string
 }
 
 func atMost(bound float64, unit string) goal {

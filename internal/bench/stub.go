@@ -5,8 +5,5 @@ import "context"
 func stub(name string) benchCase {
 	return benchCase{name: name, about: "to be measured", run: func(context.Context, *bench) ([]Row, error) { return nil, nil }}
 }
-func vmCase() benchCase             { return stub("vm") }
 func postcopyEngineCase() benchCase { return stub("postcopy/engine") }
 func postcopyVMCase() benchCase     { return stub("postcopy/vm") }
-func resumeCase() benchCase         { return stub("resume") }
-func slowdownCase() benchCase       { return stub("slowdown") }

@@ -1,0 +1,380 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/ram"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
+)
+
+func slowdownCase() benchCase {
+	const name = "slowdown"
+	return benchCase{
+		name: name, about: "a guest's loop over its memory, at a peer that does not migrate beside plain QEMU, and while it migrates",
+		run: func(ctx context.Context, b *bench) ([]Row, error) {
+			if err := needRoot(); err != nil {
+				return nil, err
+			}
+			pkg, err := tinyPackage(ctx, b, slowdownMemory)
+			if err != nil {
+				return nil, err
+			}
+			resting, err := benchResting(ctx, b, name, pkg)
+			if err != nil {
+				return resting, err
+			}
+			moving, err := benchMoving(ctx, b, name, pkg)
+			return append(resting, moving...), err
+		},
+	}
+}
+
+const (
+	slowdownMemory = 512 * mib
+	// The loops: one that a CPU's caches and QEMU's table of translations do not hold, and one over most of the memory.
+	restingLoop = 128 // MiB
+	movingLoop  = 320 // MiB
+)
+
+// benchResting runs the same loop in turns, in a guest of ours that was resumed and whose memory has all arrived, and in a
+// guest that QEMU booted by itself, on memory of its own. New machines after a few turns: where a machine's memory happens
+// to lie makes a difference too.
+func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {
+	machines, turns, slice := 4, max(3, b.samples), time.Second
+	if b.quick {
+		machines, turns, slice = 1, 1, 200*time.Millisecond
+	}
+	var speeds, perCPU [2][]float64
+	for m := range machines {
+		err := func() (err error) {
+			ours, err := startTiny(ctx, b, pkg)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, ours.close()) }()
+			plain, err := bootPlain(ctx, b)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, plain.close()) }()
+			consoles := [2]*testguest.Console{ours.console, plain.console}
+			pids := [2]int{ours.instance.Machine().PID(), plain.machine.PID()}
+			for i, console := range consoles {
+				// Once over all of it, and translated.
+				if err := startLoop(ctx, console, restingLoop); err != nil {
+					return err
+				}
+				if _, _, err := loopSpeed(ctx, console, pids[i], slice/2); err != nil {
+					return err
+				}
+			}
+			for turn := range turns {
+				for i := range consoles {
+					side := (i + turn + m) % 2 // who is first changes
+					speed, efficiency, err := loopSpeed(ctx, consoles[side], pids[side], slice)
+					if err != nil {
+						return err
+					}
+					speeds[side] = append(speeds[side], speed)
+					perCPU[side] = append(perCPU[side], efficiency)
+				}
+				last := len(speeds[0]) - 1
+				b.say("%s: at rest %d/%d: ours %.0f, plain QEMU %.0f thousand pages/s, ratio %.3f; by CPU time %.3f", name, last+1, machines*turns,
+					speeds[0][last], speeds[1][last], speeds[0][last]/speeds[1][last], perCPU[0][last]/perCPU[1][last])
+			}
+			return nil
+		}()
+		if err != nil {
+			return nil, err
+		}
+	}
+	return []Row{
+		newRow(name, "work, not migrating", "k pages/s", more, speeds[0], speeds[1], "plain QEMU", ratioWithin(2)),
+		// What other programs take of the cores is not in this one.
+		newRow(name, "work by CPU time, not migrating", "k pages/s", more, perCPU[0], perCPU[1], "plain QEMU", ratioWithin(2)),
+	}, nil
+}
+
+// startLoop makes the guest write all over so much memory, once, and leaves the loop stopped.
+func startLoop(ctx context.Context, console *testguest.Console, mebibytes int) error {
+	if _, err := guestDo(ctx, console, "mem start %d", mebibytes); err != nil {
+		return err
+	}
+	for {
+		if err := wait(ctx, 50*time.Millisecond); err != nil {
+			return err
+		}
+		pages, err := loopPages(ctx, console, "mem status", mebibytes)
+		if err != nil {
+			return err
+		}
+		if pages > int64(mebibytes)*mib/pageSize {
+			_, err := guestDo(ctx, console, "mem stop")
+			return err
+		}
+	}
+}
+
+// loopPages is how many pages a loop has written since it was started.
+func loopPages(ctx context.Context, console *testguest.Console, command string, mebibytes int) (int64, error) {
+	answer, err := guestDo(ctx, console, "%s", command)
+	if err != nil {
+		return 0, err
+	}
+	var pass, page int64
+	if _, err := fmt.Sscan(answer, &pass, &page); err != nil {
+		return 0, fmt.Errorf("guest answered %q to %q: %w", answer, command, err)
+	}
+	return (pass-1)*int64(mebibytes)*mib/pageSize + page, nil
+}
+
+// loopSpeed lets the loop run for a while and returns thousands of pages a second, and a second of the machine's CPU time.
+func loopSpeed(ctx context.Context, console *testguest.Console, pid int, d time.Duration) (speed, perCPU float64, err error) {
+	before, err := loopPages(ctx, console, "mem status", restingLoop)
+	if err != nil {
+		return 0, 0, err
+	}
+	spent, err := cpuOf(pid)
+	if err != nil {
+		return 0, 0, err
+	}
+	if _, err := guestDo(ctx, console, "mem go"); err != nil {
+		return 0, 0, err
+	}
+	began := time.Now()
+	if err := wait(ctx, d); err != nil {
+		return 0, 0, err
+	}
+	after, err := loopPages(ctx, console, "mem stop", restingLoop)
+	if err != nil {
+		return 0, 0, err
+	}
+	took := time.Since(began)
+	spentAfter, err := cpuOf(pid)
+	if err != nil {
+		return 0, 0, err
+	}
+	pages := float64(after-before) / 1e3
+	return pages / took.Seconds(), pages / (spentAfter - spent).Seconds(), nil
+}
+
+// plainVM is the tiny guest in a QEMU that nobody looks into.
+type plainVM struct {
+	machine vmm.Machine
+	console *testguest.Console
+	memory  *ram.Memory // what the backend wants to have; not used
+	folder  string
+}
+
+// bootPlain boots the same machine as the package's, but with memory that QEMU allocates itself and a disk that is a file.
+func bootPlain(ctx context.Context, b *bench) (_ *plainVM, err error) {
+	vm := &plainVM{}
+	if vm.console, err = testguest.NewConsole(); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, vm.close())
+		}
+	}()
+	if vm.folder, err = os.MkdirTemp(b.path("bench"), "plain-"); err != nil {
+		return nil, err
+	}
+	disk := filepath.Join(vm.folder, "disk")
+	if err := makeBlank(disk, tinyDisk); err != nil {
+		return nil, err
+	}
+	if disk, err = filepath.Abs(disk); err != nil {
+		return nil, err
+	}
+	root := filepath.Join(vm.folder, "root")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		return nil, err
+	}
+	vmlinux, initrd, err := testguest.Make(ctx, map[string]string{"/bin/drafter-agent": filepath.Join(b.bin, "drafter-agent")})
+	if err != nil {
+		return nil, err
+	}
+	if vm.memory, err = ram.Create("plain", slowdownMemory); err != nil {
+		return nil, err
+	}
+	backend := qemu.New(qemu.Options{})
+	spec, err := backend.Describe(ctx, vmm.Spec{
+		Accel: "auto", CPUCount: 1, MemorySize: slowdownMemory, Sockets: true, BootArgs: tinyBootArgs, Disks: []vmm.Disk{{Name: "disk", Size: tinyDisk}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	vm.machine, err = backend.Start(ctx, vmm.Config{
+		Spec: spec, Dir: root, Memory: vm.memory.File(), NUMANode: -1, Boot: &vmm.Boot{Kernel: vmlinux, Initrd: initrd},
+		Disks: []vmm.Attachment{{Name: "disk", Path: disk}}, SerialOutput: vm.console, SerialInput: vm.console.Input(), Logger: quiet,
+		Spawn: func(cmd *exec.Cmd) error {
+			for i, arg := range cmd.Args {
+				if strings.Contains(arg, `"memory-backend-file"`) {
+					cmd.Args[i] = fmt.Sprintf(`{"qom-type":"memory-backend-ram","id":"mem","size":%d}`, slowdownMemory)
+				}
+			}
+			return cmd.Start()
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	ready, cancel := context.WithTimeout(ctx, guestWait)
+	defer cancel()
+	return vm, startLiveness(ready, vm.console)
+}
+
+func (vm *plainVM) close() error {
+	var errs []error
+	if vm.machine != nil {
+		errs = append(errs, vm.machine.Close())
+	}
+	errs = append(errs, vm.console.Close())
+	if vm.memory != nil {
+		errs = append(errs, vm.memory.Close())
+	}
+	if vm.folder != "" {
+		errs = append(errs, os.RemoveAll(vm.folder))
+	}
+	return errors.Join(errs...)
+}
+
+// benchMoving compares a guest that is being copied with itself, just before.
+func benchMoving(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {
+	var moving, before []float64
+	for i := range b.samples {
+		speed, was, err := moveOnce(ctx, b, pkg)
+		if err != nil {
+			return nil, err
+		}
+		moving, before = append(moving, speed), append(before, was)
+		b.say("%s: migrating %d/%d: %.0f thousand pages/s, before %.0f, ratio %.2f", name, i+1, b.samples, speed, was, speed/was)
+	}
+	return []Row{newRow(name, "work while copied", "k pages/s", more, moving, before, "just before", goal{})}, nil
+}
+
+// moveOnce moves a guest that writes all over its memory, and returns how fast it wrote while it was copied, and before.
+func moveOnce(ctx context.Context, b *bench, pkg string) (during, before float64, err error) {
+	console, err := testguest.NewConsole()
+	if err != nil {
+		return 0, 0, err
+	}
+	folder, err := os.MkdirTemp(b.path("bench"), "instance-")
+	if err != nil {
+		return 0, 0, errors.Join(err, console.Close())
+	}
+	var peers []*peer.Peer
+	defer func() {
+		for _, p := range peers {
+			err = errors.Join(err, p.Kill())
+		}
+		err = errors.Join(err, console.Close(), os.RemoveAll(folder))
+	}()
+	config := func(side string) (peer.Config, error) {
+		cfg := peer.Config{Backend: qemu.New(qemu.Options{}), Host: b.tinyHost(console), ResumeTimeout: guestWait, Logger: quiet}
+		devices, err := overlays(pkg, filepath.Join(folder, side))
+		for _, d := range devices {
+			cfg.Devices = append(cfg.Devices, peer.Device{DeviceConfig: d, Policy: migrate.Policy{ByGoal: true}})
+		}
+		return cfg, err
+	}
+	cfg, err := config("a")
+	if err != nil {
+		return 0, 0, err
+	}
+	mark := func() (pages int64, at time.Time, err error) {
+		pages, err = loopPages(ctx, console, "mem status", movingLoop)
+		return pages, time.Now(), err
+	}
+	speed := func(pages int64, d time.Duration) float64 { return float64(pages) / d.Seconds() / 1e3 }
+	var firstPages, lastPages int64
+	var first, last time.Time
+	var markErr error
+	cfg.OnState = func(s migrate.SourceState) {
+		var err error
+		switch s {
+		case migrate.SourceCopying:
+			firstPages, first, err = mark()
+		case migrate.SourceSuspending:
+			lastPages, last, err = mark()
+		}
+		markErr = errors.Join(markErr, err)
+	}
+	from, err := peer.Resume(ctx, cfg)
+	if err != nil {
+		return 0, 0, err
+	}
+	peers = append(peers, from)
+	if err := startLoop(ctx, console, movingLoop); err != nil {
+		return 0, 0, err
+	}
+	if _, err := guestDo(ctx, console, "mem go"); err != nil {
+		return 0, 0, err
+	}
+	restPages, rest, err := mark()
+	if err != nil {
+		return 0, 0, err
+	}
+	if err := wait(ctx, time.Second); err != nil {
+		return 0, 0, err
+	}
+	nowPages, now, err := mark()
+	if err != nil {
+		return 0, 0, err
+	}
+	receiving, err := config("b")
+	if err != nil {
+		return 0, 0, err
+	}
+	to, err := handOver(ctx, from, receiving)
+	if err != nil {
+		return 0, 0, err
+	}
+	peers = append(peers, to)
+	if markErr != nil {
+		return 0, 0, markErr
+	}
+	return speed(lastPages-firstPages, last.Sub(first)), speed(nowPages-restPages, now.Sub(rest)), nil
+}
+
+// handOver moves an instance from one peer to another in this process, over TCP.
+func handOver(ctx context.Context, from *peer.Peer, cfg peer.Config) (*peer.Peer, error) {
+	ctx, cancel := context.WithTimeout(ctx, guestWait)
+	defer cancel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	defer l.Close()
+	there, err := new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String())
+	if err != nil {
+		return nil, err
+	}
+	defer there.Close()
+	here, err := l.Accept()
+	if err != nil {
+		return nil, err
+	}
+	defer here.Close()
+	var wg sync.WaitGroup
+	var sendErr error
+	wg.Go(func() { _, sendErr = from.Send(ctx, []io.ReadWriter{here}) })
+	to, _, err := peer.Receive(ctx, cfg, []io.ReadWriter{there})
+	wg.Wait()
+	return to, errors.Join(err, sendErr)
+}

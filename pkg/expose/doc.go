@@ -1,4 +1,5 @@
-// Package expose hands a [block.Device] to a virtual machine monitor.
+// Package expose hands a [block.Device] to a virtual machine monitor, or to any program on this host: on a socket that speaks
+// NBD, or as a file.
 //
 // # NBD on a unix socket
 //
@@ -19,7 +20,24 @@
 // INFO, GO and STRUCTURED_REPLY; READ, WRITE, FLUSH, TRIM, WRITE_ZEROES and DISC with the flags FUA, NO_HOLE and DF.
 // Requests are not bound to blocks of any size, and carry up to [MaxRequest] bytes.
 //
+// # A file in a folder
+//
+// [MountFUSE] mounts a folder that has a file for each device. The files are read and written past the page cache
+// (FOPEN_DIRECT_IO), so that the device sees each request when it is made; programs that map a file still can.
+//
+//	mount, err := expose.MountFUSE("out/mnt", []expose.Export{{Name: "disk", Device: disk}}, expose.FUSEOptions{})
+//	if err != nil {
+//		return err
+//	}
+//	// dd if=out/mnt/disk …, mount -o loop out/mnt/disk …, a VMM that wants a path
+//	…
+//	err = errors.Join(mount.Close(), disk.Close()) // in this order
+//
+// Unlike an NBD socket, a mount does not survive its process: who has a file of it open gets errors from then on.
+//
 // # What may be relied on
+//
+// Of NBD:
 //
 //   - Each connection has many requests in flight. One that takes long, because a lazy device waits for a block, delays no
 //     other, up to NBDOptions.Workers of them per connection.
@@ -31,13 +49,23 @@
 //     and in bytes. A client that breaks the protocol loses its connection, and disturbs nobody else.
 //   - Close answers what is in flight, then disconnects. The socket file is gone when it returns.
 //
+// Of a mount:
+//
+//   - fsync(2) is answered after [block.Device.Flush] has returned.
+//   - A request that takes long delays no other.
+//   - A file has the size of its device, always: what would change it is refused (truncate with EPERM, so dd needs
+//     conv=notrunc; writes over the end with ENOSPC, and nothing is written).
+//   - When this process dies, by whatever signal, those who look at the folder get ENOTCONN, and nobody waits for ever.
+//     The next MountFUSE there takes it over. A program that this process started changes nothing in that.
+//
 // # Who may call what
 //
-// All methods may be called from any goroutine. The server never closes a device. A Server has one goroutine that accepts,
+// All methods may be called from any goroutine. Neither server closes a device. A Server has one goroutine that accepts,
 // and per connection one for each request in flight and one that reads; Close waits for all of them.
 //
 // # What it does not do
 //
-// There is no TLS and no authentication: the folder of the socket (mode 0700) decides who may connect. Block status
+// There is no TLS and no authentication: the folder of the socket (mode 0700) decides who may connect, and a mount is for
+// the user who made it. Block status
 // (sparseness as seen by the client), resizing and caching requests are not offered.
 package expose

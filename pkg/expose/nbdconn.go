@@ -200,7 +200,7 @@ func (c *nbdConn) carryOut(r nbdRequest, buffer *nbdBuffer) {
 		if err := c.do(r, buffer); err != nil {
 			code = nbdError(err)
 			message = err.Error()
-			c.errors.log(c.log, r, err)
+			c.errors.log(c.log, r.name(), int64(r.offset), int64(r.length), err)
 		}
 	} else {
 		c.log.Debug("refused an NBD request", "request", r.name(), "flags", r.flags, "offset", r.offset, "length", r.length, "code", code)
@@ -396,11 +396,11 @@ type errorLog struct {
 	suppressed int
 }
 
-func (e *errorLog) log(log *slog.Logger, r nbdRequest, err error) {
+func (e *errorLog) log(log *slog.Logger, request string, offset, length int64, err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if now := time.Now(); now.Sub(e.last) >= time.Second {
-		log.Error("an NBD request failed", "request", r.name(), "offset", r.offset, "length", r.length, "error", err, "unlogged", e.suppressed)
+		log.Error("a request for a device failed", "request", request, "offset", offset, "length", length, "error", err, "unlogged", e.suppressed)
 		e.last, e.suppressed = now, 0
 	} else {
 		e.suppressed++

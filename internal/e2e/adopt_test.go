@@ -149,7 +149,7 @@ func TestCommandAdopt(t *testing.T) {
 		if said := w.start(t, nil, w.peer("package", "there")...).wait(t, 1); !strings.Contains(said, "--boot") {
 			t.Errorf("the message does not offer --boot:\n%s", said)
 		}
-		c = w.start(t, w.console, w.peer("package", "there", "--boot")...)
+		c = w.start(t, w.console, w.peer("package", "there", "--boot", "--resume-timeout", "2s")...)
 		c.waitFor(t, "Booted VM") // and removes what the other has left
 		c.Process.Signal(syscall.SIGTERM)
 		c.wait(t, 0)

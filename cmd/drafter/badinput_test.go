@@ -419,7 +419,7 @@ func TestPeerRefuses(t *testing.T) {
 		{"s3endpoint", set("s3endpoint", "host"), nil, 2, []string{`"s3endpoint"`, "leave it out"}},
 		{"disk the machine lacks", set("name", "logs"), nil, 1, []string{`"disk"`, "add it to the devices"}},
 		{"memory of another package", func(d []map[string]any) { d[1]["base"], d[2]["base"] = d[2]["base"], d[1]["base"] }, nil, 1, []string{"memory", "different packages"}},
-		{"metrics", nil, []string{"--metrics", "localhost:9090"}, 2, []string{"--metrics", "leave it out"}},
+		{"metrics without port", nil, []string{"--metrics", "localhost"}, 2, []string{"--metrics", `"localhost"`, "HOST:PORT"}},
 		{"maximum of downtime", nil, []string{"--max-downtime", "-1ms"}, 2, []string{"--max-downtime -1ms", "above zero"}},
 		{"maximum of total time", nil, []string{"--max-total-time", "0"}, 2, []string{"--max-total-time 0s", "leave it out"}},
 		{"more downtime than time", nil, []string{"--max-downtime", "2s", "--max-total-time", "1s"}, 2, []string{"--max-downtime", "2s", "1s", "raise the total time"}},
@@ -639,6 +639,8 @@ func TestPortInUse(t *testing.T) {
 	checkRefused(t, f.dir, []string{"peer", "--netns", "", "--chroot-base-dir", filepath.Join(f.dir, "vms"), "--package", f.pkg,
 		"--laddr", l.Addr().String(), "--report", filepath.Join(f.dir, "report")},
 		1, "--laddr", l.Addr().String(), "in use", "another port")
+	checkRefused(t, f.dir, []string{"peer", "--netns", "", "--chroot-base-dir", filepath.Join(f.dir, "vms"), "--package", f.pkg, "--metrics", l.Addr().String()},
+		1, "--metrics", l.Addr().String(), "in use", "another port")
 }
 
 // TestReceiveFromStrangers receives from what is no Drafter, or one we cannot talk to.

@@ -15,6 +15,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -162,7 +163,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.DurationVar(&opts.maxDowntime, "max-downtime", 0, "how long the guest may stand still when it is sent; what needs longer is given up (0: aim at 20ms, and send what there is)")
 	flags.DurationVar(&opts.maxTotalTime, "max-total-time", 0, "how long it may take to send the guest; what needs longer is given up (0: any time)")
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long saving and rolling back may take")
-	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at (not available in this version)")
+	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
@@ -189,7 +190,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if opts.verify && opts.packagePath == "" {
 		return usageErrorf("--verify needs --package: digests are in a package's manifest")
 	}
-	ctx, log, out := cmd.Context(), logger(cmd.Context()), cmd.ErrOrStderr()
+	out := newWatch(cmd.ErrOrStderr())
+	defer out.Close()
+	log := out.logger(logger(cmd.Context()))
+	ctx := withLogger(cmd.Context(), log)
 	if opts.concurrency < 1 {
 		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
 	}
@@ -208,13 +212,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := goal.Check(); err != nil {
 		return usageErrorf("--max-downtime and --max-total-time: %w", err)
 	}
-	if opts.metrics != "" {
-		return usageErrorf("--metrics is not available in this version; leave it out")
-	}
 	if opts.boot && opts.raddr != "" {
 		return usageErrorf("--boot and --raddr exclude each other: an instance that is received runs already")
 	}
-	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}} {
+	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}, {"metrics", opts.metrics}} {
 		if v.address == "" {
 			continue
 		}
@@ -240,7 +241,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Goal: goal, Concurrency: opts.concurrency, Logger: log,
+		ForceOwner: opts.forceOwner, Goal: goal, Concurrency: opts.concurrency, Progress: out.progress, Logger: log,
 	}
 
 	if opts.laddr != "" {
@@ -248,7 +249,12 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--devices: with --laddr, %w", err)
 		}
 	}
-	// The address to listen on is taken before anything is begun, so that a port in use costs nothing.
+	// The addresses to listen on are taken before anything is begun, so that a port in use costs nothing.
+	stopMetrics, err := out.serveMetrics(ctx, opts.metrics, log)
+	if err != nil {
+		return err
+	}
+	defer stopMetrics()
 	var listener net.Listener
 	if opts.laddr != "" {
 		if transport.Insecure(opts.laddr) {
@@ -266,12 +272,15 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return fmt.Errorf("--report: %w", err)
 	}
 	defer reports.close()
+	reports.tell = out.done
 
 	p, err := startPeer(ctx, cfg, opts, reports, out)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
+	out.started(p)
 	err = servePeer(ctx, p, listener, reports, out)
+	out.metrics.State(control.Closing)
 	if err := errors.Join(err, closePeer(ctx, p, out)); err != nil {
 		return err
 	}

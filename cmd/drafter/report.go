@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
@@ -13,7 +14,8 @@ import (
 // reports is the file of --report. The zero value writes nothing.
 type reports struct {
 	file *os.File
-	made bool // by us, and nothing was written to it
+	made bool                  // by us, and nothing was written to it
+	tell func(*migrate.Report) // called for each; may be nil
 }
 
 func openReports(path string) (*reports, error) {
@@ -26,10 +28,13 @@ func openReports(path string) (*reports, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &reports{f, made}, nil
+	return &reports{file: f, made: made}, nil
 }
 
 func (r *reports) write(report *migrate.Report) error {
+	if r.tell != nil {
+		r.tell(report)
+	}
 	if r.file == nil {
 		return nil
 	}
@@ -52,7 +57,7 @@ func (r *reports) close() error {
 	return r.file.Close()
 }
 
-// summary is what a person wants to know of a migration that succeeded, in two lines; --report has it all.
+// summary is what a person wants to know of a migration that succeeded, in three lines; --report has it all.
 func summary(r *migrate.Report) string {
 	times := fmt.Sprintf("%v in all", round(r.Total))
 	bytes := fmt.Sprintf("%.1f MiB received", float64(r.WireBytes)/(1<<20))
@@ -68,7 +73,40 @@ func summary(r *migrate.Report) string {
 	if len(r.Digests) > 0 {
 		verified = fmt.Sprintf("verified: the digests of %s agree", count(len(r.Digests), "device"))
 	}
-	return fmt.Sprintf("%s\n  %s over %s, %s", times, bytes, count(r.Streams, "stream"), verified)
+	s := fmt.Sprintf("%s\n  %s over %s, %s", times, bytes, count(r.Streams, "stream"), verified)
+	if len(r.Parts) > 0 {
+		s += "\n  " + downtimeParts(r)
+	}
+	return s
+}
+
+// downtimeParts says what the downtime was spent on, one by one what took long enough to matter.
+func downtimeParts(r *migrate.Report) string {
+	const small = migrate.Millis(100 * time.Microsecond)
+	var parts []string
+	var rest migrate.Millis
+	for _, p := range r.Parts {
+		if p.Duration < small {
+			rest += p.Duration
+		} else {
+			parts = append(parts, fmt.Sprintf("%s %v", p.Name, round(p.Duration)))
+		}
+	}
+	if rest >= small || len(parts) == 0 {
+		parts = append(parts, fmt.Sprintf("other %v", round(rest)))
+	}
+	s := "downtime: "
+	if r.Role == "destination" { // which does not see the whole of it
+		s = "downtime from the device state on: "
+	}
+	s += strings.Join(parts, ", ")
+	switch {
+	case r.AgentBefore > 0:
+		s += fmt.Sprintf("; before it, the guest's agent took %v", round(r.AgentBefore))
+	case r.AgentAfter > 0:
+		s += fmt.Sprintf("; after it, the guest's agent took %v", round(r.AgentAfter))
+	}
+	return s
 }
 
 // round cuts what a person does not read: microseconds of milliseconds, milliseconds of minutes.

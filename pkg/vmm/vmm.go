@@ -99,6 +99,16 @@ type Reaper interface {
 	Reap(cfg Config) error
 }
 
+// Announcer is implemented by machines that can have the network send their guest's packets here before the guest runs
+// here. A guest that is paused at its old place gets nothing there: packets are lost, which costs their senders a timeout
+// of 200 ms or more. Here they wait for Resume, as many as the interface's queue holds.
+type Announcer interface {
+	// Announce is for a machine that waits for Load, once its guest is paused elsewhere; it counts as one of the methods
+	// that change the state. Packets that came before are discarded: the guest got them there. Should the guest go on
+	// there after all, the Resume of that machine announces it again.
+	Announce() error
+}
+
 var (
 	// ErrState is returned when a method is called in a state that does not allow it.
 	ErrState = errors.New("machine is not in the right state")

@@ -40,6 +40,12 @@
 // has no capability left and no way out. Dir then belongs to the group GID with mode 0710, so that QEMU can reach the
 // NBD sockets in it, which are given to the user, and can create nothing.
 //
+// # Network
+//
+// A tap device that exists. A guest that was loaded is announced by broadcast RARP frames: by Announce, before it runs,
+// so that its packets wait in the queue of the tap device (txqueuelen, 1000 by default); by Resume; and a second later by
+// QEMU and the guest together, as announce-self does it. A guest that goes on after a Pause is announced at once.
+//
 // # Concurrency
 //
 // As [vmm.Machine] says. Every machine has these goroutines, which have all ended when Done is closed: the reader of

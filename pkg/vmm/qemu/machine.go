@@ -40,6 +40,9 @@ type machine struct {
 	console *console
 	cgroup  *cgroup
 
+	announcer *announcer  // closed once the guest has run here; nil if there is no network, and if it was booted or adopted
+	arrived   *time.Timer // fires announceDelay after a guest that was loaded began to run
+
 	migration chan string   // receives the status in each MIGRATION event
 	stopped   chan struct{} // receives when the guest was stopped, by us or by QEMU
 
@@ -64,8 +67,10 @@ var (
 )
 
 func newMachine(cfg vmm.Config, caps *capabilities) *machine {
+	arrived := time.NewTimer(announceDelay)
+	arrived.Stop()
 	return &machine{
-		cfg: cfg, caps: caps, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir),
+		cfg: cfg, caps: caps, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), arrived: arrived,
 		migration: make(chan string, 64), stopped: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 }
@@ -174,8 +179,16 @@ func (m *machine) watch() {
 			waiting = false
 		case <-m.stopped:
 			m.checkStop()
+		case <-m.arrived.C:
+			if m.life.state() == running { // else it may have been announced elsewhere
+				ctx, cancel := context.WithTimeout(context.Background(), settleTime)
+				m.announceSelf(ctx)
+				cancel()
+			}
 		}
 	}
+	m.arrived.Stop()
+	m.announcer.close()
 	m.life.close()
 	m.disconnect() // events that came before the end are read by now
 	m.err = m.verdict()
@@ -255,6 +268,7 @@ func (m *machine) remove() error {
 
 // abandon ends a machine whose start failed with cause, and says more about that.
 func (m *machine) abandon(cause error) error {
+	m.announcer.close()
 	if m.process != nil {
 		select {
 		case <-m.process.ended:
@@ -369,18 +383,26 @@ func (m *machine) Resume(ctx context.Context) error {
 		return err
 	}
 	began := time.Now()
+	network := m.cfg.Spec.MAC != ""
+	arrives := network && m.loaded && m.announcer != nil
+	if arrives {
+		if err := m.announcer.announce(); err != nil {
+			m.log.Warn("cannot announce the guest on its network", "error", err)
+		}
+	}
 	err := m.qmp.execute(ctx, "cont", nil, nil)
 	m.step("cont", began)
 	if err != nil {
 		m.life.end(m.settle(ctx))
 		return m.failed("resume", err)
 	}
-	if m.loaded && m.cfg.Spec.MAC != "" {
-		// Bridges learn the guest's new place from these packets. The guest runs already, so that they could not be
-		// sent is no reason to fail.
-		if err := m.qmp.execute(ctx, "announce-self", map[string]any{"initial": 50, "max": 550, "rounds": 5, "step": 100}, nil); err != nil {
-			m.log.Warn("cannot announce the guest on its network", "error", err)
-		}
+	switch {
+	case arrives:
+		m.announcer.close()
+		m.arrived.Reset(announceDelay)
+	case network:
+		// It goes on where it was, but may have been announced elsewhere meanwhile.
+		m.announceSelf(ctx)
 	}
 	m.loaded, m.lastState = false, nil
 	m.life.end(running)

@@ -3,6 +3,7 @@ package qemu
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -311,6 +313,113 @@ func TestMachine(t *testing.T) {
 	}
 	if _, err := os.Stat("/sys/fs/cgroup/unified/drafter/" + cfg.CgroupName); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("the cgroup is still there: %v", err)
+	}
+}
+
+// TestAnnounce sees a waiting machine announced, and what comes then wait for it.
+func TestAnnounce(t *testing.T) {
+	needRoot(t)
+	netns := makeNetns(t)
+	backend, ctx := New(Options{}), t.Context()
+	spec, err := backend.Describe(ctx, vmm.Spec{CPUCount: 1, MemorySize: 64 << 20, MAC: "02:0e:d9:fd:68:3d"})
+	if err != nil {
+		t.Skip(err)
+	}
+	memory, err := unix.MemfdCreate("announce", unix.MFD_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ram := os.NewFile(uintptr(memory), "announce")
+	defer ram.Close()
+	if err := ram.Truncate(spec.MemorySize); err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "announce")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	started, err := backend.Start(ctx, vmm.Config{Spec: spec, Dir: dir, Memory: ram, NUMANode: -1, Netns: netns, Interface: "tap0"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := started.(*machine)
+	defer m.Close()
+
+	var socket int
+	if err := inNetns(netns, func() error {
+		link, err := net.InterfaceByName("tap0")
+		if err != nil {
+			return err
+		}
+		all := binary.BigEndian.Uint16(binary.NativeEndian.AppendUint16(nil, unix.ETH_P_ALL))
+		if socket, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all)); err != nil {
+			return err
+		}
+		return unix.Bind(socket, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Index})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(socket)
+	send := func(what byte) {
+		t.Helper()
+		frame := append(slices.Repeat([]byte{0xff}, 6), 2, 0, 0, 0, 0, 1, 0x88, 0xb5, what) // an EtherType for experiments
+		if _, err := unix.Write(socket, append(frame, make([]byte, 60-len(frame))...)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// queued takes what waits in the interface's queue. QEMU has taken at most one frame of it.
+	queued := func() (seen []byte) {
+		m.announcer.mu.Lock()
+		defer m.announcer.mu.Unlock()
+		frame := make([]byte, 2048)
+		header, err := unix.IoctlGetInt(m.announcer.fd, unix.TUNGETVNETHDRSZ)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for {
+			n, err := unix.Read(m.announcer.fd, frame)
+			if err != nil {
+				return seen
+			}
+			if f := frame[header:n]; len(f) > 14 && f[12] == 0x88 && f[13] == 0xb5 {
+				seen = append(seen, f[14])
+			}
+		}
+	}
+	for range 10 {
+		send('a')
+	}
+	if err := m.Announce(); err != nil {
+		t.Fatal(err)
+	}
+	for range 10 {
+		send('b')
+	}
+	if got := queued(); len(got) < 9 || bytes.Contains(got, []byte("a")) {
+		t.Errorf("after it was announced, %q waits for the guest instead of ten b", got)
+	}
+	frame := make([]byte, 2048)
+	unix.SetsockoptTimeval(socket, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 60})
+	for want := append(rarp(m.announcer.mac), make([]byte, 18)...); ; {
+		n, err := unix.Read(socket, frame)
+		if err != nil {
+			t.Fatalf("no announcement was seen: %v", err)
+		}
+		if bytes.Equal(frame[:n], want) {
+			break
+		}
+	}
+	if err := m.Close(); err != nil {
+		t.Error(err)
+	}
+	if f, err := openTap(netns, "tap0"); err != nil {
+		t.Errorf("after the machine was closed: %v", err)
+	} else {
+		f.Close()
+	}
+	if err := m.announcer.announce(); !errors.Is(err, os.ErrClosed) {
+		t.Errorf("announced after the machine was closed: %v", err)
 	}
 }
 

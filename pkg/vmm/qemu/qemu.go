@@ -218,6 +218,11 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			return nil, err
 		}
 		fd.tap = inherit.add(f)
+		if cfg.Boot == nil {
+			if m.announcer, err = newAnnouncer(f, cfg.Spec.MAC); err != nil {
+				return nil, err
+			}
+		}
 	}
 	if cfg.CgroupVersion != 0 {
 		if m.cgroup, err = makeCgroup(cfg.CgroupVersion, cfg.CgroupName); err != nil {

@@ -14,11 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// usage is what a process has used since it was asked first.
+// usage is where a process stood when it began to be measured.
 type usage struct {
-	cpu  time.Duration
-	rss  int64 // bytes resident at the beginning
-	peak int64 // most bytes resident since
+	cpu time.Duration
+	rss int64 // bytes resident
 }
 
 // startUsage begins to measure this process.

@@ -158,6 +158,17 @@ type Target interface {
 	Discard(ctx context.Context) error
 }
 
+// ArrivalTarget is a Target that wants to know when the guest is paused at the source, while its device state and the rest
+// of its memory are still to come. It is the time to have the network send the guest's packets here, where they can wait
+// for it, rather than to where they are lost.
+type ArrivalTarget interface {
+	Target
+
+	// Arriving is called once, between Prepare and Load, unless the migration fails before. It holds the migration up. The
+	// guest may yet go on at the source.
+	Arriving()
+}
+
 func orDefault(d *time.Duration, v time.Duration) {
 	if *d == 0 {
 		*d = v

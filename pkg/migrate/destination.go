@@ -456,6 +456,9 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 			}
 			if !d.downtime.begun() {
 				d.downtime.begin()
+				if t, ok := d.cfg.Target.(ArrivalTarget); ok {
+					t.Arriving()
+				}
 			}
 			state = append(state, m.payload...)
 			last = m.Flags&wire.FlagLast != 0

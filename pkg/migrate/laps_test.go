@@ -60,7 +60,12 @@ func (g slowGuest) State(ctx context.Context, w io.Writer) error {
 	return g.Guest.State(ctx, w)
 }
 
-type slowTarget struct{ Target }
+type slowTarget struct {
+	Target
+	arriving func()
+}
+
+func (g slowTarget) Arriving() { g.arriving() }
 
 func (g slowTarget) Load(ctx context.Context, r io.Reader) error {
 	time.Sleep(4 * time.Millisecond)
@@ -88,12 +93,21 @@ func TestParts(t *testing.T) {
 		r := newRig(smallShape)
 		r.source.Guest = slowGuest{r.guest}
 		r.source.Journal = slowJournal{r.src, 16 * time.Millisecond}
-		r.dest.Target = slowTarget{r.target}
+		arrivals := 0
+		r.dest.Target = slowTarget{r.target, func() {
+			arrivals++
+			if r.target.loads != 0 || !r.guest.paused {
+				t.Error("the guest arrives, and runs at the source or is loaded already")
+			}
+		}}
 		r.dest.Journal = slowJournal{r.dst, 32 * time.Millisecond}
 		a, b := pipes(1)
 		o := r.move(t.Context(), a, b)
 		if r.verify(t, o); o.srcErr != nil || o.dstErr != nil {
 			t.Fatal(o.srcErr, o.dstErr)
+		}
+		if arrivals != 1 {
+			t.Errorf("the target heard %d times that the guest arrives", arrivals)
 		}
 		if o.src.AgentBefore < Millis(70*time.Millisecond) {
 			t.Errorf("agent took %v", o.src.AgentBefore)
@@ -103,7 +117,7 @@ func TestParts(t *testing.T) {
 			want   map[string]int // milliseconds
 		}{
 			{o.src, map[string]int{PartPause: 1, PartFinalList: 0, PartState: 2, PartTransfer: 0, PartLoad: 4, PartCommit: 16, PartResume: 32 + 8}},
-			{o.dst, map[string]int{PartTransfer: 0, PartVerify: 0, PartFlush: 0, PartLoad: 4, PartDecision: 16, PartCommit: 32, PartResume: 8}},
+			{o.dst, map[string]int{PartTransfer: 2, PartVerify: 0, PartFlush: 0, PartLoad: 4, PartDecision: 16, PartCommit: 32, PartResume: 8}},
 		} {
 			var sum Millis
 			got := map[string]int{}

@@ -45,7 +45,7 @@ type Report struct {
 
 	// Downtime is how long the guest did not run. At the source: from the call of Guest.Pause until the destination
 	// said that it runs (or until it was resumed here), which is at most one network trip more than the truth. At the
-	// destination, which does not know when the guest was paused: from the first device state until it ran.
+	// destination: from the first device state, which is sent as soon as the guest is paused, until it ran.
 	Downtime Millis `json:"downtime_ms"`
 	// Parts are what the downtime was spent on: PartPause and so on. They add up to it.
 	Parts []Part `json:"parts,omitempty"`

@@ -267,6 +267,10 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	s.downtime.end(PartPause)
 
 	s.state.set(SourceSwitching)
+	// The first device state has no bytes, but comes at once: it tells the destination that the guest is paused.
+	if err := l.send(wire.Header{Type: wire.TypeState}, nil); err != nil {
+		return err
+	}
 	ours, err := s.switchOver()
 	if err != nil {
 		return err

@@ -4,13 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
@@ -270,60 +267,31 @@ func benchMoving(ctx context.Context, b *bench, name, pkg string) ([]Row, error)
 
 // moveOnce moves a guest that writes all over its memory, and returns how fast it wrote while it was copied, and before.
 func moveOnce(ctx context.Context, b *bench, pkg string) (during, before float64, err error) {
-	console, err := testguest.NewConsole()
+	s, err := newTinySession(b, pkg)
 	if err != nil {
 		return 0, 0, err
 	}
-	folder, err := os.MkdirTemp(b.path("bench"), "instance-")
-	if err != nil {
-		return 0, 0, errors.Join(err, console.Close())
-	}
-	var peers []*peer.Peer
-	defer func() {
-		for _, p := range peers {
-			err = errors.Join(err, p.Kill())
-		}
-		err = errors.Join(err, console.Close(), os.RemoveAll(folder))
-	}()
-	config := func(side string) (peer.Config, error) {
-		cfg := peer.Config{Backend: qemu.New(qemu.Options{}), Host: b.tinyHost(console), ResumeTimeout: guestWait, Logger: quiet}
-		devices, err := overlays(pkg, filepath.Join(folder, side))
-		for _, d := range devices {
-			cfg.Devices = append(cfg.Devices, peer.Device{DeviceConfig: d, Policy: migrate.Policy{ByGoal: true}})
-		}
-		return cfg, err
-	}
-	cfg, err := config("a")
-	if err != nil {
-		return 0, 0, err
-	}
+	defer func() { err = errors.Join(err, s.close()) }()
 	mark := func() (pages int64, at time.Time, err error) {
-		pages, err = loopPages(ctx, console, "mem status", movingLoop)
+		pages, err = loopPages(ctx, s.console, "mem status", movingLoop)
 		return pages, time.Now(), err
 	}
 	speed := func(pages int64, d time.Duration) float64 { return float64(pages) / d.Seconds() / 1e3 }
 	var firstPages, lastPages int64
 	var first, last time.Time
 	var markErr error
-	cfg.OnState = func(s migrate.SourceState) {
-		var err error
-		switch s {
-		case migrate.SourceCopying:
-			firstPages, first, err = mark()
-		case migrate.SourceSuspending:
-			lastPages, last, err = mark()
+	if err := s.start(ctx, func(cfg *peer.Config) {
+		cfg.OnState = func(state migrate.SourceState) {
+			var err error
+			switch state {
+			case migrate.SourceCopying:
+				firstPages, first, err = mark()
+			case migrate.SourceSuspending:
+				lastPages, last, err = mark()
+			}
+			markErr = errors.Join(markErr, err)
 		}
-		markErr = errors.Join(markErr, err)
-	}
-	from, err := peer.Resume(ctx, cfg)
-	if err != nil {
-		return 0, 0, err
-	}
-	peers = append(peers, from)
-	if err := startLoop(ctx, console, movingLoop); err != nil {
-		return 0, 0, err
-	}
-	if _, err := guestDo(ctx, console, "mem go"); err != nil {
+	}); err != nil {
 		return 0, 0, err
 	}
 	restPages, rest, err := mark()
@@ -337,44 +305,11 @@ func moveOnce(ctx context.Context, b *bench, pkg string) (during, before float64
 	if err != nil {
 		return 0, 0, err
 	}
-	receiving, err := config("b")
-	if err != nil {
+	if _, err := s.move(ctx); err != nil {
 		return 0, 0, err
 	}
-	to, err := handOver(ctx, from, receiving)
-	if err != nil {
-		return 0, 0, err
-	}
-	peers = append(peers, to)
 	if markErr != nil {
 		return 0, 0, markErr
 	}
 	return speed(lastPages-firstPages, last.Sub(first)), speed(nowPages-restPages, now.Sub(rest)), nil
-}
-
-// handOver moves an instance from one peer to another in this process, over TCP.
-func handOver(ctx context.Context, from *peer.Peer, cfg peer.Config) (*peer.Peer, error) {
-	ctx, cancel := context.WithTimeout(ctx, guestWait)
-	defer cancel()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
-	defer l.Close()
-	there, err := new(net.Dialer).DialContext(ctx, "tcp", l.Addr().String())
-	if err != nil {
-		return nil, err
-	}
-	defer there.Close()
-	here, err := l.Accept()
-	if err != nil {
-		return nil, err
-	}
-	defer here.Close()
-	var wg sync.WaitGroup
-	var sendErr error
-	wg.Go(func() { _, sendErr = from.Send(ctx, []io.ReadWriter{here}) })
-	to, _, err := peer.Receive(ctx, cfg, []io.ReadWriter{there})
-	wg.Wait()
-	return to, errors.Join(err, sendErr)
 }

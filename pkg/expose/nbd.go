@@ -214,6 +214,17 @@ func (s *Server) remove(c *nbdConn) {
 	delete(s.connections, c)
 }
 
+// Abort disconnects all clients at once and accepts no more. What is in flight is not answered, so that a client that
+// reconnects asks whoever listens next. It does not wait; Close does.
+func (s *Server) Abort() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cancel()
+	for c := range s.connections {
+		_ = c.conn.Close()
+	}
+}
+
 // Close stops listening, answers the requests that are in flight, and disconnects all clients. It waits for calls of
 // devices that have not returned: close a device that blocks (a lazy one whose source is gone) to end them, or fail its
 // readers. A second Close waits as the first, and returns nil.

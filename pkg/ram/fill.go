@@ -408,6 +408,19 @@ func (f *Filler) Wanted() []int64 {
 	return out
 }
 
+// NextMissing returns the first range at or after off that has not arrived, and io.EOF when there is none.
+func (f *Filler) NextMissing(off int64) (block.Range, error) {
+	if off < 0 {
+		return block.Range{}, fmt.Errorf("find what is missing of memory %q: offset %d is negative", f.m.name, off)
+	}
+	if off < f.m.size {
+		if r, ok := f.nextAbsent(off); ok {
+			return r, nil
+		}
+	}
+	return block.Range{}, io.EOF
+}
+
 // FillStats is what a filling has done so far.
 type FillStats struct {
 	Faults     uint64 // page faults served, or being served

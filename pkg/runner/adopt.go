@@ -114,8 +114,17 @@ func (i *Instance) adopt(ctx context.Context) error {
 	if err := i.memory.Attach(ctx, handle); err != nil {
 		return err
 	}
+	arriving, err := i.recallLate()
+	if err != nil {
+		return err
+	}
 	if i.memory.Unfilled() {
-		if err := i.fill(ctx, true); err != nil {
+		if arriving {
+			err = i.receiveMemory(ctx, ram.FillOptions{Resume: true})
+		} else {
+			err = i.fill(ctx, true)
+		}
+		if err != nil {
 			return err
 		}
 	}

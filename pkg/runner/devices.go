@@ -20,12 +20,18 @@ type device struct {
 	block.Device // base, or overlay over base; closes both
 
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
-	live    *os.File       // of the overlay of a disk: see block.OverlayOptions
-	lock    *os.File       // holds the lock on the base until the device is closed
-	created []string       // files that opening the device made, to remove if nothing comes of it
-	folders []string       // folders that it made for them, outermost first
+	served  *relay         // non-nil for disks: the device again, as the machine has it open
+	lazy    *block.Lazy    // the device again, while something of it is missing
+	liveFiles
+	lock    *os.File // holds the lock on the base until the device is closed
+	created []string // files that opening the device made, to remove if nothing comes of it
+	folders []string // folders that it made for them, outermost first
 	closed  bool
 }
+
+// liveFiles hold what a disk must remember from one process to the next: which blocks its overlay holds, and what of it
+// has arrived. See block.OverlayOptions and block.LazyOptions.
+type liveFiles struct{ blocks, arrived *os.File }
 
 // openMode says what a device is opened for.
 type openMode int
@@ -85,8 +91,8 @@ func (d DeviceConfig) recordFile() string {
 
 // openDevice opens one device. A size above zero is what a device must have, and the size it is made with when it is to be
 // received. It takes live over.
-func openDevice(c DeviceConfig, mode openMode, size int64, live *os.File) (_ *device, err error) {
-	d := &device{DeviceConfig: c, live: live}
+func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *device, err error) {
+	d := &device{DeviceConfig: c, liveFiles: live}
 	defer func() {
 		if err != nil {
 			d.discard()
@@ -136,7 +142,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live *os.File) (_ *de
 			Base: base, BasePath: c.Base, Overlay: c.Overlay, State: c.State, BlockSize: c.BlockSize,
 			// What a migration brings is mostly what the base holds already, and a saved memory image mostly what it was.
 			ElideUnchanged: mode == openReceive || c.Name == MemoryDevice,
-			Live:           live,
+			Live:           live.blocks,
 		})
 		if err != nil {
 			return nil, err
@@ -146,6 +152,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live *os.File) (_ *de
 	if IsDisk(c.Name) {
 		d.tracked = block.NewTracked(d.Device)
 		d.Device = d.tracked
+		d.served = newRelay(d.Device)
 	}
 	return d, nil
 }
@@ -175,13 +182,16 @@ func (d *device) close() error {
 	if d.Device != nil {
 		errs = append(errs, d.Device.Close())
 	}
-	closeFiles(d.lock, d.live)
+	closeFiles(d.lock, d.blocks, d.arrived)
 	return errors.Join(errs...)
 }
 
 // discard closes the device and removes the files and folders that opening it made.
 func (d *device) discard() error {
 	errs := []error{d.close()}
+	if d.lazy != nil && len(d.created) > 0 {
+		d.created = append(d.created, d.listFile())
+	}
 	for _, path := range d.created {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)

@@ -78,6 +78,8 @@ type Instance struct {
 	machine vmm.Machine
 	guest   *guest // nil when the machine has no guest sockets
 
+	late late // what arrives while the guest runs
+
 	mu        sync.Mutex // held through every change of phase; guards what follows
 	phase     phase
 	migration string // that the instance was released to
@@ -191,7 +193,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
 	if state := i.device(StateDevice); state != nil {
-		if err := writeRecord(state, Record{Status: Running}); err != nil {
+		if err := writeRecord(state, Record{Status: Running, Migration: i.late.migration}); err != nil {
 			return nil, fmt.Errorf("boot instance: %w", err)
 		}
 	}
@@ -266,6 +268,11 @@ func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incom
 	if err := i.checkVacant(); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
+	for _, d := range i.devices { // of an instance that was here before
+		if err := os.Remove(d.listFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("prepare instance: %w", err)
+		}
+	}
 	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
@@ -314,7 +321,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 	if err := CheckDevices(cfg.Devices); err != nil {
 		return nil, fmt.Errorf("open instance: %w", err)
 	}
-	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting}
+	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting, late: late{devices: make(map[string]Late)}}
 	defer func() {
 		if err != nil {
 			if i.orphan != nil {
@@ -345,9 +352,9 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		if !travels {
 			deviceMode = openExisting
 		}
-		var live *os.File
-		if IsDisk(c.Name) && c.Overlay != "" {
-			if live, err = i.liveFile(c.Name); err != nil {
+		var live liveFiles
+		if IsDisk(c.Name) {
+			if live, err = i.liveFiles(c.Name); err != nil {
 				return nil, fmt.Errorf("open device %q: %w", c.Name, err)
 			}
 		}
@@ -356,6 +363,11 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			return nil, err
 		}
 		i.devices = append(i.devices, d)
+		if _, err := os.Lstat(c.listFile()); err == nil && d.served != nil && deviceMode == openExisting {
+			if err := d.makeLazy(nil, &i.late); err != nil {
+				return nil, err
+			}
+		}
 		if d.Name == StateDevice {
 			if err := i.lock(ctx, d, mode); err != nil {
 				return nil, fmt.Errorf("open instance: %w", err)
@@ -367,6 +379,13 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		rank[c.Name] = n
 	}
 	slices.SortFunc(i.devices, func(a, b *device) int { return cmp.Compare(rank[a.Name], rank[b.Name]) })
+	if len(i.late.devices) > 0 {
+		r, err := ReadRecord(i.device(StateDevice))
+		if err != nil {
+			return nil, fmt.Errorf("open instance: %w", err)
+		}
+		i.late.migration = r.Migration
+	}
 	if i.orphan != nil {
 		i.desc = i.orphan.info.Description
 	} else if r == nil {
@@ -432,16 +451,23 @@ func (i *Instance) lock(ctx context.Context, state *device, mode openMode) error
 	return nil
 }
 
-// liveFile is what outlives this process of a disk's overlay: that of the machine to be adopted, or a new one.
-func (i *Instance) liveFile(disk string) (*os.File, error) {
-	name := memfdPrefix + "blocks:" + disk
-	if i.orphan == nil {
-		return block.NewLive(name)
+// liveFiles are what outlives this process of a disk: those of the machine to be adopted, or new ones.
+func (i *Instance) liveFiles(disk string) (l liveFiles, err error) {
+	for _, f := range []struct {
+		file **os.File
+		name string
+	}{{&l.blocks, memfdPrefix + "blocks:" + disk}, {&l.arrived, memfdPrefix + "arrived:" + disk}} {
+		if i.orphan == nil {
+			*f.file, err = block.NewLive(f.name)
+		} else if *f.file = i.orphan.claim(f.name); *f.file == nil {
+			err = fmt.Errorf("process %d, the machine, does not hold %q, which says what was written last", i.orphan.pid, f.name)
+		}
+		if err != nil {
+			closeFiles(l.blocks, l.arrived)
+			return liveFiles{}, err
+		}
 	}
-	if f := i.orphan.claim(name); f != nil {
-		return f, nil
-	}
-	return nil, fmt.Errorf("process %d, the machine, does not hold %q, which says what was written last", i.orphan.pid, name)
+	return l, nil
 }
 
 // matchIncoming checks that what a migration brings is what is configured here, and returns the sizes by name.
@@ -635,8 +661,10 @@ func (i *Instance) inherited() []*os.File {
 		files = append(files, i.owner)
 	}
 	for _, d := range i.devices {
-		if d.live != nil {
-			files = append(files, d.live)
+		for _, f := range []*os.File{d.blocks, d.arrived} {
+			if f != nil {
+				files = append(files, f)
+			}
 		}
 	}
 	return files
@@ -668,7 +696,7 @@ func (i *Instance) serveDisk(disk vmm.Disk) (vmm.Attachment, error) {
 		opts.Workers = 1
 	}
 	i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
-	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).Device, ReadOnly: disk.ReadOnly}
+	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).served, ReadOnly: disk.ReadOnly}
 	server, err := expose.ListenNBD(socket, []expose.Export{export}, opts)
 	if err != nil {
 		return vmm.Attachment{}, fmt.Errorf("expose disk %q: %w", disk.Name, err)
@@ -871,6 +899,9 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 	if i.phase != loaded {
 		return fmt.Errorf("own instance: %w: it is %s", ErrPhase, i.phase)
 	}
+	if err := i.commitLate(migration); err != nil {
+		return err
+	}
 	if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration}); err != nil {
 		return err
 	}
@@ -938,9 +969,9 @@ func (i *Instance) Devices() []Device {
 	return out
 }
 
-// ErrUnsaved is wrapped by the error of a Close that could not save the instance. Its machine lives on, paused: Close tries
-// again, Kill gives the instance up.
-var ErrUnsaved = errors.New("the instance could not be saved and is kept, paused")
+// ErrUnsaved is wrapped by the error of a Close that could not save the instance. Its machine lives on, paused unless it is
+// not all here yet: Close tries again, Kill gives the instance up.
+var ErrUnsaved = errors.New("the instance could not be saved and is kept")
 
 // Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there. One that
 // was released and not confirmed is saved too, but stays marked as moved: see [Config.ForceOwner]. One that moved away, or
@@ -954,12 +985,16 @@ func (i *Instance) Close(ctx context.Context) error {
 	switch i.phase {
 	case closed:
 		return nil
-	case running:
+	case running, suspended:
 		if ended(i.machine) {
 			break
 		}
-		err = i.suspendAndSave(ctx)
-	case suspended, released:
+		if err = i.checkWhole(ctx); err == nil && i.phase == running {
+			err = i.suspendAndSave(ctx)
+		} else if err == nil {
+			err = i.save(ctx)
+		}
+	case released:
 		err = i.save(ctx)
 	case waiting, loaded:
 		if state := i.device(StateDevice); state != nil && !i.refused {
@@ -974,6 +1009,15 @@ func (i *Instance) Close(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrUnsaved, err)
 	}
 	return i.teardown()
+}
+
+// checkWhole refuses to save an instance of which something has not arrived. Its guest runs on meanwhile: it may be needed
+// for nothing, but a saved instance without its memory is worth less.
+func (i *Instance) checkWhole(ctx context.Context) error {
+	if n := i.missing(); n > 0 {
+		return fmt.Errorf("%d bytes of it are still at the peer it came from (migration %s): let that one be reached, or start it again", n, i.late.migration)
+	}
+	return i.complete(ctx)
 }
 
 // recordEnd puts on record how the machine ended by itself. After anything but a shutdown the record says Running, which
@@ -1102,6 +1146,19 @@ func (i *Instance) teardown() error {
 		errs = append(errs, i.machine.Close())
 	}
 	errs = append(errs, i.guest.close())
+	if i.late.listed != nil {
+		<-i.late.listed // whatever it says: nothing came of it
+	}
+	// Nobody is answered any more: the machine is gone, or is to ask its next owner. Then who waits for a block may be told
+	// that it will not come, for which the servers would wait.
+	for _, server := range i.disks {
+		server.Abort()
+	}
+	for _, d := range i.devices {
+		if d.lazy != nil {
+			errs = append(errs, d.close())
+		}
+	}
 	for _, server := range i.disks {
 		errs = append(errs, server.Close())
 	}

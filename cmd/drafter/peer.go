@@ -280,7 +280,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	out.started(p)
 	err = servePeer(ctx, p, listener, reports, out)
-	out.metrics.State(control.Closing)
+	if p.Running() {
+		out.metrics.State(control.Closing)
+	}
 	if err := errors.Join(err, closePeer(ctx, p, out)); err != nil {
 		return err
 	}

@@ -96,8 +96,8 @@ func downtimeParts(r *migrate.Report) string {
 		parts = append(parts, fmt.Sprintf("other %v", round(rest)))
 	}
 	s := "downtime: "
-	if r.Role == "destination" { // which does not see the whole of it
-		s = "downtime from the device state on: "
+	if r.Role == "destination" { // which does not see the pause itself
+		s = "downtime, since word of the pause came: "
 	}
 	s += strings.Join(parts, ", ")
 	switch {

@@ -26,7 +26,7 @@ func TestSummary(t *testing.T) {
 		}, "901.2ms in all\n  1.0 MiB received over 2 streams, verified: the digests of 1 device agree"},
 		{"destination that saw the end", migrate.Report{
 			Role: "destination", Streams: 1, Downtime: ms(9), Parts: []migrate.Part{{Name: "load", Duration: ms(9)}}, AgentAfter: ms(200),
-		}, "0s in all\n  0.0 MiB received over 1 stream, not verified\n  downtime from the device state on: load 9ms; after it, the guest's agent took 200ms"},
+		}, "0s in all\n  0.0 MiB received over 1 stream, not verified\n  downtime, since word of the pause came: load 9ms; after it, the guest's agent took 200ms"},
 		{"nothing compared", migrate.Report{Role: "destination", Streams: 1}, "0s in all\n  0.0 MiB received over 1 stream, not verified"},
 	} {
 		if got := summary(&tt.report); got != tt.want {

@@ -93,6 +93,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newSnapshotterCommand(),
 		newPackagerCommand(),
 		newPeerCommand(),
+		newTerminatorCommand(),
 	)
 	return root
 }

@@ -28,7 +28,7 @@ var mayImport = map[string][]string{
 	"control":   {"migrate"},
 	"runner":    {"block", "ram", "expose", "vmm", "agent"},
 	"snapshot":  {"block", "blueprint", "runner", "vmm", "vmpackage"},
-	"peer":      {"block", "migrate", "runner", "transport", "vmm", "wire"},
+	"peer":      {"block", "expose", "migrate", "runner", "transport", "vmm", "vmpackage", "wire"},
 }
 
 // onlyIn says which outside libraries enter only in one room (or in cmd and internal, which may use anything).

@@ -1,0 +1,152 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"syscall"
+
+	"github.com/spf13/cobra"
+
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+// terminatorDevice is an element of the terminator's --devices.
+type terminatorDevice struct {
+	Name   string `json:"name"`
+	Output string `json:"output"`
+}
+
+type terminatorOptions struct {
+	raddr       string
+	packagePath string
+	devices     string
+	concurrency int
+	report      string
+}
+
+func newTerminatorCommand() *cobra.Command {
+	var opts terminatorOptions
+	cmd := &cobra.Command{
+		Use:   "terminator",
+		Short: "Receive a VM from a peer and write it down as a package, without running it",
+		Long: `Take a running VM over from the peer that listens at --raddr, and write it down as a package instead of running it. The
+peer ends when that has happened: from then on the VM is the package's, and whoever resumes it (drafter peer --package) goes
+on where it was paused.
+
+The short way gives --package, a folder, which must not exist. The long way gives --devices, a JSON array of
+{"name":NAME,"output":PATH}: all that the peer sends, and "state". None of the files may exist.
+
+Nothing is written over, and nothing is left of a migration that fails: the VM then runs on at the peer.
+
+Exit statuses: 0 the package is written; 1 something failed; 2 the command line cannot be used; 130 ended by a signal, and
+nothing was written.`,
+		Example: `  drafter terminator --raddr localhost:1337 --package out/package`,
+		Args:    noArgs,
+		RunE:    func(cmd *cobra.Command, _ []string) error { return runTerminator(cmd, opts) },
+	}
+	flags := cmd.Flags()
+	flags.StringVar(&opts.raddr, "raddr", "localhost:1337", "address of the peer to receive the VM from")
+	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package to write; it must not exist")
+	flags.StringVar(&opts.devices, "devices", "", `files to write instead of --package, a JSON array: [{"name":"disk","output":"out/package/rootfs.ext4"},…]`)
+	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of the migration; more than 64 are not used")
+	flags.StringVar(&opts.report, "report", "", "file to write the report of the migration to, as one line of JSON")
+	return cmd
+}
+
+func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
+	ctx, log, out := cmd.Context(), logger(cmd.Context()), cmd.ErrOrStderr()
+	changed := cmd.Flags().Changed
+	switch {
+	case changed("devices") && changed("package"):
+		return usageErrorf("--devices and --package exclude each other")
+	case changed("devices") && opts.devices == "":
+		return usageErrorf("--devices is empty: give the devices as a JSON array, or leave it out")
+	case opts.devices == "" && opts.packagePath == "":
+		return usageErrorf("--package is empty: give the folder to write the package to")
+	case opts.concurrency < 1:
+		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
+	}
+	if err := checkRaddr(opts.raddr); err != nil {
+		return err
+	}
+	t := peer.Terminator{Concurrency: opts.concurrency, Logger: log}
+	where := opts.packagePath
+	if opts.devices == "" {
+		t.Dir = opts.packagePath
+		if err := t.Check(); err != nil {
+			return fmt.Errorf("--package: %w", err)
+		}
+	} else {
+		decoded, err := decodeDevices[terminatorDevice](opts.devices)
+		if err != nil {
+			return err
+		}
+		for _, d := range decoded {
+			if d.Output == "" {
+				return usageErrorf(`--devices: device %q has no "output"`, d.Name)
+			}
+			t.Devices = append(t.Devices, vmpackage.File{Name: d.Name, Path: d.Output})
+		}
+		if err := t.Check(); err != nil {
+			return usageErrorf("--devices: %w", err)
+		}
+		where = fmt.Sprintf("%d files", len(t.Devices))
+	}
+	bar := newStageBar(out)
+	defer bar.end()
+	t.Digesting = bar.show
+
+	reports, err := openReports(opts.report)
+	if err != nil {
+		return fmt.Errorf("--report: %w", err)
+	}
+	defer reports.close()
+	conn, err := dialPeer(ctx, opts.raddr)
+	if err != nil {
+		return interrupted(cmd, err)
+	}
+	defer conn.Close()
+	manifest, report, err := t.Receive(ctx, []io.ReadWriter{conn})
+	bar.end()
+	if err := reports.write(report); err != nil {
+		log.Error("could not write the report of a migration", "error", err)
+	}
+	if err != nil {
+		return interrupted(cmd, fmt.Errorf("receive from %q: %w", opts.raddr, err))
+	}
+	fmt.Fprintf(out, "Wrote VM to %s: %s\n", where, summary(report))
+	if manifest == nil {
+		fmt.Fprintf(out, "There is no manifest, as the files are not all in one folder\n")
+	}
+	return nil
+}
+
+// checkRaddr checks the address of a peer to receive from.
+func checkRaddr(address string) error {
+	if address == "" {
+		return usageErrorf("--raddr is empty: give the address of the peer to receive the VM from")
+	}
+	if err := transport.Check(address); err != nil {
+		return usageErrorf("--raddr: %w", err)
+	}
+	return nil
+}
+
+// dialPeer connects to the peer that has the VM.
+func dialPeer(ctx context.Context, address string) (net.Conn, error) {
+	if transport.Insecure(address) {
+		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", address)
+	}
+	conn, err := transport.Dial(ctx, address)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("--raddr: %w: start the peer that has the VM, with --laddr, or correct the address", err)
+	} else if err != nil {
+		return nil, fmt.Errorf("--raddr: %w", err)
+	}
+	return conn, nil
+}

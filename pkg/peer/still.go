@@ -1,0 +1,220 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// still is a VM that nothing runs: its devices, each in a file of this host.
+type still struct {
+	desc    runner.Description
+	devices []*stillDevice // "state" among them
+	made    []string       // files that were made for it, to remove if nothing comes of it
+	folders []string       // folders that were made for them, outermost first
+}
+
+// stillDevice is a device of a still VM.
+type stillDevice struct {
+	block.Device
+	name string
+	path string   // of the file that holds it, or its base
+	lock *os.File // on that file; nil: none
+}
+
+// device is the device called name, or nil.
+func (s *still) device(name string) *stillDevice {
+	for _, d := range s.devices {
+		if d.name == name {
+			return d
+		}
+	}
+	return nil
+}
+
+// describe checks what a migration announces before anything is made, and returns the machine it brings.
+func describe(m *wire.Manifest) (runner.Description, error) {
+	desc, err := runner.ParseDescription(m.Spec)
+	if err != nil {
+		return desc, migrate.Refuse("machine description: %v", err)
+	}
+	coming := make(map[string]int64)
+	for _, d := range m.Devices {
+		if err := vmpackage.CheckName(d.Name); err != nil {
+			return desc, migrate.Refuse("%v", err)
+		}
+		if d.Name == runner.StateDevice || d.Size <= 0 {
+			return desc, migrate.Refuse("device %q of %d bytes cannot be received", d.Name, d.Size)
+		}
+		coming[d.Name] = d.Size
+	}
+	if coming[runner.MemoryDevice] != desc.MemorySize {
+		return desc, migrate.Refuse("device %q has %d bytes, the machine's memory %d", runner.MemoryDevice, coming[runner.MemoryDevice], desc.MemorySize)
+	}
+	for _, disk := range desc.Disks {
+		if _, ok := coming[disk.Name]; !ok {
+			return desc, migrate.Refuse("the machine has a disk %q, which does not come: without it the VM cannot be resumed; let it be sent (makeMigratable)", disk.Name)
+		}
+	}
+	return desc, nil
+}
+
+// createStill makes the files for what a migration announces, where place says, and the state and config devices if they do
+// not come as such. When it fails nothing is left.
+func createStill(ctx context.Context, m *wire.Manifest, place func(name string) (path string, ok bool)) (_ *still, err error) {
+	desc, err := describe(m)
+	if err != nil {
+		return nil, err
+	}
+	s := &still{desc: desc}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.discard())
+		}
+	}()
+	config, err := desc.Encode()
+	if err != nil {
+		return nil, err
+	}
+	all := append(slices.Clone(m.Devices), wire.Device{Name: runner.StateDevice, Size: runner.StateDeviceSize})
+	if !slices.ContainsFunc(m.Devices, func(d wire.Device) bool { return d.Name == runner.ConfigDevice }) {
+		all = append(all, wire.Device{Name: runner.ConfigDevice, Size: int64(len(config))})
+	}
+	for _, d := range all {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		path, ok := place(d.Name)
+		if !ok {
+			return nil, migrate.Refuse("device %q is sent, and none of that name is configured at the destination", d.Name)
+		}
+		if err := s.create(d, path); err != nil {
+			return nil, fmt.Errorf("make device %q: %w", d.Name, err)
+		}
+	}
+	if len(all) > len(m.Devices)+1 {
+		if _, err := s.device(runner.ConfigDevice).WriteAt(config, 0); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// create makes the file of a device, which must not exist.
+func (s *still) create(d wire.Device, path string) error {
+	made, err := runner.MakeFolders(filepath.Dir(path), 0o700)
+	s.folders = append(s.folders, made...)
+	if err != nil {
+		return err
+	}
+	f, err := block.CreateFile(path, d.Size)
+	if errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("%w: nothing is overwritten: choose another path, or remove it", err)
+	} else if err != nil {
+		return err
+	}
+	s.made = append(s.made, path)
+	s.devices = append(s.devices, &stillDevice{Device: f, name: d.Name, path: path})
+	lock, err := runner.LockFile(path, true)
+	if err != nil {
+		return err
+	}
+	s.devices[len(s.devices)-1].lock = lock
+	return nil
+}
+
+// incoming are the devices of a migration, in its order.
+func (s *still) incoming(m *wire.Manifest) []block.Device {
+	devices := make([]block.Device, len(m.Devices))
+	for i, d := range m.Devices {
+		devices[i] = s.device(d.Name).Device
+	}
+	return devices
+}
+
+// syncFolders makes the names of all files, and of the folders that were made for them, durable.
+func (s *still) syncFolders() error {
+	folders := make(map[string]bool)
+	for _, path := range s.made {
+		folders[filepath.Dir(path)] = true
+	}
+	for _, dir := range s.folders {
+		folders[filepath.Dir(dir)] = true
+	}
+	for dir := range folders {
+		f, err := os.Open(dir)
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(f.Sync(), f.Close()); err != nil {
+			return fmt.Errorf("sync folder %q: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// forget makes the state device hold no record, durably: what is here will never run.
+func (s *still) forget() error {
+	state := s.device(runner.StateDevice)
+	if _, err := state.WriteAt(make([]byte, block.PageSize), 0); err != nil {
+		return err
+	}
+	return state.Flush()
+}
+
+// close flushes and closes all devices.
+func (s *still) close() error {
+	var errs []error
+	for _, d := range s.devices {
+		if err := d.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("close device %q: %w", d.name, err))
+		}
+		if d.lock != nil {
+			d.lock.Close()
+			d.lock = nil
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// discard closes all devices, and removes what was made for them.
+func (s *still) discard() error {
+	// What cannot be flushed any more, on a full disk say, is on its way out anyway.
+	for _, d := range s.devices {
+		_ = d.Close()
+		if d.lock != nil {
+			d.lock.Close()
+			d.lock = nil
+		}
+	}
+	var errs []error
+	for _, path := range s.made {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	runner.RemoveFolders(s.folders)
+	return errors.Join(errs...)
+}
+
+// readState takes the device state that a migration brings.
+func readState(state io.Reader) ([]byte, error) {
+	b, err := io.ReadAll(io.LimitReader(state, runner.StateDeviceSize+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(b) > runner.StateDeviceSize-block.PageSize {
+		return nil, fmt.Errorf("device state of more than %d bytes does not fit a state device", runner.StateDeviceSize-block.PageSize)
+	}
+	return b, nil
+}

@@ -1,0 +1,261 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Terminator is the other end of a migration that writes the VM down as a package instead of running it. The VM is then
+// owned by the package: whoever resumes it goes on where the source paused.
+//
+// All files are new, and nothing is left of them when Receive fails. Until the commit they are no package: the state device
+// holds no record, which is written, synced, as the commit.
+type Terminator struct {
+	// Dir is the folder of the package. It must not exist, and its devices get their usual names.
+	Dir string
+
+	// Devices, instead of Dir, say where each device goes. They must be the ones that the source sends, and "state"; "config"
+	// may be left out. None of the files may exist. A manifest is written if they are all in one folder.
+	Devices []vmpackage.File
+
+	// Concurrency bounds the workers of the migration. 0 means migrate's default.
+	Concurrency int
+
+	// Progress is told how the migration goes, and Digesting how far the digests of the manifest are. Nil is allowed.
+	Progress  func(migrate.Progress)
+	Digesting func(vmpackage.Progress)
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// Check reports what is wrong with the terminator before anything is begun.
+func (t Terminator) Check() error {
+	if (t.Dir == "") == (len(t.Devices) == 0) {
+		return errors.New("give either a folder for the package, or a file for each device")
+	}
+	if t.Dir != "" {
+		return absent(t.Dir)
+	}
+	var configs []runner.DeviceConfig
+	names := make(map[string]bool)
+	for _, d := range t.Devices {
+		if err := vmpackage.CheckName(d.Name); err != nil {
+			return err
+		}
+		names[d.Name] = true
+		configs = append(configs, runner.DeviceConfig{Name: d.Name, Base: d.Path})
+	}
+	if err := runner.CheckDevices(configs); err != nil {
+		return err
+	}
+	for _, name := range []string{runner.StateDevice, runner.MemoryDevice} {
+		if !names[name] {
+			return fmt.Errorf("there is no device %q: without it the VM cannot be resumed", name)
+		}
+	}
+	var paths []string
+	for _, d := range t.Devices {
+		if err := absent(d.Path); err != nil {
+			return fmt.Errorf("device %q: %w", d.Name, err)
+		}
+		paths = append(paths, d.Path)
+	}
+	if dir := folderOf(paths); dir != "" {
+		return absent(filepath.Join(dir, vmpackage.ManifestFile))
+	}
+	return nil
+}
+
+// folderOf is the one folder that all paths are in, or empty.
+func folderOf(paths []string) string {
+	dir := filepath.Dir(paths[0])
+	for _, path := range paths {
+		if filepath.Dir(path) != dir {
+			return ""
+		}
+	}
+	return dir
+}
+
+// absent refuses a path that exists.
+func absent(path string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("%q: %w: nothing is overwritten: choose another path, or remove it", path, fs.ErrExist)
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// place is where a device goes.
+func (t Terminator) place(name string) (string, bool) {
+	if t.Dir != "" {
+		return filepath.Join(t.Dir, vmpackage.DefaultFile(name)), true
+	}
+	for _, d := range t.Devices {
+		if d.Name == name {
+			return d.Path, true
+		}
+	}
+	return "", false
+}
+
+// Receive takes the VM over from the peer at the other end of streams and writes it down. When it fails, the VM runs on at
+// the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
+// returns. The manifest is nil if the devices are not all in one folder; the report is there in any case.
+//
+// The package is complete when the source is told so. The digests of its manifest are worked out afterwards; cancelling ctx
+// then leaves them out, and is no error.
+func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpackage.Manifest, *migrate.Report, error) {
+	if t.Logger == nil {
+		t.Logger = slog.Default()
+	}
+	if err := t.Check(); err != nil {
+		closeAll(streams)
+		return nil, &migrate.Report{Role: wire.RoleDestination.String(), Error: err.Error()}, fmt.Errorf("write down VM: %w", err)
+	}
+	w := &writer{Terminator: t}
+	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
+		Target: w, Journal: w, Concurrency: t.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: t.Progress, Logger: t.Logger,
+	})
+	if err != nil {
+		if w.still != nil {
+			err = errors.Join(err, w.still.close()) // in doubt: kept
+		}
+		return nil, report, err
+	}
+	if err := w.still.close(); err != nil {
+		return nil, report, fmt.Errorf("write down VM: it is here, but: %w", err)
+	}
+	manifest := w.manifest
+	if manifest != nil {
+		digested, err := vmpackage.WriteManifest(ctx, w.folder(), w.files(), vmpackage.ManifestOptions{Progress: t.Digesting})
+		switch {
+		case err == nil:
+			manifest = digested
+		case ctx.Err() == nil:
+			t.Logger.Warn("the package is complete, but its manifest has no digests", "error", err)
+		}
+	}
+	return manifest, report, nil
+}
+
+// closeAll closes streams that nobody will use.
+func closeAll(streams []io.ReadWriter) {
+	for _, s := range streams {
+		if c, ok := s.(io.Closer); ok {
+			c.Close()
+		}
+	}
+}
+
+// writer is one call of Terminator.Receive.
+type writer struct {
+	Terminator
+	still    *still
+	state    []byte
+	manifest *vmpackage.Manifest
+}
+
+// files are the files of the package.
+func (w *writer) files() []vmpackage.File {
+	var files []vmpackage.File
+	for _, d := range w.still.devices {
+		files = append(files, vmpackage.File{Name: d.name, Path: d.path})
+	}
+	return files
+}
+
+// folder is the one that all files are in, or empty.
+func (w *writer) folder() string {
+	var paths []string
+	for _, d := range w.still.devices {
+		paths = append(paths, d.path)
+	}
+	return folderOf(paths)
+}
+
+// Prepare implements [migrate.Target].
+func (w *writer) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	for _, d := range w.Devices {
+		coming := d.Name == runner.StateDevice || d.Name == runner.ConfigDevice
+		for _, in := range m.Devices {
+			coming = coming || in.Name == d.Name
+		}
+		if !coming {
+			return nil, migrate.Refuse("device %q is configured at the destination, and is not sent", d.Name)
+		}
+	}
+	place := w.place
+	if w.Dir == "" {
+		if _, ok := place(runner.ConfigDevice); !ok {
+			// Nothing can be resumed without it, and it has an obvious place.
+			state, _ := w.place(runner.StateDevice)
+			place = func(name string) (string, bool) {
+				if name == runner.ConfigDevice {
+					return filepath.Join(filepath.Dir(state), vmpackage.DefaultFile(name)), true
+				}
+				return w.place(name)
+			}
+		}
+	}
+	s, err := createStill(ctx, m, place)
+	if err != nil {
+		return nil, err
+	}
+	w.still = s
+	return s.incoming(m), nil
+}
+
+// Load implements [migrate.Target]. It does all that can be done before the commit.
+func (w *writer) Load(ctx context.Context, state io.Reader) (err error) {
+	if w.state, err = readState(state); err != nil {
+		return err
+	}
+	for _, d := range w.still.devices {
+		if err := d.Flush(); err != nil { // those that did not come, too
+			return err
+		}
+	}
+	if dir := w.folder(); dir != "" {
+		if w.manifest, err = vmpackage.WriteManifest(ctx, dir, w.files(), vmpackage.ManifestOptions{SkipDigests: true}); err != nil {
+			return err
+		}
+		w.still.made = append(w.still.made, filepath.Join(dir, vmpackage.ManifestFile))
+	}
+	return w.still.syncFolders()
+}
+
+// Run implements [migrate.Target]: there is nothing to run.
+func (w *writer) Run(context.Context) error { return nil }
+
+// Discard implements [migrate.Target].
+func (w *writer) Discard(context.Context) error {
+	s := w.still
+	w.still = nil
+	return s.discard()
+}
+
+// Commit implements [migrate.Journal]: from here on the files are a package.
+func (w *writer) Commit(_ context.Context, id string) error {
+	return runner.WriteReceived(w.still.device(runner.StateDevice), id, w.state)
+}
+
+// Abort implements [migrate.Journal].
+func (w *writer) Abort(context.Context, string) error { return w.still.forget() }
+
+// Done implements [migrate.Journal].
+func (w *writer) Done(context.Context, string) error { return nil }

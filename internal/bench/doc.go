@@ -1,6 +1,6 @@
 // Command bench measures what docs/promises.md promises, each number beside its reference in the same run:
 //
-//	go run ./internal/bench [-quick] [-run REGEXP] [-samples N] [-list]
+//	go run ./internal/bench [-quick] [-run REGEXP] [-samples N] [-profiles DIR] [-list]
 //
 // The cases, in the order they run; -list says more of each:
 //

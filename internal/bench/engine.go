@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -36,7 +37,8 @@ type engineTask struct {
 	Data    string `json:"data"` // what is in it: a key of fillers
 	Rate    int64  `json:"rate"` // bytes a second that a guest writes meanwhile
 	Streams int    `json:"streams"`
-	Plain   bool   `json:"plain"` // by io.Copy
+	Plain   bool   `json:"plain"`             // by io.Copy
+	Profile string `json:"profile,omitempty"` // folder for CPU profiles of our two sides
 }
 
 // engineResult is what one side used.
@@ -84,6 +86,12 @@ func engineCases() []benchCase {
 			}
 			all = append(all, benchCase{name: name, about: about, cheap: true, run: func(ctx context.Context, b *bench) ([]Row, error) {
 				task := engineTask{Size: 1 << 30, Data: data, Rate: load.rate, Streams: engineStreams}
+				if b.profiles != "" {
+					task.Profile = filepath.Join(b.profiles, strings.ReplaceAll(name, "/", "-"))
+					if err := os.MkdirAll(task.Profile, 0o755); err != nil {
+						return nil, err
+					}
+				}
 				if b.quick {
 					task.Size = 16 * mib
 				}
@@ -216,6 +224,10 @@ func engineSource(a *actor) (err error) {
 			return err
 		}
 	}
+	profiled, err := startProfile(task, "source")
+	if err != nil {
+		return err
+	}
 	began := time.Now()
 	r := engineResult{Wire: task.Size}
 	if task.Plain {
@@ -227,6 +239,9 @@ func engineSource(a *actor) (err error) {
 		return err
 	}
 	r.Seconds = time.Since(began).Seconds()
+	if err := profiled(); err != nil {
+		return err
+	}
 	spent, peak, err := used.since()
 	if err != nil {
 		return err
@@ -264,12 +279,16 @@ func engineDestination(a *actor) error {
 	if err != nil {
 		return err
 	}
+	profiled, err := startProfile(task, "destination")
+	if err != nil {
+		return err
+	}
 	if task.Plain {
 		err = receivePlain(mem.File(), task.Size, streams)
 	} else {
 		err = receiveMemory(ctx, mem, streams)
 	}
-	if err != nil {
+	if err := errors.Join(err, profiled()); err != nil {
 		return err
 	}
 	spent, peak, err := used.since()

@@ -46,6 +46,7 @@ type bench struct {
 	quick    bool
 	samples  int // of each side; at least this many
 	out, bin string
+	profiles string // folder; empty: no profiles
 	stderr   io.Writer
 	began    time.Time
 }
@@ -92,6 +93,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags.IntVar(&b.samples, "samples", 5, "samples of each side, at least")
 	flags.StringVar(&b.out, "out", "out", "folder for blueprint, packages and bench.json")
 	flags.StringVar(&b.bin, "bin", "bin", "folder with the drafter command")
+	flags.StringVar(&b.profiles, "profiles", "", "folder for CPU profiles of the engine's two sides, which slow them down a little")
 	pattern := flags.String("run", "", "run only the cases whose names match this regular expression")
 	svg := flags.String("svg", "docs/bench.svg", "picture to write; with -quick only if given")
 	list := flags.Bool("list", false, "list the cases")

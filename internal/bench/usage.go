@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"runtime/pprof"
 	"strings"
 	"syscall"
 	"time"
@@ -35,6 +36,24 @@ func startUsage() (usage, error) {
 func (u usage) since() (cpu time.Duration, peakExtra int64, err error) {
 	peak, err := statusField("VmHWM:")
 	return processCPU() - u.cpu, max(0, peak-u.rss), err
+}
+
+// startProfile begins a CPU profile of a side of ours, if one was asked for; the function it returns ends it.
+func startProfile(task engineTask, side string) (end func() error, err error) {
+	if task.Profile == "" || task.Plain {
+		return func() error { return nil }, nil
+	}
+	f, err := os.Create(filepath.Join(task.Profile, side+".pprof"))
+	if err != nil {
+		return nil, err
+	}
+	if err := pprof.StartCPUProfile(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return func() error {
+		pprof.StopCPUProfile()
+		return f.Close()
+	}, nil
 }
 
 // processCPU is the processor time of this process, without its children's.

@@ -120,9 +120,10 @@ func TestCommandAdopt(t *testing.T) {
 	t.Run("moves on", func(t *testing.T) {
 		c.Process.Signal(syscall.SIGTERM)
 		c.wait(t, 0)
-		c = start("Resumed VM")
+		user := []string{"--uid", "65534", "--gid", "65533", "--cgroup-version", "0"}
+		c = start("Resumed VM", user...)
 		kill(t, c)
-		c = start("Adopted VM on ", "--laddr", "127.0.0.1:0")
+		c = start("Adopted VM on ", append(user, "--laddr", "127.0.0.1:0")...)
 		addr := c.waitFor(t, "Serving on ")
 		there := w.start(t, w.console, w.peer("package", "there", "--raddr", addr)...)
 		there.waitFor(t, "Received VM")

@@ -26,8 +26,31 @@
 // may run), and Saved is written after memory and disks are durable. A crash at any point therefore leaves a status
 // that is true.
 //
+// # When this process dies
+//
+// The machine is a process of its own and lives on when its owner is killed. Whoever starts the instance again finds it and
+// takes it over ([Adopt]; Resume and Boot do so, too), in whatever state the two were. The guest notices a pause of its
+// disks, and perhaps of what touches memory that was being filled.
+//
+// The machine holds what the next owner needs, by descriptors that it inherited and never looks at: the locks on the
+// instance and on its folder, its memory, and which blocks its disks' overlays hold and have received ([block.OverlayOptions],
+// Live). So that an instance has a living machine, and which process that is, is the kernel's word and nobody's note: it is
+// the one that holds the lock on the instance. What the kernel does not know is in the folder: machine.json (the
+// description, the user), agent.json (which call to the guest's agent must be repeated), late.json (whose memory this is).
+//
+// A folder of which nobody holds the lock is of a machine that has ended, and is removed when another one is made beside it.
+//
+// # When the guest runs before all of it has arrived
+//
+// Between Prepare and Load, [Instance.Postpone] says what of memory and disks is not here yet. What the guest touches of that
+// is asked for, and the guest waits; everything comes by [Late]. What is missing of a disk is on a list beside the
+// overlay's state, durable with each flush of the guest, so that a power cut costs no more than it does otherwise; what is
+// missing of memory is a hole in it. Adopt, and Boot after a power cut, have the same devices again ([Instance.Late]).
+// [Instance.Complete] ends it.
+//
 // # Invariants
 //
+//   - An instance has at most one living machine, and a machine at most one owner.
 //   - When Resume, Boot or Prepare fails, nothing is left running, and files they made are removed. An instance whose guest
 //     has run before Resume failed (its agent did not answer) is saved first.
 //   - The guest's memory is our memfd; the machine maps it. It is filled lazily on Resume, and tracked for writes only

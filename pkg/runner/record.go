@@ -214,10 +214,14 @@ func (r Record) remedy() string {
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:
-		if r.Length > 0 && !r.Settled {
-			return fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it: if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays", at, r.Migration)
+		given := fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it", at, r.Migration)
+		switch {
+		case r.Settled:
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+		case r.Length > 0:
+			return given + ": if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays"
 		}
-		return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+		return given + ", and its memory here is lost: if you know that the other does not run it and never will, boot it from its disks with --boot --force-owner; if it does, delete these overlays"
 	}
 	return r.Status.String()
 }

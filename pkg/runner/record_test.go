@@ -13,7 +13,7 @@ import (
 
 func TestRecordGolden(t *testing.T) {
 	r := Record{Status: Moved, Migration: "ABC", Time: time.Unix(1, 2), Length: 0x0102, Sum: 0x1122334455667788}
-	want := "44524654535441310400000000000000" + // magic, status, zero
+	want := "44524654535441310400000000000000" + // magic, status, flags
 		"02ca9a3b000000000201000000000000" + // time, length
 		"8877665544332211414243" + strings.Repeat("00", 61) // sum, migration
 	b := r.encode()
@@ -21,6 +21,10 @@ func TestRecordGolden(t *testing.T) {
 		t.Errorf("encoded as\n%s, want\n%s", got, want)
 	}
 	back, err := decodeRecord(b)
+	r.Settled = true
+	if settled, err := decodeRecord(r.encode()); err != nil || !settled.Settled || back.Settled {
+		t.Errorf("what is settled is lost (%v)", err)
+	}
 	if err != nil || !back.Time.Equal(r.Time) || back.Status != r.Status || back.Migration != r.Migration || back.Length != r.Length || back.Sum != r.Sum {
 		t.Errorf("decoded as %+v, %v; want %+v", back, err, r)
 	}

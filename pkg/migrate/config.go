@@ -26,8 +26,8 @@ type Guest interface {
 	State(ctx context.Context, w io.Writer) error
 
 	// Resume undoes whatever BeforeSuspend, Pause and State have done, also if they failed: the guest runs again when it
-	// returns nil. It is called at most once, only after a failed migration, only if BeforeSuspend was called, and with
-	// a context that the failure did not cancel.
+	// returns nil. It is called at most once, only after a failed migration or when a copy was made, only if BeforeSuspend
+	// was called, and with a context that the failure did not cancel.
 	Resume(ctx context.Context) error
 }
 
@@ -99,6 +99,13 @@ type SourceConfig struct {
 	// ResumeTimeout bounds the rollback after a failure. 0 means 1 min.
 	ResumeTimeout time.Duration
 
+	// Reconnect brings new streams to the same destination when the link died after the commit: it dials, or waits for the
+	// destination to do so. It is called again and again until RescueTimeout is over since the link was lost, and should
+	// return when its ctx ends. Nil: a link that dies then leaves the guest in doubt, or its content unsettled.
+	Reconnect func(ctx context.Context) ([]io.ReadWriter, error)
+	// RescueTimeout is how long the destination is looked for. 0 means 5 min.
+	RescueTimeout time.Duration
+
 	// Progress, if set, is called at each change of state and about five times a second, never twice at the same time.
 	// It must return quickly.
 	Progress func(Progress)
@@ -107,6 +114,8 @@ type SourceConfig struct {
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+
+	newest uint16 // version of the protocol; 0 means wire.Version
 }
 
 // DestinationConfig configures [Receive]. Target is required.
@@ -129,6 +138,20 @@ type DestinationConfig struct {
 	// 0 means 1 min.
 	CommitTimeout time.Duration
 
+	// Copy asks the source for a copy instead of the guest: Target, which must be a [Keeper], gets all of a guest that was
+	// paused for a moment and runs on at the source. Journal is not used.
+	Copy bool
+
+	// DisablePostCopy has everything arrive before the guest runs, also if Target is a [Postponer].
+	DisablePostCopy bool
+
+	// Reconnect brings new streams to the same source when the link died after the commit, or may have: it dials, or waits
+	// for the source to do so. It is called again and again until RescueTimeout is over since the link was lost, and should
+	// return when its ctx ends. Nil: a link that dies then leaves the source in doubt, or the guest without content.
+	Reconnect func(ctx context.Context) ([]io.ReadWriter, error)
+	// RescueTimeout is how long the source is looked for. 0 means 5 min.
+	RescueTimeout time.Duration
+
 	// Progress, if set, is called at each change of state and about five times a second, never twice at the same time.
 	// It must return quickly.
 	Progress func(Progress)
@@ -137,6 +160,8 @@ type DestinationConfig struct {
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+
+	newest uint16 // version of the protocol; 0 means wire.Version
 }
 
 // Target is where a guest is received. Its methods are called one at a time, by the goroutine that called Receive.
@@ -156,6 +181,46 @@ type Target interface {
 
 	// Discard ends the VMM and drops what was received. It is called once, unless the guest was started or may have been.
 	Discard(ctx context.Context) error
+}
+
+// Postponer is a [Target] that can run its guest before all content is there.
+type Postponer interface {
+	Target
+
+	// CanPostpone says, after Prepare, for each device of the manifest, whether it may be incomplete when the guest runs.
+	CanPostpone() []bool
+
+	// Postpone declares what has not arrived, per device in the manifest's order, as whole pages; nil: the device is complete.
+	// It is called at most once, when everything else of the devices has arrived and is flushed, and before Load, which may
+	// touch what is missing. From its return on the late content of a device comes through what it returns, nil for complete
+	// devices, and no longer through the device.
+	//
+	// ask is to be called, by any goroutine, when somebody waits for content; it does not block, and asking twice is harmless.
+	Postpone(ctx context.Context, missing [][]block.Range, ask func(device int, r block.Range)) ([]Late, error)
+
+	// Complete is called when everything has arrived, after Run has returned: it makes that durable. The source drops its
+	// copy after it.
+	Complete(ctx context.Context) error
+}
+
+// Late is a device whose rest arrives while it is in use. All methods may be called concurrently.
+type Late interface {
+	// Fill delivers whole pages at off. What is present already, or was overwritten since, is kept.
+	Fill(off int64, data []byte) error
+	// FillZero delivers n zeros at off, whole pages.
+	FillZero(off, n int64) error
+	// Wanted is what somebody waits for and has not arrived: it is asked for again after meeting the source again.
+	Wanted() []block.Range
+	// NextMissing returns the first range of missing pages at or after off, and io.EOF when there is none.
+	NextMissing(off int64) (block.Range, error)
+}
+
+// Keeper is a [Target] that can keep a copy of a guest that runs on at the source; see DestinationConfig.Copy.
+type Keeper interface {
+	Target
+
+	// Keep makes what was received and loaded durable. It is called instead of Run.
+	Keep(ctx context.Context) error
 }
 
 // ArrivalTarget is a Target that wants to know when the guest is paused at the source, while its device state and the rest
@@ -181,6 +246,8 @@ func concurrency(n int) int {
 	}
 	return min(n, 64)
 }
+
+const rescueTimeout = 5 * time.Minute
 
 const minHeartbeatTimeout = 4 * wire.HeartbeatInterval
 
@@ -223,6 +290,10 @@ func (c *SourceConfig) check(streams int) error {
 	orDefault(&c.SwitchTimeout, 30*time.Second)
 	orDefault(&c.CommitTimeout, 30*time.Second)
 	orDefault(&c.ResumeTimeout, time.Minute)
+	orDefault(&c.RescueTimeout, rescueTimeout)
+	if c.newest == 0 {
+		c.newest = wire.Version
+	}
 	if c.Journal == nil {
 		c.Journal = noJournal{}
 	}
@@ -246,6 +317,13 @@ func (c *DestinationConfig) check(streams int) error {
 	orDefault(&c.HandshakeTimeout, 10*time.Second)
 	orDefault(&c.HeartbeatTimeout, 3*time.Second)
 	orDefault(&c.CommitTimeout, time.Minute)
+	orDefault(&c.RescueTimeout, rescueTimeout)
+	if c.newest == 0 {
+		c.newest = wire.Version
+	}
+	if _, ok := c.Target.(Keeper); c.Copy && !ok {
+		return fmt.Errorf("target cannot keep a copy: it has no Keep")
+	}
 	if c.Journal == nil {
 		c.Journal = noJournal{}
 	}

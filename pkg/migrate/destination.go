@@ -18,35 +18,53 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// Receive takes a guest from the source at the other end of the streams. When it returns nil the guest runs here. When
-// it returns an error nothing of it is left here, unless the error wraps [ErrInDoubt] (Report.Outcome "failed"): then
-// the guest belongs here, or may, and does not run.
+// Receive takes a guest from the source at the other end of the streams. When it returns nil the guest runs here, and lacks
+// nothing; with a [Postponer] it runs some time before: see [Begin]. When it returns an error nothing of it is left here,
+// unless the error wraps [ErrUnsettled] (Report.Outcome "incomplete"): then the guest runs here and lacks content that is still
+// at the source; or [ErrInDoubt] (Report.Outcome "failed"): then the guest belongs here, or may, and does not run.
 //
 // Cancelling ctx stops the migration and is told to the source, until commit has arrived: from DestinationCommitting on
-// it has no effect.
+// it has no effect, but for ending the search for a source whose link is gone.
 //
 // The streams must be those of one Send, in any order. They are taken over, as by Send.
 func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig) (*Report, error) {
+	return receive(ctx, streams, cfg, func() {})
+}
+
+// receive is Receive; running is called once the guest runs, by any goroutine.
+func receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, running func()) (*Report, error) {
 	if err := cfg.check(len(streams)); err != nil {
 		interruptAll(streams)
 		err = fmt.Errorf("receive guest: %w", err)
 		return &Report{Role: wire.RoleDestination.String(), Outcome: DestinationDiscarded.String(), Error: err.Error(), Streams: len(streams)}, err
 	}
-	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), jobs: make(chan *wire.Buffer, 2*cfg.Concurrency)}
+	d := newDestination(cfg, DestinationConnecting, running)
+	return d.receive(len(streams), func() error { return d.run(ctx, streams) })
+}
+
+// newDestination has a configuration that was checked.
+func newDestination(cfg DestinationConfig, first DestinationState, running func()) *destination {
+	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), onRunning: sync.OnceFunc(running)}
+	d.asks.wake = make(chan struct{}, 1)
 	d.began = time.Now()
 	d.meter = &meter{tell: cfg.Progress, take: func() Progress {
 		return Progress{Role: wire.RoleDestination.String(), State: d.state.get().String(), Size: d.size.Load(),
 			Data: d.dataBytes.Load(), Zero: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(), Elapsed: time.Since(d.began)}
 	}}
-	d.state = newMachine(func(st DestinationState) {
+	d.state = newMachine(first, func(st DestinationState) {
 		d.log.Debug("migration state", "state", st)
 		d.meter.report()
 		if cfg.OnState != nil {
 			cfg.OnState(st)
 		}
 	})
+	return d
+}
+
+// receive runs f and reports.
+func (d *destination) receive(streams int, f func() error) (*Report, error) {
 	stop := d.meter.run()
-	err := d.run(ctx, streams)
+	err := f()
 	stop()
 	if err != nil {
 		if d.manifest != nil {
@@ -55,22 +73,19 @@ func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig
 			err = fmt.Errorf("receive guest: %w", err)
 		}
 	}
-	return d.report(len(streams), err), err
+	return d.report(streams, err), err
 }
 
 // destination is one call of Receive.
 type destination struct {
-	cfg      DestinationConfig
-	log      *slog.Logger
-	state    *machine[DestinationState]
-	meter    *meter
-	link     *link // nil until connected
-	manifest *wire.Manifest
-	workers  sync.WaitGroup
-
-	// content is set, once, when the devices are ready; readers refuse content before.
-	content atomic.Pointer[content]
-	jobs    chan *wire.Buffer // content frames on their way to a device
+	cfg       DestinationConfig
+	log       *slog.Logger
+	state     *machine[DestinationState]
+	meter     *meter
+	link      *link // nil until connected, and between sessions
+	manifest  *wire.Manifest
+	workers   sync.WaitGroup
+	onRunning func()
 
 	began    time.Time
 	downtime laps // begun by the first device state
@@ -78,16 +93,56 @@ type destination struct {
 	promised bool // Prepared may have been sent: a failure needs the journal's Abort
 	summary  *wire.Summary
 
+	version  uint16
+	devices  []*targetDevice
+	lacks    bool                        // content was missing when the guest was started
+	complete func(context.Context) error // makes what arrived late durable
+	standing wire.Standing               // what the source is told when the two meet again
+	served   bool                        // all that was missing is here, and both sides agree on it
+	ran      chan error                  // result of Run, when it was called beside the filling
+	ranErr   error                       // what came of it
+	fresh    bool                        // this process does not remember what was received before
+	asks     asks
+
+	unmet      bool // the latest attempt to meet the source again failed
+	told       bool // the source has ended the conversation, so it knows
+	lateBytes  int64
+	reconnects int
+	wireBytes  int64 // read from links that are gone
+
 	size       atomic.Int64
 	dataBytes  atomic.Int64
 	zeroBytes  atomic.Int64
 	stateBytes atomic.Int64
 }
 
-// content is what is being received.
+// content takes in what one session brings.
 type content struct {
+	link    *link
 	devices []*targetDevice
 	tally   *tally
+	jobs    chan *wire.Buffer // content frames on their way to a device
+	phase   atomic.Uint32
+}
+
+// Phases of content.
+const (
+	contentOpen   uint32 = iota // it goes to the devices
+	contentClosed               // none is due
+	contentLate                 // it is missing here, and goes where it is waited for
+)
+
+func (d *destination) newContent(l *link, window int64) *content {
+	return &content{link: l, devices: d.devices, tally: newTally(len(d.devices), window), jobs: make(chan *wire.Buffer, 2*d.cfg.Concurrency)}
+}
+
+// flow has content taken in until the link ends.
+func (d *destination) flow(c *content) {
+	context.AfterFunc(c.link.ctx, func() { c.tally.fail(context.Cause(c.link.ctx)) }) // which ends in any case
+	for range d.cfg.Concurrency {
+		d.workers.Go(func() { d.work(c) })
+	}
+	d.workers.Go(func() { d.acknowledge(c) })
 }
 
 // targetDevice is a device in the course of Receive.
@@ -100,13 +155,28 @@ type targetDevice struct {
 	// not be written. Free RAM then costs nothing.
 	blank    bool
 	flushing atomic.Bool
+
+	// What is missing when the guest is started; nil where nothing is. A page leaves lacking when it was delivered.
+	late    Late
+	lacking *pageSet
+	asked   *pageSet // of this session; guarded by asks.mu, but for looking at its pages
+	listed  bool     // the list of it is complete
 }
 
 // afterCommitError is a failure after the source gave the guest away. neverRan says that the journal holds the promise
 // never to run it here.
 type afterCommitError struct {
-	err      error
-	neverRan bool
+	err        error
+	neverRan   bool
+	incomplete bool // the guest runs, or may, and lacks content
+}
+
+// farewell is what the source is told: nothing, when there is none but that the link is gone.
+func (e *afterCommitError) farewell() error {
+	if e.incomplete && severed(e.err) {
+		return nil
+	}
+	return e.err
 }
 
 func (e *afterCommitError) Error() string { return e.err.Error() }
@@ -114,13 +184,21 @@ func (e *afterCommitError) Unwrap() error { return e.err }
 
 func (d *destination) run(ctx context.Context, streams []io.ReadWriter) error {
 	d.state.begin()
-	err := d.walk(ctx, streams)
-	after := context.WithoutCancel(ctx)
+	return d.conclude(ctx, d.walk(ctx, streams))
+}
 
+// conclude ends the migration after a walk that ended with err.
+func (d *destination) conclude(ctx context.Context, err error) error {
+	after := context.WithoutCancel(ctx)
 	if err == nil {
-		d.link.goodbye(nil, false)
-		if err := d.cfg.Journal.Done(after, d.manifest.ID); err != nil {
-			d.log.Warn("cannot record the end of the migration", "error", err)
+		if !d.cfg.Copy {
+			d.tell(ctx)
+			if err := d.cfg.Journal.Done(after, d.manifest.ID); err != nil {
+				d.log.Warn("cannot record the end of the migration", "error", err)
+			}
+		}
+		if d.link != nil {
+			d.link.goodbye(nil, false)
 		}
 		d.finish()
 		return nil
@@ -128,22 +206,29 @@ func (d *destination) run(ctx context.Context, streams []io.ReadWriter) error {
 
 	var late *afterCommitError
 	if errors.As(err, &late) && !late.neverRan {
-		d.state.set(DestinationFailed)
-		d.link.goodbye(err, false)
+		end, sentinel := DestinationFailed, ErrInDoubt
+		if late.incomplete {
+			end, sentinel = DestinationIncomplete, ErrUnsettled
+		}
+		d.state.set(end)
+		if d.link != nil {
+			d.link.goodbye(late.farewell(), false)
+		}
 		d.finish()
-		return fmt.Errorf("%w: %w", ErrInDoubt, err)
+		return fmt.Errorf("%w: %w", sentinel, err)
 	}
-	return d.discard(after, err)
+	return d.discard(ctx, err)
 }
 
 // discard drops what was received after a failure, and returns the failure.
-func (d *destination) discard(ctx context.Context, failure error) error {
+func (d *destination) discard(cancelable context.Context, failure error) error {
+	ctx := context.WithoutCancel(cancelable)
 	state := d.state.get()
 	d.state.set(DestinationDiscarding)
 	if d.link != nil {
 		d.link.fail(failure) // workers end; the other side is told below
 	}
-	neverRan := state >= DestinationCommitting // promised where the failure was found
+	neverRan := state >= DestinationCommitting && !d.cfg.Copy // promised where the failure was found
 	if d.promised && !neverRan {
 		// The source may have committed. A durable word from us lets it take the guest back.
 		if err := d.cfg.Journal.Abort(ctx, d.manifest.ID); err != nil {
@@ -167,6 +252,11 @@ func (d *destination) discard(ctx context.Context, failure error) error {
 	}
 	d.finish()
 	d.state.set(DestinationDiscarded)
+	if neverRan {
+		d.standing = wire.NeverRan
+		d.tell(cancelable)
+		d.finish()
+	}
 	return failure
 }
 
@@ -177,18 +267,26 @@ func (d *destination) finish() {
 	}
 	d.workers.Wait()
 	d.link.close()
+	d.wireBytes += d.link.read.Load()
+	d.told = d.told || d.link.heardEnd.Load()
+	d.link = nil
 }
 
 // walk goes through the states until the guest runs here.
 func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
-	l, err := connect(ctx, wire.RoleDestination, 0, streams, d.cfg.HandshakeTimeout)
+	l, err := d.open(ctx, wire.PurposeMigrate, streams)
 	if err != nil {
 		return err
 	}
-	l.heartbeatTimeout = d.cfg.HeartbeatTimeout
-	l.log = d.cfg.Logger
-	d.link = l
-	l.onBulk = d.receive
+	d.link, d.version = l, l.version
+	var taking atomic.Pointer[content] // nil until the devices are ready
+	l.onBulk = func(h wire.Header, r *wire.Reader) error {
+		c := taking.Load()
+		if c == nil {
+			return unexpectedFrame(h.Type, "nothing before accept")
+		}
+		return c.receive(h, r)
+	}
 	ignoreCancel := l.start(ctx)
 	defer ignoreCancel()
 
@@ -213,13 +311,13 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 
 	d.state.set(DestinationReceiving)
-	context.AfterFunc(l.ctx, func() { c.tally.fail(context.Cause(l.ctx)) }) // which ends in any case
-	for range d.cfg.Concurrency {
-		d.workers.Go(func() { d.work(c) })
+	accept, err := d.offer(len(c.devices))
+	if err != nil {
+		return err
 	}
-	d.workers.Go(func() { d.acknowledge(c) })
-	d.content.Store(c)
-	if err := l.send(wire.Header{Type: wire.TypeAccept}, nil); err != nil {
+	d.flow(c)
+	taking.Store(c)
+	if err := l.send(wire.Header{Type: wire.TypeAccept}, accept); err != nil {
 		return err
 	}
 	state, theirs, err := d.collect(c)
@@ -237,11 +335,15 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 
 	d.state.set(DestinationPrepared)
 	done = l.limit(d.cfg.CommitTimeout, "the commit")
-	d.promised = true
+	d.promised = !d.cfg.Copy
 	if err := l.send(wire.Header{Type: wire.TypePrepared}, ours.Encode()); err != nil {
 		return err
 	}
-	if _, err := l.expect(wire.TypeCommit); err != nil {
+	decision := wire.TypeCommit
+	if d.cfg.Copy {
+		decision = wire.TypeCopied
+	}
+	if _, err := l.expect(decision); err != nil {
 		return err
 	}
 	done()
@@ -249,29 +351,97 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 		<-l.ctx.Done()
 		return context.Cause(l.ctx)
 	}
+	if d.cfg.Copy {
+		return d.keep(ctx, ours)
+	}
+	return d.own(ctx, c)
+}
 
+// open begins a session over streams.
+func (d *destination) open(ctx context.Context, purpose wire.Purpose, streams []io.ReadWriter) (*link, error) {
+	l, err := connect(ctx, greeting{wire.RoleDestination, purpose, d.cfg.newest, d.cfg.HandshakeTimeout}, streams)
+	if err != nil {
+		return nil, err
+	}
+	l.heartbeatTimeout = d.cfg.HeartbeatTimeout
+	l.log = d.cfg.Logger
+	return l, nil
+}
+
+// offer is what accept says to a manifest of n devices: what can be done here.
+func (d *destination) offer(n int) ([]byte, error) {
+	var a wire.Accept
+	if d.link.version < 2 {
+		if d.cfg.Copy {
+			err := errors.New("the source speaks version 1 of the protocol, which knows no copies")
+			return nil, tell(wire.CodeRefused, err, "%v", err)
+		}
+		return nil, nil
+	}
+	a.Copy = d.cfg.Copy
+	if p, ok := d.cfg.Target.(Postponer); ok && !d.cfg.DisablePostCopy && !d.cfg.Copy {
+		a.Postpone = p.CanPostpone()
+		if len(a.Postpone) != n {
+			return nil, fmt.Errorf("target speaks of %d devices to postpone, the manifest has %d", len(a.Postpone), n)
+		}
+		for i, dev := range d.devices {
+			if a.Postpone[i] {
+				dev.lacking, dev.asked = newPageSet(dev.size), newPageSet(dev.size)
+			}
+		}
+		d.complete = p.Complete
+	}
+	return a.Encode()
+}
+
+// keep ends the making of a copy.
+func (d *destination) keep(ctx context.Context, ours *wire.Summary) error {
+	d.state.set(DestinationKeeping)
+	if err := d.cfg.Target.(Keeper).Keep(context.WithoutCancel(ctx)); err != nil {
+		return fmt.Errorf("keep the copy: %w", err)
+	}
+	d.state.set(DestinationCopied)
+	if err := d.link.send(wire.Header{Type: wire.TypeSettled}, ours.Encode()); err != nil {
+		d.log.Warn("the copy is here, but the source cannot be told", "error", err)
+	}
+	return nil
+}
+
+// own makes the guest ours, after commit came: from here on the link may do what it wants.
+func (d *destination) own(ctx context.Context, c *content) error {
+	l := d.link
 	d.downtime.end(PartDecision)
-	// From here on the link may do what it wants.
 	d.state.set(DestinationCommitting)
 	after := context.WithoutCancel(ctx)
-	if err := d.cfg.Journal.Commit(after, m.ID); err != nil {
+	if err := d.cfg.Journal.Commit(after, d.manifest.ID); err != nil {
 		return d.giveBack(after, fmt.Errorf("record the commit: %w", err))
 	}
 	d.downtime.end(PartCommit)
+	d.standing = wire.Owned
 	d.state.set(DestinationStarting)
+	if d.lacks {
+		return d.fillUp(ctx, c)
+	}
 	if err := d.cfg.Target.Run(after); err != nil {
-		err = fmt.Errorf("run guest: %w", err)
-		if errors.Is(err, ErrNeverRan) {
-			return d.giveBack(after, err)
-		}
-		return &afterCommitError{err: err}
+		return d.notRun(after, err)
 	}
 	d.downtime.end(PartResume)
+	d.standing = wire.Settled
+	d.onRunning()
 	d.state.set(DestinationRunning)
 	if err := l.send(wire.Header{Type: wire.TypeRunning}, nil); err != nil {
-		d.log.Warn("guest runs here, but the source cannot be told: it will be in doubt", "error", err)
+		d.log.Warn("guest runs here, but the source cannot be told now: it will be in doubt", "error", err)
 	}
 	return nil
+}
+
+// notRun is the failure of Run.
+func (d *destination) notRun(ctx context.Context, err error) error {
+	err = fmt.Errorf("run guest: %w", err)
+	if errors.Is(err, ErrNeverRan) {
+		return d.giveBack(ctx, err)
+	}
+	return &afterCommitError{err: err}
 }
 
 // giveBack makes the promise that the guest will never run here, after the source gave it away.
@@ -295,7 +465,6 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 	if len(devices) != len(m.Devices) {
 		return nil, fmt.Errorf("prepare: target made %d devices for a manifest of %d", len(devices), len(m.Devices))
 	}
-	c := &content{tally: newTally(len(devices), m.Window)}
 	for i, dev := range devices {
 		want := m.Devices[i]
 		if dev.Size() != want.Size {
@@ -308,18 +477,14 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 			t.blank = errors.Is(err, io.EOF)
 		}
 		d.size.Add(t.size)
-		c.devices = append(c.devices, t)
+		d.devices = append(d.devices, t)
 	}
-	return c, nil
+	return d.newContent(d.link, m.Window), nil
 }
 
 // receive takes a content frame from a stream and passes it to a worker. When the devices are slower than the streams,
 // it waits, and so does the source.
-func (d *destination) receive(h wire.Header, r *wire.Reader) error {
-	c := d.content.Load()
-	if c == nil {
-		return unexpectedFrame(h.Type, "nothing before accept")
-	}
+func (c *content) receive(h wire.Header, r *wire.Reader) error {
 	if int(h.Device) >= len(c.devices) {
 		return fmt.Errorf("%w: %v frame for device %d of %d", wire.ErrMalformed, h.Type, h.Device, len(c.devices))
 	}
@@ -334,8 +499,8 @@ func (d *destination) receive(h wire.Header, r *wire.Reader) error {
 		return err
 	}
 	select {
-	case d.jobs <- b:
-	case <-d.link.ctx.Done():
+	case c.jobs <- b:
+	case <-c.link.ctx.Done():
 		b.Release()
 	}
 	return nil
@@ -364,13 +529,13 @@ func extentOf(b *wire.Buffer, size int64) (block.Range, error) {
 func (d *destination) work(c *content) {
 	for {
 		select {
-		case b := <-d.jobs:
+		case b := <-c.jobs:
 			err := d.write(c, b)
 			b.Release()
 			if err != nil {
-				d.link.fail(err)
+				c.link.fail(err)
 			}
-		case <-d.link.ctx.Done():
+		case <-c.link.ctx.Done():
 			return
 		}
 	}
@@ -382,6 +547,16 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 	r, err := extentOf(b, dev.size)
 	if err != nil {
 		return err
+	}
+	switch c.phase.Load() {
+	case contentClosed:
+		return unexpectedFrame(b.Header.Type, "nothing after final")
+	case contentLate:
+		if err := d.fill(dev, i, r, b); err != nil {
+			return err
+		}
+		c.tally.add(i, wire.HeaderSize+int64(b.N))
+		return nil
 	}
 	if b.Header.Type == wire.TypeData {
 		dev.digest.write(r.Offset, b.Bytes())
@@ -417,12 +592,12 @@ func (d *destination) acknowledge(c *content) {
 	for {
 		select {
 		case <-c.tally.signal:
-		case <-d.link.ctx.Done():
+		case <-c.link.ctx.Done():
 			return
 		}
 		for i := range c.devices {
 			if n, news := c.tally.take(i); news {
-				if d.link.send(wire.Header{Type: wire.TypeAck, Device: uint16(i), Offset: uint64(n)}, nil) != nil {
+				if c.link.send(wire.Header{Type: wire.TypeAck, Device: uint16(i), Offset: uint64(n)}, nil) != nil {
 					return
 				}
 			}
@@ -463,9 +638,18 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 			state = append(state, m.payload...)
 			last = m.Flags&wire.FlagLast != 0
 			d.stateBytes.Store(int64(len(state)))
+		case wire.TypeMissing:
+			if err := d.list(m); err != nil {
+				return nil, nil, err
+			}
 		case wire.TypeFinal:
 			if !last {
 				return nil, nil, unexpectedFrame(m.Type, "the end of the device state")
+			}
+			for i, dev := range c.devices {
+				if dev.lacking != nil && dev.lacking.count.Load() > 0 && !dev.listed {
+					return nil, nil, unexpectedFrame(m.Type, fmt.Sprintf("more of what device %d is missing", i))
+				}
 			}
 			if theirs, err = wire.DecodeSummary(m.payload, len(c.devices)); err != nil {
 				return nil, nil, err
@@ -479,6 +663,7 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 			return nil, nil, err
 		}
 	}
+	c.phase.Store(contentClosed)
 	return state, theirs, nil
 }
 
@@ -513,10 +698,16 @@ func (d *destination) load(c *content, state []byte, theirs *wire.Summary) (*wir
 		return nil, err
 	}
 	d.downtime.end(PartVerify)
+	if err := d.postpone(c); err != nil {
+		return nil, err
+	}
 	var g errgroup.Group
 	began := time.Now()
 	var flushed atomic.Int64 // nanoseconds after began
 	for _, dev := range c.devices {
+		if dev.late != nil {
+			continue
+		}
 		g.Go(func() error {
 			if err := dev.Flush(); err != nil {
 				return d.deviceError("flush", dev, 0, err)
@@ -554,12 +745,13 @@ func (d *destination) report(streams int, err error) *Report {
 	}
 	if d.manifest != nil {
 		r.ID = d.manifest.ID
-		if d.summary != nil {
+		if d.summary != nil && !d.fresh {
 			r.Digests = digestsOf(d.manifest.Devices, d.summary)
 		}
 	}
+	r.WireBytes, r.LateBytes, r.Reconnects = d.wireBytes, d.lateBytes, d.reconnects
 	if d.link != nil {
-		r.WireBytes = d.link.read.Load()
+		r.WireBytes += d.link.read.Load()
 	}
 	return r
 }

@@ -273,6 +273,8 @@ type rig struct {
 	world    *world
 	guest    *guest
 	target   *target
+	late     *lateTarget // nil: everything arrives before the guest runs
+	copy     *copyTarget // nil: the guest is moved
 	src, dst *journal
 	source   SourceConfig
 	dest     DestinationConfig
@@ -374,7 +376,25 @@ func (r *rig) verify(t testing.TB, o outcome) (owner string) {
 	}
 	src, dst := r.world.runs("source"), r.world.runs("destination")
 	inDoubt := errors.Is(o.srcErr, ErrInDoubt)
+	unsettled := errors.Is(o.srcErr, ErrUnsettled)
+	if r.late != nil {
+		defer r.late.halt()
+		if err := r.late.wrong.Load(); err != nil {
+			t.Error(*err)
+		}
+	}
 	switch {
+	case r.copy != nil:
+		r.verifyCopy(t, o)
+		return "source"
+	case unsettled:
+		if src || !dst || o.dstErr != nil && !errors.Is(o.dstErr, ErrUnsettled) {
+			t.Errorf("unsettled: source runs: %t, destination runs: %t (%v; %v)", src, dst, o.srcErr, o.dstErr)
+		}
+	case dst && errors.Is(o.dstErr, ErrUnsettled):
+		if src || !inDoubt && !unsettled {
+			t.Errorf("incomplete: source runs: %t (%v; %v)", src, o.srcErr, o.dstErr)
+		}
 	case inDoubt && src:
 		t.Errorf("source is in doubt and its guest runs")
 	case inDoubt:
@@ -409,7 +429,7 @@ func (r *rig) verify(t testing.TB, o outcome) (owner string) {
 	if r.target.discards != wantDiscards {
 		t.Errorf("Discard called %d times, want %d", r.target.discards, wantDiscards)
 	}
-	if dst {
+	if dst && !errors.Is(o.dstErr, ErrUnsettled) {
 		r.verifyContent(t)
 	}
 	for _, d := range r.guest.devices { // tracking has ended: it can begin again
@@ -427,17 +447,56 @@ func (r *rig) verify(t testing.TB, o outcome) (owner string) {
 	return "nobody"
 }
 
+// verifyCopy is verify for a copy: the guest runs on at the source, whatever happened.
+func (r *rig) verifyCopy(t testing.TB, o outcome) {
+	t.Helper()
+	if !r.world.runs("source") || r.world.runs("destination") {
+		t.Errorf("source runs: %t, destination runs: %t", r.world.runs("source"), r.world.runs("destination"))
+	}
+	if r.guest.hooks != 0 || r.guest.resumes > 1 || r.src.commits+r.src.aborts+r.dst.commits+r.dst.aborts > 0 {
+		t.Errorf("%d hooks open, %d resumes, records %q and %q", r.guest.hooks, r.guest.resumes, r.src.record, r.dst.record)
+	}
+	if kept := r.copy.keeps > 0; kept != (o.dstErr == nil) || kept && r.target.discards > 0 || o.srcErr == nil && !kept {
+		t.Errorf("kept %t, discarded %d: %v; %v", kept, r.target.discards, o.srcErr, o.dstErr)
+	}
+}
+
+// copyTarget keeps what it gets.
+type copyTarget struct {
+	*target
+	keeps    int
+	failKeep error
+}
+
+func (c *copyTarget) Keep(context.Context) error {
+	if c.failKeep != nil {
+		return c.failKeep
+	}
+	c.keeps++
+	return nil
+}
+
+// copying makes a rig whose destination wants a copy.
+func (r *rig) copying() {
+	r.copy = &copyTarget{target: r.target}
+	r.dest.Target, r.dest.Copy = r.copy, true
+}
+
 func (r *rig) verifyContent(t testing.TB) {
 	t.Helper()
 	ctx := context.Background()
+	if !bytes.Equal(r.guest.state, r.target.state) {
+		t.Errorf("device state differs")
+	}
+	if r.late != nil {
+		r.late.verify(t)
+		return
+	}
 	for _, d := range r.source.Devices {
 		equal, at, err := block.Equal(ctx, d.Device, r.target.devices[d.Name])
 		if err != nil || !equal {
 			t.Errorf("device %q differs at %d (%v)", d.Name, at, err)
 		}
-	}
-	if !bytes.Equal(r.guest.state, r.target.state) {
-		t.Errorf("device state differs")
 	}
 }
 

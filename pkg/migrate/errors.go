@@ -16,6 +16,11 @@ var (
 	// neither run it nor durably promise never to.
 	ErrInDoubt = errors.New("ownership of the guest is in doubt")
 
+	// ErrUnsettled is wrapped by the error of [Send] when the guest runs at the destination and content that it needs is still
+	// only here: keep the devices, and meet the destination again ([RejoinSource]). [Receive] wraps it when the guest runs
+	// here and lacks content: it should be paused until the source is found again ([RejoinDestination]).
+	ErrUnsettled = errors.New("content of the guest is missing at the destination")
+
 	// ErrGaveUp is wrapped by the error of [Send] when the guest runs on here because the [Goal] could not be reached.
 	ErrGaveUp = errors.New("migration given up")
 

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
@@ -34,8 +36,9 @@ const (
 // All writers take from one bulk queue, which spreads content over the streams as fast as each takes it. A reader never
 // waits for a writer, so that two sides which write at the same time cannot block each other.
 type link struct {
-	role wire.Role // ours
-	log  *slog.Logger
+	role    wire.Role // ours
+	version uint16    // of the protocol, that both sides speak
+	log     *slog.Logger
 
 	// ctx ends when the migration has failed or is over; its cause is why.
 	ctx  context.Context
@@ -47,10 +50,16 @@ type link struct {
 
 	// Called by readers, possibly several at a time; an error fails the link. Nil: such a frame is a protocol error.
 	// onBulk reads the payload itself.
-	onBulk func(wire.Header, *wire.Reader) error
-	onAck  func(device int, total int64) error
+	onBulk   func(wire.Header, *wire.Reader) error
+	onAck    func(device int, total int64) error
+	onDemand func(device int, r block.Range) error
+
+	// reserved: stream 0 takes no more from bulk, unless it is the only one. What is urgent then has nothing in its way.
+	reserved atomic.Bool
 
 	heartbeatTimeout time.Duration
+
+	heardEnd atomic.Bool // the other side has said its last word on stream 0
 
 	closing chan struct{} // closed by close: writers send last and end
 	last    []byte        // the frame that ends each stream; set before closing is closed
@@ -97,9 +106,18 @@ func interruptAll(streams []io.ReadWriter) {
 	}
 }
 
-// connect exchanges prefaces on all streams and returns a link on which nothing runs yet. Session is the source's choice
-// and ignored for the destination. When it fails, the streams are interrupted.
-func connect(ctx context.Context, role wire.Role, session uint64, rws []io.ReadWriter, timeout time.Duration) (_ *link, err error) {
+// greeting is how a side introduces itself.
+type greeting struct {
+	role    wire.Role
+	purpose wire.Purpose
+	newest  uint16        // version
+	timeout time.Duration // until the other has done so too
+}
+
+// connect exchanges prefaces on all streams and returns a link on which nothing runs yet. When it fails, the streams are
+// interrupted.
+func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err error) {
+	role, timeout := g.role, g.timeout
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout,
 		fmt.Errorf("peer did not introduce itself within %v: %w", timeout, os.ErrDeadlineExceeded))
 	defer cancel()
@@ -109,13 +127,15 @@ func connect(ctx context.Context, role wire.Role, session uint64, rws []io.ReadW
 		p   wire.Preface
 		err error
 	}
-	ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: role}
+	ours := wire.Preface{Newest: g.newest, Oldest: wire.OldestVersion, Role: role, Purpose: g.purpose}
+	session := rand.Uint64()
+	version := g.newest
 	var wg sync.WaitGroup
 	reads := make(chan result, len(rws))
 	writes := make(chan result, len(rws))
 	for i, rw := range rws {
 		p := ours
-		if role == wire.RoleSource {
+		if role == wire.RoleSource || g.newest >= 2 {
 			p.Stream, p.Streams, p.Session = uint8(i), uint8(len(rws)), session
 		}
 		wg.Go(func() {
@@ -143,6 +163,7 @@ func connect(ctx context.Context, role wire.Role, session uint64, rws []io.ReadW
 		select {
 		case r := <-reads:
 			theirs[r.i] = r.p
+			version = min(version, r.p.Newest)
 			if r.err != nil && first == nil {
 				first = fmt.Errorf("stream %d: %w", r.i, r.err)
 			}
@@ -174,7 +195,7 @@ func connect(ctx context.Context, role wire.Role, session uint64, rws []io.ReadW
 		return nil, first
 	}
 
-	l := &link{role: role, control: make(chan message, 8), closing: make(chan struct{})}
+	l := &link{role: role, version: version, control: make(chan message, 8), closing: make(chan struct{})}
 	for i, rw := range rws {
 		s := &stream{rw: rw, index: i, urgent: make(chan *wire.Buffer, 16), readerDone: make(chan struct{}), link: l}
 		if role == wire.RoleDestination {
@@ -215,6 +236,17 @@ func (l *link) start(ctx context.Context) (ignoreCancel func() bool) {
 func (l *link) send(h wire.Header, payload []byte) error {
 	b := wire.NewBuffer()
 	b.Append(h, payload)
+	select {
+	case l.streams[0].urgent <- b:
+		return nil
+	case <-l.ctx.Done():
+		b.Release()
+		return context.Cause(l.ctx)
+	}
+}
+
+// sendUrgent queues content that goes before all other. It takes the buffer.
+func (l *link) sendUrgent(b *wire.Buffer) error {
 	select {
 	case l.streams[0].urgent <- b:
 		return nil
@@ -309,12 +341,16 @@ func (s *stream) readFrames() error {
 		if err != nil {
 			return err
 		}
+		if err := h.Check(l.version); err != nil {
+			return err
+		}
 		switch h.Type {
 		case wire.TypeHeartbeat:
 		case wire.TypeBye:
 			if s.index == 0 {
 				// What it had to say before is queued. If we still wait for more, it will not come.
-				l.fail(fmt.Errorf("peer ended the conversation: %w", io.ErrUnexpectedEOF))
+				l.heardEnd.Store(true)
+				l.fail(errBye)
 			}
 			return nil
 		case wire.TypeAbort:
@@ -325,6 +361,9 @@ func (s *stream) readFrames() error {
 			a, err := wire.DecodeAbort(b)
 			if err != nil {
 				return err
+			}
+			if s.index == 0 {
+				l.heardEnd.Store(true)
 			}
 			l.fail(&PeerError{Role: l.peer(), Code: a.Code, Reason: a.Reason, NeverRan: h.Flags&wire.FlagNeverRan != 0})
 			return nil
@@ -343,6 +382,21 @@ func (s *stream) readFrames() error {
 				return fmt.Errorf("%w: %v frame from the %v", wire.ErrMalformed, h.Type, l.peer())
 			}
 			if err := l.onAck(int(h.Device), int64(h.Offset)); err != nil {
+				return err
+			}
+		case wire.TypeDemand:
+			var b [8]byte
+			if err := r.Payload(b[:]); err != nil {
+				return err
+			}
+			n, err := wire.ParseDemand(b[:])
+			if err != nil {
+				return err
+			}
+			if l.onDemand == nil {
+				return fmt.Errorf("%w: %v frame from the %v", wire.ErrMalformed, h.Type, l.peer())
+			}
+			if err := l.onDemand(int(h.Device), block.Range{Offset: int64(h.Offset), Length: n}); err != nil {
 				return err
 			}
 		default:
@@ -394,6 +448,10 @@ func (s *stream) writeFrames() error {
 	silent := false
 	for {
 		var b *wire.Buffer
+		bulk := l.bulk
+		if s.index == 0 && len(l.streams) > 1 && l.reserved.Load() {
+			bulk = nil
+		}
 		select {
 		case b = <-s.urgent:
 		case <-l.closing:
@@ -401,7 +459,7 @@ func (s *stream) writeFrames() error {
 		default:
 			select {
 			case b = <-s.urgent:
-			case b = <-l.bulk:
+			case b = <-bulk:
 			case <-tick.C:
 				if !silent {
 					silent = true
@@ -499,6 +557,9 @@ func (l *link) goodbye(err error, neverRan bool) {
 
 var errOver = errors.New("migration is over")
 
+// errBye is the cause of a link's end when the other side has said all it had to say.
+var errBye = fmt.Errorf("peer ended the conversation: %w", io.ErrUnexpectedEOF)
+
 // close waits a while for the conversation to end by itself, after goodbye, and then lets go of the streams.
 func (l *link) close() {
 	ended := waitFor(&l.wg, linger)
@@ -508,6 +569,20 @@ func (l *link) close() {
 	if !ended && !waitFor(&l.wg, linger) {
 		// Those that could be interrupted were.
 		l.log.Warn("a stream without Close or SetDeadline still blocks after the migration; its goroutines end when its owner closes it")
+	}
+}
+
+// drop lets go of the streams of a link that has failed, at once: there is nobody to talk to.
+func (l *link) drop(err error) {
+	if l.ctx != nil {
+		l.fail(err)
+		l.goodbye(nil, false)
+	}
+	for _, s := range l.streams {
+		interrupt(s.rw)
+	}
+	if !waitFor(&l.wg, linger) {
+		l.log.Warn("a stream without Close or SetDeadline still blocks after the link failed; its goroutines end when its owner closes it")
 	}
 }
 

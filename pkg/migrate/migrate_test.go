@@ -139,6 +139,56 @@ func TestCut(t *testing.T) {
 	}
 }
 
+// to makes a rig that comes by state s of the source. cut says in which state the link must die for that; none if it need not.
+func (r *rig) toSource(s SourceState) (cut SourceState, must bool) {
+	nobody := func(ctx context.Context) ([]io.ReadWriter, error) { return nil, errors.New("nobody is there") }
+	switch s {
+	case SourceRollingBack, SourceKept:
+		r.guest.failPause = errors.New("no")
+	case SourceStuck:
+		r.guest.failPause, r.guest.failResume = errors.New("no"), errors.New("never")
+	case SourceInDoubt:
+		r.target.failRun = errors.New("no")
+	case SourceResuming, SourceChecking, SourceCopied:
+		r.copying()
+	case SourceSeeking:
+		r.source.Reconnect, r.source.RescueTimeout = nobody, 100*time.Millisecond
+		return SourceCommitted, true
+	case SourceServing:
+		r.postCopy(1).holdBack()
+	case SourceRejoining:
+		r.source.Reconnect, r.source.RescueTimeout = nobody, 100*time.Millisecond
+		r.postCopy(1).holdBack()
+		return SourceServing, true
+	case SourceUnsettled:
+		r.postCopy(1).holdBack()
+		return SourceServing, true
+	}
+	return 0, false
+}
+
+func (r *rig) toDestination(s DestinationState) (cut DestinationState, must bool) {
+	switch s {
+	case DestinationDiscarding, DestinationDiscarded:
+		r.target.failLoad = errors.New("no")
+	case DestinationFailed:
+		r.target.failRun = errors.New("no")
+	case DestinationKeeping, DestinationCopied:
+		r.copying()
+	case DestinationFilling:
+		r.postCopy(1).holdBack()
+	case DestinationRejoining:
+		r.dest.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) { return nil, errors.New("nobody is there") }
+		r.dest.RescueTimeout = 100 * time.Millisecond
+		r.postCopy(1).holdBack()
+		return DestinationFilling, true
+	case DestinationIncomplete:
+		r.postCopy(1).holdBack()
+		return DestinationFilling, true
+	}
+	return 0, false
+}
+
 // In each state of each side, what happens when the link dies there is what the state says.
 func TestLinkLostInEveryState(t *testing.T) {
 	noLeak(t)
@@ -146,51 +196,58 @@ func TestLinkLostInEveryState(t *testing.T) {
 		t.Run("source/"+s.String(), func(t *testing.T) {
 			r := newRig(smallShape)
 			a, b := pipes(2)
+			cut, must := r.toSource(s)
+			seen := false
 			r.source.OnState = func(now SourceState) {
-				if now == s {
+				if now == s || must && now == cut {
 					interruptAll(a)
+					r.release()
 				}
+				seen = seen || now == s
 			}
 			if s == SourceCommitting { // else the loss may be noticed a moment later, which is another state
 				r.src.onCommit = func(ctx context.Context) { <-ctx.Done() }
 			}
-			if s == SourceRollingBack || s == SourceKept {
-				r.guest.failPause = errors.New("no")
-			}
-			if s == SourceInDoubt || s == SourceStuck {
-				makeEnd(r, s)
-			}
 			o := r.move(t.Context(), a, b)
 			r.verifyEnd(t, o, s.LinkLost().String(), "")
+			if !seen {
+				t.Errorf("state was not reached")
+			}
 		})
 	}
 	for _, s := range states(numDestinationStates) {
 		t.Run("destination/"+s.String(), func(t *testing.T) {
 			r := newRig(smallShape)
 			a, b := pipes(2)
+			cut, must := r.toDestination(s)
+			seen := false
 			r.dest.OnState = func(now DestinationState) {
-				if now == s {
+				if now == s || must && now == cut {
 					interruptAll(b)
+					r.release()
 				}
-			}
-			if s == DestinationDiscarding || s == DestinationDiscarded {
-				r.target.failLoad = errors.New("no")
-			}
-			if s == DestinationFailed {
-				r.target.failRun = errors.New("no")
+				seen = seen || now == s
 			}
 			o := r.move(t.Context(), a, b)
 			r.verifyEnd(t, o, "", s.LinkLost().String())
+			if !seen {
+				t.Errorf("state was not reached")
+			}
 		})
 	}
-}
-
-// makeEnd has a migration end in one of the source's unhappy states.
-func makeEnd(r *rig, s SourceState) {
-	if s == SourceStuck {
-		r.guest.failPause, r.guest.failResume = errors.New("no"), errors.New("never")
-	} else {
-		r.target.failRun = errors.New("no")
+	for _, s := range []DestinationState{DestinationCommitting, DestinationStarting, DestinationFilling, DestinationPrepared} {
+		t.Run("stranded/"+s.String(), func(t *testing.T) {
+			r := newRig(smallShape)
+			a, b := pipes(2)
+			r.postCopy(1).holdBack()
+			r.dest.OnState = func(now DestinationState) {
+				if now == s {
+					interruptAll(b)
+					r.release()
+				}
+			}
+			r.verifyEnd(t, r.move(t.Context(), a, b), "", s.Stranded().String())
+		})
 	}
 }
 
@@ -225,16 +282,18 @@ func TestCancelInEveryState(t *testing.T) {
 			a, b := pipes(2)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
+			cut, must := r.toSource(s)
+			r.source.RescueTimeout = time.Hour
 			r.source.OnState = func(now SourceState) {
+				if must && now == cut {
+					interruptAll(a)
+				}
 				if now == s {
 					cancel()
 				}
-			}
-			if s == SourceRollingBack || s == SourceKept {
-				r.guest.failPause = errors.New("no")
-			}
-			if s == SourceInDoubt || s == SourceStuck {
-				makeEnd(r, s)
+				if now == s || must && now == cut {
+					r.release()
+				}
 			}
 			o := r.moveWith(ctx, t.Context(), a, b)
 			r.verifyEnd(t, o, s.Canceled().String(), "")
@@ -252,16 +311,18 @@ func TestCancelInEveryState(t *testing.T) {
 			a, b := pipes(2)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
+			cut, must := r.toDestination(s)
+			r.dest.RescueTimeout = time.Hour
 			r.dest.OnState = func(now DestinationState) {
+				if must && now == cut {
+					interruptAll(b)
+				}
 				if now == s {
 					cancel()
 				}
-			}
-			if s == DestinationDiscarding || s == DestinationDiscarded {
-				r.target.failLoad = errors.New("no")
-			}
-			if s == DestinationFailed {
-				r.target.failRun = errors.New("no")
+				if now == s || must && now == cut {
+					r.release()
+				}
 			}
 			o := r.moveWith(t.Context(), ctx, a, b)
 			r.verifyEnd(t, o, "", s.Canceled().String())
@@ -442,7 +503,7 @@ func TestForeignPeer(t *testing.T) {
 		"ssh":           {[]byte("SSH-2.0-OpenSSH_9.2\r\n"), wire.ErrNotDrafter, "(SSH)"},
 		"random":        {random, wire.ErrNotDrafter, "expected"},
 		"one byte":      {[]byte("x"), wire.ErrNotDrafter, `got "x"`},
-		"version":       {other, wire.ErrVersion, "peer speaks 7 to 9, we speak 1 to 1"},
+		"version":       {other, wire.ErrVersion, "peer speaks 7 to 9, we speak 1 to 2"},
 		"same role":     {same, nil, "both ends are the destination"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -488,6 +549,14 @@ func TestStall(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newRig(smallShape)
 				a, b := pipes(1)
+				switch s {
+				case SourceSeeking, SourceRejoining:
+					t.Skip("there is no link")
+				case SourceResuming, SourceChecking:
+					r.copying()
+				case SourceServing:
+					r.postCopy(1).holdBack()
+				}
 				stall := make(chan struct{})
 				x, y := &stallable{ReadWriter: a[0], stall: stall}, &stallable{ReadWriter: b[0], stall: stall}
 				var began time.Time
@@ -495,6 +564,7 @@ func TestStall(t *testing.T) {
 					if now == s {
 						began = time.Now()
 						close(stall)
+						r.release()
 					}
 				}
 				if s == SourceCommitting { // as a sync that takes longer than the link lives

@@ -112,6 +112,7 @@ func (s *source) pack(j *job) error {
 type packer struct {
 	s      *source
 	device *sourceDevice
+	urgent bool // somebody waits for it: it goes before all else
 	buf    *wire.Buffer
 	zero   block.Range // a run of zeros that is noted and not yet in the buffer
 }
@@ -205,6 +206,13 @@ func (p *packer) flush() error {
 	}
 	b := p.buf
 	p.buf = nil
+	if p.urgent {
+		if err := p.s.window.force(p.device.index, int64(b.N)); err != nil {
+			b.Release()
+			return err
+		}
+		return p.s.link.sendUrgent(b)
+	}
 	if err := p.s.window.acquire(p.device.index, int64(b.N)); err != nil {
 		b.Release()
 		return err

@@ -62,6 +62,10 @@ type Report struct {
 
 	Digests map[string]string `json:"digests,omitempty"` // per device, in hexadecimal, once compared
 
+	LateBytes  int64 `json:"late_bytes,omitempty"` // missing at the destination when the guest was given to it
+	Demands    int64 `json:"demands,omitempty"`    // how often the destination asked for content that somebody waited for
+	Reconnects int   `json:"reconnects,omitempty"` // how often the two sides met again after the link had died
+
 	DataBytes  int64   `json:"data_bytes"`  // content that was sent or received as such
 	ZeroBytes  int64   `json:"zero_bytes"`  // content that was sent or received as runs of zeros
 	StateBytes int64   `json:"state_bytes"` // device state

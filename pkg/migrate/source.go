@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,9 +17,11 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// Send moves the guest to the destination at the other end of the streams. When it returns nil the guest runs there.
-// When it returns an error the guest runs here, as it did before, unless the error wraps [ErrInDoubt] (it is paused, and
-// must stay so) or Report.Outcome is "stuck" (it could not be resumed).
+// Send moves the guest to the destination at the other end of the streams. When it returns nil the guest runs there
+// and needs nothing more from here; or, if the destination asked for a copy (Report.Outcome is "copied"), it has one, and the
+// guest runs on here. When it returns an error the guest runs here, as it did before, unless the error wraps [ErrInDoubt] (it is
+// paused, and must stay so) or [ErrUnsettled] (it runs there, and content of it is only here), or Report.Outcome is "stuck" (it
+// could not be resumed).
 //
 // Cancelling ctx stops the migration and is told to the destination, until the decision falls: from SourceCommitting on
 // it has no effect.
@@ -33,9 +34,36 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 		err = fmt.Errorf("send guest: %w", err)
 		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
 	}
+	return newSource(cfg, SourceConnecting).send(len(streams), func(s *source) error { return s.run(ctx, streams) })
+}
+
+// RejoinSource is the source's part of a migration after the commit, in a process that was restarted: with the guest adopted,
+// paused, and the devices as they were. Of cfg, ID, Devices, Guest, Journal and Reconnect are needed; the journal holds the
+// commit. It looks for the destination, serves what is missing there, and returns as Send does: nil when the guest runs there and
+// needs nothing more from here; ErrInDoubt; ErrUnsettled; any other error when the guest runs here again.
+//
+// Cancelling ctx ends the search for the destination, and has no effect while there is a link to it.
+func RejoinSource(ctx context.Context, cfg SourceConfig) (*Report, error) {
+	err := cfg.check(1)
+	if err == nil && cfg.Reconnect == nil {
+		err = errors.New("no way to reconnect: set SourceConfig.Reconnect")
+	}
+	if err != nil {
+		err = fmt.Errorf("rejoin migration: %w", err)
+		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceInDoubt.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrInDoubt, err)
+	}
+	return newSource(cfg, SourceSeeking).send(0, func(s *source) error {
+		s.disturbed, s.recorded, s.fresh, s.version = true, true, true, 2
+		s.goal = Goal{}
+		s.state.begin()
+		return s.conclude(ctx, s.reconnect(ctx, errRestarted))
+	})
+}
+
+// newSource has a configuration that was checked.
+func newSource(cfg SourceConfig, first SourceState) *source {
 	s := &source{cfg: cfg, log: cfg.Logger.With("migration", cfg.ID, "role", "source"), reasons: make(map[string]string)}
 	s.goal = cfg.Goal
-	s.goal.PostCopy = false // not in this version
 	if _, ok := cfg.Guest.(Throttler); !ok {
 		s.goal.Throttle = false
 	}
@@ -44,6 +72,7 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 		s.devices = append(s.devices, &sourceDevice{SourceDevice: d, index: i, size: d.Device.Size()})
 		total += d.Device.Size()
 	}
+	s.all = s.devices
 	s.began = time.Now()
 	s.meter = &meter{tell: cfg.Progress, take: func() Progress {
 		p := Progress{Role: wire.RoleSource.String(), State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
@@ -57,20 +86,25 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 		}
 		return p
 	}}
-	s.state = newMachine(func(st SourceState) {
+	s.state = newMachine(first, func(st SourceState) {
 		s.log.Debug("migration state", "state", st)
 		s.meter.report()
 		if cfg.OnState != nil {
 			cfg.OnState(st)
 		}
 	})
+	return s
+}
+
+// send runs f and reports.
+func (s *source) send(streams int, f func(*source) error) (*Report, error) {
 	stop := s.meter.run()
-	err := s.run(ctx, streams)
+	err := f(s)
 	stop()
 	if err != nil {
-		err = fmt.Errorf("send guest, migration %s: %w", cfg.ID, err)
+		err = fmt.Errorf("send guest, migration %s: %w", s.cfg.ID, err)
 	}
-	return s.report(len(streams), err), err
+	return s.report(streams, err), err
 }
 
 // source is one call of Send.
@@ -80,7 +114,8 @@ type source struct {
 	state   *machine[SourceState]
 	meter   *meter
 	devices []*sourceDevice
-	link    *link // nil until connected
+	all     []*sourceDevice // devices is another order of some of them, after meeting a destination again
+	link    *link           // nil until connected, and between sessions
 	window  *window
 	jobs    chan job
 	workers sync.WaitGroup
@@ -97,6 +132,23 @@ type source struct {
 	share      float64           // of its time that the guest is held back
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
+	late       []bool            // per device, whether it may be incomplete when the guest runs there
+	ran        bool              // the destination said that it runs the guest
+	still      bool              // the guest stands still: downtime goes on
+	stuck      bool              // the guest could not be resumed after a copy
+	fresh      bool              // this process does not remember what was sent before; see wire.FlagFresh
+	started    func()            // ends the time limit for starting the guest
+	reconnects int
+
+	met       bool   // the latest attempt to meet the destination again succeeded
+	version   uint16 // of the protocol
+	wireBytes int64  // written to links that are gone
+
+	acked      atomic.Pointer[window] // s.window, for the link's readers
+	serving    atomic.Pointer[serving]
+	delivered  atomic.Pointer[wire.Summary] // what was served, once all of it was
+	demands    atomic.Int64
+	lateBytes  int64 // missing at the switch
 	round      atomic.Int64
 	dirty      atomic.Int64
 	sentBefore atomic.Int64 // data and zeros before this round
@@ -114,6 +166,7 @@ type sourceDevice struct {
 	digest  *digest
 	tracked bool          // the tracker runs
 	pending []block.Range // collected and not sent
+	recent  []block.Range // sent by the last round after the first
 	hot     []block.Range // of the collect before
 	hotAt   time.Time
 	rounds  []Round
@@ -121,29 +174,47 @@ type sourceDevice struct {
 
 func (s *source) run(ctx context.Context, streams []io.ReadWriter) error {
 	s.state.begin()
-	err := s.walk(ctx, streams)
+	return s.conclude(ctx, s.walk(ctx, streams))
+}
+
+// conclude brings the migration to its end after a session that ended with err, by further sessions if need be.
+func (s *source) conclude(ctx context.Context, err error) error {
 	after := context.WithoutCancel(ctx)
-
-	var peer *PeerError
-	switch {
-	case err == nil:
-		s.state.set(SourceMoved)
-		s.link.goodbye(nil, false)
-		s.stopTracking()
-		if err := s.cfg.Journal.Done(after, s.cfg.ID); err != nil {
-			s.log.Warn("cannot record the end of the migration", "error", err)
+	for {
+		var peer *PeerError
+		switch state := s.state.get(); {
+		case err == nil && state == SourceChecking:
+			s.end(SourceCopied)
+			return nil
+		case err == nil:
+			s.end(SourceMoved)
+			if err := s.cfg.Journal.Done(after, s.cfg.ID); err != nil {
+				s.log.Warn("cannot record the end of the migration", "error", err)
+			}
+			return nil
+		case state < SourceCommitted, errors.As(err, &peer) && peer.NeverRan && !s.ran:
+			return s.rollBack(after, err)
+		case state == SourceSeeking || state == SourceRejoining || !s.mayReconnect(err):
+			if s.ran {
+				s.end(SourceUnsettled)
+				return fmt.Errorf("%w: %w", ErrUnsettled, err)
+			}
+			s.end(SourceInDoubt)
+			return fmt.Errorf("%w: %w", ErrInDoubt, err)
 		}
-		s.finish()
-		return nil
-
-	case s.state.get() == SourceCommitted && !(errors.As(err, &peer) && peer.NeverRan):
-		s.state.set(SourceInDoubt)
-		s.link.goodbye(nil, false) // not an Abort: the destination has, or may get, the commit, and it stands
-		s.stopTracking()
-		s.finish()
-		return fmt.Errorf("%w: %w", ErrInDoubt, err)
+		err = s.reconnect(ctx, err)
 	}
-	return s.rollBack(after, err)
+}
+
+// end is an end of the migration that leaves the guest as it is. What the destination hears is no Abort: it has, or may get,
+// the commit, and that stands.
+func (s *source) end(state SourceState) {
+	s.state.set(state)
+	if s.link != nil {
+		s.link.goodbye(nil, false)
+	}
+	s.stopTracking()
+	s.finish()
 }
 
 // rollBack gives the guest its freedom back after a failure, and returns the failure.
@@ -161,19 +232,20 @@ func (s *source) rollBack(ctx context.Context, failure error) error {
 			failure = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err)
 		}
 	}
-	if s.share > 0 {
-		if err := s.cfg.Guest.(Throttler).Throttle(ctx, 0); err != nil {
-			failure = fmt.Errorf("%w (and the guest is still held back: %w)", failure, err)
-		}
+	if err := s.unthrottle(ctx); err != nil {
+		failure = fmt.Errorf("%w (and the guest is still held back: %w)", failure, err)
 	}
 	end := SourceKept
+	if s.stuck {
+		end = SourceStuck
+	}
 	if s.disturbed {
 		if err := s.cfg.Guest.Resume(ctx); err != nil {
 			end = SourceStuck
 			failure = fmt.Errorf("resume guest: %w (after the migration failed: %w)", err, failure)
 		}
 	}
-	if s.downtime.begun() {
+	if s.still {
 		s.downtime.end(PartRollback)
 	}
 	s.stopTracking()
@@ -187,8 +259,17 @@ func (s *source) finish() {
 	if s.link == nil {
 		return
 	}
-	s.workers.Wait()
+	s.endSession()
 	s.link.close()
+}
+
+// endSession waits for what runs beside a link that has failed or is over.
+func (s *source) endSession() {
+	if v := s.serving.Swap(nil); v != nil {
+		v.stop()
+	}
+	s.workers.Wait()
+	s.acked.Store(nil)
 }
 
 func (s *source) stopTracking() {
@@ -202,44 +283,75 @@ func (s *source) stopTracking() {
 	}
 }
 
-// walk goes through the states up to the destination's word that the guest runs there.
-func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
-	m := wire.Manifest{ID: s.cfg.ID, Window: s.cfg.Window, Spec: s.cfg.Spec}
-	for _, d := range s.devices {
-		m.Devices = append(m.Devices, wire.Device{Name: d.Name, Size: d.size})
+// open begins a session over streams.
+func (s *source) open(ctx context.Context, purpose wire.Purpose, streams []io.ReadWriter) (*link, error) {
+	l, err := connect(ctx, greeting{wire.RoleSource, purpose, s.cfg.newest, s.cfg.HandshakeTimeout}, streams)
+	if err != nil {
+		return nil, err
 	}
+	l.heartbeatTimeout = s.cfg.HeartbeatTimeout
+	l.log = s.cfg.Logger
+	l.bulk = make(chan *wire.Buffer, len(streams))
+	return l, nil
+}
+
+// begin lets frames flow over a link. The link fails when ctx is canceled, until the returned function is called.
+func (s *source) begin(ctx context.Context, l *link) (ignoreCancel func() bool) {
+	s.link = l
+	l.onDemand = s.demanded
+	l.onAck = func(device int, total int64) error {
+		w := s.acked.Load()
+		if w == nil {
+			return unexpectedFrame(wire.TypeAck, "nothing to acknowledge")
+		}
+		return w.ack(device, total)
+	}
+	return l.start(ctx)
+}
+
+// flow prepares for sending content of s.devices over the link, from the start.
+func (s *source) flow() {
+	l, w := s.link, newWindow(s.cfg.Window, len(s.devices))
+	s.window, s.jobs = w, make(chan job)
+	s.acked.Store(w)
+	context.AfterFunc(l.ctx, func() { w.fail(context.Cause(l.ctx)) })
+	for range s.cfg.Concurrency {
+		s.workers.Go(s.work)
+	}
+}
+
+// walk goes through the states up to the destination's word that the guest runs there, with all it needs.
+func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
+	m := wire.Manifest{ID: s.cfg.ID, Window: s.cfg.Window, Spec: s.cfg.Spec, Devices: s.describe()}
 	manifest, err := m.Encode()
 	if err != nil {
 		interruptAll(streams)
 		return err
 	}
-	l, err := connect(ctx, wire.RoleSource, rand.Uint64(), streams, s.cfg.HandshakeTimeout)
+	l, err := s.open(ctx, wire.PurposeMigrate, streams)
 	if err != nil {
 		return err
 	}
-	l.heartbeatTimeout = s.cfg.HeartbeatTimeout
-	l.log = s.cfg.Logger
-	s.link = l
-	s.window = newWindow(s.cfg.Window, len(s.devices))
-	s.jobs = make(chan job)
-	l.bulk = make(chan *wire.Buffer, len(streams))
-	l.onAck = s.window.ack
-	ignoreCancel := l.start(ctx)
+	ignoreCancel := s.begin(ctx, l)
 	defer ignoreCancel()
-	context.AfterFunc(l.ctx, func() { s.window.fail(context.Cause(l.ctx)) })
-	for range s.cfg.Concurrency {
-		s.workers.Go(s.work)
-	}
+	s.flow()
+	s.version = l.version
 
 	s.state.set(SourceOffering)
 	done := l.limit(s.cfg.PrepareTimeout, "preparing the destination")
 	if err := l.send(wire.Header{Type: wire.TypeManifest}, manifest); err != nil {
 		return err
 	}
-	if _, err := l.expect(wire.TypeAccept); err != nil {
+	reply, err := l.expect(wire.TypeAccept)
+	if err != nil {
+		return err
+	}
+	accept, err := wire.DecodeAccept(reply.payload, len(s.devices))
+	if err != nil {
 		return err
 	}
 	done()
+	s.agree(accept)
 
 	s.state.set(SourceCopying)
 	if err := s.copy(); err != nil {
@@ -261,6 +373,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	s.state.set(SourcePausing)
 	done = l.limit(s.cfg.SwitchTimeout, "the switch")
 	s.downtime.begin()
+	s.still = true
 	if err := s.cfg.Guest.Pause(l.ctx); err != nil {
 		return s.because("pause guest", err)
 	}
@@ -271,25 +384,18 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err := l.send(wire.Header{Type: wire.TypeState}, nil); err != nil {
 		return err
 	}
-	ours, err := s.switchOver()
+	ours, serving, err := s.switchOver()
 	if err != nil {
 		return err
+	}
+	if accept.Copy {
+		return s.leaveCopy(ours, done)
 	}
 
 	s.state.set(SourceConfirming)
-	reply, err := l.expect(wire.TypePrepared)
-	if err != nil {
+	if err := s.confirm(ours); err != nil {
 		return err
 	}
-	theirs, err := wire.DecodeSummary(reply.payload, len(s.devices))
-	if err != nil {
-		return err
-	}
-	if err := compare(m.Devices, ours, theirs); err != nil {
-		return err
-	}
-	s.summary = ours
-	s.downtime.end(PartLoad)
 	done()
 	if !ignoreCancel() {
 		<-l.ctx.Done()
@@ -307,16 +413,107 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	s.downtime.end(PartCommit)
 
 	s.state.set(SourceCommitted)
-	defer l.limit(s.cfg.CommitTimeout, "starting the guest at the destination")()
 	if err := l.send(wire.Header{Type: wire.TypeCommit}, nil); err != nil {
 		return err
 	}
-	if _, err := l.expect(wire.TypeRunning); err != nil {
+	return s.hand(serving)
+}
+
+// hand waits for the destination's word that the guest runs there, and serves what it misses.
+func (s *source) hand(v *serving) error {
+	s.started = func() {}
+	if !s.ran {
+		s.started = s.link.limit(s.cfg.CommitTimeout, "starting the guest at the destination")
+	}
+	defer s.started()
+	if v != nil {
+		return s.serve(v)
+	}
+	if _, err := s.link.expect(wire.TypeRunning); err != nil {
 		return err
 	}
-	s.downtime.end(PartResume)
+	s.isRunning()
 	s.logRound(s.tracked(), "paused")
 	return nil
+}
+
+// agree settles what can be had of the goal, after the destination has said what it can do and wants.
+func (s *source) agree(accept *wire.Accept) {
+	s.late = make([]bool, len(s.devices))
+	if accept.Copy {
+		s.goal.PostCopy = false
+	}
+	for i, d := range s.devices {
+		s.late[i] = len(accept.Postpone) > 0 && accept.Postpone[i]
+		if !s.late[i] && d.Tracker != nil {
+			s.goal.PostCopy = false // it would have to be sent while the guest is paused, whatever is postponed
+		}
+	}
+	for i, d := range s.devices {
+		if s.goal.PostCopy && !s.late[i] && !d.Policy.precopies() {
+			d.Policy.MaxDirtyBlocks = d.size // copied once
+		}
+	}
+}
+
+// confirm waits until the destination has what it needs to run the guest, and compares accounts.
+func (s *source) confirm(ours *wire.Summary) error {
+	reply, err := s.link.expect(wire.TypePrepared)
+	if err != nil {
+		return err
+	}
+	theirs, err := wire.DecodeSummary(reply.payload, len(s.devices))
+	if err != nil {
+		return err
+	}
+	if err := compare(s.describe(), ours, theirs); err != nil {
+		return err
+	}
+	s.summary = ours
+	if s.still {
+		s.downtime.end(PartLoad)
+	}
+	return nil
+}
+
+// leaveCopy lets the guest run on, all of whose content has left, and waits until the copy of it is safe.
+func (s *source) leaveCopy(ours *wire.Summary, done func()) error {
+	s.state.set(SourceResuming)
+	ctx := context.WithoutCancel(s.link.ctx)
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.ResumeTimeout)
+	defer cancel()
+	s.disturbed = false // Resume is called once
+	if err := s.unthrottle(ctx); err != nil {
+		s.log.Warn("the guest is still held back", "error", err)
+	}
+	err := s.cfg.Guest.Resume(ctx)
+	s.downtime.end(PartResume)
+	s.still = false
+	s.stopTracking()
+	if err != nil {
+		s.stuck = true
+		return fmt.Errorf("resume guest: %w", err)
+	}
+
+	s.state.set(SourceChecking)
+	if err := s.confirm(ours); err != nil {
+		return err
+	}
+	done()
+	if err := s.link.send(wire.Header{Type: wire.TypeCopied}, nil); err != nil {
+		return err
+	}
+	_, err = s.link.expect(wire.TypeSettled)
+	return err
+}
+
+// unthrottle ends what holds the guest back.
+func (s *source) unthrottle(ctx context.Context) error {
+	if s.share == 0 {
+		return nil
+	}
+	s.share = 0
+	return s.cfg.Guest.(Throttler).Throttle(ctx, 0)
 }
 
 // because chooses between an error of a hook and the failure of the link that may have caused it.
@@ -581,31 +778,8 @@ func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner)
 
 // planAll chooses the whole device. What it knows to be zeros goes as runs, unread.
 func (s *source) planAll(d *sourceDevice, p *planner) (Dirty, error) {
-	var bytes int64
-	for off := int64(0); off < d.size; {
-		r := block.Range{Offset: d.size} // what follows the hole at off, if there is one
-		next, err := block.NextData(d.Device, off)
-		switch {
-		case errors.Is(err, io.EOF):
-		case err != nil:
-			return Dirty{}, tell(wire.CodeDevice, fmt.Errorf("find data of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
-		case next.Offset < off || next.Length <= 0:
-			return Dirty{}, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
-		default:
-			r = aligned(next, d.size)
-		}
-		if r.Offset > off {
-			if err := s.sendHole(d, off, r.Offset-off); err != nil {
-				return Dirty{}, err
-			}
-		}
-		if err := p.add(r); err != nil {
-			return Dirty{}, err
-		}
-		bytes += r.Length
-		off = r.End()
-	}
-	return Dirty{Blocks: (bytes + d.Policy.BlockSize - 1) / d.Policy.BlockSize, Bytes: bytes}, nil
+	bytes, err := s.extents(d, p.add)
+	return Dirty{Blocks: (bytes + d.Policy.BlockSize - 1) / d.Policy.BlockSize, Bytes: bytes}, err
 }
 
 func (s *source) sendHole(d *sourceDevice, off, n int64) error {
@@ -623,7 +797,7 @@ func (s *source) sendHole(d *sourceDevice, off, n int64) error {
 // planPending chooses what was collected, hot blocks last.
 func (s *source) planPending(d *sourceDevice, p *planner) (Dirty, error) {
 	list := d.pending
-	d.pending = nil
+	d.pending, d.recent = nil, list
 	dirty := measure(list, d.Policy.BlockSize)
 	cold, hot := list, []block.Range(nil)
 	if e := d.Policy.Expiry; e > 0 {
@@ -642,57 +816,127 @@ func (s *source) planPending(d *sourceDevice, p *planner) (Dirty, error) {
 	return dirty, nil
 }
 
-// switchOver sends the rest of a paused guest: dirty content and device state at the same time, then the account of all.
-func (s *source) switchOver() (*wire.Summary, error) {
+// switchOver sends the rest of a paused guest: content and device state at the same time, then the account of all. What
+// would take too long is listed instead, and the returned serving sends it; nil when nothing is listed.
+func (s *source) switchOver() (*wire.Summary, *serving, error) {
 	ctx := s.link.ctx
 	s.round.Add(1)
 	s.dirty.Store(0)
-	sum := &wire.Summary{Devices: make([]wire.Part, len(s.devices))}
+	var rest []*sourceDevice // devices with something left to send
+	for _, d := range s.devices {
+		if d.tracked || len(d.rounds) == 0 {
+			rest = append(rest, d)
+		}
+	}
+	var state wire.Part
+	var serving *serving
 	var g errgroup.Group
-	g.Go(func() error {
-		w := &stateWriter{s: s}
-		saving := span{name: PartState, begin: time.Now()}
-		if err := s.cfg.Guest.State(ctx, w); err != nil {
-			err = s.because("save device state", err)
-			s.link.fail(err)
-			return err
-		}
-		if err := s.link.send(wire.Header{Type: wire.TypeState, Flags: wire.FlagLast, Offset: uint64(w.n)}, nil); err != nil {
-			return err
-		}
-		sum.State = wire.Part{Total: w.n, Digest: stateHash(&w.hash)}
-		saving.end = time.Now()
-		s.stateSaved = saving
-		return nil
+	g.Go(func() (err error) {
+		state, err = s.sendState()
+		return err
 	})
 	began := s.beginRound()
-	var listed atomic.Int64 // nanoseconds after began
-	err := s.each(s.tracked(), func(d *sourceDevice) error {
-		if err := s.collect(ctx, d); err != nil {
-			return err
+	err := s.each(rest, func(d *sourceDevice) error {
+		if !d.tracked {
+			return nil
 		}
-		atomicMax(&listed, int64(time.Since(began)))
-		s.dirty.Add(measure(d.pending, d.Policy.BlockSize).Bytes)
-		dirty, err := s.sendContent(d, s.planPending)
-		if err != nil {
-			return err
-		}
-		s.noteRound(d, dirty, began)
-		return nil
+		return s.collect(ctx, d)
 	})
+	listed := time.Now()
+	switch {
+	case err != nil:
+	case s.postCopy(rest):
+		serving, err = s.announce(rest)
+	default:
+		err = s.each(rest, func(d *sourceDevice) error {
+			plan := s.planPending
+			if len(d.rounds) == 0 {
+				plan = s.planAll
+			}
+			dirty, err := s.sendContent(d, plan)
+			if err != nil {
+				return err
+			}
+			s.noteRound(d, dirty, began)
+			return nil
+		})
+	}
 	ended := time.Now()
 	if err := errors.Join(g.Wait(), err); err != nil {
 		if s.link.ctx.Err() != nil {
-			return nil, context.Cause(s.link.ctx)
+			return nil, nil, context.Cause(s.link.ctx)
 		}
-		return nil, err
+		return nil, nil, err
 	}
-	list := began.Add(time.Duration(listed.Load()))
-	s.downtime.endAll(span{PartFinalList, began, list}, s.stateSaved, span{PartTransfer, list, ended})
-	for i, d := range s.devices {
-		sum.Devices[i] = wire.Part{Total: s.window.total(i), Digest: d.digest.sum()}
+	s.downtime.endAll(span{PartFinalList, began, listed}, s.stateSaved, span{PartTransfer, listed, ended})
+	sum := s.account()
+	sum.State = state
+	if serving != nil {
+		serving.start() // loading the device state may touch what is missing
 	}
-	return sum, s.link.send(wire.Header{Type: wire.TypeFinal}, sum.Encode())
+	return sum, serving, s.link.send(wire.Header{Type: wire.TypeFinal}, sum.Encode())
+}
+
+// sendState sends the device state.
+func (s *source) sendState() (wire.Part, error) {
+	w := &stateWriter{s: s}
+	saving := span{name: PartState, begin: time.Now()}
+	if err := s.cfg.Guest.State(s.link.ctx, w); err != nil {
+		err = s.because("save device state", err)
+		s.link.fail(err)
+		return wire.Part{}, err
+	}
+	h := wire.Header{Type: wire.TypeState, Flags: wire.FlagLast, Offset: uint64(w.n)}
+	err := s.link.send(h, nil)
+	saving.end = time.Now()
+	s.stateSaved = saving
+	return wire.Part{Total: w.n, Digest: stateHash(&w.hash)}, err
+}
+
+// postCopy decides, now that the guest is paused and the rest is known, whether it is sent before the guest runs or after.
+func (s *source) postCopy(rest []*sourceDevice) bool {
+	var bytes int64
+	for _, d := range rest {
+		if len(d.rounds) == 0 {
+			bytes += d.size
+		} else {
+			bytes += measure(d.pending, d.Policy.BlockSize).Bytes
+		}
+	}
+	s.dirty.Store(bytes)
+	var bandwidth float64
+	if n := len(s.decisions); n > 0 {
+		bandwidth = s.decisions[n-1].Bandwidth
+	}
+	return s.goal.PostCopy && !s.goal.fits(bytes, bandwidth)
+}
+
+// announce sends the lists of what will be missing.
+func (s *source) announce(rest []*sourceDevice) (*serving, error) {
+	missing := make([][]block.Range, len(s.devices))
+	hot, cold := make([][]block.Range, len(s.devices)), make([][]block.Range, len(s.devices))
+	for _, d := range rest {
+		list, err := s.postpone(d)
+		if err != nil {
+			return nil, err
+		}
+		if len(list) == 0 {
+			continue
+		}
+		missing[d.index] = list
+		// What was written in both of the last rounds will be used first.
+		cold[d.index], hot[d.index] = split(list, d.recent)
+		s.lateBytes += measure(list, block.PageSize).Bytes
+		if err := wire.EncodeMissing(uint16(d.index), runsOf(list), s.link.send); err != nil {
+			return nil, err
+		}
+	}
+	if s.lateBytes == 0 {
+		return nil, nil
+	}
+	s.window.narrow(serveLimit(len(s.link.streams)))
+	s.link.reserved.Store(true)
+	return s.newServing(missing, hot, cold), nil
 }
 
 // tracked are the devices that the guest may write to.
@@ -741,15 +985,13 @@ func (s *source) report(streams int, err error) *Report {
 	if t := s.state.spent[SourceCopying]; t > 0 {
 		r.Throughput = float64(s.copied) / t.Seconds()
 	}
+	r.WireBytes = s.wireBytes
 	if s.link != nil {
-		r.WireBytes = s.link.written.Load()
+		r.WireBytes += s.link.written.Load()
 	}
-	if s.summary != nil {
-		devices := make([]wire.Device, len(s.devices))
-		for i, d := range s.devices {
-			devices[i].Name = d.Name
-		}
-		r.Digests = digestsOf(devices, s.summary)
+	r.LateBytes, r.Demands, r.Reconnects = s.lateBytes, s.demands.Load(), s.reconnects
+	if s.summary != nil && !s.fresh {
+		r.Digests = digestsOf(s.describe(), s.summary)
 	}
 	return r
 }

@@ -11,15 +11,17 @@ import (
 // Counting bytes instead of remembering frames works because a round never sends a page twice: when the number the
 // source named has been reached, everything it sent has been processed, by whatever stream it came.
 type tally struct {
-	threshold int64         // this many unacknowledged bytes are worth a frame
-	signal    chan struct{} // capacity 1: something should be acknowledged
+	signal chan struct{} // capacity 1: something should be acknowledged
 
-	mu    sync.Mutex // guards what follows
-	cond  *sync.Cond // done or err changed
-	done  []int64    // processed
-	want  []int64    // total the source named at the end of its round; reaching it is worth a frame
-	acked []int64    // ≤ done
-	open  int64      // sum of done − acked
+	mu   sync.Mutex // guards what follows
+	cond *sync.Cond // done or err changed
+
+	threshold int64 // this many unacknowledged bytes are worth a frame
+
+	done  []int64 // processed
+	want  []int64 // total the source named at the end of its round; reaching it is worth a frame
+	acked []int64 // ≤ done
+	open  int64   // sum of done − acked
 	err   error
 }
 
@@ -51,6 +53,16 @@ func (t *tally) add(device int, n int64) {
 		t.wake()
 	}
 	t.cond.Broadcast()
+}
+
+// hurry makes fewer unacknowledged bytes worth a frame.
+func (t *tally) hurry(threshold int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.threshold = min(t.threshold, threshold)
+	if t.open >= t.threshold {
+		t.wake()
+	}
 }
 
 // roundEnd notes the total at which a device's round is complete.

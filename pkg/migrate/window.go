@@ -10,9 +10,8 @@ import (
 // window bounds the bytes of content frames that were sent and not acknowledged, over all devices and streams, and
 // counts them per device, which is what ends a round: everything of the device sent, everything acknowledged.
 type window struct {
-	limit int64
-
 	mu       sync.Mutex // guards what follows
+	limit    int64
 	cond     *sync.Cond // something was acknowledged, or err was set
 	inflight int64
 	sent     []int64 // per device, since the start
@@ -39,6 +38,22 @@ func (w *window) acquire(device int, n int64) error {
 	w.inflight += n
 	w.sent[device] += n
 	return nil
+}
+
+// force counts n more bytes of the device as sent, without waiting: for what must not wait, and is bounded otherwise.
+func (w *window) force(device int, n int64) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.inflight += n
+	w.sent[device] += n
+	return w.err
+}
+
+// narrow makes the window smaller.
+func (w *window) narrow(limit int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.limit = min(w.limit, limit)
 }
 
 // ack notes that the peer has processed total bytes of the device since the start. Totals of one device arrive in order.

@@ -39,7 +39,7 @@ const (
 
 	// Preparation, stream 0.
 	TypeManifest Type = 0x10 // source: what will come
-	TypeAccept   Type = 0x11 // destination: ready for it, the VMM is waiting
+	TypeAccept   Type = 0x11 // destination: ready for it, the VMM is waiting; what it can do
 
 	// Content. Data and Zero travel on any stream, the others on stream 0.
 	TypeData     Type = 0x20 // source: bytes of a device
@@ -53,12 +53,26 @@ const (
 	TypePrepared Type = 0x32 // destination: all of it arrived and is loaded; my totals and digests
 	TypeCommit   Type = 0x33 // source: the guest is yours; its record of that is durable
 	TypeRunning  Type = 0x34 // destination: the guest runs here
+
+	// What follows the switch, stream 0; since version 2.
+	TypeMissing Type = 0x40 // either: pages of a device that the destination will lack, or lacks, when the guest runs
+	TypeDemand  Type = 0x41 // destination: somebody waits for these bytes of a device
+	TypeServed  Type = 0x42 // source: all that was missing was sent; totals and digests
+	TypeSettled Type = 0x43 // destination: nothing is missing, durably; its totals and digests
+	TypeCopied  Type = 0x44 // source: the copy is good, and the guest runs on here
+
+	// Meeting again, stream 0; since version 2.
+	TypeSeek   Type = 0x60 // source: what has become of the migration of this id?
+	TypeRejoin Type = 0x61 // destination: this has
+	TypeServe  Type = 0x62 // source: understood, content comes
 )
 
 // Flags are per type; a flag a type does not have is refused.
 const (
-	// FlagLast marks the last State frame.
+	// FlagLast marks the last State frame, and the last Missing frame of a device.
 	FlagLast = 0x01
+	// FlagFresh on a Serve says that the source remembers nothing of what it sent before.
+	FlagFresh = 0x01
 	// FlagNeverRan on an Abort promises that the sender will never run this guest from this migration, and that the
 	// promise is durable. It lets a source in doubt take its guest back.
 	FlagNeverRan = 0x01
@@ -67,6 +81,7 @@ const (
 // rule is what the specification says about one type. Sizes are of the payload, in bytes.
 type rule struct {
 	name     string
+	since    uint16 // version; 0 is all of them
 	min, max uint32
 	flags    uint8
 	device   bool // uses the device field, which is otherwise zero
@@ -78,7 +93,7 @@ var rules = [256]rule{
 	TypeBye:       {name: "bye"},
 	TypeAbort:     {name: "abort", min: 2, max: 2 + MaxReason, flags: FlagNeverRan},
 	TypeManifest:  {name: "manifest", min: 2, max: MaxPayload},
-	TypeAccept:    {name: "accept"},
+	TypeAccept:    {name: "accept", max: MaxPayload},
 	TypeData:      {name: "data", min: 1, max: MaxPayload, device: true, offset: true},
 	TypeZero:      {name: "zero", min: 8, max: 8, device: true, offset: true},
 	TypeRoundEnd:  {name: "round-end", min: 4, max: 4, device: true, offset: true},
@@ -88,6 +103,14 @@ var rules = [256]rule{
 	TypePrepared:  {name: "prepared", min: summarySize, max: summarySize * (1 + MaxDevices)},
 	TypeCommit:    {name: "commit"},
 	TypeRunning:   {name: "running"},
+	TypeMissing:   {name: "missing", since: 2, max: MaxPayload, flags: FlagLast, device: true, offset: true},
+	TypeDemand:    {name: "demand", since: 2, min: 8, max: 8, device: true, offset: true},
+	TypeServed:    {name: "served", since: 2, min: summarySize, max: summarySize * (1 + MaxDevices)},
+	TypeSettled:   {name: "settled", since: 2, min: summarySize, max: summarySize * (1 + MaxDevices)},
+	TypeCopied:    {name: "copied", since: 2},
+	TypeSeek:      {name: "seek", since: 2, min: 1, max: MaxName},
+	TypeRejoin:    {name: "rejoin", since: 2, min: 2, max: MaxPayload},
+	TypeServe:     {name: "serve", since: 2, flags: FlagFresh},
 }
 
 func (t Type) String() string {
@@ -124,6 +147,17 @@ func (h Header) check() error {
 		return fmt.Errorf("%w: %v frame with offset %d", ErrMalformed, h.Type, h.Offset)
 	case h.Offset > 1<<63-1:
 		return fmt.Errorf("%w: %v frame with offset 0x%x", ErrMalformed, h.Type, h.Offset)
+	}
+	return nil
+}
+
+// Check holds a header that was decoded against an older version than the newest.
+func (h Header) Check(version uint16) error {
+	switch {
+	case rules[h.Type].since > version:
+		return fmt.Errorf("%w: %v frame in version %d of the protocol", ErrMalformed, h.Type, version)
+	case h.Type == TypeAccept && version < 2 && h.Length != 0:
+		return fmt.Errorf("%w: accept frame of %d bytes in version %d of the protocol", ErrMalformed, h.Length, version)
 	}
 	return nil
 }

@@ -12,7 +12,7 @@ import (
 const (
 	// Version is the newest version of the protocol this package speaks, OldestVersion the oldest. A release that
 	// introduces version n keeps n−1.
-	Version       = 1
+	Version       = 2
 	OldestVersion = 1
 
 	// Magic opens every stream, in both directions.
@@ -50,13 +50,35 @@ func (r Role) String() string {
 	return fmt.Sprintf("role %d", uint8(r))
 }
 
+// Purpose says what streams are for. It exists since version 2; before, it is always to migrate.
+type Purpose uint8
+
+const (
+	PurposeMigrate Purpose = 0 // a new migration
+	PurposeRejoin  Purpose = 1 // one that was committed goes on
+)
+
+func (p Purpose) String() string {
+	switch p {
+	case PurposeMigrate:
+		return "a new migration"
+	case PurposeRejoin:
+		return "a migration that goes on"
+	}
+	return fmt.Sprintf("purpose %d", uint8(p))
+}
+
 // Preface is the first thing each side sends on each stream.
+//
+// Both sides number their streams and choose a session, so that whoever accepts connections can tell which belong
+// together. From then on the source's numbers count. A destination of version 1 sends zeros.
 type Preface struct {
 	Newest, Oldest uint16 // versions the sender speaks
 	Role           Role
-	Stream         uint8  // which stream of the migration this is, from 0; the destination sends 0
-	Streams        uint8  // how many there are; the destination sends 0
-	Session        uint64 // chosen at random by the source, the same on all its streams; the destination sends 0
+	Purpose        Purpose
+	Stream         uint8  // which stream of the sender's session this is, from 0
+	Streams        uint8  // how many there are
+	Session        uint64 // chosen at random by the sender, the same on all its streams
 	Capabilities   uint32 // what the sender can do beyond the version; unknown bits are ignored; none is defined yet
 }
 
@@ -65,7 +87,7 @@ func (p Preface) Append(b []byte) []byte {
 	b = append(b, Magic...)
 	b = binary.BigEndian.AppendUint16(b, p.Newest)
 	b = binary.BigEndian.AppendUint16(b, p.Oldest)
-	b = append(b, byte(p.Role), 0, p.Stream, p.Streams)
+	b = append(b, byte(p.Role), byte(p.Purpose), p.Stream, p.Streams)
 	b = binary.BigEndian.AppendUint64(b, p.Session)
 	b = binary.BigEndian.AppendUint32(b, p.Capabilities)
 	return append(b, 0, 0, 0, 0)
@@ -101,10 +123,14 @@ func ReadPreface(r io.Reader) (Preface, error) {
 		Newest:       binary.BigEndian.Uint16(b[8:]),
 		Oldest:       binary.BigEndian.Uint16(b[10:]),
 		Role:         Role(b[12]),
+		Purpose:      Purpose(b[13]),
 		Stream:       b[14],
 		Streams:      b[15],
 		Session:      binary.BigEndian.Uint64(b[16:]),
 		Capabilities: binary.BigEndian.Uint32(b[24:]),
+	}
+	if p.Newest < 2 {
+		p.Purpose = PurposeMigrate // the byte was to be ignored
 	}
 	if p.Oldest == 0 || p.Oldest > p.Newest {
 		return Preface{}, fmt.Errorf("read preface: %w: version range %d to %d", ErrMalformed, p.Oldest, p.Newest)
@@ -152,6 +178,10 @@ func Negotiate(ours, theirs Preface) (uint16, error) {
 		return 0, fmt.Errorf("negotiate: both ends are the %v of the migration; one must send and the other receive", ours.Role)
 	case theirs.Role == RoleSource && (theirs.Streams == 0 || theirs.Streams > MaxStreams || theirs.Stream >= theirs.Streams):
 		return 0, fmt.Errorf("negotiate: %w: stream %d of %d", ErrMalformed, theirs.Stream, theirs.Streams)
+	case theirs.Purpose != ours.Purpose:
+		return 0, fmt.Errorf("negotiate: the %v comes with %v, we with %v", theirs.Role, theirs.Purpose, ours.Purpose)
+	case v < 2 && ours.Purpose != PurposeMigrate:
+		return 0, fmt.Errorf("negotiate: %w: %v needs version 2, we have %d in common", ErrVersion, ours.Purpose, v)
 	}
 	return v, nil
 }

@@ -40,6 +40,26 @@ var golden = []struct {
 		"32 00 0000 00000018 0000000000000000 0000000000000005 00000000000000000000000000000001"},
 	{"commit", Append(nil, Header{Type: TypeCommit}, nil), "33 00 0000 00000000 0000000000000000"},
 	{"running", Append(nil, Header{Type: TypeRunning}, nil), "34 00 0000 00000000 0000000000000000"},
+	{"missing", missing(3, Run{5, 2}, Run{300, 1}), "40 01 0003 00000004 0000000000005000 02 a502 01"},
+	{"demand", AppendDemand(nil, 3, 0x2000, 0x1000), "41 00 0003 00000008 0000000000002000 0000000000001000"},
+	{"served", Append(nil, Header{Type: TypeServed}, (&Summary{Devices: []Part{{6, Digest{0: 2}}}}).Encode()),
+		"42 00 0000 00000030 0000000000000000 0000000000000000 00000000000000000000000000000000 0000000000000006 02000000000000000000000000000000"},
+	{"settled", Append(nil, Header{Type: TypeSettled}, (&Summary{}).Encode()),
+		"43 00 0000 00000018 0000000000000000 0000000000000000 00000000000000000000000000000000"},
+	{"copied", Append(nil, Header{Type: TypeCopied}, nil), "44 00 0000 00000000 0000000000000000"},
+	{"seek", Append(nil, Header{Type: TypeSeek}, []byte("m1")), "60 00 0000 00000002 0000000000000000 6d31"},
+	{"rejoin", Append(nil, Header{Type: TypeRejoin}, must((&Rejoin{ID: "m1", Standing: Runs, Devices: []RejoinDevice{{Device{"memory", 4096}, true}}}).Encode())),
+		"61 00 0000 00000056 0000000000000000 " + hex.EncodeToString([]byte(`{"id":"m1","standing":"runs","devices":[{"name":"memory","size":4096,"missing":true}]}`))},
+	{"serve", Append(nil, Header{Type: TypeServe, Flags: FlagFresh}, nil), "62 01 0000 00000000 0000000000000000"},
+}
+
+// missing is one Missing frame.
+func missing(device uint16, runs ...Run) (b []byte) {
+	_ = EncodeMissing(device, runs, func(h Header, p []byte) error {
+		b = Append(b, h, p)
+		return nil
+	})
+	return b
 }
 
 func must(b []byte, err error) []byte {

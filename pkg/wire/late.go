@@ -1,0 +1,216 @@
+package wire
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"math/bits"
+)
+
+// Accept is the payload of an Accept frame: what the destination can do, and wants. The zero value is an empty payload,
+// which is all that version 1 allows.
+type Accept struct {
+	// Copy asks for a copy: the guest is not given away and runs on at the source.
+	Copy bool `json:"copy,omitempty"`
+	// Postpone says, for each device of the manifest, whether pages of it may be missing when the guest runs. Empty: none.
+	Postpone []bool `json:"postpone,omitempty"`
+}
+
+// Encode returns the payload of an Accept frame.
+func (a *Accept) Encode() ([]byte, error) {
+	b, err := json.Marshal(a)
+	if err != nil {
+		return nil, fmt.Errorf("encode accept: %w", err)
+	}
+	if string(b) == "{}" {
+		return nil, nil
+	}
+	return b, nil
+}
+
+// DecodeAccept decodes the payload of an Accept frame that answers a manifest of n devices.
+func DecodeAccept(b []byte, n int) (*Accept, error) {
+	a := new(Accept)
+	if len(b) == 0 {
+		return a, nil
+	}
+	if len(b) > MaxPayload {
+		return nil, fmt.Errorf("%w: accept of %d bytes", ErrMalformed, len(b))
+	}
+	if err := json.Unmarshal(b, a); err != nil {
+		return nil, fmt.Errorf("%w: accept: %w", ErrMalformed, err)
+	}
+	if len(a.Postpone) != 0 && len(a.Postpone) != n {
+		return nil, fmt.Errorf("%w: accept speaks of %d devices, the manifest of %d", ErrMalformed, len(a.Postpone), n)
+	}
+	return a, nil
+}
+
+// Run is some pages of a device in a row.
+type Run struct {
+	Page, Pages int64 // Pages > 0
+}
+
+// MaxPages is how many pages a device has at most.
+const MaxPages = MaxDeviceSize / PageSize
+
+// Most a run can add to a payload: two numbers below MaxPages.
+var maxRun = 2 * ((bits.Len64(MaxPages) + 6) / 7)
+
+// EncodeMissing passes on the Missing frames that list runs, which ascend without touching, of a device, until send fails.
+// An empty list is one frame. The payload is send's only during the call.
+func EncodeMissing(device uint16, runs []Run, send func(Header, []byte) error) error {
+	var payload []byte
+	for {
+		h := Header{Type: TypeMissing, Device: device}
+		payload = payload[:0]
+		for end := int64(-1); len(runs) > 0 && len(payload) <= MaxPayload-maxRun; runs = runs[1:] {
+			if end < 0 {
+				h.Offset = uint64(runs[0].Page) * PageSize
+			} else {
+				payload = binary.AppendUvarint(payload, uint64(runs[0].Page-end))
+			}
+			payload = binary.AppendUvarint(payload, uint64(runs[0].Pages))
+			end = runs[0].Page + runs[0].Pages
+		}
+		if len(runs) == 0 {
+			h.Flags = FlagLast
+		}
+		h.Length = uint32(len(payload))
+		if err := send(h, payload); err != nil || len(runs) == 0 {
+			return err
+		}
+	}
+}
+
+// DecodeMissing decodes the payload of a Missing frame and passes on its runs, which ascend without touching, until f fails.
+func DecodeMissing(h Header, payload []byte, f func(Run) error) error {
+	bad := func(what string) error {
+		return fmt.Errorf("%w: missing list of device %d: %s", ErrMalformed, h.Device, what)
+	}
+	if h.Offset%PageSize != 0 || len(payload) == 0 && h.Offset != 0 {
+		return bad("it does not begin with a page")
+	}
+	at := int64(h.Offset) / PageSize
+	number := func() (int64, bool) {
+		v, n := binary.Uvarint(payload)
+		if n <= 0 || n > 1 && payload[n-1] == 0 || v == 0 || v > MaxPages {
+			return 0, false
+		}
+		payload = payload[n:]
+		return int64(v), true
+	}
+	for first := true; len(payload) > 0; first = false {
+		if !first {
+			gap, ok := number()
+			if !ok {
+				return bad("a gap is no number of pages")
+			}
+			at += gap
+		}
+		n, ok := number()
+		if !ok {
+			return bad("a run is no number of pages")
+		}
+		if at+n > MaxPages {
+			return bad("it goes beyond the largest device")
+		}
+		if err := f(Run{Page: at, Pages: n}); err != nil {
+			return err
+		}
+		at += n
+	}
+	return nil
+}
+
+// ParseDemand decodes the payload of a Demand frame: how many bytes, a positive number.
+func ParseDemand(payload []byte) (int64, error) {
+	n, err := ParseZero(payload)
+	if err != nil {
+		return 0, fmt.Errorf("%w: demand of %x bytes", ErrMalformed, payload)
+	}
+	return n, nil
+}
+
+// AppendDemand appends a Demand frame to b.
+func AppendDemand(b []byte, device uint16, offset, n int64) []byte {
+	var p [8]byte
+	binary.BigEndian.PutUint64(p[:], uint64(n))
+	return Append(b, Header{Type: TypeDemand, Device: device, Offset: uint64(offset)}, p[:])
+}
+
+// Standing is what a destination says about a migration when the two sides meet again.
+type Standing string
+
+const (
+	NeverRan Standing = "never-ran" // the guest did not run here and never will; that is recorded durably
+	Owned    Standing = "owned"     // the guest belongs here and will run
+	Runs     Standing = "runs"      // it runs here
+	Settled  Standing = "settled"   // it runs here, and nothing is missing, durably
+)
+
+// Rejoin is the payload of a Rejoin frame. For each device with Missing set, Missing frames follow, in which a device is known
+// by its position here.
+type Rejoin struct {
+	ID       string   `json:"id"`
+	Standing Standing `json:"standing"`
+	// Fresh: the destination remembers nothing of what it received before, so digests are of what comes from now on.
+	Fresh   bool           `json:"fresh,omitempty"`
+	Devices []RejoinDevice `json:"devices,omitempty"`
+}
+
+// RejoinDevice is a device in a Rejoin.
+type RejoinDevice struct {
+	Device
+	Missing bool `json:"missing,omitempty"` // pages of it are
+}
+
+func (r *Rejoin) check() error {
+	switch r.Standing {
+	case NeverRan, Owned, Runs, Settled:
+	default:
+		return fmt.Errorf("unknown standing %q", clip(printable(string(r.Standing)), MaxName))
+	}
+	m := Manifest{ID: r.ID, Window: MinWindow}
+	for _, d := range r.Devices {
+		m.Devices = append(m.Devices, d.Device)
+	}
+	return m.check()
+}
+
+// Encode returns the payload of a Rejoin frame. It fails when a limit is broken.
+func (r *Rejoin) Encode() ([]byte, error) {
+	if err := r.check(); err != nil {
+		return nil, fmt.Errorf("encode rejoin: %w", err)
+	}
+	b, err := json.Marshal(r)
+	if err != nil || len(b) > MaxPayload {
+		return nil, fmt.Errorf("encode rejoin of %d bytes: %w", len(b), err)
+	}
+	return b, nil
+}
+
+// DecodeRejoin decodes the payload of a Rejoin frame.
+func DecodeRejoin(b []byte) (*Rejoin, error) {
+	r := new(Rejoin)
+	if len(b) > MaxPayload {
+		return nil, fmt.Errorf("%w: rejoin of %d bytes", ErrMalformed, len(b))
+	}
+	if err := json.Unmarshal(b, r); err != nil {
+		return nil, fmt.Errorf("%w: rejoin: %w", ErrMalformed, err)
+	}
+	if err := r.check(); err != nil {
+		return nil, fmt.Errorf("%w: rejoin: %w", ErrMalformed, err)
+	}
+	return r, nil
+}
+
+// ParseSeek decodes the payload of a Seek frame: the migration's id.
+func ParseSeek(b []byte) (string, error) {
+	id := string(bytes.Clone(b))
+	if err := CheckName(id); err != nil {
+		return "", fmt.Errorf("%w: seek: %w", ErrMalformed, err)
+	}
+	return id, nil
+}

@@ -1,10 +1,13 @@
 package ram
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"testing"
 	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
 )
 
 const benchSize = 1 << 30
@@ -176,6 +179,46 @@ func BenchmarkSpawn(b *testing.B) {
 				_ = cmd.Wait()
 				h.Close()
 			}
+		})
+	}
+}
+
+// BenchmarkPostpone measures what it takes to begin to receive scattered pages of a full memory: it is a part of the downtime
+// of a migration. "anticipated" is for pages that were discarded before.
+func BenchmarkPostpone(b *testing.B) {
+	const size, pages = 256 << 20, 10_000
+	for _, anticipated := range []bool{false, true} {
+		b.Run(map[bool]string{false: "at once", true: "anticipated"}[anticipated], func(b *testing.B) {
+			var ranges []block.Range
+			for n := range int64(pages) {
+				ranges = append(ranges, block.Range{Offset: n * (size / pages) / pageSize * pageSize, Length: pageSize})
+			}
+			content := bytes.Repeat([]byte{1}, size)
+			for b.Loop() {
+				b.StopTimer()
+				m, err := Create("postpone", size)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := m.Device().WriteAt(content, 0); err != nil {
+					b.Fatal(err)
+				}
+				if anticipated {
+					for _, r := range ranges {
+						if err := m.Device().Discard(r.Offset, r.Length); err != nil {
+							b.Fatal(err)
+						}
+					}
+				}
+				b.StartTimer()
+				if _, err := m.Receive(b.Context(), func(int64) {}, FillOptions{Ranges: ranges}); err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				m.Close()
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N)/pages, "µs/page")
 		})
 	}
 }

@@ -175,6 +175,23 @@ func (m *Memory) punch(off, n int64) error {
 	return nil
 }
 
+// empty makes a range a hole, looking first: to punch one page takes 3 µs whether there is anything or not, and to find
+// that there is nothing a tenth of that. (It does not ask how far the data goes, which takes as long as there is data.)
+func (m *Memory) empty(r block.Range) error {
+	off := r.Offset
+	err := m.control(func(fd int) (err error) {
+		off, err = unix.Seek(fd, r.Offset, unix.SEEK_DATA)
+		return err
+	})
+	if errors.Is(err, unix.ENXIO) || err == nil && off >= r.End() {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("find data of memory %q: %w", m.name, err)
+	}
+	return m.punch(off, r.End()-off)
+}
+
 // control calls f with the descriptor of the memfd, which stays open meanwhile.
 func (m *Memory) control(f func(fd int) error) error {
 	raw, err := m.file.SyscallConn()

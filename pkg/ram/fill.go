@@ -251,7 +251,7 @@ func (m *Memory) prepareFill(f *Filler) error {
 		}
 	default:
 		for _, r := range f.opts.Ranges {
-			if err := m.punch(r.Offset, r.Length); err != nil {
+			if err := m.empty(r); err != nil {
 				return err
 			}
 		}

@@ -142,3 +142,32 @@ func TestParts(t *testing.T) {
 		}
 	})
 }
+
+type failingTarget struct{ Target }
+
+func (failingTarget) Load(context.Context, io.Reader) error {
+	time.Sleep(4 * time.Millisecond)
+	return io.ErrUnexpectedEOF
+}
+
+// Of a migration that fails after the pause, the parts tell how long the guest stood still here.
+func TestPartsOfRollback(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(smallShape)
+		r.source.Guest = slowGuest{r.guest}
+		r.dest.Target = failingTarget{r.target}
+		a, b := pipes(1)
+		o := r.move(t.Context(), a, b)
+		if owner := r.verify(t, o); owner != "source" {
+			t.Fatalf("%s has the guest: %v", owner, o.srcErr)
+		}
+		var sum Millis
+		for _, p := range o.src.Parts {
+			sum += p.Duration
+		}
+		last := o.src.Parts[len(o.src.Parts)-1]
+		if sum != o.src.Downtime || sum < Millis(7*time.Millisecond) || last.Name != PartRollback || last.Duration < Millis(4*time.Millisecond) {
+			t.Errorf("downtime %v, parts %+v", o.src.Downtime, o.src.Parts)
+		}
+	})
+}

@@ -134,6 +134,9 @@ func TestRoundTrip(t *testing.T) {
 	if version, err := h.Wait(ctx); version != "1.2.3" || err != nil {
 		t.Fatalf("Wait: got %q, %v", version, err)
 	}
+	if !h.HasHook() {
+		t.Error("the guest's hook is not known")
+	}
 	for range 2 {
 		if err := h.BeforeSuspend(ctx); err != nil {
 			t.Fatal(err)

@@ -202,12 +202,14 @@ func (c *calls) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoRespon
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.seen = true
-	return &agentpb.InfoResponse{Version: c.Version}, nil
+	return &agentpb.InfoResponse{Version: c.Version, AfterResumeHook: c.Guest.AfterResume != nil}, nil
 }
 
 func (c *calls) BeforeSuspend(ctx context.Context, req *agentpb.BeforeSuspendRequest) (*agentpb.BeforeSuspendResponse, error) {
 	_, err := c.once(ctx, &c.suspends, req.Id, func(ctx context.Context) (time.Duration, error) {
-		c.logger.Info("before suspend", "id", req.Id)
+		// No more than debug: what makes the guest's log service work now has it work when the guest resumes, with every
+		// cache cold and clients waiting. The resume is logged.
+		c.logger.Debug("before suspend", "id", req.Id)
 		if c.Guest.BeforeSuspend == nil {
 			return 0, nil
 		}

@@ -45,6 +45,7 @@ type Host struct {
 	mu      sync.Mutex // guards what follows
 	peer    *peer      // the agent that connected last; nil: none
 	changed chan struct{}
+	hook    bool   // the agent that connected last has a hook for AfterResume
 	suspend string // id of the BeforeSuspend whose outcome is unknown; empty: the next call is a new one
 	resume  string // the same of AfterResume
 }
@@ -91,6 +92,14 @@ func (h *Host) Wait(ctx context.Context) (version string, err error) {
 		return "", err
 	}
 	return p.version, nil
+}
+
+// HasHook reports whether the agent that connected last has something of its own to do when it hears of a resume, besides
+// what every agent does.
+func (h *Host) HasHook() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.hook
 }
 
 // BeforeSuspend tells the guest that it is about to be paused, and returns when it is ready. An error says that the guest
@@ -304,7 +313,7 @@ func (h *Host) serve(conn net.Conn, introduced func()) {
 
 	h.mu.Lock()
 	old := h.peer
-	h.peer = p
+	h.peer, h.hook = p, info.AfterResumeHook
 	close(h.changed)
 	h.changed = make(chan struct{})
 	h.mu.Unlock()

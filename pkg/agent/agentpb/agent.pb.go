@@ -73,10 +73,11 @@ func (x *InfoRequest) GetVersion() string {
 }
 
 type InfoResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"` // of the agent
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Version         string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`                                           // of the agent
+	AfterResumeHook bool                   `protobuf:"varint,2,opt,name=after_resume_hook,json=afterResumeHook,proto3" json:"after_resume_hook,omitempty"` // the guest has something of its own to do after it resumed
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *InfoResponse) Reset() {
@@ -114,6 +115,13 @@ func (x *InfoResponse) GetVersion() string {
 		return x.Version
 	}
 	return ""
+}
+
+func (x *InfoResponse) GetAfterResumeHook() bool {
+	if x != nil {
+		return x.AfterResumeHook
+	}
+	return false
 }
 
 type BeforeSuspendRequest struct {
@@ -316,9 +324,10 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x10drafter.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
 	"\vInfoRequest\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\"(\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\"T\n" +
 	"\fInfoResponse\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\"&\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\x12*\n" +
+	"\x11after_resume_hook\x18\x02 \x01(\bR\x0fafterResumeHook\"&\n" +
 	"\x14BeforeSuspendRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
 	"\x15BeforeSuspendResponse\"\x84\x01\n" +

@@ -2,6 +2,7 @@ package channel
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -172,6 +173,98 @@ func TestGuestLater(t *testing.T) {
 
 // TestReplacement replaces one end after the other, gracefully and by cutting it off, while streams run in both
 // directions: programs must see every connection end, and new ones must work.
+// TestQuiet moves a guest to a host that is quiet: the guest notices when that has ended, and not before.
+func TestQuiet(t *testing.T) {
+	checkGoroutines(t)
+	r := newRig(t)
+	var moved atomic.Bool
+	source, err := StartHost(HostConfig{Dir: r.dir, Logger: quiet(), Dial: func(ctx context.Context) (Pipe, error) {
+		if moved.Load() {
+			return nil, net.ErrClosed
+		}
+		return r.cable.connect(ctx)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	defer r.startGuest().Close()
+	ctx := testContext(t)
+	if err := source.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	onHost, err := socket.ListenHost(r.dir, 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveEcho(t, onHost)
+	conn, err := socket.Connect(ctx, r.guest, 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if _, err := conn.Write([]byte("echo")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, make([]byte, 4)); err != nil {
+		t.Fatal(err)
+	}
+
+	moved.Store(true)
+	r.cable.mu.Lock()
+	end := &hostEnd{c: r.cable}
+	r.cable.host, r.cable.toHost, r.cable.toGuest = end, nil, nil
+	said, heard := 0, 0
+	r.cable.damage = func(toGuest bool, p []byte) []byte {
+		if toGuest {
+			said += len(p)
+		} else {
+			heard += len(p)
+		}
+		return p
+	}
+	r.cable.changed.Broadcast()
+	r.cable.mu.Unlock()
+	hush := make(chan struct{})
+	dials := make(chan Pipe, 1)
+	dials <- end
+	destination, err := StartHost(HostConfig{Dir: tempDir(t), Quiet: hush, Logger: quiet(), Dial: func(ctx context.Context) (Pipe, error) {
+		select {
+		case pipe := <-dials:
+			return pipe, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer destination.Close()
+	if _, err := conn.Write([]byte("to the old host")); err != nil {
+		t.Fatal(err)
+	}
+	r.cable.mu.Lock()
+	for heard == 0 || len(r.cable.toHost) > 0 { // until the new host has read what was for the old one
+		r.cable.changed.Wait()
+	}
+	if said != 0 {
+		t.Errorf("the quiet host said %d bytes", said)
+	}
+	r.cable.mu.Unlock()
+	close(hush)
+	io.Copy(io.Discard, conn) // until the stream to the old host ends
+	if err := destination.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+
+	// Close does not wait for the end of quiet.
+	never, err := StartHost(HostConfig{Dir: tempDir(t), Quiet: make(chan struct{}), Logger: quiet(), Dial: newCable().connect})
+	if err != nil {
+		t.Fatal(err)
+	}
+	never.Close()
+}
+
 func TestReplacement(t *testing.T) {
 	for _, c := range []struct {
 		name string

@@ -26,6 +26,11 @@ type HostConfig struct {
 	// connection is lost. Nil dials the unix socket channel.sock in Dir.
 	Dial func(ctx context.Context) (Pipe, error)
 
+	// Quiet, if not nil, keeps the host from greeting until it is closed. A guest that was moved here does not notice
+	// before then: it finds a host connected as before, and its old sessions just silent. To notice is work, its
+	// programs' too.
+	Quiet <-chan struct{}
+
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
 }
@@ -33,6 +38,7 @@ type HostConfig struct {
 // Host is the host's end of one guest's channel. Its methods may be called concurrently.
 type Host struct {
 	dial     func(ctx context.Context) (Pipe, error)
+	quiet    <-chan struct{} // nil, or nothing is sent before it is closed
 	logger   *slog.Logger
 	endpoint *endpoint
 
@@ -46,7 +52,7 @@ type Host struct {
 // StartHost offers the guest's sockets in cfg.Dir and begins to look for the guest, which may come up at any time. It
 // does not wait for it. The caller must Close the host.
 func StartHost(cfg HostConfig) (*Host, error) {
-	h := &Host{dial: cfg.Dial, logger: cfg.Logger, done: make(chan struct{})}
+	h := &Host{dial: cfg.Dial, quiet: cfg.Quiet, logger: cfg.Logger, done: make(chan struct{})}
 	if h.logger == nil {
 		h.logger = slog.Default()
 	}
@@ -162,6 +168,15 @@ func (h *Host) converse(ctx context.Context, pipe Pipe) error {
 
 // greet says HELLO whenever there is no session, until ctx is done (and returns nil) or receiving failed.
 func (l *hostLink) greet(ctx context.Context, failed <-chan error) error {
+	if l.host.quiet != nil {
+		select {
+		case <-l.host.quiet:
+		case err := <-failed:
+			return err
+		case <-ctx.Done():
+			return nil
+		}
+	}
 	const first, longest = 5 * time.Millisecond, time.Second
 	pause := first
 	timer := time.NewTimer(0)

@@ -38,6 +38,7 @@ type engineTask struct {
 	Rate    int64  `json:"rate"` // bytes a second that a guest writes meanwhile
 	Streams int    `json:"streams"`
 	Plain   bool   `json:"plain"`             // by io.Copy
+	Late    bool   `json:"late"`              // nothing before the switch
 	Profile string `json:"profile,omitempty"` // folder for CPU profiles of our two sides
 }
 
@@ -158,29 +159,32 @@ func copyOnce(ctx context.Context, task engineTask) (src, dst engineResult, err 
 		return src, dst, err
 	}
 	defer from.end()
-	address, err := to.expect("listening")
-	if err != nil {
+	if err := connect(from, to); err != nil {
 		return src, dst, err
-	}
-	if _, err := from.expect("filled"); err != nil {
-		return src, dst, err
-	}
-	if err := from.send("dial %s", address); err != nil {
-		return src, dst, err
-	}
-	for _, c := range []*child{from, to} {
-		if _, err := c.expect("ready"); err != nil {
-			return src, dst, err
-		}
-	}
-	for _, c := range []*child{to, from} {
-		if err := c.send("go"); err != nil {
-			return src, dst, err
-		}
 	}
 	// Whatever one side says, the other's words may be the better explanation.
 	err = errors.Join(from.receiveJSON(&src), to.receiveJSON(&dst))
 	return src, dst, err
+}
+
+// connect brings two sides together and tells them to go.
+func connect(from, to *child) error {
+	address, err := to.expect("listening")
+	if err != nil {
+		return err
+	}
+	if _, err := from.expect("filled"); err != nil {
+		return err
+	}
+	if err := from.send("dial %s", address); err != nil {
+		return err
+	}
+	for _, c := range []*child{from, to} {
+		if _, err := c.expect("ready"); err != nil {
+			return err
+		}
+	}
+	return errors.Join(to.send("go"), from.send("go"))
 }
 
 // engineSource is the source's process.
@@ -233,7 +237,7 @@ func engineSource(a *actor) (err error) {
 	if task.Plain {
 		err = sendPlain(mem.File(), task.Size, streams)
 	} else {
-		r.Wire, r.Dirty, err = sendMemory(ctx, mem, guest, streams)
+		r.Wire, r.Dirty, err = sendMemory(ctx, mem, guest, streams, task.Late)
 	}
 	if err != nil {
 		return err
@@ -383,14 +387,15 @@ func receivePlain(f *os.File, size int64, streams []io.ReadWriter) error {
 var quiet = slog.New(slog.DiscardHandler)
 
 // sendMemory is the source of the engine. It returns what went over the streams and what the guest wrote meanwhile.
-func sendMemory(ctx context.Context, mem *ram.Memory, guest *guest, streams []io.ReadWriter) (wire, dirty int64, err error) {
+func sendMemory(ctx context.Context, mem *ram.Memory, guest *guest, streams []io.ReadWriter, late bool) (wire, dirty int64, err error) {
 	vm := &sentGuest{guest: guest}
+	policy, goal := migrate.Policy{ByGoal: true}, migrate.Goal{}
+	if late {
+		policy, goal = migrate.Policy{}, migrate.Goal{PostCopy: true}
+	}
 	report, err := migrate.Send(ctx, streams, migrate.SourceConfig{
-		Devices: []migrate.SourceDevice{{
-			Name: "memory", Device: mem.Device(), Tracker: mem.Tracker(),
-			Policy: migrate.Policy{ByGoal: true},
-		}},
-		Guest: vm, Logger: quiet,
+		Devices: []migrate.SourceDevice{{Name: "memory", Device: mem.Device(), Tracker: mem.Tracker(), Policy: policy}},
+		Goal:    goal, Guest: vm, Logger: quiet,
 	})
 	if err != nil {
 		return 0, 0, err

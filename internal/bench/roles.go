@@ -18,9 +18,10 @@ const roleEnv = "DRAFTER_BENCH_ROLE"
 
 // roles are what it can be. Each gets its task as JSON, then commands, one a line, and answers each with one line.
 var roles = map[string]func(*actor) error{
-	"source":      engineSource,
-	"destination": engineDestination,
-	"guest":       guestMain,
+	"source":           engineSource,
+	"destination":      engineDestination,
+	"late destination": lateDestination,
+	"guest":            guestMain,
 }
 
 // actor is this process in a role.

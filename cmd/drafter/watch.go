@@ -77,16 +77,6 @@ func (w *watch) Close() error {
 	return nil
 }
 
-// over reports whether a migration ends in a state.
-func over(state string) bool {
-	switch state {
-	case migrate.SourceMoved.String(), migrate.SourceKept.String(), migrate.SourceInDoubt.String(), migrate.SourceStuck.String(),
-		migrate.DestinationRunning.String(), migrate.DestinationDiscarded.String(), migrate.DestinationFailed.String():
-		return true
-	}
-	return false
-}
-
 // begun reports whether there is more to a migration than somebody who knocks.
 func begun(state string) bool {
 	return state != migrate.SourceConnecting.String() && state != migrate.DestinationWaiting.String()
@@ -95,17 +85,8 @@ func begun(state string) bool {
 // progress is told how a migration goes.
 func (w *watch) progress(p migrate.Progress) {
 	w.metrics.Progress(p)
-	switch {
-	case p.State == migrate.SourceMoved.String():
-		w.metrics.State(control.Moved)
-	case p.State == migrate.SourceInDoubt.String(), p.State == migrate.DestinationFailed.String():
-		w.metrics.State(control.InDoubt)
-	case p.State == migrate.SourceKept.String(), p.State == migrate.DestinationRunning.String():
-		w.metrics.State(control.Running)
-	case p.Role == "destination":
-		w.metrics.State(control.Receiving)
-	case begun(p.State):
-		w.metrics.State(control.Sending)
+	if s, ok := peerState(p); ok {
+		w.metrics.State(s)
 	}
 	w.news.Lock()
 	w.news.Progress = p
@@ -114,6 +95,30 @@ func (w *watch) progress(p migrate.Progress) {
 	case w.wake <- struct{}{}:
 	default: // it is awake
 	}
+}
+
+// peerState is what a migration means for the peer.
+func peerState(p migrate.Progress) (control.State, bool) {
+	if p.Role == "destination" {
+		switch p.State {
+		case migrate.DestinationFilling.String(), migrate.DestinationRejoining.String(), migrate.DestinationRunning.String():
+			return control.Running, true
+		case migrate.DestinationFailed.String(), migrate.DestinationIncomplete.String():
+			return control.InDoubt, true
+		}
+		return control.Receiving, true
+	}
+	switch p.State {
+	case migrate.SourceServing.String(), migrate.SourceRejoining.String(), migrate.SourceUnsettled.String():
+		return control.Serving, true
+	case migrate.SourceMoved.String():
+		return control.Moved, true
+	case migrate.SourceInDoubt.String(), migrate.SourceSeeking.String(), migrate.SourceStuck.String():
+		return control.InDoubt, true
+	case migrate.SourceKept.String(), migrate.SourceCopied.String():
+		return control.Running, true
+	}
+	return control.Sending, begun(p.State)
 }
 
 // done is told how a migration ended.
@@ -127,7 +132,7 @@ func (w *watch) draw() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case over(p.State):
+	case p.Over():
 		w.clear()
 		w.lines = 0
 	case !begun(p.State):
@@ -156,7 +161,7 @@ func (w *watch) draw() {
 
 // extent is how much there is to do now, and how much of it is done, in bytes.
 func extent(p migrate.Progress) (size, done int64) {
-	if p.Role == "source" {
+	if p.Role == "source" || p.Dirty > 0 {
 		return p.Dirty, p.Dirty - p.Rest
 	}
 	return p.Size, min(p.Size, p.Data+p.Zero)
@@ -168,13 +173,21 @@ func describe(p migrate.Progress) string {
 	if p.Role == "source" {
 		s = fmt.Sprintf("Sending, round %d", p.Round+1)
 	}
-	switch size, done := extent(p); {
-	case p.State != migrate.SourceCopying.String() && p.State != migrate.DestinationReceiving.String():
+	moving := false
+	switch p.State {
+	case migrate.SourceCopying.String(), migrate.DestinationReceiving.String():
+		moving = true
+	case migrate.SourceServing.String():
+		s, moving = "Sending, the VM runs there", true
+	case migrate.DestinationFilling.String():
+		s, moving = "Receiving, the VM runs here", true
+	default:
 		s += ", " + p.State
-	case size > 0:
+	}
+	if size, done := extent(p); moving && size > 0 {
 		s += fmt.Sprintf(": %d%% of %.1f MiB, %.1f MiB/s", 100*done/size, float64(size)/(1<<20), p.Bandwidth/(1<<20))
 	}
-	if p.DirtyRate > 0 {
+	if p.DirtyRate > 0 && p.State != migrate.SourceServing.String() {
 		s += fmt.Sprintf(", guest writes %.1f MiB/s", p.DirtyRate/(1<<20))
 	}
 	if p.Throttle > 0 {

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
@@ -33,6 +34,8 @@ func TestDescribe(t *testing.T) {
 		{migrate.Progress{Role: "destination", State: "receiving", Size: 100 << 20, Data: 50 << 20, Zero: 25 << 20, Bandwidth: 1 << 20}, "Receiving: 75% of 100.0 MiB, 1.0 MiB/s"},
 		{migrate.Progress{Role: "destination", State: "receiving", Size: 100 << 20, Data: 500 << 20}, "Receiving: 100% of 100.0 MiB, 0.0 MiB/s"},
 		{migrate.Progress{Role: "destination", State: "loading", Size: 100}, "Receiving, loading"},
+		{migrate.Progress{Role: "source", State: "serving", Round: 1, Dirty: 4 << 20, Rest: 1 << 20, DirtyRate: 1 << 20}, "Sending, the VM runs there: 75% of 4.0 MiB, 0.0 MiB/s"},
+		{migrate.Progress{Role: "destination", State: "filling", Size: 100 << 20, Data: 90 << 20, Dirty: 4 << 20, Rest: 1 << 20}, "Receiving, the VM runs here: 75% of 4.0 MiB, 0.0 MiB/s"},
 	} {
 		if got := describe(tt.progress); got != tt.want {
 			t.Errorf("%+v: %q, want %q", tt.progress, got, tt.want)
@@ -40,16 +43,19 @@ func TestDescribe(t *testing.T) {
 	}
 }
 
-// Every state of a migration is one in which it goes on, or an end.
-func TestOver(t *testing.T) {
+// A migration that is over leaves the peer neither sending nor receiving, unless nothing came of it.
+func TestPeerState(t *testing.T) {
 	for s := migrate.SourceConnecting; !strings.HasPrefix(s.String(), "state "); s++ {
-		if over(s.String()) != (len(s.Next()) == 0) {
-			t.Errorf("%v: over %t, next %v", s, over(s.String()), s.Next())
+		got, ok := peerState(migrate.Progress{Role: "source", State: s.String()})
+		if over := len(s.Next()) == 0; over && got == control.Sending || ok == (s == migrate.SourceConnecting) {
+			t.Errorf("source %v: peer is %q, %t", s, got, ok)
 		}
 	}
 	for s := migrate.DestinationConnecting; !strings.HasPrefix(s.String(), "state "); s++ {
-		if over(s.String()) != (len(s.Next()) == 0) {
-			t.Errorf("%v: over %t, next %v", s, over(s.String()), s.Next())
+		got, ok := peerState(migrate.Progress{Role: "destination", State: s.String()})
+		nothing := s == migrate.DestinationDiscarded || s == migrate.DestinationCopied
+		if over := len(s.Next()) == 0; over && got == control.Receiving && !nothing || !ok {
+			t.Errorf("destination %v: peer is %q, %t", s, got, ok)
 		}
 	}
 }

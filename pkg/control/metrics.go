@@ -22,12 +22,13 @@ const (
 	Receiving State = "receiving" // it is being received
 	Running   State = "running"
 	Sending   State = "sending" // it runs, and is being sent
+	Serving   State = "serving" // it runs elsewhere, and gets what it lacks from here
 	InDoubt   State = "in-doubt"
 	Moved     State = "moved"
 	Closing   State = "closing" // it is being saved
 )
 
-var states = []State{Starting, Receiving, Running, Sending, InDoubt, Moved, Closing}
+var states = []State{Starting, Receiving, Running, Sending, Serving, InDoubt, Moved, Closing}
 
 // Memory is how the lazy filling of a guest's memory goes.
 type Memory struct {
@@ -55,8 +56,8 @@ type Memory struct {
 //	drafter_migration_state{role,state}                    1 for the state of the migration under way, or the last
 //	drafter_migration_round                                number of the round, from 0
 //	drafter_migration_size_bytes{role}                     of all devices
-//	drafter_migration_rest_bytes                           of this round, not sent yet
-//	drafter_migration_dirty_bytes                          that were dirty when this round began
+//	drafter_migration_rest_bytes{role}                     of this round, not sent yet; missing, once the guest runs
+//	drafter_migration_dirty_bytes{role}                    that were dirty when this round began; missing, when the guest was started
 //	drafter_migration_dirty_bytes_per_second               that the guest writes
 //	drafter_migration_bandwidth_bytes_per_second{role}     of data
 //	drafter_migration_remaining_seconds                    estimate; 0 if unknown
@@ -64,6 +65,9 @@ type Memory struct {
 //	drafter_migrations_total{role,outcome}
 //	drafter_migration_bytes_total{role,kind}               kind: data, zero, state, wire (the last when a migration is over)
 //	drafter_migration_rounds_total                         rounds sent
+//	drafter_migration_late_bytes_total{role}               content that was missing when guests were started at their destination
+//	drafter_migration_demands_total                        how often it was asked for because somebody waited for it
+//	drafter_migration_reconnects_total{role}               how often peers met again after their link had died
 //	drafter_migration_duration_seconds{role}               histogram
 //	drafter_migration_downtime_seconds{role}               histogram
 //	drafter_migration_downtime_part_seconds{role,part}     of the last migration; they add up to its downtime
@@ -73,11 +77,11 @@ type Memory struct {
 type Metrics struct {
 	registry *prometheus.Registry
 
-	resume, round, rest, dirty, dirtyRate, remaining, throttle prometheus.Gauge
-	rounds                                                     prometheus.Counter
-	peerState, state, size, bandwidth, part, agent             *prometheus.GaugeVec
-	migrations, bytes                                          *prometheus.CounterVec
-	duration, downtime                                         *prometheus.HistogramVec
+	resume, round, dirtyRate, remaining, throttle               prometheus.Gauge
+	rounds, demands                                             prometheus.Counter
+	peerState, state, size, rest, dirty, bandwidth, part, agent *prometheus.GaugeVec
+	migrations, bytes, late, reconnects                         *prometheus.CounterVec
+	duration, downtime                                          *prometheus.HistogramVec
 
 	mu     sync.Mutex // guards what follows, and changes of state
 	last   migrate.Progress
@@ -110,8 +114,8 @@ func NewMetrics(version string) *Metrics {
 	m.state = gauges("migration_state", "1 for the state of the migration under way, or of the last one.", "role", "state")
 	m.round = gauge("migration_round", "Number of the round of the migration under way or the last one, from 0.")
 	m.size = gauges("migration_size_bytes", "Size of all devices of the migration under way or the last one.", "role")
-	m.rest = gauge("migration_rest_bytes", "Bytes of this round that were not sent yet.")
-	m.dirty = gauge("migration_dirty_bytes", "Bytes that were dirty when this round began.")
+	m.rest = gauges("migration_rest_bytes", "Bytes of this round that were not sent yet; once the guest runs at the destination, those missing there.", "role")
+	m.dirty = gauges("migration_dirty_bytes", "Bytes that were dirty when this round began; once the guest runs at the destination, those missing there when it was started.", "role")
 	m.dirtyRate = gauge("migration_dirty_bytes_per_second", "Bytes that the guest writes per second, each page counted once a round.")
 	m.bandwidth = gauges("migration_bandwidth_bytes_per_second", "Bytes of data that are sent or received per second.", "role")
 	m.remaining = gauge("migration_remaining_seconds", "Estimate of the time until everything is there; 0 if unknown.")
@@ -119,6 +123,9 @@ func NewMetrics(version string) *Metrics {
 	m.migrations = counters("migrations_total", "Migrations that ended, by their last state.", "role", "outcome")
 	m.bytes = counters("migration_bytes_total", "Bytes of content by kind (data, zero, state), and of everything on the streams (wire), which is counted when a migration ends.", "role", "kind")
 	m.rounds = counters("migration_rounds_total", "Rounds that were sent by migrations that ended.").WithLabelValues()
+	m.late = counters("migration_late_bytes_total", "Bytes that were missing when guests were started at their destination, by migrations that ended.", "role")
+	m.demands = counters("migration_demands_total", "Requests of destinations for bytes that somebody waited for, by migrations that ended.").WithLabelValues()
+	m.reconnects = counters("migration_reconnects_total", "Times that peers met again after their link had died, by migrations that ended.", "role")
 	m.duration = histogram("migration_duration_seconds", "Time migrations took, from begin to end.", prometheus.ExponentialBuckets(0.1, 2, 14))
 	m.downtime = histogram("migration_downtime_seconds", "Time the guest did not run; at the destination, the part that it sees.", prometheus.ExponentialBuckets(0.001, 2, 15))
 	m.part = gauges("migration_downtime_part_seconds", "Parts of the downtime of the last migration, which add up to it.", "role", "part")
@@ -157,12 +164,12 @@ func (m *Metrics) Progress(p migrate.Progress) {
 	m.state.WithLabelValues(p.Role, p.State).Set(1)
 	m.size.WithLabelValues(p.Role).Set(float64(p.Size))
 	m.bandwidth.WithLabelValues(p.Role).Set(p.Bandwidth)
+	m.rest.WithLabelValues(p.Role).Set(float64(p.Rest))
+	m.dirty.WithLabelValues(p.Role).Set(float64(p.Dirty))
 	if p.Role != "source" {
 		return
 	}
 	m.round.Set(float64(p.Round))
-	m.rest.Set(float64(p.Rest))
-	m.dirty.Set(float64(p.Dirty))
 	m.dirtyRate.Set(p.DirtyRate)
 	m.remaining.Set(p.Remaining.Seconds())
 	m.throttle.Set(p.Throttle)
@@ -170,6 +177,9 @@ func (m *Metrics) Progress(p migrate.Progress) {
 
 // count adds what is new since the last progress of the same migration. m.mu is held.
 func (m *Metrics) count(p migrate.Progress) {
+	if p.Elapsed < m.last.Elapsed && p.Elapsed > 0 { // another migration: the one before had no report
+		m.last = migrate.Progress{}
+	}
 	add := func(kind string, now, before int64) {
 		m.bytes.WithLabelValues(p.Role, kind).Add(float64(max(0, now-before)))
 	}
@@ -193,7 +203,10 @@ func (m *Metrics) Done(r *migrate.Report) {
 	m.state.Reset()
 	m.state.WithLabelValues(r.Role, r.Outcome).Set(1)
 	m.bandwidth.WithLabelValues(r.Role).Set(0)
-	m.rest.Set(0)
+	m.rest.WithLabelValues(r.Role).Set(0)
+	m.late.WithLabelValues(r.Role).Add(float64(r.LateBytes))
+	m.demands.Add(float64(r.Demands))
+	m.reconnects.WithLabelValues(r.Role).Add(float64(r.Reconnects))
 	m.remaining.Set(0)
 	m.throttle.Set(0)
 	m.duration.WithLabelValues(r.Role).Observe(time.Duration(r.Total).Seconds())

@@ -88,7 +88,8 @@ func story(m *Metrics) {
 func end(m *Metrics) {
 	ms := func(n int) migrate.Millis { return migrate.Millis(n) * migrate.Millis(time.Millisecond) }
 	m.Done(&migrate.Report{Role: "source", Outcome: "moved", Total: ms(2000), DataBytes: 1<<30 + 4096, StateBytes: 90_000, WireBytes: 1<<30 + 99_000,
-		Rounds:   []migrate.Round{{Device: "memory"}, {Device: "disk"}, {Device: "memory", Index: 1, Start: ms(1500)}},
+		Rounds:    []migrate.Round{{Device: "memory"}, {Device: "disk"}, {Device: "memory", Index: 1, Start: ms(1500)}},
+		LateBytes: 8192, Demands: 3, Reconnects: 1,
 		Downtime: ms(12), Parts: []migrate.Part{{Name: "pause", Duration: ms(2)}, {Name: "load", Duration: ms(4)}, {Name: "resume", Duration: ms(6)}}, AgentBefore: ms(30)})
 	m.State(Moved)
 }

@@ -48,8 +48,10 @@ func newDestination(cfg DestinationConfig, first DestinationState, running func(
 	d.asks.wake = make(chan struct{}, 1)
 	d.began = time.Now()
 	d.meter = &meter{tell: cfg.Progress, take: func() Progress {
-		return Progress{Role: wire.RoleDestination.String(), State: d.state.get().String(), Size: d.size.Load(),
+		p := Progress{Role: wire.RoleDestination.String(), State: d.state.get().String(), Size: d.size.Load(),
 			Data: d.dataBytes.Load(), Zero: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(), Elapsed: time.Since(d.began)}
+		p.Dirty, p.Rest = d.missing()
+		return p
 	}}
 	d.state = newMachine(first, func(st DestinationState) {
 		d.log.Debug("migration state", "state", st)
@@ -114,6 +116,7 @@ type destination struct {
 	dataBytes  atomic.Int64
 	zeroBytes  atomic.Int64
 	stateBytes atomic.Int64
+	filling    atomic.Pointer[filling] // for the meter
 }
 
 // content takes in what one session brings.

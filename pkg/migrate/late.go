@@ -76,6 +76,7 @@ func (d *destination) postpone(c *content) error {
 		dev.late = late[i]
 	}
 	d.lacks = true
+	d.filling.Store(&filling{d.devices, d.lateBytes})
 	c.tally.hurry(ackEvery)
 	c.phase.Store(contentLate)
 	d.workers.Go(func() { d.demand(c.link) })

@@ -1,8 +1,12 @@
 package migrate
 
 import (
+	"slices"
 	"sync"
 	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 // Progress is where a migration stands. What is not known is 0.
@@ -17,7 +21,8 @@ type Progress struct {
 	StateBytes int64 // bytes of device state
 
 	// At the source, of the round under way: bytes that were found dirty at its start (everything, in the first), and
-	// those of them that were not sent yet.
+	// those of them that were not sent yet. When the guest runs at the destination, on both sides: bytes that were missing
+	// then, and still are.
 	Dirty, Rest int64
 
 	Elapsed   time.Duration // since the start
@@ -27,6 +32,19 @@ type Progress struct {
 	Remaining time.Duration // at the source: until everything is there, if the guest goes on as it did
 
 	share float64 // of what is sent, that is written again meanwhile
+}
+
+// Over reports whether the migration has ended.
+func (p Progress) Over() bool {
+	if p.Role == wire.RoleSource.String() {
+		return ends(sourceStates[:], p.State)
+	}
+	return ends(destinationStates[:], p.State)
+}
+
+// ends reports whether a state has no next one.
+func ends[S ~uint8](table []transition[S], state string) bool {
+	return slices.ContainsFunc(table, func(t transition[S]) bool { return t.name == state && t.next == nil })
 }
 
 const (
@@ -114,4 +132,24 @@ func (m *meter) run() (stop func()) {
 		close(quit)
 		<-done
 	}
+}
+
+// filling is what the destination lacked when the guest was started.
+type filling struct {
+	devices []*targetDevice
+	bytes   int64
+}
+
+// missing is how much the destination lacked when the guest was started, and lacks still.
+func (d *destination) missing() (then, now int64) {
+	f := d.filling.Load()
+	if f == nil {
+		return 0, 0
+	}
+	for _, dev := range f.devices {
+		if dev.lacking != nil {
+			now += dev.lacking.count.Load() * block.PageSize
+		}
+	}
+	return f.bytes, min(f.bytes, now)
 }

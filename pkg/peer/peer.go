@@ -321,6 +321,9 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	return devices, nil
 }
 
+// Arriving implements migrate.ArrivalTarget.
+func (t *target) Arriving() { t.instance.Announce() }
+
 func (t *target) Load(ctx context.Context, state io.Reader) error { return t.instance.Load(ctx, state) }
 func (t *target) Run(ctx context.Context) error                   { return t.instance.Run(ctx) }
 func (t *target) Discard(ctx context.Context) error               { return t.instance.Discard(ctx) }

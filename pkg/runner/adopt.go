@@ -134,7 +134,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 		}
 		i.guest.recall()
 	}
-	if err := i.guest.serve(); err != nil {
+	if err := i.guest.serve(nil); err != nil {
 		return err
 	}
 	if i.machine, err = adopter.Adopt(ctx, cfg); err != nil {

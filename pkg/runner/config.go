@@ -37,6 +37,7 @@ type Description struct {
 	vmm.Spec
 	AgentVSockPort    uint32 `json:"agentVSockPort,omitempty"`    // 0: the guest has no agent
 	LivenessVSockPort uint32 `json:"livenessVSockPort,omitempty"` // 0: the guest does not say when it is up
+	AgentHook         bool   `json:"agentHook,omitempty"`         // of an instance that runs: its agent has a hook for the resume
 }
 
 // maxDescription bounds a config device, in bytes.

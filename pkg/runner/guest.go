@@ -118,12 +118,13 @@ func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *
 }
 
 // serve connects to the machine's guest channel and offers VMPath/vsock.sock.
-func (g *guest) serve() error {
+// A guest that was received does not notice before quiet is closed; nil: at once.
+func (g *guest) serve(quiet <-chan struct{}) error {
 	if g == nil {
 		return nil
 	}
 	var err error
-	g.channel, err = channel.StartHost(channel.HostConfig{Dir: g.path, Logger: g.log})
+	g.channel, err = channel.StartHost(channel.HostConfig{Dir: g.path, Quiet: quiet, Logger: g.log})
 	return err
 }
 
@@ -164,6 +165,9 @@ func (g *guest) waitAgent(ctx context.Context, m vmm.Machine, timeout time.Durat
 		return err
 	})
 }
+
+// hasHook reports whether the guest's agent has something of its own to do after a resume.
+func (g *guest) hasHook() bool { return g != nil && g.agent != nil && g.agent.HasHook() }
 
 func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
 	if g == nil || g.agent == nil {

@@ -76,7 +76,8 @@ type Instance struct {
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
 	machine vmm.Machine
-	guest   *guest // nil when the machine has no guest sockets
+	guest   *guest        // nil when the machine has no guest sockets
+	quiet   chan struct{} // of a guest that was received: closed when it may notice
 
 	late late // what arrives while the guest runs
 
@@ -276,6 +277,7 @@ func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incom
 	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
+	i.quiet = make(chan struct{})
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
@@ -651,7 +653,7 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if caps := i.memory.Capabilities(); caps.Rung != ram.Full {
 		i.log.Warn("this host offers less than the best way to handle guest memory", "capabilities", caps.String())
 	}
-	return i.guest.serve()
+	return i.guest.serve(i.quiet)
 }
 
 // inherited are the files that the machine holds for its next owner.
@@ -734,7 +736,11 @@ func call(hook func()) {
 func (i *Instance) VMPath() string { return i.path }
 
 // Description is the machine as the guest sees it.
-func (i *Instance) Description() Description { return i.desc }
+func (i *Instance) Description() Description {
+	d := i.desc
+	d.AgentHook = i.guest.hasHook()
+	return d
+}
 
 // Machine is the VMM. Callers must not change its state; PID, Done and Err are of use.
 func (i *Instance) Machine() vmm.Machine { return i.machine }
@@ -760,6 +766,7 @@ func (i *Instance) beforeSuspend(ctx context.Context) error {
 	if i.phase != running {
 		return fmt.Errorf("suspend instance: %w: it is %s", ErrPhase, i.phase)
 	}
+	i.greet()
 	call(i.cfg.Hooks.BeforeSuspend)
 	if err := i.guest.beforeSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
 		return fmt.Errorf("suspend instance: %w", err)
@@ -941,6 +948,7 @@ func (i *Instance) AfterResume(ctx context.Context) error {
 	if i.phase != running {
 		return fmt.Errorf("after resume of instance: %w: it is %s", ErrPhase, i.phase)
 	}
+	i.comeToRest(ctx)
 	return i.afterResume(ctx)
 }
 

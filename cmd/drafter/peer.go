@@ -159,10 +159,10 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the instance from (empty: resume it here)")
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the instance over at (empty: it is not migratable)")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")
-	flags.BoolVar(&opts.noPostcopy, "disable-postcopy-migration", false, "send everything before the instance resumes at its destination (always so in this version)")
+	flags.BoolVar(&opts.noPostcopy, "disable-postcopy-migration", false, "have everything here before a received instance runs, rather than fetch what it touches")
 	flags.DurationVar(&opts.maxDowntime, "max-downtime", 0, "how long the guest may stand still when it is sent; what needs longer is given up (0: aim at 20ms, and send what there is)")
 	flags.DurationVar(&opts.maxTotalTime, "max-total-time", 0, "how long it may take to send the guest; what needs longer is given up (0: any time)")
-	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long saving and rolling back may take")
+	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
@@ -242,6 +242,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
 		ForceOwner: opts.forceOwner, Goal: goal, Concurrency: opts.concurrency, Progress: out.progress, Logger: log,
+		DisablePostCopy: opts.noPostcopy,
+	}
+	if opts.raddr != "" {
+		cfg.FindSource = func(ctx context.Context) ([]io.ReadWriter, error) { return dialStreams(ctx, opts.raddr) }
 	}
 
 	if opts.laddr != "" {
@@ -274,12 +278,19 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	defer reports.close()
 	reports.tell = out.done
 
+	var lobby *peer.Lobby // opened when there is something to be had
+	cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
 	p, err := startPeer(ctx, cfg, opts, reports, out)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
 	out.started(p)
-	err = servePeer(ctx, p, listener, reports, out)
+	if listener != nil {
+		lobby = peer.NewLobby(listener, log)
+		defer lobby.Close()
+		fmt.Fprintf(out, "Serving on %s\n", lobby.Addr())
+	}
+	err = servePeer(ctx, p, lobby, reports, out)
 	if p.Running() {
 		out.metrics.State(control.Closing)
 	}
@@ -348,16 +359,15 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if transport.Insecure(opts.raddr) {
 			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
 		}
-		conn, err := transport.Dial(ctx, opts.raddr)
+		conns, err := dialStreams(ctx, opts.raddr)
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			return nil, fmt.Errorf("--raddr: %w: start the peer that has the instance, with --laddr, or correct the address", err)
 		} else if err != nil {
 			return nil, fmt.Errorf("--raddr: %w", err)
 		}
-		defer conn.Close()
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		cfg.Hooks.Resumed = func() { fmt.Fprintln(out, "VM runs here") }
-		p, report, err := peer.Receive(ctx, cfg, []io.ReadWriter{conn})
+		p, report, err := peer.Receive(ctx, cfg, conns)
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}
@@ -383,35 +393,27 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 	}
 }
 
-// servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal.
-func servePeer(ctx context.Context, p *peer.Peer, listener net.Listener, reports *reports, out io.Writer) error {
-	conns := make(chan net.Conn)
-	if listener != nil {
-		fmt.Fprintf(out, "Serving on %s\n", listener.Addr())
-		accepted := make(chan struct{})
-		defer func() {
-			listener.Close()
-			<-accepted
-		}()
-		stop, cancel := context.WithCancel(ctx)
-		defer cancel()
-		go func() {
-			defer close(accepted)
-			for {
-				conn, err := listener.Accept()
-				if err != nil {
-					return // closed by us
-				}
-				select {
-				case conns <- conn:
-				case <-stop.Done():
-					conn.Close()
-					return
-				}
-			}
-		}()
+// streams is how many connections a migration has: one is for what somebody waits for.
+const streams = 3
+
+// dialStreams dials the connections of a migration.
+func dialStreams(ctx context.Context, address string) ([]io.ReadWriter, error) {
+	return peer.DialStreams(ctx, streams, func(ctx context.Context) (net.Conn, error) { return transport.Dial(ctx, address) })
+}
+
+// servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal. A nil lobby: nobody
+// can come for it.
+func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *reports, out io.Writer) error {
+	var arrivals <-chan peer.Arrival
+	if lobby != nil {
+		arrivals = lobby.New
 	}
 	for {
+		if _, ok := p.InDoubt(); ok {
+			if gone, err := findDestination(ctx, p, lobby, reports, out); gone || err != nil {
+				return err
+			}
+		}
 		select {
 		case <-ctx.Done():
 			fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
@@ -422,30 +424,72 @@ func servePeer(ctx context.Context, p *peer.Peer, listener net.Listener, reports
 			}
 			fmt.Fprintf(out, "The guest shut down\n")
 			return nil
-		case conn := <-conns:
-			report, err := p.Send(ctx, []io.ReadWriter{conn})
-			conn.Close()
+		case a := <-arrivals:
+			var report *migrate.Report
+			err := a.Err
+			if err == nil {
+				report, err = p.Send(ctx, a.Streams)
+				a.Close()
+			}
 			if errors.Is(err, peer.ErrStranger) {
 				// Anybody may knock: that is no migration, and has no report.
-				logger(ctx).Warn("refused a connection, the VM runs on here", "from", conn.RemoteAddr(), "reason", err)
+				logger(ctx).Warn("refused a connection, the VM runs on here", "from", a.From, "reason", err)
 				continue
 			}
 			if err := reports.write(report); err != nil {
 				logger(ctx).Error("could not write the report of a migration", "error", err)
 			}
 			switch {
+			case err == nil && p.Running(): // a copy was asked for
+				fmt.Fprintf(out, "Sent a copy of the VM to %s: %s\n", a.From, summary(report))
 			case err == nil:
-				fmt.Fprintf(out, "Sent VM to %s: %s\n", conn.RemoteAddr(), summary(report))
+				fmt.Fprintf(out, "Sent VM to %s: %s\n", a.From, summary(report))
 				return nil
-			case errors.Is(err, migrate.ErrInDoubt):
-				return fmt.Errorf("send to %s: %w", conn.RemoteAddr(), err)
+			case errors.Is(err, migrate.ErrInDoubt), errors.Is(err, migrate.ErrUnsettled):
+				fmt.Fprintf(out, "Send to %s: %v\n", a.From, err)
 			case !p.Running():
-				return fmt.Errorf("send to %s: %w; the VM is not running here any more", conn.RemoteAddr(), err)
+				return fmt.Errorf("send to %s: %w; the VM is not running here any more", a.From, err)
 			default:
 				// The VM runs on here, as if nobody had asked.
-				fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", conn.RemoteAddr(), err)
+				fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", a.From, err)
 			}
 		}
+	}
+}
+
+// findDestination waits for the peer to which the VM was given, which must say whether it runs it, and may need the rest of it.
+// It reports whether the VM is gone from here; if not, and without an error, it runs on here, or is to be closed.
+func findDestination(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *reports, out io.Writer) (gone bool, err error) {
+	id, _ := p.InDoubt()
+	fmt.Fprintf(out, "The VM is kept, paused, until the peer that it was given to is found again (migration %s); Ctrl-C saves it, marked as moved\n", id)
+	if lobby == nil {
+		fmt.Fprintf(out, "Nobody can find this peer without --laddr: start it again with the one that it had\n")
+		select {
+		case <-ctx.Done():
+		case <-p.Done():
+		}
+		return false, nil
+	}
+	for {
+		report, err := p.Rejoin(ctx)
+		switch {
+		case errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled):
+			if ctx.Err() != nil {
+				return false, nil
+			}
+			logger(ctx).Warn("the peer that the VM was given to was not found yet", "migration", id, "reason", err)
+			continue
+		case err == nil:
+			fmt.Fprintf(out, "Sent VM: %s\n", summary(report))
+		case p.Running():
+			fmt.Fprintf(out, "The VM never ran there, and runs on here: %v\n", err)
+		default:
+			return true, fmt.Errorf("%w; the VM is not running here any more", err)
+		}
+		if err := reports.write(report); err != nil {
+			logger(ctx).Error("could not write the report of a migration", "error", err)
+		}
+		return err == nil, nil
 	}
 }
 

@@ -47,8 +47,16 @@ type Config struct {
 
 	// ResumeTimeout bounds each wait for the guest's agent. Default: one minute.
 	ResumeTimeout time.Duration
-	// RescueTimeout bounds saving, rolling back and cleaning up. Default: one minute.
+	// RescueTimeout bounds saving, rolling back and cleaning up, and how long the other side of a migration is looked for
+	// when the link to it is gone and the guest needs it. Default: one minute.
 	RescueTimeout time.Duration
+
+	// FindSource brings new streams to the peer that the instance came from, FindDestination to the one it was given to: they
+	// dial, or wait for the other to do so (Lobby.Rejoin). Nil: a link that is lost then is lost.
+	FindSource, FindDestination func(ctx context.Context) ([]io.ReadWriter, error)
+
+	// DisablePostCopy has everything arrive before the guest runs here.
+	DisablePostCopy bool
 
 	// Progress is told how a migration goes. Nil is allowed.
 	Progress func(migrate.Progress)
@@ -143,26 +151,30 @@ func start(ctx context.Context, cfg Config, how func(context.Context, runner.Con
 // Receive takes over a running instance from the peer at the other end of streams. When it fails, the instance runs on at
 // the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
 // returns. The report is there in any case.
+//
+// Without Config.DisablePostCopy the guest may run here long before Receive returns, and needs the source until it does. When the
+// source is lost meanwhile, and is not found again within Config.RescueTimeout, the error wraps migrate.ErrUnsettled, and
+// the peer is there: its guest is frozen until [Peer.Rejoin] has found the source.
 func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
 	cfg = cfg.withDefaults()
 	t := &target{cfg: cfg}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
+		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
 	})
-	if err != nil {
-		if t.instance != nil && errors.Is(err, migrate.ErrInDoubt) {
-			// It is ours, and it does not run. Saved, it is not lost, whatever becomes of the doubt.
-			err = errors.Join(err, t.instance.Close(ctx))
-		}
-		return nil, report, err
+	switch {
+	case err == nil:
+		t.agent.Wait()
+		report.AgentAfter = migrate.Millis(t.agentTook)
+		return newPeer(cfg, t.instance), report, nil
+	case errors.Is(err, migrate.ErrUnsettled):
+		// Who waits for what is missing must not go on to fail in its own ways meanwhile.
+		return newPeer(cfg, t.instance), report, errors.Join(err, t.instance.Freeze())
+	case t.instance != nil && errors.Is(err, migrate.ErrInDoubt):
+		// It is ours, and it does not run. Saved, it is not lost, whatever becomes of the doubt.
+		err = errors.Join(err, t.instance.Close(ctx))
 	}
-	// The guest serves by now. An agent that does not answer is the operator's to know, not a reason to stop it.
-	began := time.Now()
-	if err := t.instance.AfterResume(ctx); err != nil {
-		cfg.Logger.Error("the instance was received and runs, but its agent failed after the resume", "error", err)
-	}
-	report.AgentAfter = migrate.Millis(time.Since(began))
-	return newPeer(cfg, t.instance), report, nil
+	return nil, report, err
 }
 
 // Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
@@ -178,9 +190,21 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	}
 	defer done()
 
+	if n := p.instance.Missing(); n > 0 {
+		return &migrate.Report{}, fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
+	}
+	sc, err := p.source()
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	return send(ctx, streams, sc)
+}
+
+// source is the instance as a source of migrations.
+func (p *Peer) source() (migrate.SourceConfig, error) {
 	spec, err := json.Marshal(p.instance.Description())
 	if err != nil {
-		return &migrate.Report{}, fmt.Errorf("describe machine: %w", err)
+		return migrate.SourceConfig{}, fmt.Errorf("describe machine: %w", err)
 	}
 	opened := make(map[string]runner.Device)
 	for _, d := range p.instance.Devices() {
@@ -192,10 +216,11 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 			devices = append(devices, migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy})
 		}
 	}
-	return send(ctx, streams, migrate.SourceConfig{
-		Devices: devices, Spec: spec, Goal: p.cfg.Goal, Guest: source{p.instance}, Journal: source{p.instance}, Concurrency: p.cfg.Concurrency,
-		ResumeTimeout: p.cfg.RescueTimeout, Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
-	})
+	return migrate.SourceConfig{
+		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
+		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.FindDestination, RescueTimeout: p.cfg.RescueTimeout,
+		Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
+	}, nil
 }
 
 // send is migrate.Send, with ErrStranger.
@@ -212,6 +237,27 @@ func send(ctx context.Context, streams []io.ReadWriter, cfg migrate.SourceConfig
 		err = fmt.Errorf("%w: %w", ErrStranger, err)
 	}
 	return report, err
+}
+
+// Rejoin goes on with the migration that left the instance in doubt or unsettled here: after an error of Send that says so, or
+// in a peer that has adopted such an instance. It looks for the other side by Config.FindDestination until it is found, or
+// Config.RescueTimeout is over, and returns as Send does.
+func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
+	id, ok := p.InDoubt()
+	if !ok {
+		return &migrate.Report{}, errors.New("the instance was not given away")
+	}
+	ctx, done, err := p.begin(ctx)
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	defer done()
+	sc, err := p.source()
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	sc.ID = id
+	return migrate.RejoinSource(ctx, sc)
 }
 
 // begin registers a Send.
@@ -292,7 +338,13 @@ func (s source) Done(context.Context, string) error {
 type target struct {
 	cfg      Config
 	instance *runner.Instance
+	names    []string // of the devices, as the manifest has them
+
+	agent     sync.WaitGroup // the telling of the agent that the guest runs
+	agentTook time.Duration  // once agent is done
 }
+
+var _ migrate.Postponer = (*target)(nil)
 
 func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
 	desc, err := runner.ParseDescription(m.Spec)
@@ -302,6 +354,7 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	incoming := make([]runner.Incoming, len(m.Devices))
 	for n, d := range m.Devices {
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
+		t.names = append(t.names, d.Name)
 	}
 	i, err := runner.Prepare(ctx, t.cfg.runner(), desc, incoming)
 	if errors.Is(err, runner.ErrMismatch) {
@@ -325,8 +378,64 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 func (t *target) Arriving() { t.instance.Announce() }
 
 func (t *target) Load(ctx context.Context, state io.Reader) error { return t.instance.Load(ctx, state) }
-func (t *target) Run(ctx context.Context) error                   { return t.instance.Run(ctx) }
-func (t *target) Discard(ctx context.Context) error               { return t.instance.Discard(ctx) }
+
+// Run returns when the guest serves. An agent that does not answer is the operator's to know, not a reason to stop it.
+func (t *target) Run(ctx context.Context) error {
+	if err := t.instance.Run(ctx); err != nil {
+		return err
+	}
+	t.agent.Go(func() {
+		began := time.Now()
+		if err := t.instance.AfterResume(context.WithoutCancel(ctx)); err != nil {
+			t.cfg.Logger.Error("the instance was received and runs, but its agent failed after the resume", "error", err)
+		}
+		t.agentTook = time.Since(began)
+	})
+	return nil
+}
+
+func (t *target) CanPostpone() []bool {
+	can := make([]bool, len(t.names))
+	for n, name := range t.names {
+		can[n] = t.instance.CanPostpone(name)
+	}
+	return can
+}
+
+func (t *target) Postpone(ctx context.Context, missing [][]block.Range, ask func(int, block.Range)) ([]migrate.Late, error) {
+	late := make(map[string][]block.Range)
+	for n, ranges := range missing {
+		late[t.names[n]] = ranges
+	}
+	devices, err := t.instance.Postpone(ctx, late, t.asker(ask))
+	if err != nil {
+		return nil, err
+	}
+	return t.late(devices), nil
+}
+
+// asker asks by name whoever is asked by number.
+func (t *target) asker(ask func(int, block.Range)) runner.Ask {
+	numbers := make(map[string]int)
+	for n, name := range t.names {
+		numbers[name] = n
+	}
+	return func(name string, r block.Range) { ask(numbers[name], r) }
+}
+
+// late are the devices in the manifest's order, nil where nothing is missing.
+func (t *target) late(devices map[string]runner.Late) []migrate.Late {
+	out := make([]migrate.Late, len(t.names))
+	for n, name := range t.names {
+		if l, ok := devices[name]; ok {
+			out[n] = l
+		}
+	}
+	return out
+}
+
+func (t *target) Complete(ctx context.Context) error { return t.instance.Complete(ctx) }
+func (t *target) Discard(ctx context.Context) error  { return t.instance.Discard(ctx) }
 
 func (t *target) Commit(ctx context.Context, id string) error { return t.instance.Own(ctx, id) }
 func (t *target) Abort(ctx context.Context, id string) error  { return t.instance.Refuse(ctx, id) }

@@ -137,6 +137,9 @@ func (i *Instance) adopt(ctx context.Context) error {
 	if err := i.guest.serve(nil); err != nil {
 		return err
 	}
+	if err := o.thaw(); err != nil {
+		return err
+	}
 	if i.machine, err = adopter.Adopt(ctx, cfg); err != nil {
 		return err
 	}

@@ -1,0 +1,256 @@
+package peer
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Arrival is a group of connections that belong together: all of one session of a migration.
+type Arrival struct {
+	Streams []io.ReadWriter // in the order in which the other side numbers them
+	From    net.Addr        // of the first
+
+	// Err says why nothing can be done with it: the other side is no peer that can receive, or did not bring all streams. It
+	// wraps ErrStranger, and there are no streams.
+	Err error
+}
+
+// Close closes the connections.
+func (a Arrival) Close() {
+	for _, s := range a.Streams {
+		s.(io.Closer).Close()
+	}
+}
+
+// Lobby accepts connections of peers that want to receive, and sorts out which belong together, and which of them go on with
+// a migration that was begun before. Its methods may be called concurrently.
+type Lobby struct {
+	listener net.Listener
+	log      *slog.Logger
+	patience time.Duration
+
+	// New are those who want a migration to begin, and strangers. Nobody waits there for longer than a handshake may take.
+	New    chan Arrival
+	rejoin chan Arrival
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+
+	mu     sync.Mutex // guards what follows
+	groups map[uint64]*group
+}
+
+// group is a session of which streams are missing.
+type group struct {
+	streams []io.ReadWriter // nil where one is missing
+	missing int
+	from    net.Addr
+	purpose wire.Purpose
+	late    *time.Timer
+}
+
+// handshakeTime is how long a peer may take to say what it is, and to bring all its streams.
+const handshakeTime = 10 * time.Second
+
+// NewLobby accepts connections of l until Close, which closes l. A nil logger means slog.Default().
+func NewLobby(l net.Listener, log *slog.Logger) *Lobby {
+	if log == nil {
+		log = slog.Default()
+	}
+	b := &Lobby{listener: l, log: log, patience: handshakeTime, New: make(chan Arrival), rejoin: make(chan Arrival), groups: make(map[uint64]*group)}
+	b.ctx, b.cancel = context.WithCancel(context.Background())
+	b.tasks.Go(b.accept)
+	return b
+}
+
+// Close closes the listener and all connections that nobody took.
+func (b *Lobby) Close() error {
+	b.cancel()
+	err := b.listener.Close()
+	b.tasks.Wait()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for id, g := range b.groups {
+		g.drop()
+		delete(b.groups, id)
+	}
+	return err
+}
+
+// Addr is where the lobby listens.
+func (b *Lobby) Addr() net.Addr { return b.listener.Addr() }
+
+// Rejoin waits for the other side of a migration that was begun before. It is what migrate's Reconnect asks for.
+func (b *Lobby) Rejoin(ctx context.Context) ([]io.ReadWriter, error) {
+	select {
+	case a := <-b.rejoin:
+		return a.Streams, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case <-b.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+func (b *Lobby) accept() {
+	pause := time.Millisecond
+	for {
+		conn, err := b.listener.Accept()
+		if b.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			if err == nil {
+				conn.Close()
+			}
+			return
+		}
+		if err != nil { // out of descriptors, most likely
+			b.log.Error("cannot accept a connection", "error", err)
+			select {
+			case <-time.After(pause):
+			case <-b.ctx.Done():
+			}
+			pause = min(2*pause, time.Second)
+			continue
+		}
+		pause = time.Millisecond
+		b.tasks.Go(func() { b.meet(conn) })
+	}
+}
+
+// heard is a connection of which the first bytes were read already.
+type heard struct {
+	net.Conn
+	first io.Reader
+}
+
+func (h *heard) Read(p []byte) (int, error) {
+	if n, err := h.first.Read(p); n > 0 || err != io.EOF {
+		return n, err
+	}
+	return h.Conn.Read(p)
+}
+
+// meet hears what a connection is, and brings it to its group.
+func (b *Lobby) meet(conn net.Conn) {
+	stop := context.AfterFunc(b.ctx, func() { conn.Close() })
+	defer stop()
+	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
+	var said bytes.Buffer
+	p, err := wire.ReadPreface(io.TeeReader(conn, &said))
+	if err == nil && p.Role != wire.RoleDestination {
+		err = fmt.Errorf("it is a %s: %w", p.Role, wire.ErrMalformed)
+	}
+	if err == nil && (p.Streams > wire.MaxStreams || p.Streams > 0 && p.Stream >= p.Streams) {
+		err = fmt.Errorf("it calls itself stream %d of %d: %w", p.Stream, p.Streams, wire.ErrMalformed)
+	}
+	if err == nil {
+		err = conn.SetDeadline(time.Time{})
+	}
+	if err != nil {
+		// Whoever it is may learn whom it has met.
+		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource}
+		_, _ = conn.Write(ours.Append(nil))
+		conn.Close()
+		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
+		return
+	}
+	stream := &heard{conn, &said}
+	if p.Streams <= 1 { // version 1 knows not how many it has, and has one
+		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr()})
+		return
+	}
+	b.mu.Lock()
+	g := b.groups[p.Session]
+	if g == nil {
+		g = &group{streams: make([]io.ReadWriter, p.Streams), missing: int(p.Streams), from: conn.RemoteAddr(), purpose: p.Purpose}
+		b.groups[p.Session] = g
+		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g) })
+	}
+	if int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose {
+		b.mu.Unlock()
+		b.log.Warn("refused a stream that contradicts others of its session", "from", conn.RemoteAddr())
+		conn.Close()
+		return
+	}
+	g.streams[p.Stream] = stream
+	g.missing--
+	whole := g.missing == 0
+	if whole {
+		g.late.Stop()
+		delete(b.groups, p.Session)
+	}
+	b.mu.Unlock()
+	if whole {
+		b.arrive(g.purpose, Arrival{Streams: g.streams, From: g.from})
+	}
+}
+
+// giveUp ends a session whose streams did not all come.
+func (b *Lobby) giveUp(session uint64, g *group) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.groups[session] == g {
+		delete(b.groups, session)
+		b.log.Warn("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
+		g.drop()
+	}
+}
+
+func (g *group) drop() {
+	g.late.Stop()
+	Arrival{Streams: g.has()}.Close()
+}
+
+func (g *group) has() (streams []io.ReadWriter) {
+	for _, s := range g.streams {
+		if s != nil {
+			streams = append(streams, s)
+		}
+	}
+	return streams
+}
+
+func (b *Lobby) arrive(purpose wire.Purpose, a Arrival) {
+	if purpose == wire.PurposeRejoin {
+		b.hand(b.rejoin, a)
+	} else {
+		b.hand(b.New, a)
+	}
+}
+
+// hand gives an arrival to whoever waits for it. Who has waited in vain for as long as a handshake takes is sent away, and
+// will come again.
+func (b *Lobby) hand(to chan Arrival, a Arrival) {
+	t := time.NewTimer(b.patience / 2)
+	defer t.Stop()
+	select {
+	case to <- a:
+	case <-t.C:
+		a.Close()
+	case <-b.ctx.Done():
+		a.Close()
+	}
+}
+
+// DialStreams dials n connections, which become the streams of one migration.
+func DialStreams(ctx context.Context, n int, dial func(context.Context) (net.Conn, error)) ([]io.ReadWriter, error) {
+	var streams []io.ReadWriter
+	for range n {
+		conn, err := dial(ctx)
+		if err != nil {
+			Arrival{Streams: streams}.Close()
+			return nil, err
+		}
+		streams = append(streams, conn)
+	}
+	return streams, nil
+}

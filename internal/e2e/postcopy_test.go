@@ -1,0 +1,223 @@
+package e2e
+
+import (
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// slowLink is a proxy that lets only so many bytes a second through from the source.
+type slowLink struct {
+	addr  string
+	close func()
+
+	mu    sync.Mutex // guards what follows
+	conns []net.Conn
+}
+
+func newSlowLink(t *testing.T, source string, bytesPerSecond int) *slowLink {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &slowLink{addr: l.Addr().String()}
+	var wg sync.WaitGroup
+	tokens := make(chan struct{}) // each lets 16 KiB pass
+	done := make(chan struct{})
+	wg.Go(func() {
+		tick := time.NewTicker(5 * time.Millisecond)
+		defer tick.Stop()
+		began, given := time.Now(), 0
+		for {
+			for ; given < int(time.Since(began).Seconds()*float64(bytesPerSecond))>>14; given++ {
+				select {
+				case tokens <- struct{}{}:
+				case <-done:
+					return
+				}
+			}
+			select {
+			case <-tick.C:
+			case <-done:
+				return
+			}
+		}
+	})
+	p.close = sync.OnceFunc(func() { l.Close(); close(done); p.cut(); wg.Wait() })
+	t.Cleanup(p.close)
+	wg.Go(func() {
+		for {
+			down, err := l.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("tcp", source)
+			if err != nil {
+				down.Close() // the source is not there now
+				continue
+			}
+			p.mu.Lock()
+			p.conns = append(p.conns, down, up)
+			p.mu.Unlock()
+			wg.Go(func() {
+				io.Copy(up, down)
+				up.Close() // with one direction the connection ends
+				down.Close()
+			})
+			wg.Go(func() {
+				defer up.Close()
+				defer down.Close()
+				b := make([]byte, 16<<10)
+				for {
+					n, err := up.Read(b)
+					if n > 1024 { // what is small is no content
+						select {
+						case <-tokens:
+						case <-done:
+							return
+						}
+					}
+					if n > 0 {
+						if _, err := down.Write(b[:n]); err != nil {
+							return
+						}
+					}
+					if err != nil {
+						return
+					}
+				}
+			})
+		}
+	})
+	return p
+}
+
+// cut ends all connections. New ones may be made.
+func (p *slowLink) cut() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.conns = nil
+}
+
+// freePort is an address nobody listens on.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// TestCommandPostCopy moves a guest that writes faster than the link carries. It runs at its destination while most of it is
+// still at the source, and nothing that then happens to the link or to either peer process costs it anything.
+func TestCommandPostCopy(t *testing.T) {
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	c := w.start(t, w.console, w.peer("package", "first")...)
+	c.waitFor(t, "Resumed VM")
+	w.do(t, "mem start 80")
+	w.do(t, "disk disk start 4096")
+	c.Process.Signal(syscall.SIGTERM)
+	c.wait(t, 0)
+	holder := "first"
+
+	// The source does not read the console: what is said there is for the destination, where the guest is by then.
+	addr := freePort(t)
+	source := func(t *testing.T) *command {
+		return w.start(t, w.console, w.peer("package", holder, "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
+	}
+	destination := func(t *testing.T, folder string, link *slowLink, more ...string) *command {
+		return w.start(t, w.console, w.peer("package", folder, append([]string{"--raddr", link.addr}, more...)...)...)
+	}
+	check := func(t *testing.T) {
+		t.Helper()
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		last := w.do(t, "disk disk verify")
+		w.do(t, "mem go")
+		w.do(t, "disk disk start 4096 "+last)
+		if strings.Contains(w.console.Log(), "I/O error") {
+			t.Error("the guest saw an I/O error")
+		}
+	}
+	for _, tt := range []struct {
+		name   string
+		during func(t *testing.T, link *slowLink, src, dst **command)
+	}{
+		{"undisturbed", func(*testing.T, *slowLink, **command, **command) {}},
+		{"link cut", func(t *testing.T, link *slowLink, src, dst **command) {
+			for range 3 {
+				link.cut()
+				w.pass(*dst, 500)
+			}
+		}},
+		{"source killed", func(t *testing.T, link *slowLink, src, dst **command) {
+			(*src).Process.Kill()
+			(*src).wait(t, -1)
+			*src = source(t)
+			(*src).waitFor(t, "Adopted VM on ")
+		}},
+		{"destination killed", func(t *testing.T, link *slowLink, src, dst **command) {
+			folder := holder + "'"
+			(*dst).Process.Kill()
+			(*dst).wait(t, -1)
+			*dst = destination(t, folder, link)
+			(*dst).waitFor(t, "Adopted VM on ")
+		}},
+		{"both killed", func(t *testing.T, link *slowLink, src, dst **command) {
+			folder := holder + "'"
+			(*src).Process.Kill()
+			(*dst).Process.Kill()
+			(*src).wait(t, -1)
+			(*dst).wait(t, -1)
+			*dst = destination(t, folder, link)
+			(*dst).waitFor(t, "Adopted VM on ")
+			*src = source(t)
+			(*src).waitFor(t, "Adopted VM on ")
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			src := source(t)
+			src.waitFor(t, "Serving on ")
+			link := newSlowLink(t, addr, 8<<20)
+			there := holder + "'"
+			dst := destination(t, there, link)
+			dst.waitFor(t, "VM runs here")
+			if strings.Contains(dst.said(), "Received VM") {
+				t.Error("everything was there when the guest ran: nothing is tested")
+			}
+			tt.during(t, link, &src, &dst)
+			dst.waitFor(t, "Received VM")
+			src.wait(t, 0)
+			if !strings.Contains(src.said(), "Sent VM") {
+				t.Errorf("the source does not say that it sent the VM:\n%s", src.said())
+			}
+			check(t)
+			told, missing := w.do(t, "cat /hooks"), "[before][after]"
+			if n := strings.Count(told, missing); n*len(missing)+2 != len(told) {
+				t.Errorf("the guest was told %s", told)
+			}
+			dst.Process.Signal(syscall.SIGTERM)
+			dst.wait(t, 0)
+			w.checkClean(t)
+			if err := os.RemoveAll(w.path(holder)); err != nil {
+				t.Fatal(err)
+			}
+			holder = there
+		})
+		if t.Failed() {
+			return
+		}
+	}
+}

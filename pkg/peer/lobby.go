@@ -63,11 +63,13 @@ type group struct {
 const handshakeTime = 10 * time.Second
 
 // NewLobby accepts connections of l until Close, which closes l. A nil logger means slog.Default().
-func NewLobby(l net.Listener, log *slog.Logger) *Lobby {
+func NewLobby(l net.Listener, log *slog.Logger) *Lobby { return newLobby(l, log, handshakeTime) }
+
+func newLobby(l net.Listener, log *slog.Logger, patience time.Duration) *Lobby {
 	if log == nil {
 		log = slog.Default()
 	}
-	b := &Lobby{listener: l, log: log, patience: handshakeTime, New: make(chan Arrival), rejoin: make(chan Arrival), groups: make(map[uint64]*group)}
+	b := &Lobby{listener: l, log: log, patience: patience, New: make(chan Arrival), rejoin: make(chan Arrival), groups: make(map[uint64]*group)}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.tasks.Go(b.accept)
 	return b

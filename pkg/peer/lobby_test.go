@@ -1,0 +1,127 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+func newTestLobby(t *testing.T, patience time.Duration) *Lobby {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newLobby(l, nil, patience)
+	t.Cleanup(func() { b.Close() })
+	return b
+}
+
+func knock(t *testing.T, b *Lobby, what []byte) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", b.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	if _, err := conn.Write(what); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+func destination(session uint64, stream, of uint8, purpose wire.Purpose) []byte {
+	return wire.Preface{Newest: 2, Oldest: 1, Role: wire.RoleDestination, Purpose: purpose, Stream: stream, Streams: of, Session: session}.Append(nil)
+}
+
+// TestLobbySorts brings the streams of three sessions mixed up.
+func TestLobbySorts(t *testing.T) {
+	b := newTestLobby(t, time.Minute)
+	again := make(chan []io.ReadWriter)
+	go func() {
+		streams, err := b.Rejoin(t.Context())
+		if err != nil {
+			t.Error(err)
+		}
+		again <- streams
+	}()
+	knock(t, b, destination(1, 1, 2, wire.PurposeMigrate))
+	knock(t, b, destination(2, 0, 2, wire.PurposeRejoin))
+	old := wire.Preface{Newest: 1, Oldest: 1, Role: wire.RoleDestination}.Append(nil)
+	knock(t, b, old)
+	if a := <-b.New; a.Err != nil || len(a.Streams) != 1 {
+		t.Fatalf("one of version 1 is %+v", a)
+	}
+	knock(t, b, destination(2, 1, 2, wire.PurposeRejoin))
+	if streams := <-again; len(streams) != 2 {
+		t.Errorf("%d streams came again, want 2", len(streams))
+	}
+	knock(t, b, append(destination(1, 0, 2, wire.PurposeMigrate), "more"...))
+	a := <-b.New
+	if a.Err != nil || len(a.Streams) != 2 {
+		t.Fatalf("the first session is %+v", a)
+	}
+	// What was read to find that out is still there, and so is what follows it.
+	for n, s := range a.Streams {
+		p, err := wire.ReadPreface(s)
+		if err != nil || int(p.Stream) != n || p.Session != 1 {
+			t.Errorf("stream %d begins with %+v, %v", n, p, err)
+		}
+	}
+	more := make([]byte, 4)
+	if _, err := io.ReadFull(a.Streams[0], more); err != nil || string(more) != "more" {
+		t.Errorf("and goes on with %q, %v", more, err)
+	}
+}
+
+// TestLobbyStrangers checks that whoever cannot receive is told from those who can, and learns whom it has met.
+func TestLobbyStrangers(t *testing.T) {
+	b := newTestLobby(t, time.Minute)
+	for _, tt := range []struct {
+		name string
+		says []byte
+	}{
+		{"HTTP", []byte("GET / HTTP/1.0\r\n\r\n")},
+		{"a source", wire.Preface{Newest: 2, Oldest: 1, Role: wire.RoleSource, Streams: 1}.Append(nil)},
+		{"stream 3 of 2", destination(5, 3, 2, wire.PurposeMigrate)},
+		{"too many streams", destination(5, 3, 200, wire.PurposeMigrate)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			conn := knock(t, b, tt.says)
+			if a := <-b.New; !errors.Is(a.Err, ErrStranger) || a.From == nil || len(a.Streams) > 0 {
+				t.Errorf("it is %+v, want a stranger", a)
+			}
+			if said, _ := io.ReadAll(conn); !strings.HasPrefix(string(said), wire.Magic) { // the end may be a reset
+				t.Errorf("it was told %q", said)
+			}
+		})
+	}
+}
+
+// TestLobbyEnds checks that nobody waits for ever: for streams that do not come, for someone to take them, and for a word.
+func TestLobbyEnds(t *testing.T) {
+	b := newTestLobby(t, 50*time.Millisecond)
+	for _, says := range [][]byte{destination(1, 0, 2, wire.PurposeMigrate), destination(2, 0, 1, wire.PurposeMigrate), destination(3, 0, 1, wire.PurposeRejoin), nil} {
+		conn := knock(t, b, says)
+		if _, err := io.ReadAll(conn); err != nil && !strings.Contains(err.Error(), "reset") {
+			t.Errorf("%q: %v", says, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := b.Rejoin(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("Rejoin: %v", err)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Rejoin(t.Context()); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Rejoin after Close: %v", err)
+	}
+}

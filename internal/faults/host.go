@@ -1,0 +1,167 @@
+package faults
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/drafter-vm/drafter/internal/testguest/journal"
+	"github.com/drafter-vm/drafter/pkg/block"
+)
+
+// Status is what a host's record says about the guest. A record is durable as soon as it is written.
+type Status string
+
+const (
+	NoRecord  Status = ""
+	Running   Status = "running"   // the guest is this host's
+	Receiving Status = "receiving" // a migration to here was begun
+	Moved     Status = "moved"     // it was given away, and nobody has confirmed that
+	Settled   Status = "settled"   // it was given away, and runs there
+	Aborted   Status = "aborted"   // it will never run here from that migration
+)
+
+// Record is who has the guest, as a host knows it.
+type Record struct {
+	Status    Status
+	Migration string
+}
+
+// Host is a machine room's host: what a power cut leaves (record, disk), what lives without its process (the VM), and the
+// process that drives all that, which tests kill.
+type Host struct {
+	name  string
+	world *World
+
+	mu      sync.Mutex // guards what follows
+	record  Record
+	disk    *Disk
+	vm      *VM      // nil: none
+	process *Process // nil: it was never started
+}
+
+func (h *Host) String() string { return h.name }
+
+// Record returns the host's record.
+func (h *Host) Record() Record {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.record
+}
+
+func (h *Host) write(r Record) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.record = r
+}
+
+// machine is the living VM, or nil.
+func (h *Host) machine() *VM {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.vm == nil || h.vm.isDead() {
+		return nil
+	}
+	return h.vm
+}
+
+func (h *Host) runs() bool {
+	vm := h.machine()
+	return vm != nil && vm.isRunning()
+}
+
+// Process is the living process, or nil.
+func (h *Host) Process() *Process {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.process == nil || h.process.isDead() {
+		return nil
+	}
+	return h.process
+}
+
+// KillVMM is SIGKILL to the machine.
+func (h *Host) KillVMM() {
+	if vm := h.machine(); vm != nil {
+		vm.kill()
+	}
+}
+
+// KillProcess is SIGKILL to the process that drives the machine, which lives on.
+func (h *Host) KillProcess() {
+	if p := h.Process(); p != nil {
+		p.die()
+	}
+}
+
+// PowerCut ends everything here but what is durable.
+func (h *Host) PowerCut() {
+	h.KillProcess()
+	h.KillVMM()
+	h.world.mu.Lock()
+	defer h.world.mu.Unlock()
+	h.disk.PowerCut(h.world.rand)
+}
+
+// Start starts the process of a host that has none, in the way the record asks for: it adopts a living machine, boots the guest
+// from its disk if it belongs here and has none, and ends what never was the guest's.
+func (h *Host) Start() error {
+	p := newProcess(h)
+	vm := h.machine()
+	switch r := h.Record(); {
+	case r.Status == Running && vm != nil:
+		p.serve(vm)
+		return vm.run()
+	case r.Status == Running:
+		return h.boot(p)
+	case r.Status == Moved && vm != nil:
+		p.serve(vm) // paused: it may run elsewhere
+	case r.Status == Receiving:
+		h.KillVMM()
+		h.write(Record{Aborted, r.Migration})
+	default:
+		h.KillVMM()
+	}
+	return nil
+}
+
+// boot boots the guest from its disk.
+func (h *Host) boot(p *Process) error {
+	h.world.mu.Lock()
+	disk, acked := h.disk, h.world.acked
+	h.world.mu.Unlock()
+	last, err := journal.Verify(section{disk, block.PageSize}, diskSlots)
+	if err == nil && last < acked {
+		err = fmt.Errorf("newest record is %d, and %d was flushed", last, acked)
+	}
+	if err != nil {
+		h.world.wrong("disk of %s after a power loss: %v", h.name, err)
+	}
+	h.world.flushed(last)
+	vm := newVM(h, Program{Boot: h.world.boots(h.name), Pass: 1, Next: 1, Seq: last}, newMemory(), disk)
+	h.mu.Lock()
+	h.vm = vm
+	h.mu.Unlock()
+	p.serve(vm)
+	return vm.run()
+}
+
+// TakeBack is the operator's word that the guest, which was given away, is this host's: --force-owner.
+func (h *Host) TakeBack() error {
+	r := h.Record()
+	if r.Status != Moved {
+		return fmt.Errorf("host %s: the guest is not in doubt: %s", h.name, r.Status)
+	}
+	h.write(Record{Running, r.Migration})
+	if vm := h.machine(); vm != nil {
+		return vm.run()
+	}
+	return h.boot(h.Process())
+}
+
+// Settle notes that the guest is known to run elsewhere.
+func (h *Host) Settle() {
+	h.write(Record{Settled, h.Record().Migration})
+	h.KillVMM()
+}
+
+func newMemory() *block.Memory { return block.NewMemory(memorySize) }

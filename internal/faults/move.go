@@ -1,0 +1,255 @@
+package faults
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+// Mode is how a guest is moved.
+type Mode uint8
+
+const (
+	PreCopy  Mode = iota // everything arrives before the guest runs
+	PostCopy             // the guest runs before
+	Copying              // it stays, and a copy of it is made
+	numModes
+)
+
+// Modes are all of them.
+func Modes() (all []Mode) {
+	for m := range numModes {
+		all = append(all, m)
+	}
+	return all
+}
+
+func (m Mode) String() string { return [...]string{"pre-copy", "post-copy", "copy"}[m] }
+
+// Migration is one attempt to move the guest from a host to another.
+type Migration struct {
+	ID      string
+	Mode    Mode
+	Streams int   // 0: 1
+	Link    *Link // nil: one without faults
+	// Reconnect has the two sides look for each other when the link dies after the commit.
+	Reconnect bool
+
+	Source, Destination       Plan
+	OnSource                  func(migrate.SourceState)
+	OnDestination             func(migrate.DestinationState)
+	SourceCtx, DestinationCtx context.Context // nil: nobody cancels
+}
+
+// Result is what became of a migration, as the two sides say.
+type Result struct {
+	Source, Destination       *migrate.Report
+	SourceErr, DestinationErr error
+}
+
+func (r Result) String() string {
+	return fmt.Sprintf("source %s (%v); destination %s (%v)", r.Source.Outcome, r.SourceErr, r.Destination.Outcome, r.DestinationErr)
+}
+
+// Measures of a migration here. In fake time they cost nothing.
+const (
+	heartbeatTimeout = time.Second
+	rescueTimeout    = 20 * time.Second
+	bandwidth        = 40 << 20 // bytes per second: a guest that runs writes about 12 MiB
+)
+
+var quiet = slog.New(slog.DiscardHandler)
+
+// Move moves the guest, or does not, and returns when both sides have ended.
+func (w *World) Move(from, to *Host, m Migration) Result {
+	if m.Link == nil {
+		m.Link = NewLink()
+	}
+	if m.Link.Rate == 0 {
+		m.Link.Rate = bandwidth
+	}
+	m.Streams = max(1, m.Streams)
+	defer m.Link.Close()
+	a, b := m.Link.Pipes(m.Streams)
+	source, destination := from.Process(), to.Process()
+	source.begin(&m.Source, a)
+	destination.begin(&m.Destination, b)
+	meet := newMeeting(m.Link, m.Streams)
+
+	var r Result
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		r.Source, r.SourceErr = migrate.Send(source.during(m.SourceCtx), a, w.sourceConfig(source, m, meet))
+	})
+	wg.Go(func() {
+		t := &target{Process: destination, copying: m.Mode == Copying, planted: w.Plant, postpone: m.Mode == PostCopy}
+		r.Destination, r.DestinationErr = migrate.Receive(destination.during(m.DestinationCtx), b, w.destinationConfig(t, m, meet))
+	})
+	wg.Wait()
+	return r
+}
+
+func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.SourceConfig {
+	policy := migrate.Policy{MaxDirtyBlocks: 4, MinCycles: 1, MaxCycles: 3, Expiry: time.Second}
+	cfg := migrate.SourceConfig{
+		ID: m.ID, Spec: []byte(`{"cpu":1}`), Guest: guest{p}, Journal: guest{p}, Concurrency: 2, Window: 1 << 18,
+		HeartbeatTimeout: heartbeatTimeout, RescueTimeout: rescueTimeout, Logger: quiet,
+		OnState: func(s migrate.SourceState) {
+			p.moment("state " + s.String())
+			if m.OnSource != nil {
+				m.OnSource(s)
+			}
+		},
+	}
+	if m.Mode == PostCopy {
+		cfg.Goal = migrate.Goal{PostCopy: true, MaxDowntime: time.Nanosecond}
+		policy = migrate.Policy{ByGoal: true}
+	}
+	if vm := p.host.machine(); vm != nil {
+		cfg.Devices = p.devices(vm, policy)
+	}
+	if m.Reconnect {
+		cfg.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) { return p.reconnect(ctx, meet.source) }
+	}
+	return cfg
+}
+
+func (w *World) destinationConfig(t *target, m Migration, meet *meeting) migrate.DestinationConfig {
+	cfg := migrate.DestinationConfig{
+		Target: t, Journal: t, Concurrency: 2, HeartbeatTimeout: heartbeatTimeout, RescueTimeout: rescueTimeout,
+		Copy: m.Mode == Copying, DisablePostCopy: m.Mode != PostCopy, Logger: quiet,
+		OnState: func(s migrate.DestinationState) {
+			t.moment("state " + s.String())
+			if m.OnDestination != nil {
+				m.OnDestination(s)
+			}
+		},
+	}
+	if m.Reconnect {
+		cfg.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) { return t.reconnect(ctx, meet.destination) }
+	}
+	return cfg
+}
+
+// begin gives the process a plan, and streams that die with it.
+func (p *Process) begin(plan *Plan, streams []io.ReadWriter) {
+	p.mu.Lock()
+	p.plan = plan
+	p.mu.Unlock()
+	p.take(streams)
+}
+
+// during is a context that ends with ctx. The engine of a killed process is not told: it has to find out by what fails. But
+// its search for the other side ends.
+func (p *Process) during(ctx context.Context) context.Context {
+	if ctx == nil {
+		return context.Background()
+	}
+	return ctx
+}
+
+// reconnect is a Reconnect of either side.
+func (p *Process) reconnect(ctx context.Context, how func(context.Context) ([]io.ReadWriter, error)) ([]io.ReadWriter, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(p.ctx, cancel)
+	defer stop()
+	streams, err := how(ctx)
+	if err == nil {
+		p.take(streams)
+	}
+	return streams, err
+}
+
+// meeting is where the two sides of a migration find each other again: the destination dials, the source listens.
+type meeting struct {
+	link    *Link
+	streams int
+	dialed  chan []io.ReadWriter
+}
+
+func newMeeting(l *Link, streams int) *meeting {
+	return &meeting{link: l, streams: streams, dialed: make(chan []io.ReadWriter)}
+}
+
+func (m *meeting) source(ctx context.Context) ([]io.ReadWriter, error) {
+	select {
+	case streams := <-m.dialed:
+		return streams, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+func (m *meeting) destination(ctx context.Context) ([]io.ReadWriter, error) {
+	a, b := m.link.Pipes(m.streams)
+	select {
+	case m.dialed <- a:
+		return b, nil
+	case <-ctx.Done():
+		for i := range a {
+			a[i].(io.Closer).Close()
+			b[i].(io.Closer).Close()
+		}
+		return nil, context.Cause(ctx)
+	}
+}
+
+// Recover does what init systems and operators do after a migration that failed: processes that died are started again, the two
+// sides meet, and doubts are ended by what the destination's record says. After it the guest runs on exactly one host.
+func (w *World) Recover() error {
+	for _, h := range w.Hosts {
+		r := h.Record()
+		idle := r.Status == Running && !h.runs() // by a process that could not go on, or a machine that died
+		if idle {
+			h.KillProcess()
+		}
+		if h.Process() == nil {
+			if err := h.Start(); err != nil {
+				return fmt.Errorf("start %s: %w", h, err)
+			}
+		}
+	}
+	for _, h := range w.Hosts {
+		r := h.Record()
+		if r.Status != Moved {
+			continue
+		}
+		var other *Host // that the guest was given to
+		for _, o := range w.Hosts {
+			if o != h && o.Record() == (Record{Running, r.Migration}) {
+				other = o
+			}
+		}
+		if err := w.meet(h, other, r.Migration); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// meet ends the doubt of a source about a migration. Other has the guest by its record; nil: nobody, and nobody will.
+func (w *World) meet(h, other *Host, id string) error {
+	switch {
+	case other == nil:
+		return h.TakeBack()
+	case !other.lacks():
+		h.Settle()
+		return nil
+	}
+	return fmt.Errorf("%s lacks content that is on %s: %w", other, h, errNoRejoin)
+}
+
+var errNoRejoin = errors.New("a destination that was restarted cannot meet its source yet")
+
+// lacks reports whether content of the guest is still to come.
+func (h *Host) lacks() bool {
+	vm := h.machine()
+	return vm != nil && vm.lacks()
+}

@@ -128,6 +128,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 			return err
 		}
 	}
+	i.callOnLate()
 	if i.desc.Sockets {
 		if i.guest, err = openGuest(i.path, i.desc, false, i.log); err != nil {
 			return err
@@ -190,7 +191,7 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			return err
 		}
 	}
-	if i.guest.owed() {
+	if i.guest.owed() && len(i.late.devices) == 0 { // else the agent may wait for what is missing: see AgentOwed
 		if err := i.guest.undoSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
 			i.log.Error("the instance was adopted and runs, but its agent failed after the resume", "error", err)
 		} else {
@@ -230,6 +231,14 @@ func (i *Instance) fill(ctx context.Context, resumed bool) (err error) {
 		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
 	}})
 	return err
+}
+
+// AgentOwed reports whether the guest's agent is still to be told that the guest runs, by AfterResume. It is so after the
+// adoption of an instance of which something is missing.
+func (i *Instance) AgentOwed() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.phase == running && i.guest.owed()
 }
 
 // Adopted reports whether the machine was taken over from an owner that had died.

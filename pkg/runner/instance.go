@@ -199,6 +199,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}
 	booted = true
+	i.callOnLate()
 	if err := i.start(ctx, boot); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -192,11 +193,7 @@ func (i *Instance) Postpone(ctx context.Context, missing map[string][]block.Rang
 			i.late.listed <- errors.Join(errs...)
 		}()
 	}
-	out := make(map[string]Late, len(i.late.devices))
-	for name, l := range i.late.devices {
-		out[name] = l
-	}
-	return out, nil
+	return maps.Clone(i.late.devices), nil
 }
 
 func (i *Instance) receiveMemory(ctx context.Context, opts ram.FillOptions) error {
@@ -246,18 +243,22 @@ func (i *Instance) recallLate() (arriving bool, err error) {
 	return true, nil
 }
 
+// Ask has ask told what somebody waits for from now on. What was wanted before is listed by the devices.
+func (i *Instance) Ask(ask Ask) { i.late.ask.Store(&ask) }
+
 // Late returns the devices of which something has not arrived, and the migration that brings it: none, for an instance that
-// is whole. An instance that was adopted, or booted after a power cut, may have some; ask is then told what somebody waits
-// for, and what was wanted before is listed by the devices.
-func (i *Instance) Late(ask Ask) (migration string, devices map[string]Late) {
+// is whole.
+func (i *Instance) Late() (migration string, devices map[string]Late) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.late.ask.Store(&ask)
-	devices = make(map[string]Late, len(i.late.devices))
-	for name, l := range i.late.devices {
-		devices[name] = l
+	return i.late.migration, maps.Clone(i.late.devices)
+}
+
+// callOnLate tells the owner that something is missing, before anything waits for it.
+func (i *Instance) callOnLate() {
+	if len(i.late.devices) > 0 && i.cfg.OnLate != nil {
+		i.cfg.OnLate(i, i.late.migration, maps.Clone(i.late.devices))
 	}
-	return i.late.migration, devices
 }
 
 // Missing is how many bytes of the instance have not arrived.

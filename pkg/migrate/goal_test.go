@@ -540,3 +540,39 @@ func ExampleDecide() {
 	fmt.Println(d.Action, d.Again, "because", d.Reason)
 	// Output: continue [0] because the rest needs 97.66ms, more than 10ms
 }
+
+// With post-copy a round that would take longer than the whole migration is cut short, and the rest is sent when the guest
+// runs there: of devices that nobody writes to as well.
+func TestSendCutsRounds(t *testing.T) {
+	for _, busy := range []bool{false, true} {
+		t.Run(fmt.Sprintf("busy=%t", busy), func(t *testing.T) {
+			r := newRig([]shape{
+				{"memory", 4 << 20, 0.7, true, Policy{ByGoal: true, Expiry: time.Second}},
+				{"kernel", 4 << 20, 0.7, false, Policy{ByGoal: true}},
+			})
+			r.guest.busy = busy
+			late := r.postCopy(3)
+			late.uses = 20
+			r.source.Goal = Goal{PostCopy: true, MaxTotalTime: 300 * time.Millisecond}
+			r.source.Window = 256 << 10
+			a, b := pipes(1)
+			a[0] = &paced{a[0].(net.Conn), 4 << 20} // a copy takes more than a second
+			o := r.move(t.Context(), a, b)
+			if got := r.verify(t, o); got != "destination" {
+				t.Fatalf("guest is at the %s: %v; %v", got, o.srcErr, o.dstErr)
+			}
+			late.verify(t)
+			last := o.src.Decisions[len(o.src.Decisions)-1]
+			if last.Action != PostCopy || last.At < Millis(300*time.Millisecond) || o.src.LateBytes < 1<<20 {
+				t.Errorf("%+v, %d bytes late", last, o.src.LateBytes)
+			}
+			var sent int64
+			for _, x := range o.src.Rounds {
+				sent += x.Bytes
+			}
+			if all := int64(2 * 4 << 20); sent >= all*7/10 || !busy && sent+o.src.LateBytes < all*6/10 {
+				t.Errorf("%d bytes in rounds and %d late, of %d, of which 7 in 10 hold data", sent, o.src.LateBytes, all)
+			}
+		})
+	}
+}

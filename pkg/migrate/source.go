@@ -1,11 +1,13 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -584,6 +586,7 @@ func (s *source) copy() error {
 }
 
 // limitTotal gives the migration up in the middle of a round when its time is over, until the returned function is called.
+// With post-copy the round is cut short instead: see add.
 func (s *source) limitTotal() (done func()) {
 	if s.goal.MaxTotalTime == 0 || s.goal.PostCopy {
 		return func() {}
@@ -778,8 +781,34 @@ func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner)
 
 // planAll chooses the whole device. What it knows to be zeros goes as runs, unread.
 func (s *source) planAll(d *sourceDevice, p *planner) (Dirty, error) {
-	bytes, err := s.extents(d, p.add)
+	var left []block.Range
+	bytes, err := s.extents(d, func(r block.Range) error { return s.add(d, p, r, &left) })
+	bytes -= s.putOff(d, left).Bytes
 	return Dirty{Blocks: (bytes + d.Policy.BlockSize - 1) / d.Policy.BlockSize, Bytes: bytes}, err
+}
+
+// add has a range sent, but for what is left of it when the time of the migration is over and post-copy can send it.
+func (s *source) add(d *sourceDevice, p *planner, r block.Range, left *[]block.Range) error {
+	may := s.goal.MaxTotalTime > 0 && s.goal.PostCopy && s.late[d.index] && !s.still
+	for may && r.Length > 0 {
+		if time.Since(s.began) >= s.goal.MaxTotalTime {
+			*left = append(*left, r)
+			return nil
+		}
+		n := min(r.Length, jobBytes)
+		if err := p.add(block.Range{Offset: r.Offset, Length: n}); err != nil {
+			return err
+		}
+		r = block.Range{Offset: r.Offset + n, Length: r.Length - n}
+	}
+	return p.add(r)
+}
+
+// putOff makes pending what a round has left.
+func (s *source) putOff(d *sourceDevice, left []block.Range) Dirty {
+	slices.SortFunc(left, func(a, b block.Range) int { return cmp.Compare(a.Offset, b.Offset) })
+	d.pending = union(d.pending, left)
+	return measure(left, d.Policy.BlockSize)
 }
 
 func (s *source) sendHole(d *sourceDevice, off, n int64) error {
@@ -806,14 +835,16 @@ func (s *source) planPending(d *sourceDevice, p *planner) (Dirty, error) {
 		}
 		d.hot, d.hotAt = list, time.Now()
 	}
+	var left []block.Range
 	for _, part := range [][]block.Range{cold, hot} {
 		for _, r := range part {
-			if err := p.add(r); err != nil {
+			if err := s.add(d, p, r, &left); err != nil {
 				return dirty, err
 			}
 		}
 	}
-	return dirty, nil
+	not := s.putOff(d, left)
+	return Dirty{Blocks: dirty.Blocks - not.Blocks, Bytes: dirty.Bytes - not.Bytes}, nil
 }
 
 // switchOver sends the rest of a paused guest: content and device state at the same time, then the account of all. What
@@ -824,7 +855,7 @@ func (s *source) switchOver() (*wire.Summary, *serving, error) {
 	s.dirty.Store(0)
 	var rest []*sourceDevice // devices with something left to send
 	for _, d := range s.devices {
-		if d.tracked || len(d.rounds) == 0 {
+		if d.tracked || len(d.rounds) == 0 || len(d.pending) > 0 {
 			rest = append(rest, d)
 		}
 	}

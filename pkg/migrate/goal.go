@@ -20,8 +20,8 @@ type Goal struct {
 	MaxDowntime time.Duration
 
 	// MaxTotalTime is how long the migration may take until the guest runs at the destination; there may be a MaxDowntime
-	// more to it. With PostCopy the switch comes in time for that, whatever is missing then; without it a migration that
-	// would take longer is given up. 0 means no limit.
+	// more to it. With PostCopy the switch comes in time for that, whatever is missing then, as soon as what is on its way
+	// has arrived; without it a migration that would take longer is given up. 0 means no limit.
 	MaxTotalTime time.Duration
 
 	// PostCopy: the guest may run at the destination before everything is there.

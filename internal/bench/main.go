@@ -146,8 +146,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			continue
 		}
 		ran++
+		load := loadAverage()
 		b.say("%s: %s", c.name, c.about)
 		rows, err := c.run(ctx, b)
+		for i := range rows {
+			rows[i].Load = load
+		}
 		f.Rows = append(f.Rows, rows...)
 		if err != nil {
 			err = fmt.Errorf("%s: %w", c.name, err)
@@ -200,6 +204,14 @@ func (b *bench) say(format string, args ...any) {
 // path is a path below the folder for output.
 func (b *bench) path(elem ...string) string {
 	return filepath.Join(append([]string{b.out}, elem...)...)
+}
+
+// loadAverage is how many tasks ran or waited to run in the last minute, on average; 0 if that cannot be found.
+func loadAverage() (load float64) {
+	if content, err := os.ReadFile("/proc/loadavg"); err == nil {
+		_, _ = fmt.Sscan(string(content), &load)
+	}
+	return load
 }
 
 // describeMachine leaves out what it cannot find.

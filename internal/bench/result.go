@@ -15,6 +15,7 @@ type Row struct {
 	Unit   string    `json:"unit"`   // "MB/s", "ms", …
 	Better string    `json:"better"` // "more" or "less"
 	Date   time.Time `json:"date"`   // when it was measured
+	Load   float64   `json:"load"`   // of the machine, just before: the average of a minute. What ran before is part of it
 
 	Ours          []float64 `json:"ours"`
 	Reference     []float64 `json:"reference,omitempty"`

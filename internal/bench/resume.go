@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
 func resumeCase() benchCase {
@@ -37,7 +39,7 @@ func benchResume(ctx context.Context, b *bench, name string, sizes []int64) ([]R
 			return nil, err
 		}
 	}
-	first, answer := make([][]float64, len(sizes)), make([][]float64, len(sizes))
+	first, answer, alone := make([][]float64, len(sizes)), make([][]float64, len(sizes)), make([][]float64, len(sizes))
 	// A few more than elsewhere: they are cheap. The first of each is not counted, it reads the package from the disk.
 	for n := range b.samples + 1 {
 		for i := range sizes {
@@ -45,8 +47,14 @@ func benchResume(ctx context.Context, b *bench, name string, sizes []int64) ([]R
 			if err != nil {
 				return nil, fmt.Errorf("%d MiB: %w", sizes[i]/mib, err)
 			}
-			b.say("%s: %d/%d %d MiB: runs after %.1f ms, answers after %.1f ms", name, n, b.samples, sizes[i]/mib, milliseconds(runs), milliseconds(answers))
+			start, err := startAlone(ctx, b, packages[i])
+			if err != nil {
+				return nil, fmt.Errorf("%d MiB: %w", sizes[i]/mib, err)
+			}
+			b.say("%s: %d/%d %d MiB: runs after %.1f ms, answers after %.1f ms; QEMU's start alone takes %.1f ms", name, n, b.samples, sizes[i]/mib,
+				milliseconds(runs), milliseconds(answers), milliseconds(start))
 			if n > 0 {
+				alone[i] = append(alone[i], milliseconds(start))
 				first[i] = append(first[i], milliseconds(runs))
 				answer[i] = append(answer[i], milliseconds(answers))
 			}
@@ -54,7 +62,7 @@ func benchResume(ctx context.Context, b *bench, name string, sizes []int64) ([]R
 	}
 	var rows []Row
 	for i, size := range sizes {
-		rows = append(rows, newRow(name, fmt.Sprintf("%d MiB, to the first instruction", size/mib), "ms", less, first[i], nil, "", atMost(50, "ms")))
+		rows = append(rows, newRow(name, fmt.Sprintf("%d MiB, to the first instruction", size/mib), "ms", less, first[i], alone[i], "QEMU's start", atMost(50, "ms")))
 	}
 	last := len(sizes) - 1
 	rows = append(rows, newRow(name, fmt.Sprintf("%d MiB beside %d", sizes[last]/mib, sizes[0]/mib), "ms", less, first[last], first[0],
@@ -75,6 +83,29 @@ func resumeOnce(ctx context.Context, b *bench, pkg string) (runs, answers time.D
 		return 0, 0, err
 	}
 	return vm.instance.ResumeDuration(), time.Since(vm.began), nil
+}
+
+// startAlone returns how long QEMU takes to start with the package's machine and to answer: nothing is resumed.
+func startAlone(ctx context.Context, b *bench, folder string) (time.Duration, error) {
+	pkg, err := vmpackage.Open(folder)
+	if err != nil {
+		return 0, err
+	}
+	disk, err := filepath.Abs(b.path("bench", "alone"))
+	if err != nil {
+		return 0, err
+	}
+	if err := makeBlank(disk, tinyDisk); err != nil {
+		return 0, err
+	}
+	defer os.Remove(disk)
+	began := time.Now()
+	vm, err := startStock(ctx, pkg, disk, "")
+	took := time.Since(began)
+	if err != nil {
+		return 0, err
+	}
+	return took, vm.close()
 }
 
 // tinyVM is an instance of the tiny guest that runs.

@@ -94,6 +94,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newPackagerCommand(),
 		newPeerCommand(),
 		newTerminatorCommand(),
+		newMounterCommand(),
 	)
 	return root
 }

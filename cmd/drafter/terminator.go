@@ -5,8 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"syscall"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -25,7 +25,9 @@ type terminatorOptions struct {
 	raddr       string
 	packagePath string
 	devices     string
+	copy        bool
 	concurrency int
+	rescue      time.Duration
 	report      string
 }
 
@@ -36,7 +38,8 @@ func newTerminatorCommand() *cobra.Command {
 		Short: "Receive a VM from a peer and write it down as a package, without running it",
 		Long: `Take a running VM over from the peer that listens at --raddr, and write it down as a package instead of running it. The
 peer ends when that has happened: from then on the VM is the package's, and whoever resumes it (drafter peer --package) goes
-on where it was paused.
+on where it was paused. With --copy the peer runs on, and the package is a backup of the VM: do not let both talk to the same
+network.
 
 The short way gives --package, a folder, which must not exist. The long way gives --devices, a JSON array of
 {"name":NAME,"output":PATH}: all that the peer sends, and "state". None of the files may exist.
@@ -45,15 +48,18 @@ Nothing is written over, and nothing is left of a migration that fails: the VM t
 
 Exit statuses: 0 the package is written; 1 something failed; 2 the command line cannot be used; 130 ended by a signal, and
 nothing was written.`,
-		Example: `  drafter terminator --raddr localhost:1337 --package out/package`,
-		Args:    noArgs,
-		RunE:    func(cmd *cobra.Command, _ []string) error { return runTerminator(cmd, opts) },
+		Example: `  drafter terminator --raddr localhost:1337 --package out/written
+  drafter terminator --raddr localhost:1337 --package out/backup --copy`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return runTerminator(cmd, opts) },
 	}
 	flags := cmd.Flags()
 	flags.StringVar(&opts.raddr, "raddr", "localhost:1337", "address of the peer to receive the VM from")
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package to write; it must not exist")
 	flags.StringVar(&opts.devices, "devices", "", `files to write instead of --package, a JSON array: [{"name":"disk","output":"out/package/rootfs.ext4"},…]`)
+	flags.BoolVar(&opts.copy, "copy", false, "write a copy, and let the VM run on at the peer")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of the migration; more than 64 are not used")
+	flags.DurationVar(&opts.rescue, "rescue-timeout", time.Minute, "how long the peer is looked for when the link is lost before it knows that the VM is here")
 	flags.StringVar(&opts.report, "report", "", "file to write the report of the migration to, as one line of JSON")
 	return cmd
 }
@@ -70,11 +76,14 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		return usageErrorf("--package is empty: give the folder to write the package to")
 	case opts.concurrency < 1:
 		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
+	case opts.rescue <= 0:
+		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescue)
 	}
 	if err := checkRaddr(opts.raddr); err != nil {
 		return err
 	}
-	t := peer.Terminator{Concurrency: opts.concurrency, Logger: log}
+	t := peer.Terminator{Copy: opts.copy, Concurrency: opts.concurrency, RescueTimeout: opts.rescue, Logger: log}
+	t.FindSource = func(ctx context.Context) ([]io.ReadWriter, error) { return dialStreams(ctx, opts.raddr) }
 	where := opts.packagePath
 	if opts.devices == "" {
 		t.Dir = opts.packagePath
@@ -106,12 +115,11 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		return fmt.Errorf("--report: %w", err)
 	}
 	defer reports.close()
-	conn, err := dialPeer(ctx, opts.raddr)
+	conns, err := dialSource(ctx, opts.raddr)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
-	defer conn.Close()
-	manifest, report, err := t.Receive(ctx, []io.ReadWriter{conn})
+	manifest, report, err := t.Receive(ctx, conns)
 	bar.end()
 	if err := reports.write(report); err != nil {
 		log.Error("could not write the report of a migration", "error", err)
@@ -119,7 +127,11 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 	if err != nil {
 		return interrupted(cmd, fmt.Errorf("receive from %q: %w", opts.raddr, err))
 	}
-	fmt.Fprintf(out, "Wrote VM to %s: %s\n", where, summary(report))
+	what := "VM"
+	if opts.copy {
+		what = "a copy of the VM"
+	}
+	fmt.Fprintf(out, "Wrote %s to %s: %s\n", what, where, summary(report))
 	if manifest == nil {
 		fmt.Fprintf(out, "There is no manifest, as the files are not all in one folder\n")
 	}
@@ -137,16 +149,16 @@ func checkRaddr(address string) error {
 	return nil
 }
 
-// dialPeer connects to the peer that has the VM.
-func dialPeer(ctx context.Context, address string) (net.Conn, error) {
+// dialSource connects to the peer that has the VM.
+func dialSource(ctx context.Context, address string) ([]io.ReadWriter, error) {
 	if transport.Insecure(address) {
 		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", address)
 	}
-	conn, err := transport.Dial(ctx, address)
+	conns, err := dialStreams(ctx, address)
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return nil, fmt.Errorf("--raddr: %w: start the peer that has the VM, with --laddr, or correct the address", err)
 	} else if err != nil {
 		return nil, fmt.Errorf("--raddr: %w", err)
 	}
-	return conn, nil
+	return conns, nil
 }

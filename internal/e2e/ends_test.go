@@ -1,8 +1,13 @@
 package e2e
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"errors"
+	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -108,6 +113,30 @@ func TestCommandTerminator(t *testing.T) {
 		}
 	})
 
+	t.Run("copy", func(t *testing.T) {
+		c := w.start(t, nil, "terminator", "--raddr", addr, "--package", w.path("backup"), "--copy")
+		c.waitFor(t, "Wrote a copy of the VM to "+w.path("backup"))
+		c.wait(t, 0)
+		source.waitFor(t, "Sent a copy of the VM")
+		w.verify(t)
+		w.do(t, "disk disk stop")
+		newest := w.do(t, "disk disk verify")
+		w.do(t, "disk disk start 512 "+newest)
+
+		console := newConsole(t)
+		backup := &guest{console: console}
+		other := w.start(t, console, w.peer("backup", "restored", "--verify")...)
+		other.waitFor(t, "Resumed VM")
+		backup.do(t, "mem stop")
+		backup.do(t, "mem verify")
+		backup.do(t, "disk disk stop")
+		saved := backup.do(t, "disk disk verify")
+		t.Logf("the source is at record %s, its copy at %s", newest, saved)
+		other.Process.Signal(syscall.SIGTERM)
+		other.wait(t, 0)
+		w.verify(t)
+	})
+
 	c := w.start(t, nil, "terminator", "--raddr", addr, "--package", w.path("written"), "--report", w.path("report"))
 	c.waitFor(t, "Wrote VM to "+w.path("written"))
 	c.wait(t, 0)
@@ -133,4 +162,119 @@ func TestCommandTerminator(t *testing.T) {
 	again.Process.Signal(syscall.SIGTERM)
 	again.wait(t, 0)
 	w.checkClean(t)
+}
+
+// TestCommandMounter moves a VM from a peer to a mounter, which shows its disk as a file, and on to a peer.
+func TestCommandMounter(t *testing.T) {
+	w := newWorkshop(t)
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skipf("there is no FUSE here: %v", err)
+	}
+	w.snapshot(t, "package").wait(t, 0)
+	source := w.start(t, w.console, w.peer("package", "instance", "--laddr", "127.0.0.1:0")...)
+	addr := source.waitFor(t, "Serving on ")
+	w.do(t, "mem start 48")
+	w.do(t, "disk disk start 512")
+	const at, length = 40 << 20, 1 << 20 // behind the journal
+	w.do(t, fmt.Sprintf("disk disk write %d %d 5", at, length))
+	mnt := w.path("mnt")
+
+	t.Run("mount point in use", func(t *testing.T) {
+		said := w.start(t, nil, "mounter", "--raddr", addr, "--package", w.path("taken"), "--mount", w.path("package")).wait(t, 1)
+		if !strings.Contains(said, "not empty") {
+			t.Errorf("the message does not say why:\n%s", said)
+		}
+		source.waitFor(t, "the VM runs on here")
+		w.verify(t)
+		gone(t, w.path("taken"))
+	})
+
+	first := w.start(t, nil, "mounter", "--raddr", addr, "--package", w.path("received"), "--mount", mnt, "--laddr", "127.0.0.1:0")
+	first.waitFor(t, "Mounted ")
+	source.wait(t, 0)
+	disk, err := os.OpenFile(filepath.Join(mnt, "disk"), os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := bytes.Repeat([]byte("changed!"), length/8)
+	if _, err := disk.WriteAt(p, at); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(disk.Sync(), disk.Close()); err != nil {
+		t.Fatal(err)
+	}
+	// Interrupted, it leaves no mount, and goes on from there, again and again; killed, too.
+	for n, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
+		first.Process.Signal(sig)
+		first.wait(t, map[bool]int{true: 0, false: -1}[sig != syscall.SIGKILL])
+		if sig != syscall.SIGKILL {
+			gone(t, mnt)
+		}
+		first = w.start(t, nil, "mounter", "--package", w.path("received"), "--mount", mnt, "--laddr", "127.0.0.1:0")
+		first.waitFor(t, "Mounted ")
+		if out, err := exec.Command("cmp", "-n", fmt.Sprint(length), "-i", fmt.Sprintf("%d:0", at), filepath.Join(mnt, "disk"), writeFile(t, p)).CombinedOutput(); err != nil {
+			t.Fatalf("start %d: the file does not hold what was written: %v: %s", n, err, out)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(mnt, "state"), []byte{0}, 0o600); err == nil {
+		t.Error("the device state can be written")
+	}
+
+	// To a mounter with overlays, while a program writes.
+	addr = first.waitFor(t, "Serving on ")
+	writer := exec.Command("sh", "-c", `while dd if=/dev/zero of="$1" bs=4096 seek=15000 count=64 conv=notrunc,fsync status=none; do echo x; done`, "sh", filepath.Join(mnt, "disk"))
+	out, err := writer.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	writer.Stderr = io.Discard
+	if err := writer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 2)); err != nil {
+		t.Fatal(err)
+	}
+	devices := strings.Builder{}
+	for _, name := range []string{"state", "memory", "disk", "kernel", "initrd", "config"} {
+		fmt.Fprintf(&devices, `{"name":%q,"base":%q,"overlay":%q,"state":%q},`, name, filepath.Join(w.path("package"), vmpackage.DefaultFile(name)),
+			filepath.Join(w.path("second"), "overlay", name), filepath.Join(w.path("second"), "state", name))
+	}
+	second := w.start(t, nil, "mounter", "--raddr", addr, "--devices", "["+strings.TrimSuffix(devices.String(), ",")+"]", "--mount", w.path("mnt2"), "--laddr", "127.0.0.1:0")
+	second.waitFor(t, "Mounted ")
+	first.wait(t, 0)
+	if left, err := os.ReadDir(mnt); err != nil || len(left) > 0 { // it found the folder of the one that was killed
+		t.Errorf("the mount is left: %v, %v", left, err)
+	}
+	_, _ = io.Copy(io.Discard, out)
+	_ = writer.Wait() // its file went away
+	if said := w.start(t, nil, w.peer("received", "")...).wait(t, 1); !strings.Contains(said, "moved") {
+		t.Errorf("the files of the first mounter do not say that the VM moved:\n%s", said)
+	}
+
+	// And on to a peer.
+	addr = second.waitFor(t, "Serving on ")
+	last := w.start(t, w.console, w.peer("package", "last", "--raddr", addr)...)
+	last.waitFor(t, "Received VM")
+	second.wait(t, 0)
+	gone(t, w.path("mnt2"))
+	if got, want := w.do(t, fmt.Sprintf("disk disk sum %d %d", at, length)), fmt.Sprintf("%x", sha256.Sum256(p)); got != want {
+		t.Errorf("the guest reads %s, want what was written through the mount: %s", got, want)
+	}
+	w.verify(t)
+	last.Process.Signal(syscall.SIGTERM)
+	last.wait(t, 0)
+	w.checkClean(t)
+	if mounts, err := os.ReadFile("/proc/self/mounts"); err != nil || strings.Contains(string(mounts), w.dir) {
+		t.Errorf("a mount is left (%v):\n%s", err, mounts)
+	}
+}
+
+// writeFile makes a temporary file.
+func writeFile(t *testing.T, p []byte) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, p, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

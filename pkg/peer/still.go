@@ -16,7 +16,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// still is a VM that nothing runs: its devices, each in a file of this host.
+// still is a VM that nothing runs: its devices, each in files of this host.
 type still struct {
 	desc    runner.Description
 	devices []*stillDevice // "state" among them
@@ -30,6 +30,7 @@ type stillDevice struct {
 	name string
 	path string   // of the file that holds it, or its base
 	lock *os.File // on that file; nil: none
+	made bool     // the file that is written to is new
 }
 
 // device is the device called name, or nil.
@@ -124,13 +125,99 @@ func (s *still) create(d wire.Device, path string) error {
 		return err
 	}
 	s.made = append(s.made, path)
-	s.devices = append(s.devices, &stillDevice{Device: f, name: d.Name, path: path})
-	lock, err := runner.LockFile(path, true)
+	dev := &stillDevice{Device: f, name: d.Name, path: path, made: true}
+	s.devices = append(s.devices, dev)
+	dev.lock, err = runner.LockFile(path, true)
+	return err
+}
+
+// openStill opens the devices of a VM, which is not alive. sizes are those of the devices that will be received, and are made
+// if they do not exist; nil: all exist. When it fails nothing is left.
+func openStill(devices []Device, sizes map[string]int64) (_ *still, err error) {
+	s := new(still)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.discard())
+		}
+	}()
+	var configs []runner.DeviceConfig
+	for _, d := range devices {
+		configs = append(configs, d.DeviceConfig)
+	}
+	if runner.Alive(configs) {
+		return nil, fmt.Errorf("%w: its peer, or the machine that a killed peer has left, runs it: end that first", runner.ErrAlive)
+	}
+	for _, d := range devices {
+		size, received := sizes[d.Name]
+		if err := s.open(d.DeviceConfig, size, received || sizes == nil && !d.Stationary); err != nil {
+			return nil, fmt.Errorf("open device %q: %w", d.Name, err)
+		}
+	}
+	return s, nil
+}
+
+// open opens a device, to be written if writes is set. One of a size is made if it does not exist.
+func (s *still) open(c runner.DeviceConfig, size int64, writes bool) error {
+	_, err := os.Stat(c.Base)
+	if errors.Is(err, os.ErrNotExist) && size > 0 && c.Overlay == "" {
+		return s.create(wire.Device{Name: c.Name, Size: size}, c.Base)
+	}
+	dev := &stillDevice{name: c.Name, path: c.Base}
+	inPlace := c.Overlay == "" && writes
+	if dev.lock, err = runner.LockFile(c.Base, inPlace); err != nil {
+		return err
+	}
+	s.devices = append(s.devices, dev)
+	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !inPlace})
 	if err != nil {
 		return err
 	}
-	s.devices[len(s.devices)-1].lock = lock
+	dev.Device = base
+	if size > 0 && base.Size() != size {
+		return fmt.Errorf("%q has %d bytes, the device that comes has %d: they belong to different packages", c.Base, base.Size(), size)
+	}
+	if c.Overlay == "" {
+		return nil
+	}
+	for _, path := range []string{c.Overlay, c.State} {
+		made, err := runner.MakeFolders(filepath.Dir(path), 0o700)
+		s.folders = append(s.folders, made...)
+		if err != nil {
+			return err
+		}
+		if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+			s.made, dev.made = append(s.made, path), true
+		}
+	}
+	overlay, err := block.OpenOverlay(block.OverlayOptions{
+		Base: base, BasePath: c.Base, Overlay: c.Overlay, State: c.State, BlockSize: c.BlockSize, ElideUnchanged: size > 0,
+	})
+	if err != nil {
+		return err
+	}
+	dev.Device = overlay
 	return nil
+}
+
+// vacant refuses to receive over a VM that somebody may still want.
+func (s *still) vacant(sizes map[string]int64) error {
+	state := s.device(runner.StateDevice)
+	if state.made {
+		for _, d := range s.devices {
+			if _, received := sizes[d.name]; received && !d.made {
+				return fmt.Errorf("device %q: its files exist, and those of %q do not: nothing is overwritten: choose other paths, or remove them", d.name, runner.StateDevice)
+			}
+		}
+		return nil
+	}
+	r, err := runner.ReadRecord(state)
+	if err != nil {
+		return fmt.Errorf("device %q: %w: nothing is overwritten: choose other paths, or remove it", runner.StateDevice, err)
+	}
+	if r.Status == runner.Receiving || r.Status == runner.Discarded || r.Status == runner.Moved && r.Settled {
+		return nil
+	}
+	return migrate.Refuse("the devices configured at the destination hold a VM already (%s)", r.Status)
 }
 
 // incoming are the devices of a migration, in its order.
@@ -176,6 +263,9 @@ func (s *still) forget() error {
 func (s *still) close() error {
 	var errs []error
 	for _, d := range s.devices {
+		if d.Device == nil {
+			continue
+		}
 		if err := d.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("close device %q: %w", d.name, err))
 		}
@@ -191,7 +281,9 @@ func (s *still) close() error {
 func (s *still) discard() error {
 	// What cannot be flushed any more, on a full disk say, is on its way out anyway.
 	for _, d := range s.devices {
-		_ = d.Close()
+		if d.Device != nil {
+			_ = d.Close()
+		}
 		if d.lock != nil {
 			d.lock.Close()
 			d.lock = nil

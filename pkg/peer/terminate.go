@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/migrate"
@@ -18,7 +19,8 @@ import (
 )
 
 // Terminator is the other end of a migration that writes the VM down as a package instead of running it. The VM is then
-// owned by the package: whoever resumes it goes on where the source paused.
+// owned by the package: whoever resumes it goes on where the source paused. Or, with Copy, the source goes on itself, and the
+// package is a backup: a second VM, as the first one was at that moment.
 //
 // All files are new, and nothing is left of them when Receive fails. Until the commit they are no package: the state device
 // holds no record, which is written, synced, as the commit.
@@ -30,8 +32,16 @@ type Terminator struct {
 	// may be left out. None of the files may exist. A manifest is written if they are all in one folder.
 	Devices []vmpackage.File
 
+	// Copy leaves the VM to the source, which pauses it for as long as a migration would.
+	Copy bool
+
 	// Concurrency bounds the workers of the migration. 0 means migrate's default.
 	Concurrency int
+
+	// FindSource brings new streams to the peer that the VM comes from, when the link to it is lost before it has learnt
+	// that the VM is here. It is called until RescueTimeout (default: one minute) is over. Nil: the source is left in doubt.
+	FindSource    func(ctx context.Context) ([]io.ReadWriter, error)
+	RescueTimeout time.Duration
 
 	// Progress is told how the migration goes, and Digesting how far the digests of the manifest are. Nil is allowed.
 	Progress  func(migrate.Progress)
@@ -113,8 +123,8 @@ func (t Terminator) place(name string) (string, bool) {
 	return "", false
 }
 
-// Receive takes the VM over from the peer at the other end of streams and writes it down. When it fails, the VM runs on at
-// the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
+// Receive takes the VM, or with Copy a copy of it, from the peer at the other end of streams and writes it down. When it
+// fails, the VM runs on at the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
 // returns. The manifest is nil if the devices are not all in one folder; the report is there in any case.
 //
 // The package is complete when the source is told so. The digests of its manifest are worked out afterwards; cancelling ctx
@@ -123,6 +133,9 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 	if t.Logger == nil {
 		t.Logger = slog.Default()
 	}
+	if t.RescueTimeout == 0 {
+		t.RescueTimeout = time.Minute
+	}
 	if err := t.Check(); err != nil {
 		closeAll(streams)
 		return nil, &migrate.Report{Role: wire.RoleDestination.String(), Error: err.Error()}, fmt.Errorf("write down VM: %w", err)
@@ -130,6 +143,7 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 	w := &writer{Terminator: t}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: w, Journal: w, Concurrency: t.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: t.Progress, Logger: t.Logger,
+		Copy: t.Copy, Reconnect: t.FindSource, RescueTimeout: t.RescueTimeout,
 	})
 	if err != nil {
 		if w.still != nil {
@@ -162,9 +176,12 @@ func closeAll(streams []io.ReadWriter) {
 	}
 }
 
+var _ migrate.Keeper = (*writer)(nil)
+
 // writer is one call of Terminator.Receive.
 type writer struct {
 	Terminator
+	id       string // of the migration
 	still    *still
 	state    []byte
 	manifest *vmpackage.Manifest
@@ -216,7 +233,7 @@ func (w *writer) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	if err != nil {
 		return nil, err
 	}
-	w.still = s
+	w.still, w.id = s, m.ID
 	return s.incoming(m), nil
 }
 
@@ -241,6 +258,9 @@ func (w *writer) Load(ctx context.Context, state io.Reader) (err error) {
 
 // Run implements [migrate.Target]: there is nothing to run.
 func (w *writer) Run(context.Context) error { return nil }
+
+// Keep implements [migrate.Keeper]: it is the commit of a copy.
+func (w *writer) Keep(ctx context.Context) error { return w.Commit(ctx, w.id) }
 
 // Discard implements [migrate.Target].
 func (w *writer) Discard(context.Context) error {

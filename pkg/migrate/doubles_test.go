@@ -101,6 +101,7 @@ type guest struct {
 	state   []byte
 	devices []*block.Tracked
 	busy    bool
+	pace    time.Duration // between writes, of which there are some: time that is not real does not pass while somebody works
 
 	mu      sync.Mutex // guards what follows
 	stop    chan struct{}
@@ -140,6 +141,12 @@ func (g *guest) run() {
 				panic(err)
 			}
 			g.writes.Add(1)
+			if g.pace > 0 {
+				if g.writes.Load() > 200 {
+					return
+				}
+				time.Sleep(g.pace)
+			}
 			runtime.Gosched()
 		}
 	}()
@@ -353,7 +360,10 @@ func (r *rig) move(ctx context.Context, a, b []io.ReadWriter) outcome {
 func (r *rig) moveWith(sctx, dctx context.Context, a, b []io.ReadWriter) (o outcome) {
 	r.guest.run()
 	var wg sync.WaitGroup
-	wg.Go(func() { o.src, o.srcErr = Send(sctx, a, r.source) })
+	wg.Go(func() {
+		o.src, o.srcErr = Send(sctx, a, r.source)
+		r.release()
+	})
 	wg.Go(func() { o.dst, o.dstErr = Receive(dctx, b, r.dest) })
 	wg.Wait()
 	return o

@@ -85,6 +85,8 @@ func (d *destination) postpone(c *content) error {
 
 // ask is told that somebody waits for content. It is called by any goroutine, and does not block.
 func (d *destination) ask(device int, r block.Range) {
+	d.asks.mu.Lock()
+	defer d.asks.mu.Unlock()
 	if device < 0 || device >= len(d.devices) {
 		return
 	}
@@ -93,8 +95,6 @@ func (d *destination) ask(device int, r block.Range) {
 		return
 	}
 	r.Length = min(r.Length, dev.size-r.Offset)
-	d.asks.mu.Lock()
-	defer d.asks.mu.Unlock()
 	dev.lacking.each(r, func(page int64) {
 		if len(d.asks.queue) >= maxDemands || !dev.lacking.has(page) || !dev.asked.put(page) {
 			return
@@ -245,9 +245,11 @@ func (d *destination) settle(ctx context.Context, err error, stop func()) error 
 func (d *destination) takeIn(c *content) error {
 	l := c.link
 	dead := l.ctx.Done()
+	var arrived chan error   // what was served has
+	var theirs *wire.Summary // of what was served
 	for {
 		if d.served && d.standing == wire.Runs {
-			return d.completed(l)
+			return d.completed(context.WithoutCancel(l.ctx), l)
 		}
 		select {
 		case err := <-d.ran:
@@ -261,15 +263,24 @@ func (d *destination) takeIn(c *content) error {
 			d.state.set(DestinationFilling)
 			_ = l.send(wire.Header{Type: wire.TypeRunning}, nil) // that it fails is told by dead
 		case m := <-l.control:
-			if err := d.checkServed(c, m); err != nil {
+			if m.Type != wire.TypeServed || theirs != nil {
+				return unexpectedFrame(m.Type, "served")
+			}
+			var err error
+			if theirs, err = wire.DecodeSummary(m.payload, len(c.devices)); err != nil {
+				return err
+			}
+			arrived = make(chan error, 1)
+			d.workers.Go(func() { arrived <- c.reach(theirs) })
+		case err := <-arrived:
+			arrived = nil
+			if err == nil {
+				err = d.checkServed(c, theirs)
+			}
+			if err != nil {
 				return err
 			}
 		case <-dead:
-			for !d.served && len(l.control) > 0 { // what has arrived counts more
-				if err := d.checkServed(c, <-l.control); err != nil {
-					return err
-				}
-			}
 			if !d.served {
 				return context.Cause(l.ctx)
 			}
@@ -278,20 +289,20 @@ func (d *destination) takeIn(c *content) error {
 	}
 }
 
-// checkServed holds the source's account of what was missing against ours.
-func (d *destination) checkServed(c *content, m message) error {
-	if m.Type != wire.TypeServed || d.served {
-		return unexpectedFrame(m.Type, "served")
-	}
-	theirs, err := wire.DecodeSummary(m.payload, len(c.devices))
-	if err != nil {
-		return err
-	}
-	ours := &wire.Summary{}
-	for i, dev := range c.devices {
-		if err := c.tally.reach(i, theirs.Devices[i].Total); err != nil {
+// reach waits until all that an account speaks of has been processed.
+func (c *content) reach(account *wire.Summary) error {
+	for i := range c.devices {
+		if err := c.tally.reach(i, account.Devices[i].Total); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// checkServed holds the source's account of what was missing, all of which has been processed, against ours.
+func (d *destination) checkServed(c *content, theirs *wire.Summary) error {
+	ours := &wire.Summary{}
+	for i, dev := range c.devices {
 		ours.Devices = append(ours.Devices, wire.Part{Total: theirs.Devices[i].Total, Digest: dev.digest.sum()})
 	}
 	if n := d.lacking(); n > 0 {
@@ -305,8 +316,8 @@ func (d *destination) checkServed(c *content, m message) error {
 	return nil
 }
 
-// completed makes what arrived durable, and tells the source.
-func (d *destination) completed(l *link) error {
+// completed makes what arrived durable, and tells the source over l, if it is not nil.
+func (d *destination) completed(ctx context.Context, l *link) error {
 	for _, dev := range d.devices {
 		if dev.late == nil {
 			continue
@@ -316,11 +327,14 @@ func (d *destination) completed(l *link) error {
 			return tell(wire.CodeDevice, err, "device %q did not keep what was delivered", dev.name)
 		}
 	}
-	if err := d.complete(context.WithoutCancel(l.ctx)); err != nil {
+	if err := d.complete(ctx); err != nil {
 		return tell(wire.CodeDevice, fmt.Errorf("complete the guest: %w", err), "what was delivered cannot be made durable")
 	}
 	d.standing = wire.Settled
 	d.state.set(DestinationRunning)
+	if l == nil {
+		return nil
+	}
 	if err := l.send(wire.Header{Type: wire.TypeSettled}, d.summary.Encode()); err != nil {
 		d.log.Warn("nothing is missing any more, but the source cannot be told now", "error", err)
 	}

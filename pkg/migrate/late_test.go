@@ -144,12 +144,13 @@ func (l *lateDevice) use(r *rand.Rand, frozen block.Device) error {
 // lateTarget runs its guest before all is there.
 type lateTarget struct {
 	*target
-	frozen map[string]block.Device // what the source has
-	can    func(name string) bool  // nil: all
-	seed   uint64
-	loads  int // pages that loading the device state touches
-	uses   int // of pages, by the guest
-	hold   chan struct{}
+	frozen   map[string]block.Device // what the source has
+	can      func(name string) bool  // nil: all
+	seed     uint64
+	loads    int           // pages that loading the device state touches
+	uses     int           // of pages, by the guest
+	hold     chan struct{} // see holdBack
+	released sync.Once
 
 	names                  []string
 	late                   []*lateDevice // nil: complete
@@ -345,10 +346,6 @@ func (t *lateTarget) holdBack() {
 
 func (r *rig) release() {
 	if r.late != nil && r.late.hold != nil {
-		select {
-		case <-r.late.hold:
-		default:
-			close(r.late.hold)
-		}
+		r.late.released.Do(func() { close(r.late.hold) })
 	}
 }

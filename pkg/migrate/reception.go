@@ -1,0 +1,211 @@
+package migrate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// Reception is a [Receive] under way, whose guest may run before it is over.
+type Reception struct {
+	running, done chan struct{}
+	report        *Report
+	err           error
+}
+
+// Begin is Receive for those who want the guest as soon as it runs: it returns at once. All hooks are called as by Receive,
+// by one goroutine of the Reception's.
+//
+//	r := migrate.Begin(ctx, streams, cfg)
+//	select {
+//	case <-r.Running():
+//		// the guest serves; what it touches comes first, the rest behind
+//	case <-r.Done():
+//		// it does not run here; see Wait
+//	}
+//	report, err := r.Wait()
+func Begin(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig) *Reception {
+	return begin(func(running func()) (*Report, error) { return receive(ctx, streams, cfg, running) })
+}
+
+func begin(f func(running func()) (*Report, error)) *Reception {
+	r := &Reception{running: make(chan struct{}), done: make(chan struct{})}
+	go func() { // its owner waits for done
+		defer close(r.done)
+		r.report, r.err = f(sync.OnceFunc(func() { close(r.running) }))
+	}()
+	return r
+}
+
+// Running is closed once the guest runs here, with or without all its content. It is never closed when it does not get that
+// far.
+func (r *Reception) Running() <-chan struct{} { return r.running }
+
+// Done is closed when Wait has an answer.
+func (r *Reception) Done() <-chan struct{} { return r.done }
+
+// Wait waits for the end and returns what Receive returns.
+func (r *Reception) Wait() (*Report, error) {
+	<-r.done
+	return r.report, r.err
+}
+
+// Claim is what a process that was restarted knows of a guest it had received before: that it belongs here, by its journal, and
+// what of it is missing.
+type Claim struct {
+	ID string // of the migration
+
+	// Devices lists all devices of the guest. ask is as in [Postponer].Postpone, with positions in this list.
+	Devices func(ctx context.Context, ask func(device int, r block.Range)) ([]ClaimDevice, error)
+
+	// Complete is as in [Postponer].
+	Complete func(ctx context.Context) error
+}
+
+// ClaimDevice is a device of a Claim.
+type ClaimDevice struct {
+	Name string
+	Size int64 // bytes
+	Late Late  // nil: nothing of it is missing
+}
+
+// RejoinDestination is the destination's part of a migration after the commit, in a process that was restarted and has adopted
+// the guest: running, or about to be. It looks for the source by cfg.Reconnect, gets what is missing, and tells the source when
+// nothing is. Also a guest that misses nothing is claimed in this way: the source may not know. It returns as Receive does. Of
+// cfg, Journal and Reconnect are needed; Target is not used.
+//
+// Cancelling ctx ends the search for the source, and has no effect while there is a link to it.
+func RejoinDestination(ctx context.Context, claim Claim, cfg DestinationConfig) (*Report, error) {
+	cfg.Target = claimed{}
+	err := cfg.check(1)
+	switch {
+	case err != nil:
+	case cfg.Reconnect == nil:
+		err = errors.New("no way to reconnect: set DestinationConfig.Reconnect")
+	default:
+		err = wire.CheckName(claim.ID)
+	}
+	if err != nil {
+		err = fmt.Errorf("rejoin migration: %w", err)
+		return &Report{ID: claim.ID, Role: wire.RoleDestination.String(), Outcome: DestinationIncomplete.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrUnsettled, err)
+	}
+	d := newDestination(cfg, DestinationRejoining, func() {})
+	d.manifest = &wire.Manifest{ID: claim.ID}
+	d.log = d.log.With("migration", claim.ID)
+	d.version, d.fresh, d.standing, d.complete = 2, true, wire.Runs, claim.Complete
+	return d.receive(0, func() error {
+		d.state.begin()
+		return d.conclude(ctx, d.reclaim(ctx, claim))
+	})
+}
+
+// reclaim takes up a claim.
+func (d *destination) reclaim(ctx context.Context, claim Claim) error {
+	fail := func(err error) error { return &afterCommitError{err: err, incomplete: true} }
+	devices, err := claim.Devices(ctx, d.ask)
+	if err != nil {
+		return fail(fmt.Errorf("list devices: %w", err))
+	}
+	// Nobody is asked before the devices are known here: what is waited for is asked about again in each session.
+	var list []*targetDevice
+	for _, c := range devices {
+		t := &targetDevice{name: c.Name, size: c.Size, digest: newDigest(c.Size)}
+		if c.Late != nil {
+			t.late, t.lacking, t.asked = c.Late, newPageSet(c.Size), newPageSet(c.Size)
+			for off := int64(0); ; {
+				r, err := c.Late.NextMissing(off)
+				if errors.Is(err, io.EOF) {
+					break
+				}
+				if err != nil || r.Offset < off || r.Length <= 0 {
+					return fail(fmt.Errorf("find what device %q misses from %d on: %d bytes at %d: %w", c.Name, off, r.Length, r.Offset, err))
+				}
+				t.lacking.each(r, func(page int64) { t.lacking.put(page) })
+				off = r.End()
+			}
+		}
+		d.size.Add(c.Size)
+		list = append(list, t)
+		d.manifest.Devices = append(d.manifest.Devices, wire.Device{Name: c.Name, Size: c.Size})
+	}
+	d.asks.mu.Lock()
+	d.devices = list
+	d.asks.mu.Unlock()
+	d.lateBytes = d.lacking() * block.PageSize
+	d.lacks = true
+	if d.lateBytes == 0 {
+		d.served = true
+		if err := d.completed(context.WithoutCancel(ctx), nil); err != nil {
+			return fail(err)
+		}
+		return nil
+	}
+	return d.settle(ctx, d.reconnect(ctx, errRestarted), func() {})
+}
+
+// claimed stands in for the Target of a claim.
+type claimed struct{ Target }
+
+// Disclaim answers a source that asks, over streams that it dialed or that were dialed, what has become of a migration that this
+// host knows nothing of, or knows to be discarded: that the guest never ran here and never will. cfg.Journal records that
+// first, so that it stays true. owned says whether the guest of a migration may belong to this host after all; then nothing is
+// recorded, and the source is refused. It returns the migration's id, if it came so far.
+func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, owned func(id string) bool) (id string, err error) {
+	cfg.Target = claimed{}
+	if err := cfg.check(len(streams)); err != nil {
+		interruptAll(streams)
+		return "", fmt.Errorf("disclaim guest: %w", err)
+	}
+	d := newDestination(cfg, DestinationDiscarded, func() {})
+	id, err = d.disclaim(ctx, streams, owned)
+	if d.link != nil {
+		d.link.goodbye(err, false)
+		d.finish()
+	}
+	if err != nil {
+		return id, fmt.Errorf("disclaim guest: %w", err)
+	}
+	return id, nil
+}
+
+func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, owned func(string) bool) (string, error) {
+	l, err := d.open(ctx, wire.PurposeRejoin, streams)
+	if err != nil {
+		return "", err
+	}
+	d.link = l
+	defer l.start(ctx)()
+	defer l.limit(d.cfg.HandshakeTimeout, "saying what migration this is")()
+	m, err := l.expect(wire.TypeSeek)
+	if err != nil {
+		return "", err
+	}
+	id, err := wire.ParseSeek(m.payload)
+	if err != nil {
+		return "", err
+	}
+	if owned(id) {
+		err := fmt.Errorf("migration %q may be owned here", id)
+		return id, tell(wire.CodeRefused, err, "the guest may be here: ask again")
+	}
+	if err := d.cfg.Journal.Abort(context.WithoutCancel(ctx), id); err != nil {
+		return id, fmt.Errorf("record that the guest of migration %q never ran: %w", id, err)
+	}
+	say := wire.Rejoin{ID: id, Standing: wire.NeverRan}
+	payload, err := say.Encode()
+	if err != nil {
+		return id, err
+	}
+	if err := l.send(wire.Header{Type: wire.TypeRejoin}, payload); err != nil {
+		return id, err
+	}
+	if _, err := l.next(); !errors.Is(err, errBye) {
+		return id, fmt.Errorf("the source did not confirm: %w", err)
+	}
+	return id, nil
+}

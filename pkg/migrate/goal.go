@@ -112,6 +112,7 @@ type History struct {
 	Device string
 	Size   int64 // bytes
 	Policy Policy
+	Whole  bool    // the guest cannot run at the destination before all of it is there, with PostCopy neither
 	Rounds []Round // those that are complete, in order; none: nothing was sent yet
 	Dirty  Dirty   // what was written and not sent since. Without rounds it means nothing: everything is to be sent.
 }
@@ -277,6 +278,8 @@ func (l *view) decide() Decision {
 	switch {
 	case len(l.copying) > 0 && !over:
 		return Decision{Action: Continue, Reason: "the first copy", Again: l.copying}
+	case len(l.copying) > 0 && l.goal.PostCopy && len(l.whole()) > 0:
+		return Decision{Action: Continue, Reason: "the first copy of what cannot be sent later", Again: l.whole()}
 	case l.estimate.Rest == 0:
 		return l.end("nothing is dirty")
 	case over && fits:
@@ -307,6 +310,16 @@ func (l *view) decide() Decision {
 		return l.end(group.Reason)
 	}
 	return l.end(fixed.Reason)
+}
+
+// whole are the devices that need their first round whatever the time is.
+func (l *view) whole() (out []int) {
+	for _, i := range l.copying {
+		if l.devices[i].Whole {
+			out = append(out, i)
+		}
+	}
+	return out
 }
 
 // end is the switch, in the way that suits the rest.

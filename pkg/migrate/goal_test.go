@@ -119,6 +119,8 @@ func TestDecide(t *testing.T) {
 		{name: "time is over, but it fits", goal: Goal{MaxTotalTime: 10 * time.Second}, devices: list(with(memory(kib(4), 1000), Policy{MinCycles: 5, MaxCycles: 9})), want: Switch},
 		{name: "time is over, post-copy", goal: Goal{MaxTotalTime: 10 * time.Second, PostCopy: true}, devices: list(memory(lively, 1000)), want: PostCopy, reason: "10s"},
 		{name: "time is over in the first copy, post-copy", goal: Goal{MaxTotalTime: time.Second, PostCopy: true}, elapsed: time.Second, devices: list(memory(Dirty{})), want: PostCopy},
+		{name: "time is over, but for what cannot come later", goal: Goal{MaxTotalTime: time.Second, PostCopy: true}, elapsed: time.Second,
+			devices: list(memory(Dirty{}), History{Device: "kernel", Size: 4096, Whole: true, Policy: Policy{ByGoal: true}}), want: Continue, again: []int{1}, reason: "cannot be sent later"},
 		{name: "time for the rest, post-copy", goal: Goal{MaxTotalTime: 10410 * time.Millisecond, PostCopy: true}, devices: list(memory(lively, 1000)), want: PostCopy, reason: "the rest needs the 410ms that are left of 10.41s"},
 		{name: "time for more, post-copy", goal: Goal{MaxTotalTime: 11 * time.Second, PostCopy: true}, devices: list(memory(lively, 1000)), want: Continue, again: []int{0}},
 		{name: "too late", goal: Goal{MaxTotalTime: 10200 * time.Millisecond}, devices: list(memory(lively, 1000)), want: GiveUp, reason: "the rest needs 410ms, and 200ms are left of 10.2s"},
@@ -548,11 +550,13 @@ func TestSendCutsRounds(t *testing.T) {
 		t.Run(fmt.Sprintf("busy=%t", busy), func(t *testing.T) {
 			r := newRig([]shape{
 				{"memory", 4 << 20, 0.7, true, Policy{ByGoal: true, Expiry: time.Second}},
-				{"kernel", 4 << 20, 0.7, false, Policy{ByGoal: true}},
+				{"disk", 4 << 20, 0.7, false, Policy{ByGoal: true}},
+				{"kernel", 64 << 10, 1, false, Policy{ByGoal: true}},
 			})
 			r.guest.busy = busy
 			late := r.postCopy(3)
 			late.uses = 20
+			late.can = func(name string) bool { return name != "kernel" }
 			r.source.Goal = Goal{PostCopy: true, MaxTotalTime: 300 * time.Millisecond}
 			r.source.Window = 256 << 10
 			a, b := pipes(1)

@@ -670,7 +670,7 @@ func (s *source) decide() (Decision, error) {
 	}
 	history := make([]History, len(s.devices))
 	for i, d := range s.devices {
-		history[i] = History{Device: d.Name, Size: d.size, Policy: d.Policy, Rounds: d.rounds, Dirty: measure(d.pending, d.Policy.BlockSize)}
+		history[i] = History{Device: d.Name, Size: d.size, Policy: d.Policy, Whole: !s.late[i], Rounds: d.rounds, Dirty: measure(d.pending, d.Policy.BlockSize)}
 	}
 	v := Decide(s.goal, time.Since(s.began), history)
 	s.decisions = append(s.decisions, v)

@@ -377,6 +377,9 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			}
 		}
 	}
+	if err := reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()), cfg.Backend); err != nil {
+		i.log.Warn("what an ended machine left could not be removed", "error", err)
+	}
 	rank := make(map[string]int)
 	for n, c := range cfg.Devices {
 		rank[c.Name] = n
@@ -604,9 +607,6 @@ func (i *Instance) makeFolder() (err error) {
 	}
 	if err != nil {
 		return fmt.Errorf("make folder of machine: %w", err)
-	}
-	if err := reapFolders(filepath.Dir(i.root), i.cfg.Backend); err != nil {
-		i.log.Warn("what an ended machine left could not be removed", "error", err)
 	}
 	return nil
 }

@@ -88,6 +88,7 @@ func reapFolders(dir string, backend vmm.Backend) error {
 		}
 		f.Close()
 	}
+	os.Remove(dir) // fails, rightly, when it is not empty
 	return errors.Join(errs...)
 }
 

@@ -13,16 +13,18 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
-// announceDelay is how long a guest that moved here runs before it announces itself, too.
-const announceDelay = time.Second
+// announceTimes are the pauses between the announcements of a guest that was loaded and runs. The first is the one that
+// counts; a switch may lose it.
+var announceTimes = []time.Duration{100 * time.Millisecond, 300 * time.Millisecond, time.Second}
 
 // announcer tells the network where a guest is that comes by Load, in the guest's name: it sends frames by the guest's
 // end of the tap device.
 //
 // QEMU's announce-self would do, were it not that it also has the guest announce its addresses, if the guest knows
-// VIRTIO_NET_F_GUEST_ANNOUNCE. That is of use to a guest with VLANs only, the address of the interface being the same as
-// before, and it can wait: right after a move, when every cache is cold and clients wait for answers, nothing is as
-// dear as the guest's CPU.
+// VIRTIO_NET_F_GUEST_ANNOUNCE. Nobody needs that, the address of the interface being the same as before, but for switches
+// behind which the guest has VLANs, and they learn from its next frame. It is work, for all in the guest that watch its
+// interfaces too, and right after a move, when every cache is cold and clients wait for answers, nothing is as dear as the
+// guest's CPU.
 type announcer struct {
 	mac net.HardwareAddr
 
@@ -30,7 +32,7 @@ type announcer struct {
 	fd int        // of the tap device, the queue that QEMU has; -1: closed
 }
 
-// newAnnouncer keeps the tap device open until close.
+// newAnnouncer keeps the tap device open until close. The interface stays in use as long.
 func newAnnouncer(tap *os.File, mac string) (*announcer, error) {
 	address, err := net.ParseMAC(mac)
 	if err != nil {

@@ -42,9 +42,9 @@
 //
 // # Network
 //
-// A tap device that exists. A guest that was loaded is announced by broadcast RARP frames: by Announce, before it runs,
-// so that its packets wait in the queue of the tap device (txqueuelen, 1000 by default); by Resume; and a second later by
-// QEMU and the guest together, as announce-self does it. A guest that goes on after a Pause is announced at once.
+// A tap device that exists. A guest that was loaded is announced by broadcast RARP frames: by Announce, before it runs, so
+// that its packets wait in the queue of the tap device (txqueuelen, 1000 by default), and some more times by Resume and
+// soon after. A guest that goes on after a Pause, or was adopted, is announced by QEMU, at once.
 //
 // # Concurrency
 //

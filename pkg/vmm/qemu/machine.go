@@ -40,8 +40,8 @@ type machine struct {
 	console *console
 	cgroup  *cgroup
 
-	announcer *announcer  // closed once the guest has run here; nil if there is no network, and if it was booted or adopted
-	arrived   *time.Timer // fires announceDelay after a guest that was loaded began to run
+	announcer *announcer  // nil if there is no network, and if the machine was booted or adopted
+	arrived   *time.Timer // fires at each of announceTimes after a guest that was loaded began to run
 
 	migration chan string   // receives the status in each MIGRATION event
 	stopped   chan struct{} // receives when the guest was stopped, by us or by QEMU
@@ -67,7 +67,7 @@ var (
 )
 
 func newMachine(cfg vmm.Config, caps *capabilities) *machine {
-	arrived := time.NewTimer(announceDelay)
+	arrived := time.NewTimer(time.Hour)
 	arrived.Stop()
 	return &machine{
 		cfg: cfg, caps: caps, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), arrived: arrived,
@@ -173,6 +173,7 @@ func (m *machine) Close() error {
 
 // watch waits for the process's end and cleans up after it.
 func (m *machine) watch() {
+	again := announceTimes[1:]
 	for waiting := true; waiting; {
 		select {
 		case <-m.process.ended:
@@ -180,11 +181,17 @@ func (m *machine) watch() {
 		case <-m.stopped:
 			m.checkStop()
 		case <-m.arrived.C:
-			if m.life.state() == running { // else it may have been announced elsewhere
-				ctx, cancel := context.WithTimeout(context.Background(), settleTime)
-				m.announceSelf(ctx)
-				cancel()
+			if m.life.state() != running { // it may have been announced elsewhere
+				again = nil
+			} else if err := m.announcer.announce(); err != nil {
+				m.log.Warn("cannot announce the guest on its network", "error", err)
 			}
+			if len(again) == 0 {
+				m.announcer.close()
+				break
+			}
+			m.arrived.Reset(again[0])
+			again = again[1:]
 		}
 	}
 	m.arrived.Stop()
@@ -396,16 +403,15 @@ func (m *machine) Resume(ctx context.Context) error {
 		m.life.end(m.settle(ctx))
 		return m.failed("resume", err)
 	}
-	switch {
-	case arrives:
-		m.announcer.close()
-		m.arrived.Reset(announceDelay)
-	case network:
+	if network && !arrives {
 		// It goes on where it was, but may have been announced elsewhere meanwhile.
 		m.announceSelf(ctx)
 	}
 	m.loaded, m.lastState = false, nil
 	m.life.end(running)
+	if arrives {
+		m.arrived.Reset(announceTimes[0])
+	}
 	return nil
 }
 

@@ -137,6 +137,7 @@ func (vm *stockVM) migrate(ctx context.Context, to *stockVM, postcopy bool, runs
 		State      bool   `json:"state"`
 	}
 	for _, m := range []*monitor{vm.monitor, to.monitor} {
+		m.forget() // the state of a package was loaded by a migration too
 		if err := m.execute(ctx, "migrate-set-capabilities", map[string]any{"capabilities": []capability{
 			{"events", true}, {"x-ignore-shared", false}, {"postcopy-ram", postcopy},
 		}}, nil); err != nil {

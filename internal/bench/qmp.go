@@ -98,6 +98,13 @@ func (m *monitor) note(message qmpMessage) {
 	}
 }
 
+// forget forgets the events that were seen.
+func (m *monitor) forget() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	clear(m.seen)
+}
+
 // event waits for the first of some events and returns which it was.
 func (m *monitor) event(ctx context.Context, names ...string) (string, error) {
 	for {

@@ -39,7 +39,7 @@ type compressor struct {
 	wire, busy      atomic.Int64 // bytes written, nanoseconds spent on it, over all streams
 	in, out, effort atomic.Int64 // bytes compressed, what became of them, nanoseconds spent on it, over all workers
 
-	saved atomic.Int64 // bytes that did not have to be sent, since the start
+	saved *atomic.Int64 // bytes that did not have to be sent
 
 	next  atomic.Int64 // nanoseconds since epoch: when a writer takes the next step
 	mu    sync.Mutex   // held during a step; guards what follows
@@ -73,10 +73,11 @@ const (
 	compressBusy = 0.4
 )
 
-// newCompressor returns a compressor for a link of some streams, fed by some workers. now is time.Now but for tests.
-func newCompressor(streams, workers int, now func() time.Time, log *slog.Logger) *compressor {
+// newCompressor returns a compressor for a link of some streams, fed by some workers. It adds what it saves to saved. now is
+// time.Now but for tests.
+func newCompressor(streams, workers int, saved *atomic.Int64, now func() time.Time, log *slog.Logger) *compressor {
 	workers = max(1, min(workers, runtime.GOMAXPROCS(0)))
-	c := &compressor{streams: streams, workers: workers, now: now, log: log, last: now(), wait: compressFirst}
+	c := &compressor{streams: streams, workers: workers, saved: saved, now: now, log: log, last: now(), wait: compressFirst}
 	c.again = c.last
 	c.next.Store(c.last.Add(compressStep).UnixNano())
 	encoder := sync.OnceValue(func() *zstd.Encoder { // when first needed; it keeps a state for each worker
@@ -93,6 +94,9 @@ func newCompressor(streams, workers int, now func() time.Time, log *slog.Logger)
 
 // compressedHead is the length in bytes of what precedes the zstd frame in a compressed payload: the length of the content.
 const compressedHead = 4
+
+// wanted reports whether content is to be given to pack. A nil compressor wants none.
+func (c *compressor) wanted() bool { return c != nil && compressMode(c.mode.Load()) != compressOff }
 
 // pack compresses content, of at most wire.MaxPayload bytes, as the payload of a Data frame, if that is worth it now.
 // The payload is put into scratch, which has room for wire.MaxPayload bytes and some; nil says that the content goes as

@@ -6,13 +6,17 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
@@ -71,7 +75,7 @@ type simulation struct {
 func newSimulation(link, speed float64, content []byte) *simulation {
 	s := &simulation{clock: time.Unix(1e9, 0), link: link, speed: speed, content: func() []byte { return content }}
 	var inPack bool
-	s.compressor = newCompressor(1, 1, func() time.Time {
+	s.compressor = newCompressor(1, 1, new(atomic.Int64), func() time.Time {
 		// pack asks for the time before and after.
 		t := s.clock
 		if inPack {
@@ -203,7 +207,7 @@ func TestCompressorAdapts(t *testing.T) {
 
 // always returns a compressor that compresses everything.
 func always(workers int) *compressor {
-	c := newCompressor(1, workers, time.Now, slog.New(slog.DiscardHandler))
+	c := newCompressor(1, workers, new(atomic.Int64), time.Now, slog.New(slog.DiscardHandler))
 	c.mode.Store(int32(compressOn))
 	return c
 }
@@ -333,6 +337,51 @@ func FuzzUnpack(f *testing.F) {
 	})
 }
 
+// A whole migration over a slow link is faster, over a fast one untouched.
+func TestMoveCompressed(t *testing.T) {
+	for name, c := range map[string]struct {
+		rate float64
+		off  bool
+		want time.Duration // at most, or, when it is off, at least
+	}{
+		"100 Mbit/s":      {12.5e6, false, 2 * time.Second},
+		"100 Mbit/s, off": {12.5e6, true, 4900 * time.Millisecond},
+		"10 Mbit/s":       {1.25e6, false, 25 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			size := int64(60 << 20)
+			if c.rate < 5e6 {
+				size /= 2
+			}
+			content := text(1<<20, 1)
+			mem := block.NewMemory(size)
+			for off := int64(0); off < size; off += int64(len(content)) {
+				if _, err := mem.WriteAt(content, off); err != nil {
+					t.Fatal(err)
+				}
+			}
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(nil)
+				r.source.NoCompression = c.off
+				r.source.Devices = []SourceDevice{{Name: "memory", Device: mem}}
+				r.target.sizes["memory"] = size
+				a, b := pipes(1)
+				a[0] = &paced{a[0].(net.Conn), c.rate}
+				o := r.move(t.Context(), a, b)
+				if r.verify(t, o) != "destination" {
+					t.Fatal(o.srcErr, o.dstErr)
+				}
+				if took := time.Duration(o.src.Total); took > c.want != c.off {
+					t.Errorf("took %v", took)
+				}
+				if (o.src.SavedBytes > 0) == c.off || o.src.DataBytes != size {
+					t.Errorf("%d bytes saved of %d", o.src.SavedBytes, o.src.DataBytes)
+				}
+			})
+		})
+	}
+}
+
 // BenchmarkPack is what compression costs and gains. "off" is what a fast link pays for being able to.
 func BenchmarkPack(b *testing.B) {
 	random := make([]byte, wire.MaxPayload)
@@ -350,7 +399,7 @@ func BenchmarkPack(b *testing.B) {
 		})
 	}
 	b.Run("off", func(b *testing.B) {
-		c := newCompressor(1, 1, time.Now, slog.New(slog.DiscardHandler))
+		c := newCompressor(1, 1, new(atomic.Int64), time.Now, slog.New(slog.DiscardHandler))
 		b.SetBytes(int64(len(random)))
 		for b.Loop() {
 			began := time.Now()

@@ -57,6 +57,13 @@ type SourceDevice struct {
 	// Tracker reports writes to Device during the migration. Nil declares that nobody writes to it: it is sent once.
 	Tracker block.Tracker
 	Policy  Policy
+
+	// Base, if set, is the index of what Device was made from; it must be of Device's size. Where the destination's device
+	// starts as the same, only what differs is sent.
+	Base *BaseIndex
+	// Changed, if set, returns the first range at or after off in which Device may differ from Base, and io.EOF when there
+	// is none, as [block.Overlay.NextChange] does. What lies between is not even read.
+	Changed func(off int64) (block.Range, error)
 }
 
 // SourceConfig configures [Send]. Devices and Guest are required.
@@ -83,6 +90,9 @@ type SourceConfig struct {
 	// Window bounds the bytes of content on their way, not yet acknowledged: the product of bandwidth and round trip
 	// time should fit. 0 means 16 MiB; the least is 128 KiB and some.
 	Window int64
+
+	// NoCompression sends content as it is. Otherwise it is compressed where that is measured to be faster.
+	NoCompression bool
 
 	// HandshakeTimeout is how long the peer may take to say that it is a Drafter. 0 means 10 s.
 	HandshakeTimeout time.Duration
@@ -234,6 +244,17 @@ type ArrivalTarget interface {
 	Arriving()
 }
 
+// BaseTarget is a Target whose devices may hold, when Prepare returns them, the contents of a base that the source's were
+// made from.
+type BaseTarget interface {
+	Target
+
+	// Bases is called after Prepare if the manifest names a base. It returns, in the order of the manifest, the index of
+	// what each device holds, and nil where that is not known. If a device holds the base that the manifest names, only what
+	// differs comes. Otherwise all comes, and what the device holds does not matter.
+	Bases(ctx context.Context, m *wire.Manifest) ([]*BaseIndex, error)
+}
+
 func orDefault(d *time.Duration, v time.Duration) {
 	if *d == 0 {
 		*d = v
@@ -276,6 +297,9 @@ func (c *SourceConfig) check(streams int) error {
 			return fmt.Errorf("device %q: no block.Device", d.Name)
 		}
 		var err error
+		if d.Base != nil && d.Base.Size() != d.Device.Size() {
+			return fmt.Errorf("device %q has %d bytes and its base %d: it was not made from that", d.Name, d.Device.Size(), d.Base.Size())
+		}
 		if d.Policy, err = d.Policy.check(); err != nil {
 			return fmt.Errorf("device %q: %w", d.Name, err)
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -44,7 +45,8 @@ func receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig
 
 // newDestination has a configuration that was checked.
 func newDestination(cfg DestinationConfig, first DestinationState, running func()) *destination {
-	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), onRunning: sync.OnceFunc(running)}
+	d := &destination{cfg: cfg, log: cfg.Logger.With("role", "destination"), onRunning: sync.OnceFunc(running),
+		unpacker: newDecompressor(cfg.Concurrency)}
 	d.asks.wake = make(chan struct{}, 1)
 	d.began = time.Now()
 	d.meter = &meter{tell: cfg.Progress, take: func() Progress {
@@ -96,6 +98,7 @@ type destination struct {
 	summary  *wire.Summary
 
 	version  uint16
+	unpacker *decompressor
 	devices  []*targetDevice
 	lacks    bool                        // content was missing when the guest was started
 	complete func(context.Context) error // makes what arrived late durable
@@ -157,6 +160,7 @@ type targetDevice struct {
 	// blank: it held only zeros when it was handed over, so that a run of zeros that was never anything else here need
 	// not be written. Free RAM then costs nothing.
 	blank    bool
+	based    bool // it started as the base that the manifest names
 	flushing atomic.Bool
 
 	// What is missing when the guest is started; nil where nothing is. A page leaves lacking when it was delivered.
@@ -382,6 +386,11 @@ func (d *destination) offer(n int) ([]byte, error) {
 		return nil, nil
 	}
 	a.Copy = d.cfg.Copy
+	if slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.based }) {
+		for _, dev := range d.devices {
+			a.Based = append(a.Based, dev.based)
+		}
+	}
 	if p, ok := d.cfg.Target.(Postponer); ok && !d.cfg.DisablePostCopy && !d.cfg.Copy {
 		a.Postpone = p.CanPostpone()
 		if len(a.Postpone) != n {
@@ -465,6 +474,10 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 		return nil, fmt.Errorf("prepare: %w", err)
 	}
 	d.prepared = true
+	bases, err := d.bases(m)
+	if err != nil {
+		return nil, err
+	}
 	if len(devices) != len(m.Devices) {
 		return nil, fmt.Errorf("prepare: target made %d devices for a manifest of %d", len(devices), len(m.Devices))
 	}
@@ -475,7 +488,9 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 			return nil, tell(wire.CodeRefused, err, "%v", err)
 		}
 		t := &targetDevice{Device: dev, name: want.Name, size: want.Size, digest: newDigest(want.Size)}
-		if e, ok := dev.(block.Extents); ok {
+		if x := bases[i]; x != nil && x.Size() == want.Size && x.Digest().String() == want.Base {
+			t.based, t.digest = true, x.pages.clone()
+		} else if e, ok := dev.(block.Extents); ok {
 			_, err := e.NextData(0)
 			t.blank = errors.Is(err, io.EOF)
 		}
@@ -483,6 +498,23 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 		d.devices = append(d.devices, t)
 	}
 	return d.newContent(d.link, m.Window), nil
+}
+
+// bases asks the target which devices hold a base, if the source wants to know.
+func (d *destination) bases(m *wire.Manifest) ([]*BaseIndex, error) {
+	none := make([]*BaseIndex, len(m.Devices))
+	t, ok := d.cfg.Target.(BaseTarget)
+	if !ok || d.link.version < 2 || !slices.ContainsFunc(m.Devices, func(d wire.Device) bool { return d.Base != "" }) {
+		return none, nil
+	}
+	bases, err := t.Bases(d.link.ctx, m)
+	if err != nil {
+		return nil, fmt.Errorf("prepare: find bases: %w", err)
+	}
+	if len(bases) != len(none) {
+		return nil, fmt.Errorf("prepare: target knows the bases of %d devices for a manifest of %d", len(bases), len(none))
+	}
+	return bases, nil
 }
 
 // receive takes a content frame from a stream and passes it to a worker. When the devices are slower than the streams,
@@ -513,11 +545,19 @@ func (c *content) receive(h wire.Header, r *wire.Reader) error {
 func extentOf(b *wire.Buffer, size int64) (block.Range, error) {
 	h := b.Header
 	r := block.Range{Offset: int64(h.Offset), Length: int64(h.Length)}
-	if h.Type == wire.TypeZero {
-		var err error
-		if r.Length, err = wire.ParseZero(b.Bytes()); err != nil {
+	switch {
+	case h.Type == wire.TypeZero:
+		n, err := wire.ParseZero(b.Bytes())
+		if err != nil {
 			return r, err
 		}
+		r.Length = n
+	case h.Flags&wire.FlagZstd != 0:
+		n, err := unpackedSize(b.Bytes())
+		if err != nil {
+			return r, err
+		}
+		r.Length = int64(n)
 	}
 	switch {
 	case r.Offset > size || r.Length > size-r.Offset:
@@ -551,6 +591,16 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 	if err != nil {
 		return err
 	}
+	n := wire.HeaderSize + int64(b.N)
+	if b.Header.Flags&wire.FlagZstd != 0 {
+		plain := wire.NewBuffer()
+		defer plain.Release()
+		plain.Header, plain.N = b.Header, int(r.Length)
+		if err := d.unpacker.unpack(plain.Bytes(), b.Bytes()); err != nil {
+			return err
+		}
+		b = plain
+	}
 	switch c.phase.Load() {
 	case contentClosed:
 		return unexpectedFrame(b.Header.Type, "nothing after final")
@@ -558,7 +608,7 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 		if err := d.fill(dev, i, r, b); err != nil {
 			return err
 		}
-		c.tally.add(i, wire.HeaderSize+int64(b.N))
+		c.tally.add(i, n)
 		return nil
 	}
 	if b.Header.Type == wire.TypeData {
@@ -576,7 +626,7 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 		}
 		d.zeroBytes.Add(r.Length)
 	}
-	c.tally.add(i, wire.HeaderSize+int64(b.N))
+	c.tally.add(i, n)
 	return nil
 }
 

@@ -29,8 +29,31 @@ type digest struct {
 	size   int64
 	chunks []atomic.Pointer[chunk]
 
-	mu     sync.Mutex // guards the sum
-	lo, hi uint64
+	// shared says that the other side's device has all that is noted here: what is noted as it was need not be sent.
+	shared atomic.Bool
+
+	mu    sync.Mutex // guards terms
+	terms termSum    // of all pages
+}
+
+// pageKind is what a page has become since it was last noted.
+type pageKind uint8
+
+const (
+	pageData pageKind = iota // data
+	pageZero                 // zeros
+	pageSame                 // what it was before, in a digest that the other side shares
+)
+
+// termSum is a part of a digest's sum.
+type termSum xxh3.Uint128
+
+func (s *termSum) replace(old, by xxh3.Uint128) {
+	var borrow, carry uint64
+	s.Lo, borrow = bits.Sub64(s.Lo, old.Lo, 0)
+	s.Hi, _ = bits.Sub64(s.Hi, old.Hi, borrow)
+	s.Lo, carry = bits.Add64(s.Lo, by.Lo, 0)
+	s.Hi, _ = bits.Add64(s.Hi, by.Hi, carry)
 }
 
 // chunkPages pages share a piece of the table, allocated when the first of them holds data.
@@ -48,43 +71,47 @@ func newDigest(size int64) *digest {
 
 // write notes that data, which begins at a page's start, is now the content at off.
 func (d *digest) write(off int64, data []byte) {
-	var lo, hi uint64
-	for page := off / block.PageSize; len(data) > 0; page++ {
+	var sum termSum
+	for len(data) > 0 {
 		n := min(len(data), block.PageSize)
-		var h xxh3.Uint128
-		if !block.IsZero(data[:n]) {
-			h = termOf(page, data[:n])
-		}
-		data = data[n:]
-		c := d.chunks[page/chunkPages].Load()
-		if c == nil {
-			if h == (xxh3.Uint128{}) {
-				continue
-			}
-			c = d.allocate(page / chunkPages)
-		}
-		e := &c[page%chunkPages]
-		var borrow, carry uint64
-		lo, borrow = bits.Sub64(lo, e.lo.Swap(h.Lo), 0)
-		hi, _ = bits.Sub64(hi, e.hi.Swap(h.Hi), borrow)
-		lo, carry = bits.Add64(lo, h.Lo, 0)
-		hi, _ = bits.Add64(hi, h.Hi, carry)
+		d.note(off, data[:n], &sum)
+		data, off = data[n:], off+int64(n)
 	}
-	d.add(lo, hi)
+	d.add(sum)
+}
+
+// note notes that a page is now the content at off, and says what it has become. What that changes in the digest's sum is
+// added to sum, for the caller to add.
+func (d *digest) note(off int64, data []byte, sum *termSum) pageKind {
+	page := off / block.PageSize
+	kind := pageZero
+	var old, h xxh3.Uint128
+	if !block.IsZero(data) {
+		kind, h = pageData, termOf(page, data)
+	}
+	c := d.chunks[page/chunkPages].Load()
+	if c == nil && kind != pageZero {
+		c = d.allocate(page / chunkPages)
+	}
+	if c != nil {
+		e := &c[page%chunkPages]
+		old = xxh3.Uint128{Lo: e.lo.Swap(h.Lo), Hi: e.hi.Swap(h.Hi)}
+		sum.replace(old, h)
+	}
+	if old == h && d.shared.Load() {
+		return pageSame
+	}
+	return kind
 }
 
 // zero notes that the n bytes at off, which is a page's start, are zeros now.
 func (d *digest) zero(off, n int64) {
-	var lo, hi uint64
+	var sum termSum
 	d.each(off, n, func(e *pageTerm) bool {
-		var borrow uint64
-		lo, borrow = bits.Sub64(lo, e.lo.Swap(0), 0)
-		hi, _ = bits.Sub64(hi, e.hi.Swap(0), borrow)
+		sum.replace(xxh3.Uint128{Lo: e.lo.Swap(0), Hi: e.hi.Swap(0)}, xxh3.Uint128{})
 		return true
 	})
-	if lo|hi != 0 {
-		d.add(lo, hi)
-	}
+	d.add(sum)
 }
 
 // isZero reports whether everything noted for the n bytes at off is zeros.
@@ -113,6 +140,30 @@ func (d *digest) each(off, n int64, f func(*pageTerm) bool) {
 	}
 }
 
+// nonZero passes on the runs of pages in the n bytes at off that are noted as data, until f fails.
+func (d *digest) nonZero(off, n int64, f func(block.Range) error) error {
+	var run block.Range
+	for at := off; at < off+n; at += block.PageSize {
+		size := min(block.PageSize, off+n-at)
+		switch {
+		case d.isZero(at, size):
+		case run.Length > 0 && run.End() == at:
+			run.Length += size
+		default:
+			if run.Length > 0 {
+				if err := f(run); err != nil {
+					return err
+				}
+			}
+			run = block.Range{Offset: at, Length: size}
+		}
+	}
+	if run.Length == 0 {
+		return nil
+	}
+	return f(run)
+}
+
 func (d *digest) allocate(i int64) *chunk {
 	c := new(chunk)
 	if d.chunks[i].CompareAndSwap(nil, c) {
@@ -121,12 +172,13 @@ func (d *digest) allocate(i int64) *chunk {
 	return d.chunks[i].Load()
 }
 
-func (d *digest) add(lo, hi uint64) {
+func (d *digest) add(sum termSum) {
+	if sum == (termSum{}) {
+		return
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	var carry uint64
-	d.lo, carry = bits.Add64(d.lo, lo, 0)
-	d.hi, _ = bits.Add64(d.hi, hi, carry)
+	d.terms.replace(xxh3.Uint128{}, xxh3.Uint128(sum))
 }
 
 // termOf is what a page that is not all zeros adds to the sum: XXH3-128 of its number and its own XXH3-128. The number
@@ -146,10 +198,10 @@ func (d *digest) sum() (out wire.Digest) {
 	var b [8]byte
 	binary.LittleEndian.PutUint64(b[:], uint64(d.size))
 	h := xxh3.Hash128(b[:])
-	lo, carry := bits.Add64(d.lo, h.Lo, 0)
-	hi, _ := bits.Add64(d.hi, h.Hi, carry)
-	binary.BigEndian.PutUint64(out[:8], hi)
-	binary.BigEndian.PutUint64(out[8:], lo)
+	total := d.terms
+	total.replace(xxh3.Uint128{}, h)
+	binary.BigEndian.PutUint64(out[:8], total.Hi)
+	binary.BigEndian.PutUint64(out[8:], total.Lo)
 	return out
 }
 

@@ -10,7 +10,6 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"math/bits"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -27,7 +26,7 @@ import (
 // page that is as in the base from one that is not without the base being read.
 //
 // When both sides of a migration hold the same base, the destination's device starts as a copy of it, and only pages that
-// differ are sent.
+// differ are sent: see SourceDevice.Base and [BaseTarget].
 //
 // It does not change. All methods may be called concurrently.
 type BaseIndex struct {
@@ -218,7 +217,7 @@ func readBaseIndex(r io.Reader, of fileIdentity) (*BaseIndex, error) {
 	if chunks > uint64(len(d.chunks)) || !bytes.Equal(b[:indexHead], of.head(int(chunks))) {
 		return nil, errors.New("it is of another file, of another state of it, or of another version")
 	}
-	var lo, hi uint64
+	var sum termSum
 	next := uint64(0)
 	for range chunks {
 		if _, err := io.ReadFull(both, b); err != nil {
@@ -231,12 +230,10 @@ func readBaseIndex(r io.Reader, of fileIdentity) (*BaseIndex, error) {
 		next = i + 1
 		c := d.allocate(int64(i))
 		for j := range c {
-			termHi, termLo := binary.BigEndian.Uint64(b[8+16*j:]), binary.BigEndian.Uint64(b[16+16*j:])
-			c[j].hi.Store(termHi)
-			c[j].lo.Store(termLo)
-			var carry uint64
-			lo, carry = bits.Add64(lo, termLo, 0)
-			hi, _ = bits.Add64(hi, termHi, carry)
+			term := xxh3.Uint128{Hi: binary.BigEndian.Uint64(b[8+16*j:]), Lo: binary.BigEndian.Uint64(b[16+16*j:])}
+			c[j].hi.Store(term.Hi)
+			c[j].lo.Store(term.Lo)
+			sum.replace(xxh3.Uint128{}, term)
 		}
 	}
 	want := h.Sum128().Bytes()
@@ -247,7 +244,7 @@ func readBaseIndex(r io.Reader, of fileIdentity) (*BaseIndex, error) {
 	if [16]byte(got[:16]) != want {
 		return nil, errors.New("its checksum is wrong")
 	}
-	d.add(lo, hi)
+	d.add(sum)
 	return newBaseIndex(d), nil
 }
 
@@ -293,6 +290,6 @@ func (d *digest) clone() *digest {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	c.lo, c.hi = d.lo, d.hi
+	c.terms = d.terms
 	return c
 }

@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -276,4 +278,215 @@ func BenchmarkIndexBase(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// basedTarget is a target whose devices start as bases.
+type basedTarget struct {
+	*target
+	bases map[string]*block.Memory
+	asked int
+}
+
+func (t *basedTarget) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	devices, err := t.target.Prepare(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	for i, d := range m.Devices {
+		if base := t.bases[d.Name]; base != nil {
+			if err := block.Copy(ctx, devices[i], base, block.CopyOptions{}); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return devices, nil
+}
+
+func (t *basedTarget) Bases(ctx context.Context, m *wire.Manifest) (out []*BaseIndex, err error) {
+	t.asked++
+	for _, d := range m.Devices {
+		var x *BaseIndex
+		if base := t.bases[d.Name]; base != nil {
+			if x, err = IndexBase(ctx, base); err != nil {
+				return nil, err
+			}
+		}
+		out = append(out, x)
+	}
+	return out, nil
+}
+
+// fromBases gives the rig bases that both sides hold, from which the source's devices then differ in a few pages: new
+// data, zeros where there was data, data where there were zeros.
+func fromBases(t *testing.T, r *rig) *basedTarget {
+	t.Helper()
+	to := &basedTarget{target: r.target, bases: map[string]*block.Memory{}}
+	r.dest.Target = to
+	p := make([]byte, 2*block.PageSize)
+	for i := range r.source.Devices {
+		d := &r.source.Devices[i]
+		base := block.NewMemory(d.Device.Size())
+		if err := block.Copy(t.Context(), base, d.Device, block.CopyOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		x, err := IndexBase(t.Context(), base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.Base, to.bases[d.Name] = x, base
+		for n, off := range []int64{3, 10, 40, 41, 90} {
+			if off *= block.PageSize; off+int64(len(p)) > base.Size() {
+				break
+			}
+			fill(p, uint64(1000+n))
+			if n%2 == 1 {
+				clear(p)
+			}
+			if _, err := d.Device.WriteAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return to
+}
+
+func TestMoveFromBase(t *testing.T) {
+	for _, busy := range []bool{false, true} {
+		for _, streams := range []int{1, 3} {
+			t.Run(fmt.Sprintf("busy=%t, streams=%d", busy, streams), func(t *testing.T) {
+				noLeak(t)
+				r := newRig(smallShape)
+				r.guest.busy = busy
+				to := fromBases(t, r)
+				a, b := pipes(streams)
+				o := r.move(t.Context(), a, b)
+				if r.verify(t, o) != "destination" {
+					t.Fatal(o.srcErr, o.dstErr)
+				}
+				if to.asked != 1 || o.src.SameBytes == 0 {
+					t.Errorf("target was asked %d times for bases, %d bytes were not sent", to.asked, o.src.SameBytes)
+				}
+				if limit := int64(40 * block.PageSize); !busy && (o.src.DataBytes > limit || o.src.WireBytes > limit+200_000) { // and the state
+					t.Errorf("%d bytes of data, %d in all for %d changed ones", o.src.DataBytes, o.src.WireBytes, limit)
+				}
+			})
+		}
+	}
+}
+
+func TestMoveFromOtherBase(t *testing.T) {
+	for name, spoil := range map[string]func(*rig, *basedTarget){
+		"other contents": func(_ *rig, to *basedTarget) {
+			for _, base := range to.bases {
+				if base.Size() > 0 {
+					_, _ = base.WriteAt([]byte("other"), base.Size()-5)
+				}
+			}
+		},
+		"none":             func(_ *rig, to *basedTarget) { to.bases = nil },
+		"not a BaseTarget": func(r *rig, to *basedTarget) { r.dest.Target = to.target },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(smallShape[:3])
+			to := fromBases(t, r)
+			spoil(r, to)
+			a, b := pipes(2)
+			o := r.move(t.Context(), a, b)
+			if r.verify(t, o) != "destination" {
+				t.Fatal(o.srcErr, o.dstErr)
+			}
+			if o.src.SameBytes != 0 {
+				t.Errorf("%d bytes were not sent", o.src.SameBytes)
+			}
+		})
+	}
+	t.Run("a base that is not what its index says", func(t *testing.T) {
+		r := newRig(smallShape[:1])
+		to := fromBases(t, r)
+		lying := &lyingTarget{to, r.source.Devices[0].Base}
+		_, _ = to.bases["memory"].WriteAt([]byte("other"), 50*block.PageSize)
+		r.dest.Target = lying
+		a, b := pipes(1)
+		o := r.move(t.Context(), a, b)
+		defer r.stop()
+		// Nobody reads the base again: what was promised for good is not compared.
+		if o.srcErr != nil || o.dstErr != nil {
+			t.Error(o.srcErr, o.dstErr)
+		}
+	})
+}
+
+// lyingTarget promises a base that it does not hold.
+type lyingTarget struct {
+	*basedTarget
+	index *BaseIndex
+}
+
+func (t *lyingTarget) Bases(context.Context, *wire.Manifest) ([]*BaseIndex, error) {
+	return []*BaseIndex{t.index}, nil
+}
+
+// What an overlay does not hold is not even read.
+func TestMoveReadsOnlyChanges(t *testing.T) {
+	base := block.NewMemory(64 * block.PageSize)
+	p := make([]byte, block.PageSize)
+	for off := int64(0); off < base.Size(); off += 2 * block.PageSize {
+		fill(p, uint64(off))
+		if _, err := base.WriteAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	x, err := IndexBase(t.Context(), base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	device := block.NewMemory(base.Size())
+	if err := block.Copy(t.Context(), device, base, block.CopyOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	changed := []block.Range{{Offset: 8 * block.PageSize, Length: 4 * block.PageSize}, {Offset: 40 * block.PageSize, Length: block.PageSize}, {Offset: 62 * block.PageSize, Length: 2 * block.PageSize}}
+	fill(p, 1)
+	for _, off := range []int64{8, 11, 40, 63} {
+		if _, err := device.WriteAt(p, off*block.PageSize); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := device.Discard(10*block.PageSize, block.PageSize); err != nil {
+		t.Fatal(err)
+	}
+	read := &readCounter{Device: device}
+	r := newRig(nil)
+	r.source.Devices = []SourceDevice{{Name: "disk", Device: read, Base: x, Changed: func(off int64) (block.Range, error) {
+		for _, c := range changed {
+			if c.End() > off {
+				from := max(off, c.Offset)
+				return block.Range{Offset: from, Length: c.End() - from}, nil
+			}
+		}
+		return block.Range{}, io.EOF
+	}}}
+	r.target.sizes["disk"] = base.Size()
+	r.dest.Target = &basedTarget{target: r.target, bases: map[string]*block.Memory{"disk": base}}
+	a, b := pipes(1)
+	o := r.move(t.Context(), a, b)
+	if n := read.n.Load(); n > 7*block.PageSize {
+		t.Errorf("%d bytes were read", n)
+	}
+	if r.verify(t, o) != "destination" {
+		t.Fatal(o.srcErr, o.dstErr)
+	}
+	if o.src.DataBytes != 4*block.PageSize || o.src.ZeroBytes != block.PageSize || o.src.SameBytes != 59*block.PageSize {
+		t.Errorf("sent %d data, %d zeros, and left out %d", o.src.DataBytes, o.src.ZeroBytes, o.src.SameBytes)
+	}
+}
+
+// readCounter counts what is read.
+type readCounter struct {
+	block.Device
+	n atomic.Int64
+}
+
+func (c *readCounter) ReadAt(p []byte, off int64) (int, error) {
+	c.n.Add(int64(len(p)))
+	return c.Device.ReadAt(p, off)
 }

@@ -59,6 +59,8 @@ type link struct {
 
 	heartbeatTimeout time.Duration
 
+	compressor *compressor // of a source that may compress: it is told what the streams take
+
 	heardEnd atomic.Bool // the other side has said its last word on stream 0
 
 	closing chan struct{} // closed by close: writers send last and end
@@ -481,7 +483,15 @@ func (s *stream) writeFrames() error {
 // put writes a buffer of frames and releases it.
 func (s *stream) put(b *wire.Buffer) error {
 	defer b.Release()
+	c := s.link.compressor
+	var began time.Time
+	if c != nil {
+		began = time.Now()
+	}
 	n, err := s.rw.Write(b.Bytes())
+	if c != nil {
+		c.wrote(n, began, time.Now())
+	}
 	s.link.written.Add(int64(n))
 	return err
 }

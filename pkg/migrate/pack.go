@@ -29,6 +29,7 @@ type job struct {
 // roundWork counts the jobs of a round that are not finished. It starts with one for the planner.
 type roundWork struct {
 	left atomic.Int64
+	same atomic.Int64  // bytes that were not sent, as the destination holds them
 	done chan struct{} // closed when none is left
 }
 
@@ -104,6 +105,9 @@ func (s *source) pack(j *job) error {
 			return err
 		}
 	}
+	if p.same > 0 {
+		j.round.same.Add(p.same)
+	}
 	return p.flush()
 }
 
@@ -114,7 +118,9 @@ type packer struct {
 	device *sourceDevice
 	urgent bool // somebody waits for it: it goes before all else
 	buf    *wire.Buffer
-	zero   block.Range // a run of zeros that is noted and not yet in the buffer
+	spare  *wire.Buffer // what is compressed is put together in it
+	zero   block.Range  // a run of zeros that is noted and not yet in the buffer
+	same   int64        // bytes that need not be sent
 }
 
 // add reads, digests and packs a range, which begins on a page's start.
@@ -154,14 +160,22 @@ func (p *packer) add(r block.Range) error {
 // encode packs the pages in b, which lie at position at of the buffer and are the device's content at off.
 func (p *packer) encode(b []byte, at int, off int64) {
 	d := p.device
+	var sum termSum
+	note := func(i int) pageKind { return d.digest.note(off+int64(i), b[i:min(len(b), i+block.PageSize)], &sum) }
+	kind := note(0)
 	for len(b) > 0 {
-		zero := block.IsZero(b[:min(len(b), block.PageSize)])
-		n := min(len(b), block.PageSize)
-		for n < len(b) && block.IsZero(b[n:min(len(b), n+block.PageSize)]) == zero {
+		// The next n bytes are pages of one kind.
+		n, next := min(len(b), block.PageSize), kind
+		for n < len(b) {
+			if next = note(n); next != kind {
+				break
+			}
 			n = min(len(b), n+block.PageSize)
 		}
-		if zero {
-			d.digest.zero(off, int64(n))
+		switch kind {
+		case pageSame:
+			p.same += int64(n)
+		case pageZero:
 			if p.zero.Length > 0 && p.zero.End() == off {
 				p.zero.Length += int64(n)
 			} else {
@@ -169,20 +183,34 @@ func (p *packer) encode(b []byte, at int, off int64) {
 				p.zero = block.Range{Offset: off, Length: int64(n)}
 			}
 			p.s.zeroBytes.Add(int64(n))
-		} else {
-			d.digest.write(off, b[:n])
+		case pageData:
 			p.putZero()
-			h := wire.Header{Type: wire.TypeData, Device: uint16(d.index), Length: uint32(n), Offset: uint64(off)}
-			h.Put(p.buf.B[p.buf.N:])
-			p.buf.N += wire.HeaderSize
-			if p.buf.N != at {
-				copy(p.buf.B[p.buf.N:], b[:n])
-			}
-			p.buf.N += n
+			p.putData(b[:n], at, off)
 			p.s.dataBytes.Add(int64(n))
 		}
-		b, at, off = b[n:], at+n, off+int64(n)
+		b, at, off, kind = b[n:], at+n, off+int64(n), next
 	}
+	d.digest.add(sum)
+}
+
+// putData puts content, which lies at position at of the buffer, into it as a Data frame, compressed if that pays.
+func (p *packer) putData(content []byte, at int, off int64) {
+	h := wire.Header{Type: wire.TypeData, Device: uint16(p.device.index), Length: uint32(len(content)), Offset: uint64(off)}
+	if c := p.s.link.compressor; c.wanted() && !p.urgent {
+		if p.spare == nil {
+			p.spare = wire.NewBuffer()
+		}
+		if packed := c.pack(p.spare.B[:], content); packed != nil {
+			h.Flags, h.Length = wire.FlagZstd, uint32(len(packed))
+			content, at = packed, -1 // elsewhere
+		}
+	}
+	h.Put(p.buf.B[p.buf.N:])
+	p.buf.N += wire.HeaderSize
+	if p.buf.N != at {
+		copy(p.buf.B[p.buf.N:], content)
+	}
+	p.buf.N += len(content)
 }
 
 // putZero puts the noted run of zeros, if any, into the buffer.
@@ -224,5 +252,9 @@ func (p *packer) drop() {
 	if p.buf != nil {
 		p.buf.Release()
 		p.buf = nil
+	}
+	if p.spare != nil {
+		p.spare.Release()
+		p.spare = nil
 	}
 }

@@ -18,6 +18,7 @@ type Progress struct {
 
 	Data       int64 // bytes of content sent or received so far, over all rounds
 	Zero       int64 // bytes that went as runs of zeros
+	Same       int64 // at the source: bytes that did not have to be sent, as the destination holds them
 	StateBytes int64 // bytes of device state
 
 	// At the source, of the round under way: bytes that were found dirty at its start (everything, in the first), and

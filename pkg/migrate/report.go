@@ -66,11 +66,15 @@ type Report struct {
 	Demands    int64 `json:"demands,omitempty"`    // how often the destination asked for content that somebody waited for
 	Reconnects int   `json:"reconnects,omitempty"` // how often the two sides met again after the link had died
 
-	DataBytes  int64   `json:"data_bytes"`  // content that was sent or received as such
-	ZeroBytes  int64   `json:"zero_bytes"`  // content that was sent or received as runs of zeros
-	StateBytes int64   `json:"state_bytes"` // device state
-	WireBytes  int64   `json:"wire_bytes"`  // everything this side wrote to (source) or read from (destination) the streams
-	Throughput float64 `json:"throughput"`  // data bytes per second while the guest was running, at the source
+	DataBytes  int64 `json:"data_bytes"`  // content that was sent or received as such
+	ZeroBytes  int64 `json:"zero_bytes"`  // content that was sent or received as runs of zeros
+	StateBytes int64 `json:"state_bytes"` // device state
+
+	SameBytes  int64 `json:"same_bytes,omitempty"`  // at the source: content that was not sent, as the destination held it
+	SavedBytes int64 `json:"saved_bytes,omitempty"` // at the source: of the data, what compression saved
+
+	WireBytes  int64   `json:"wire_bytes"` // everything this side wrote to (source) or read from (destination) the streams
+	Throughput float64 `json:"throughput"` // data bytes per second while the guest was running, at the source
 }
 
 // String is the report in one line.

@@ -77,6 +77,7 @@ func (s *source) newServing(missing [][]block.Range, likely ...[][]block.Range) 
 	for i, d := range s.devices {
 		sd := servedDevice{sourceDevice: d}
 		if missing[i] != nil {
+			d.digest.shared.Store(false) // it lacks what is listed, whatever it had
 			sd.left, sd.again = newPageSetOf(d.size, missing[i]), newPageSet(d.size)
 		}
 		v.devices = append(v.devices, sd)
@@ -340,6 +341,9 @@ func (s *source) describe() []wire.Device {
 	out := make([]wire.Device, len(s.devices))
 	for i, d := range s.devices {
 		out[i] = wire.Device{Name: d.Name, Size: d.size}
+		if d.Base != nil {
+			out[i].Base = d.Base.Digest().String()
+		}
 	}
 	return out
 }
@@ -360,12 +364,43 @@ func (s *source) postpone(d *sourceDevice) ([]block.Range, error) {
 	return list, err
 }
 
-// extents passes on where a device may hold other than zeros, in whole pages, and sends the rest as runs. It returns how much
-// there is.
+// extents passes on, in whole pages, where a device may hold something else than zeros, and than what it started as at the
+// destination. It sends the other zeros as runs. It returns how much it passed on.
 func (s *source) extents(d *sourceDevice, f func(block.Range) error) (int64, error) {
+	if d.Changed == nil || !d.digest.shared.Load() {
+		return s.extentsOf(d, block.Range{Length: d.size}, f)
+	}
 	var bytes int64
 	for off := int64(0); off < d.size; {
-		r := block.Range{Offset: d.size} // what follows the hole at off, if there is one
+		r, err := d.Changed(off)
+		switch {
+		case errors.Is(err, io.EOF):
+			r = block.Range{Offset: d.size}
+		case err != nil:
+			return 0, tell(wire.CodeDevice, fmt.Errorf("find changes of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
+		case r.Offset < off || r.Length <= 0:
+			return 0, fmt.Errorf("find changes of device %q from %d: got %d bytes at %d", d.Name, off, r.Length, r.Offset)
+		default:
+			r = aligned(r, d.size)
+		}
+		s.sameBytes.Add(max(0, r.Offset-off))
+		if off = max(off, r.Offset); off < r.End() {
+			n, err := s.extentsOf(d, block.Range{Offset: off, Length: r.End() - off}, f)
+			if err != nil {
+				return 0, err
+			}
+			bytes += n
+			off = r.End()
+		}
+	}
+	return bytes, nil
+}
+
+// extentsOf is extents for a part of the device, of whole pages.
+func (s *source) extentsOf(d *sourceDevice, part block.Range, f func(block.Range) error) (int64, error) {
+	var bytes int64
+	for off := part.Offset; off < part.End(); {
+		r := block.Range{Offset: part.End()} // what follows the hole at off, if there is one
 		next, err := block.NextData(d.Device, off)
 		switch {
 		case errors.Is(err, io.EOF):
@@ -374,7 +409,9 @@ func (s *source) extents(d *sourceDevice, f func(block.Range) error) (int64, err
 		case next.Offset < off || next.Length <= 0:
 			return 0, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
 		default:
-			r = aligned(next, d.size)
+			next = aligned(next, d.size)
+			r.Offset = min(next.Offset, part.End())
+			r.Length = min(next.End(), part.End()) - r.Offset
 		}
 		if r.Offset > off {
 			if err := s.sendHole(d, off, r.Offset-off); err != nil {

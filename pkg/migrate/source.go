@@ -78,8 +78,8 @@ func newSource(cfg SourceConfig, first SourceState) *source {
 	s.began = time.Now()
 	s.meter = &meter{tell: cfg.Progress, take: func() Progress {
 		p := Progress{Role: wire.RoleSource.String(), State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
-			Data: s.dataBytes.Load(), Zero: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(), Elapsed: time.Since(s.began)}
-		p.Rest = max(0, p.Dirty+s.sentBefore.Load()-p.Data-p.Zero)
+			Data: s.dataBytes.Load(), Zero: s.zeroBytes.Load(), Same: s.sameBytes.Load(), StateBytes: s.stateBytes.Load(), Elapsed: time.Since(s.began)}
+		p.Rest = max(0, p.Dirty+s.sentBefore.Load()-p.Data-p.Zero-p.Same)
 		if d := s.decided.Load(); d != nil {
 			p.DirtyRate, p.Throttle = d.DirtyRate, d.Share
 			if d.Bandwidth > 0 {
@@ -153,10 +153,12 @@ type source struct {
 	lateBytes  int64 // missing at the switch
 	round      atomic.Int64
 	dirty      atomic.Int64
-	sentBefore atomic.Int64 // data and zeros before this round
+	sentBefore atomic.Int64 // data, zeros and same before this round
 	decided    atomic.Pointer[Decision]
 	dataBytes  atomic.Int64
 	zeroBytes  atomic.Int64
+	sameBytes  atomic.Int64 // not sent, as the destination holds them
+	savedBytes atomic.Int64 // by compression
 	stateBytes atomic.Int64
 }
 
@@ -294,6 +296,9 @@ func (s *source) open(ctx context.Context, purpose wire.Purpose, streams []io.Re
 	l.heartbeatTimeout = s.cfg.HeartbeatTimeout
 	l.log = s.cfg.Logger
 	l.bulk = make(chan *wire.Buffer, len(streams))
+	if l.version >= 2 && !s.cfg.NoCompression {
+		l.compressor = newCompressor(len(streams), s.cfg.Concurrency, &s.savedBytes, time.Now, s.log)
+	}
 	return l, nil
 }
 
@@ -351,6 +356,11 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	accept, err := wire.DecodeAccept(reply.payload, len(s.devices))
 	if err != nil {
 		return err
+	}
+	for i, d := range s.devices {
+		if len(accept.Based) > 0 && accept.Based[i] && d.Base == nil {
+			return fmt.Errorf("%w: accept says that device %q starts as a base that was not named", wire.ErrMalformed, d.Name)
+		}
 	}
 	done()
 	s.agree(accept)
@@ -455,6 +465,11 @@ func (s *source) agree(accept *wire.Accept) {
 		if s.goal.PostCopy && !s.late[i] && !d.Policy.precopies() {
 			d.Policy.MaxDirtyBlocks = d.size // copied once
 		}
+		d.digest = newDigest(d.size)
+		if len(accept.Based) > 0 && accept.Based[i] {
+			d.digest = d.Base.pages.clone()
+			d.digest.shared.Store(true)
+		}
 	}
 }
 
@@ -548,7 +563,6 @@ func (s *source) copy() error {
 	ctx := s.link.ctx
 	s.dirty.Store(0)
 	for _, d := range s.devices {
-		d.digest = newDigest(d.size)
 		s.dirty.Add(d.size)
 		if d.Tracker == nil {
 			continue
@@ -630,7 +644,7 @@ func (s *source) cycle(positions []int) error {
 
 // beginRound notes what was sent before a round.
 func (s *source) beginRound() time.Time {
-	s.sentBefore.Store(s.dataBytes.Load() + s.zeroBytes.Load())
+	s.sentBefore.Store(s.dataBytes.Load() + s.zeroBytes.Load() + s.sameBytes.Load())
 	return time.Now()
 }
 
@@ -776,10 +790,14 @@ func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner)
 	case <-p.job.round.done:
 	case <-s.link.ctx.Done():
 	}
+	same := p.job.round.same.Load()
+	s.sameBytes.Add(same)
+	dirty.Bytes = max(0, dirty.Bytes-same)
 	return dirty, context.Cause(s.link.ctx)
 }
 
-// planAll chooses the whole device. What it knows to be zeros goes as runs, unread.
+// planAll chooses the whole device. What it knows to be zeros goes as runs, unread; what it knows to be as in the base not
+// at all.
 func (s *source) planAll(d *sourceDevice, p *planner) (Dirty, error) {
 	var left []block.Range
 	bytes, err := s.extents(d, func(r block.Range) error { return s.add(d, p, r, &left) })
@@ -811,7 +829,19 @@ func (s *source) putOff(d *sourceDevice, left []block.Range) Dirty {
 	return measure(left, d.Policy.BlockSize)
 }
 
+// sendHole sends what is known to be zeros, unless the destination holds it.
 func (s *source) sendHole(d *sourceDevice, off, n int64) error {
+	if !d.digest.shared.Load() {
+		return s.sendZeros(d, off, n)
+	}
+	s.sameBytes.Add(n)
+	return d.digest.nonZero(off, n, func(r block.Range) error {
+		s.sameBytes.Add(-r.Length)
+		return s.sendZeros(d, r.Offset, r.Length)
+	})
+}
+
+func (s *source) sendZeros(d *sourceDevice, off, n int64) error {
 	if err := s.window.acquire(d.index, wire.ZeroFrameSize); err != nil {
 		return err
 	}
@@ -1006,6 +1036,7 @@ func (s *source) report(streams int, err error) *Report {
 		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: streams,
 		Total: Millis(time.Since(s.began)), Downtime: s.downtime.total(), Parts: s.downtime.parts, AgentBefore: Millis(s.agent), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
+		SameBytes: s.sameBytes.Load(), SavedBytes: s.savedBytes.Load(),
 	}
 	if err != nil {
 		r.Error = err.Error()

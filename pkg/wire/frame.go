@@ -76,6 +76,8 @@ const (
 	// FlagNeverRan on an Abort promises that the sender will never run this guest from this migration, and that the
 	// promise is durable. It lets a source in doubt take its guest back.
 	FlagNeverRan = 0x01
+	// FlagZstd marks a Data frame whose content is compressed. Since version 2.
+	FlagZstd = 0x10
 )
 
 // rule is what the specification says about one type. Sizes are of the payload, in bytes.
@@ -94,7 +96,7 @@ var rules = [256]rule{
 	TypeAbort:     {name: "abort", min: 2, max: 2 + MaxReason, flags: FlagNeverRan},
 	TypeManifest:  {name: "manifest", min: 2, max: MaxPayload},
 	TypeAccept:    {name: "accept", max: MaxPayload},
-	TypeData:      {name: "data", min: 1, max: MaxPayload, device: true, offset: true},
+	TypeData:      {name: "data", min: 1, max: MaxPayload, flags: FlagZstd, device: true, offset: true},
 	TypeZero:      {name: "zero", min: 8, max: 8, device: true, offset: true},
 	TypeRoundEnd:  {name: "round-end", min: 4, max: 4, device: true, offset: true},
 	TypeAck:       {name: "ack", device: true, offset: true},
@@ -156,6 +158,8 @@ func (h Header) Check(version uint16) error {
 	switch {
 	case rules[h.Type].since > version:
 		return fmt.Errorf("%w: %v frame in version %d of the protocol", ErrMalformed, h.Type, version)
+	case h.Type == TypeData && version < 2 && h.Flags != 0:
+		return fmt.Errorf("%w: data frame with flags 0x%02x in version %d of the protocol", ErrMalformed, h.Flags, version)
 	case h.Type == TypeAccept && version < 2 && h.Length != 0:
 		return fmt.Errorf("%w: accept frame of %d bytes in version %d of the protocol", ErrMalformed, h.Length, version)
 	}

@@ -15,6 +15,9 @@ type Accept struct {
 	Copy bool `json:"copy,omitempty"`
 	// Postpone says, for each device of the manifest, whether pages of it may be missing when the guest runs. Empty: none.
 	Postpone []bool `json:"postpone,omitempty"`
+	// Based says, for each device of the manifest, whether it holds the base that the manifest names for it, so that only
+	// what differs from it need come. Empty: none.
+	Based []bool `json:"based,omitempty"`
 }
 
 // Encode returns the payload of an Accept frame.
@@ -41,7 +44,7 @@ func DecodeAccept(b []byte, n int) (*Accept, error) {
 	if err := json.Unmarshal(b, a); err != nil {
 		return nil, fmt.Errorf("%w: accept: %w", ErrMalformed, err)
 	}
-	if len(a.Postpone) != 0 && len(a.Postpone) != n {
+	if len(a.Postpone) != 0 && len(a.Postpone) != n || len(a.Based) != 0 && len(a.Based) != n {
 		return nil, fmt.Errorf("%w: accept speaks of %d devices, the manifest of %d", ErrMalformed, len(a.Postpone), n)
 	}
 	return a, nil

@@ -2,6 +2,7 @@ package wire
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"regexp"
@@ -23,6 +24,8 @@ const (
 // A name can never be taken for a path: no separator, no leading dot.
 var namePattern = regexp.MustCompile(`^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$`)
 
+var digestPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
 // CheckName reports why s cannot be a device name or a migration id.
 func CheckName(s string) error {
 	if !namePattern.MatchString(s) {
@@ -35,6 +38,10 @@ func CheckName(s string) error {
 type Device struct {
 	Name string `json:"name"`
 	Size int64  `json:"size"` // bytes
+
+	// Base is the digest, in hexadecimal, of the base that the device was made from, if there is one that the destination
+	// may hold too.
+	Base string `json:"base,omitempty"`
 }
 
 // Manifest says what a migration will bring. A device is known by its position from then on.
@@ -66,6 +73,9 @@ func (m *Manifest) check() error {
 		seen[d.Name] = true
 		if d.Size < 0 || d.Size > MaxDeviceSize {
 			return fmt.Errorf("device %q: size %d: allowed are 0 to %d bytes", d.Name, d.Size, int64(MaxDeviceSize))
+		}
+		if d.Base != "" && !digestPattern.MatchString(d.Base) {
+			return fmt.Errorf("device %q: base %q is not a digest", d.Name, clip(printable(d.Base), 2*len(Digest{})))
 		}
 	}
 	return nil
@@ -103,6 +113,9 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 
 // Digest is a 128-bit content digest; see docs/protocol.md for how it is computed.
 type Digest [16]byte
+
+// String is the digest in hexadecimal.
+func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
 // Part is what one side knows of one device, or of the device state: how much was sent and what it adds up to.
 type Part struct {

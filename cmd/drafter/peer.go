@@ -347,6 +347,8 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
 		if id, ok := p.InDoubt(); ok {
 			fmt.Fprintf(out, "Adopted VM on %s, paused: it was given to another peer (migration %s), which has not confirmed that it runs it\n", p.VMPath(), id)
+		} else if n := p.Instance().Missing(); n > 0 {
+			fmt.Fprintf(out, "Adopted VM on %s; %d bytes of it are still to come from the peer that had it\n", p.VMPath(), n)
 		} else {
 			fmt.Fprintf(out, "Adopted VM on %s\n", p.VMPath())
 		}
@@ -371,7 +373,9 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}
-		if err != nil {
+		if errors.Is(err, migrate.ErrUnsettled) {
+			return p, nil // and servePeer goes on to look
+		} else if err != nil {
 			return nil, fmt.Errorf("receive from %q: %w", opts.raddr, err)
 		}
 		fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
@@ -408,6 +412,7 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 	if lobby != nil {
 		arrivals = lobby.New
 	}
+	arrived := p.Arrived()
 	for {
 		if _, ok := p.InDoubt(); ok {
 			if gone, err := findDestination(ctx, p, lobby, reports, out); gone || err != nil {
@@ -424,6 +429,23 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 			}
 			fmt.Fprintf(out, "The guest shut down\n")
 			return nil
+		case <-arrived:
+			arrived = nil
+			report, err := p.Arrival()
+			switch {
+			case err == nil:
+				if err := reports.write(report); err != nil {
+					logger(ctx).Error("could not write the report of a migration", "error", err)
+				}
+				fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
+			case p.Instance().Missing() > 0:
+				fmt.Fprintf(out, "The VM is frozen, and nothing of it is lost: the peer that has the rest of its content was not found (%v). "+
+					"Start that peer again, with the command line that it had: this one goes on looking for it\n", err)
+				p.Search()
+				arrived = p.Arrived()
+			default:
+				logger(ctx).Warn("the VM is whole, but the peer that it came from could not be told: that one may be in doubt", "error", err)
+			}
 		case a := <-arrivals:
 			var report *migrate.Report
 			err := a.Err

@@ -110,10 +110,24 @@ type Peer struct {
 	cfg      Config
 	instance *runner.Instance
 
+	agent sync.WaitGroup // the telling of an adopted guest's agent
+
 	mu      sync.Mutex         // guards what follows
 	sending bool               // a Send runs
 	cancel  context.CancelFunc // of that Send
 	idle    chan struct{}      // closed when no Send runs
+
+	rest *rest // what is still to come of an instance that was received; nil: nothing, as far as is known
+}
+
+// rest is the search for the source of an instance that was received by a process that has died, and the arrival of
+// what is missing.
+type rest struct {
+	claim  migrate.Claim
+	cancel context.CancelFunc
+	done   chan struct{}
+	report *migrate.Report // once done
+	err    error           // once done
 }
 
 func newPeer(cfg Config, i *runner.Instance) *Peer {
@@ -140,12 +154,128 @@ func Boot(ctx context.Context, cfg Config) (*Peer, error) {
 }
 
 func start(ctx context.Context, cfg Config, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
-	cfg = cfg.withDefaults()
-	i, err := how(ctx, cfg.runner())
+	p := newPeer(cfg.withDefaults(), nil)
+	rc := p.cfg.runner()
+	rc.OnLate = p.onLate
+	i, err := how(ctx, rc)
 	if err != nil {
+		p.endRest()
 		return nil, err
 	}
-	return newPeer(cfg, i), nil
+	p.instance = i
+	if i.AgentOwed() {
+		p.agent.Go(func() {
+			if err := i.AfterResume(context.WithoutCancel(ctx)); err != nil {
+				p.cfg.Logger.Error("the instance was adopted and runs, but its agent failed after the resume", "error", err)
+			}
+		})
+	}
+	return p, nil
+}
+
+// onLate begins to look for the peer that the instance came from.
+func (p *Peer) onLate(i *runner.Instance, migration string, devices []runner.Arriving) {
+	if p.cfg.FindSource == nil {
+		return
+	}
+	p.rest = p.find(claimOf(i, migration, devices), i)
+}
+
+// claim is the claim to an instance that was received.
+func claim(i *runner.Instance) migrate.Claim {
+	migration, devices := i.Arriving()
+	return claimOf(i, migration, devices)
+}
+
+func claimOf(i *runner.Instance, migration string, devices []runner.Arriving) migrate.Claim {
+	return migrate.Claim{
+		ID: migration,
+		Devices: func(_ context.Context, ask func(int, block.Range)) ([]migrate.ClaimDevice, error) {
+			numbers := make(map[string]int)
+			var out []migrate.ClaimDevice
+			for _, d := range devices {
+				numbers[d.Name] = len(out)
+				c := migrate.ClaimDevice{Name: d.Name, Size: d.Size}
+				if d.Late != nil {
+					c.Late = d.Late
+				}
+				out = append(out, c)
+			}
+			i.Ask(func(name string, r block.Range) { ask(numbers[name], r) })
+			return out, nil
+		},
+		Complete: i.Complete,
+	}
+}
+
+// find looks for the source of a claim, and takes in what is missing.
+func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &rest{claim: claim, cancel: cancel, done: make(chan struct{})}
+	go func() { // endRest waits for it
+		defer close(r.done)
+		r.report, r.err = migrate.RejoinDestination(ctx, claim, migrate.DestinationConfig{
+			Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
+			Progress: p.cfg.Progress, Logger: p.cfg.Logger,
+			OnState: func(s migrate.DestinationState) {
+				if s == migrate.DestinationFilling {
+					p.thaw(i)
+				}
+			},
+		})
+		if r.err == nil {
+			p.thaw(i)
+		}
+	}()
+	return r
+}
+
+func (p *Peer) thaw(i *runner.Instance) {
+	if err := i.Thaw(); err != nil {
+		p.cfg.Logger.Error("the machine cannot go on", "error", err)
+	}
+}
+
+// endRest ends the search for the source, if one goes on.
+func (p *Peer) endRest() {
+	p.mu.Lock()
+	r := p.rest
+	p.mu.Unlock()
+	if r != nil {
+		r.cancel()
+		<-r.done
+	}
+}
+
+// Arrived is closed when nothing of the instance is missing any more, or the search for the peer that has the rest has
+// ended: see [Peer.Arrival]. It is nil for an instance to which nothing is to come.
+func (p *Peer) Arrived() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.rest == nil {
+		return nil
+	}
+	return p.rest.done
+}
+
+// Arrival is how the arrival of the rest went, once Arrived is closed. When its error wraps migrate.ErrUnsettled something is
+// missing still, and the guest is frozen: see [Peer.Search].
+func (p *Peer) Arrival() (*migrate.Report, error) {
+	p.mu.Lock()
+	r := p.rest
+	p.mu.Unlock()
+	if errors.Is(r.err, migrate.ErrUnsettled) && p.instance.Missing() > 0 {
+		return r.report, errors.Join(r.err, p.instance.Freeze())
+	}
+	return r.report, r.err
+}
+
+// Search looks once more for the peer that has the rest of the instance, after Arrived was closed in vain. The guest goes on
+// when it is found.
+func (p *Peer) Search() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.rest = p.find(p.rest.claim, p.instance)
 }
 
 // Receive takes over a running instance from the peer at the other end of streams. When it fails, the instance runs on at
@@ -168,8 +298,11 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 		report.AgentAfter = migrate.Millis(t.agentTook)
 		return newPeer(cfg, t.instance), report, nil
 	case errors.Is(err, migrate.ErrUnsettled):
-		// Who waits for what is missing must not go on to fail in its own ways meanwhile.
-		return newPeer(cfg, t.instance), report, errors.Join(err, t.instance.Freeze())
+		p := newPeer(cfg, t.instance)
+		p.rest = &rest{claim: claim(t.instance), cancel: func() {}, done: make(chan struct{}), report: report, err: err}
+		close(p.rest.done)
+		_, err := p.Arrival()
+		return p, report, err
 	case t.instance != nil && errors.Is(err, migrate.ErrInDoubt):
 		// It is ours, and it does not run. Saved, it is not lost, whatever becomes of the doubt.
 		err = errors.Join(err, t.instance.Close(ctx))
@@ -294,7 +427,11 @@ func (p *Peer) Done() <-chan struct{} { return p.instance.Machine().Done() }
 func (p *Peer) Err() error { return p.instance.Machine().Err() }
 
 // Kill ends the instance here without saving it, as a power cut would.
-func (p *Peer) Kill() error { return p.instance.Kill() }
+func (p *Peer) Kill() error {
+	err := p.instance.Kill()
+	p.endRest()
+	return err
+}
 
 // Adopted reports whether the instance was taken over from a peer that had died.
 func (p *Peer) Adopted() bool { return p.instance.Adopted() }
@@ -317,7 +454,14 @@ func (p *Peer) Close(ctx context.Context) error {
 	idle := p.idle
 	p.mu.Unlock()
 	<-idle
-	return p.instance.Close(ctx)
+	p.endRest()
+	err := p.instance.Close(ctx)
+	if !errors.Is(err, runner.ErrUnsaved) {
+		p.agent.Wait()
+	} else if p.instance.Missing() > 0 {
+		p.Search()
+	}
+	return err
 }
 
 // source is an instance as migrate.Send sees it.
@@ -439,4 +583,4 @@ func (t *target) Discard(ctx context.Context) error  { return t.instance.Discard
 
 func (t *target) Commit(ctx context.Context, id string) error { return t.instance.Own(ctx, id) }
 func (t *target) Abort(ctx context.Context, id string) error  { return t.instance.Refuse(ctx, id) }
-func (t *target) Done(context.Context, string) error          { return nil }
+func (t *target) Done(context.Context, string) error          { return t.instance.Settled() }

@@ -174,7 +174,7 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			return nil
 		}
 		i.phase = suspended
-		if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: record.Migration}); err != nil {
+		if err := writeRecord(i.device(StateDevice), Record{Status: Running}); err != nil {
 			return err
 		}
 	case state == vmm.StateRunning:

@@ -146,11 +146,12 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
-	// OnLate is called by Adopt, Resume and Boot when something of the instance has not arrived, with the devices of which that
-	// is so and the migration that brings it: before anything waits for it that the call itself waits for. It must see
-	// to it that [Instance.Ask] is called and the devices are filled, must not wait for that, and may call no other method of
-	// the instance. Nil: then whoever waits for what is missing waits until Instance.Late is called.
-	OnLate func(i *Instance, migration string, devices map[string]Late)
+	// OnLate is called by Adopt and Boot for an instance that was received by a migration whose source may still have
+	// something to do with it: to bring what has not arrived, or to learn that nothing is missing. It comes before anything
+	// waits for what is missing that the call itself waits for. It must see to it that [Instance.Ask] is called and the
+	// devices are filled, must not wait for that, and may call no other method of the instance. Nil: then whoever waits for what
+	// is missing waits for ever.
+	OnLate func(i *Instance, migration string, devices []Arriving)
 
 	// Anew makes the start end a living machine that it finds of this instance, where it would adopt it otherwise: for
 	// instances that are made, not kept.

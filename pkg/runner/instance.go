@@ -385,12 +385,10 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		rank[c.Name] = n
 	}
 	slices.SortFunc(i.devices, func(a, b *device) int { return cmp.Compare(rank[a.Name], rank[b.Name]) })
-	if len(i.late.devices) > 0 {
-		r, err := ReadRecord(i.device(StateDevice))
-		if err != nil {
-			return nil, fmt.Errorf("open instance: %w", err)
+	if state := i.device(StateDevice); state != nil {
+		if r, err := ReadRecord(state); err == nil && r.Status == Running {
+			i.late.migration = r.Migration
 		}
-		i.late.migration = r.Migration
 	}
 	if i.orphan != nil {
 		i.desc = i.orphan.info.Description
@@ -883,7 +881,7 @@ func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 		return fmt.Errorf("reclaim instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.phase = suspended
-	return writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration})
+	return writeRecord(i.device(StateDevice), Record{Status: Running})
 }
 
 // Load gives the waiting machine its device state. Everything the devices need must have arrived.

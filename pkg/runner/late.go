@@ -246,19 +246,45 @@ func (i *Instance) recallLate() (arriving bool, err error) {
 // Ask has ask told what somebody waits for from now on. What was wanted before is listed by the devices.
 func (i *Instance) Ask(ask Ask) { i.late.ask.Store(&ask) }
 
-// Late returns the devices of which something has not arrived, and the migration that brings it: none, for an instance that
-// is whole.
-func (i *Instance) Late() (migration string, devices map[string]Late) {
+// Arriving is a device of an instance that was received.
+type Arriving struct {
+	Name string
+	Size int64 // bytes
+	Late Late  // nil: all of it is here
+}
+
+// Arriving returns all devices of an instance that was received, and the migration that brings them.
+func (i *Instance) Arriving() (migration string, devices []Arriving) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	return i.late.migration, maps.Clone(i.late.devices)
+	return i.late.migration, i.arriving()
 }
 
 // callOnLate tells the owner that something is missing, before anything waits for it.
 func (i *Instance) callOnLate() {
-	if len(i.late.devices) > 0 && i.cfg.OnLate != nil {
-		i.cfg.OnLate(i, i.late.migration, maps.Clone(i.late.devices))
+	if i.late.migration != "" && i.cfg.OnLate != nil {
+		i.cfg.OnLate(i, i.late.migration, i.arriving())
 	}
+}
+
+func (i *Instance) arriving() (devices []Arriving) {
+	for _, d := range i.devices {
+		if d.Name != StateDevice {
+			devices = append(devices, Arriving{Name: d.Name, Size: d.Size(), Late: i.late.devices[d.Name]})
+		}
+	}
+	return devices
+}
+
+// Settled puts on record that the source of the instance has nothing to do with it any more.
+func (i *Instance) Settled() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != running && i.phase != suspended {
+		return nil
+	}
+	i.late.migration = ""
+	return writeRecord(i.device(StateDevice), Record{Status: Running})
 }
 
 // Missing is how many bytes of the instance have not arrived.

@@ -27,9 +27,16 @@
 // Whatever is charged for CPU time or memory is a process of its own, which this program is once more with another role
 // (roles.go). What is measured starts when both ends are connected and have been told to go.
 //
+// Other programs on the machine still cost. What helps, as root, is a session that goes first:
+//
+//	setsid -w bash -c 'echo -15 > /proc/self/autogroup; make bench'
+//
+// Each row has the load of the machine just before, so that one sees whether it was quiet.
+//
 // # Cleaning up
 //
-// Ctrl-C ends the case that runs and writes what there is. Processes are ended by their owner, and by the kernel should
-// this program be killed; network namespaces and files below out/bench are removed, or found and removed by the next run.
-// What took long to make, blueprint and packages, is kept in out.
+// Ctrl-C ends the case that runs and writes what there is. Processes are ended by their owner; network namespaces and
+// files below out/bench are removed, or found and removed by the next run. Should this program be killed, its own
+// processes end with it, but machines live on, as they do when a peer dies: QEMU processes whose working folder is below
+// out/bench/vms or is /tmp/drafter-bench-*. What took long to make, blueprint and packages, is kept in out.
 package main

@@ -35,7 +35,8 @@ const (
 type vmMove struct {
 	downtime, total time.Duration // as who moved it says
 	bytes           int64
-	gap, quietGap   time.Duration // the client's longest, in the span of the move and in the same span before
+	gap, quietGap   time.Duration   // the client's longest, in the span of the move and in the same span before
+	report          *migrate.Report // of our source
 }
 
 // mover is one way to move a VM.
@@ -98,7 +99,25 @@ func benchVM(ctx context.Context, b *bench, name string) (rows []Row, err error)
 			newRow(name, "sent, "+m.name, "MiB", less, of(0, bytes), of(n, bytes), m.name, goal{}),
 		)
 	}
-	return rows, nil
+	return append(rows, downtimeParts(name, moves[0])...), nil
+}
+
+// downtimeParts says where our downtime goes.
+func downtimeParts(name string, moves []vmMove) (rows []Row) {
+	parts := map[string][]float64{}
+	var names []string
+	for _, m := range moves {
+		for _, part := range m.report.Parts {
+			if parts[part.Name] == nil {
+				names = append(names, part.Name)
+			}
+			parts[part.Name] = append(parts[part.Name], milliseconds(time.Duration(part.Duration)))
+		}
+	}
+	for _, part := range names {
+		rows = append(rows, newRow(name, "of our downtime: "+part, "ms", less, parts[part], nil, "", goal{}))
+	}
+	return rows
 }
 
 // valkeyPackage makes the blueprint and the package that make demo has too, and the network that both ends are in.
@@ -258,7 +277,7 @@ func moveByPeers(ctx context.Context, s *vmSession) (m vmMove, err error) {
 	if err != nil {
 		return m, err
 	}
-	m.downtime, m.total, m.bytes = time.Duration(report.Downtime), time.Duration(report.Total), report.WireBytes
+	m.report, m.downtime, m.total, m.bytes = report, time.Duration(report.Downtime), time.Duration(report.Total), report.WireBytes
 	return m, s.finish(ctx)
 }
 

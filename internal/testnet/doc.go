@@ -18,9 +18,10 @@
 //
 // The bridge in the client's namespace is a real switch: it learns behind which of its ports the guest is, from the
 // frames that the guest sends. After a move it therefore goes on sending to the old place until the guest has sent
-// something from the new one, and somebody has to announce the move. [Network.Moved] does it on the guest's behalf. The
-// bridges of the peers have two ports and learn nothing, so that nothing in them can be out of date. Peers cannot reach
-// each other: their ports are isolated.
+// something from the new one, and somebody has to announce the move. Machines of package vmm/qemu do it themselves, as soon as
+// the guest is paused at its old place; for others, [Network.Moved] does it on the guest's behalf. The bridges of the peers
+// have two ports and learn nothing, so that nothing in them can be out of date. Peers cannot reach each other: their ports
+// are isolated.
 //
 // # Example
 //

@@ -382,6 +382,36 @@ func TestMoveCompressed(t *testing.T) {
 	}
 }
 
+// Content that arrives late may be compressed too.
+func TestPostCopyCompressed(t *testing.T) {
+	const size = 20 << 20
+	mem := block.NewMemory(size)
+	for off := int64(0); off < size; off += 1 << 20 {
+		if _, err := mem.WriteAt(text(1<<20, uint64(off)), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(nil)
+		r.source.NoCompression = false
+		r.source.Devices = []SourceDevice{{Name: "memory", Device: mem, Tracker: &scripted{}}}
+		r.target.sizes["memory"] = size
+		late := r.postCopy(1)
+		late.uses = 20
+		a, b := pipes(2)
+		for i := range a {
+			a[i] = &paced{a[i].(net.Conn), 2e6}
+		}
+		o := r.move(t.Context(), a, b)
+		if r.verify(t, o) != "destination" {
+			t.Fatal(o.srcErr, o.dstErr)
+		}
+		if o.src.LateBytes < size || o.src.SavedBytes < size/2 {
+			t.Errorf("%d bytes late, %d saved", o.src.LateBytes, o.src.SavedBytes)
+		}
+	})
+}
+
 // BenchmarkPack is what compression costs and gains. "off" is what a fast link pays for being able to.
 func BenchmarkPack(b *testing.B) {
 	random := make([]byte, wire.MaxPayload)

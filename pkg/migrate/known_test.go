@@ -292,14 +292,18 @@ func (t *basedTarget) Prepare(ctx context.Context, m *wire.Manifest) ([]block.De
 	if err != nil {
 		return nil, err
 	}
+	return devices, t.copyTo(ctx, m, devices)
+}
+
+func (t *basedTarget) copyTo(ctx context.Context, m *wire.Manifest, devices []block.Device) error {
 	for i, d := range m.Devices {
 		if base := t.bases[d.Name]; base != nil {
 			if err := block.Copy(ctx, devices[i], base, block.CopyOptions{}); err != nil {
-				return nil, err
+				return err
 			}
 		}
 	}
-	return devices, nil
+	return nil
 }
 
 func (t *basedTarget) Bases(ctx context.Context, m *wire.Manifest) (out []*BaseIndex, err error) {
@@ -489,4 +493,55 @@ type readCounter struct {
 func (c *readCounter) ReadAt(p []byte, off int64) (int, error) {
 	c.n.Add(int64(len(p)))
 	return c.Device.ReadAt(p, off)
+}
+
+// basedLateTarget starts as bases, and runs its guest before all is there.
+type basedLateTarget struct {
+	*lateTarget
+	based *basedTarget
+}
+
+func (t *basedLateTarget) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	devices, err := t.lateTarget.Prepare(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	return devices, t.based.copyTo(ctx, m, devices)
+}
+
+func (t *basedLateTarget) Bases(ctx context.Context, m *wire.Manifest) ([]*BaseIndex, error) {
+	return t.based.Bases(ctx, m)
+}
+
+// What is listed as missing is sent, also if it has become what it was in the base, or what it was when it was sent.
+func TestPostCopyFromBase(t *testing.T) {
+	for name, policy := range map[string]Policy{"after rounds": {MaxCycles: 2}, "at once": {}} {
+		t.Run(name, func(t *testing.T) {
+			noLeak(t)
+			r := newRig(smallShape)
+			for i := range r.source.Devices {
+				r.source.Devices[i].Policy = policy
+			}
+			to := fromBases(t, r)
+			late := r.postCopy(3)
+			r.dest.Target = &basedLateTarget{late, to}
+			r.source.Devices[0].Tracker = &rewriting{Tracker: r.source.Devices[0].Tracker}
+			a, b := pipes(2)
+			o := r.move(t.Context(), a, b)
+			if r.verify(t, o) != "destination" {
+				t.Fatal(o.srcErr, o.dstErr)
+			}
+			if o.src.SameBytes == 0 || o.src.LateBytes == 0 || late.postpones != 1 {
+				t.Errorf("%d bytes were not sent, %d sent late", o.src.SameBytes, o.src.LateBytes)
+			}
+		})
+	}
+}
+
+// rewriting is a tracker of a guest that writes to some pages what they hold already.
+type rewriting struct{ block.Tracker }
+
+func (w *rewriting) Collect(ctx context.Context) ([]block.Range, error) {
+	list, err := w.Tracker.Collect(ctx)
+	return union(list, []block.Range{{Offset: 8 * block.PageSize, Length: 40 * block.PageSize}}), err
 }

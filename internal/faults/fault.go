@@ -70,11 +70,14 @@ func (p Point) String() string {
 	return fmt.Sprintf("after frame %d", p.Frames)
 }
 
+// AnyStream as the Stream of a Fault is the one on which its point is reached first.
+const AnyStream = -1
+
 // Fault is one thing that goes wrong with a [Link], once.
 type Fault struct {
 	Kind      Kind
 	Direction Direction
-	Stream    int // in the order in which streams are made; those of a reconnect follow those before
+	Stream    int // in the order in which streams are made; those of a reconnect follow those before; or AnyStream
 	At        Point
 
 	Wait time.Duration // of a Delay

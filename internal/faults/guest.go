@@ -176,6 +176,7 @@ func (m *VM) postpone(name string, l *block.Lazy) {
 	m.lazyMu.Lock()
 	m.lazies = append(m.lazies, l)
 	m.lazyMu.Unlock()
+	m.host.world.atEnd(l)
 	switch name {
 	case "memory":
 		m.ram, m.memory = l, l
@@ -194,6 +195,17 @@ func (m *VM) lacks() bool {
 		}
 	}
 	return false
+}
+
+// complete makes durable that nothing is missing any more.
+func (m *VM) complete() error {
+	m.lazyMu.Lock()
+	defer m.lazyMu.Unlock()
+	var err error
+	for _, l := range m.lazies {
+		err = errors.Join(err, l.Complete())
+	}
+	return err
 }
 
 // load gives the machine its state. Everything that is there must be right, and loading touches some of what is not.

@@ -1,7 +1,10 @@
 package faults
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"sync"
 
 	"github.com/drafter-vm/drafter/internal/testguest/journal"
@@ -124,8 +127,22 @@ func (h *Host) Start() error {
 	return nil
 }
 
+// list is the file that says what is missing of the disk.
+func (h *Host) list() string { return filepath.Join(h.world.dir, h.name+".missing") }
+
+// forget forgets what is missing.
+func (h *Host) forget() error {
+	if err := os.Remove(h.list()); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
 // boot boots the guest from its disk.
 func (h *Host) boot(p *Process) error {
+	if _, err := os.Stat(h.list()); err == nil {
+		return errNoRejoin // what is missing of the disk has to be fetched
+	}
 	h.world.mu.Lock()
 	disk, acked := h.disk, h.world.acked
 	h.world.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/wire"
@@ -27,7 +28,7 @@ type Link struct {
 	// time. To be set before there are streams.
 	Rate int
 
-	faults []Fault
+	faults []*pending
 
 	released chan struct{} // closed by Release
 	black    chan struct{} // closed by a Blackout
@@ -57,7 +58,17 @@ type Passed struct {
 
 // NewLink returns a link with these faults, each of which happens once.
 func NewLink(faults ...Fault) *Link {
-	return &Link{faults: faults, released: make(chan struct{}), black: make(chan struct{}), closed: make(chan struct{}), passed: map[way]*Passed{}}
+	l := &Link{released: make(chan struct{}), black: make(chan struct{}), closed: make(chan struct{}), passed: map[way]*Passed{}}
+	for _, f := range faults {
+		l.faults = append(l.faults, &pending{Fault: f})
+	}
+	return l
+}
+
+// pending is a fault that may have happened.
+type pending struct {
+	Fault
+	done atomic.Bool
 }
 
 // Pipes makes n streams in this process, and returns their ends.
@@ -167,7 +178,7 @@ func (l *Link) join(source, destination end) {
 		c.link, c.queue, c.passed, c.rate = l, make(chan parcel, 64), &Passed{}, l.Rate
 		l.passed[c.way] = c.passed
 		for _, f := range l.faults {
-			if f.Direction == c.way.direction && f.Stream == stream {
+			if f.Direction == c.way.direction && (f.Stream == stream || f.Stream == AnyStream) {
 				c.faults = append(c.faults, f)
 			}
 		}
@@ -189,7 +200,7 @@ type conduit struct {
 	queue    chan parcel
 	passed   *Passed // guarded by link.mu
 
-	faults []Fault       // to come
+	faults []*pending    // of this way
 	delay  time.Duration // of every parcel
 	rate   int           // bytes per second; 0: as fast as it goes
 	flip   bool          // the next byte
@@ -247,7 +258,7 @@ func (c *conduit) pass(r *bufio.Reader, n int) error {
 	for n > 0 {
 		k := min(n, 32<<10)
 		for _, f := range c.faults {
-			if left := f.At.Bytes - c.passed.Bytes; f.At.Bytes > 0 && left > 0 {
+			if left := f.At.Bytes - c.passed.Bytes; left > 0 {
 				k = int(min(int64(k), left))
 			}
 		}
@@ -282,13 +293,10 @@ func (c *conduit) pass(r *bufio.Reader, n int) error {
 
 // reach carries out the faults that are due.
 func (c *conduit) reach(due func(Fault) bool) error {
-	for i := 0; i < len(c.faults); i++ {
-		f := c.faults[i]
-		if !due(f) {
+	for _, f := range c.faults {
+		if !due(f.Fault) || !f.done.CompareAndSwap(false, true) {
 			continue
 		}
-		c.faults = append(c.faults[:i:i], c.faults[i+1:]...)
-		i--
 		if f.Reached != nil {
 			f.Reached()
 		}

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 )
 
@@ -40,6 +41,11 @@ type Migration struct {
 	Link    *Link // nil: one without faults
 	// Reconnect has the two sides look for each other when the link dies after the commit.
 	Reconnect bool
+	// Restart has processes that are killed started again, which then go on with the migration.
+	Restart bool
+
+	// Track, if set, replaces the answers of the trackers of the source.
+	Track func([]block.Range, error) ([]block.Range, error)
 
 	Source, Destination       Plan
 	OnSource                  func(migrate.SourceState)
@@ -91,8 +97,55 @@ func (w *World) Move(from, to *Host, m Migration) Result {
 		t := &target{Process: destination, copying: m.Mode == Copying, planted: w.Plant, postpone: m.Mode == PostCopy}
 		r.Destination, r.DestinationErr = migrate.Receive(destination.during(m.DestinationCtx), b, w.destinationConfig(t, m, meet))
 	})
+	if m.Restart {
+		done := make(chan struct{})
+		defer func() { <-done }()
+		over, end := context.WithCancel(context.Background())
+		defer end()
+		go func() {
+			defer close(done)
+			w.restart(over, from, to, m, meet)
+		}()
+	}
 	wg.Wait()
 	return r
+}
+
+// restartDelay is how long it takes an init system to start a process again.
+const restartDelay = 300 * time.Millisecond
+
+// restart starts processes of the two hosts that have died, until the migration is over for both sides, and has them go on with
+// it.
+func (w *World) restart(over context.Context, from, to *Host, m Migration, meet *meeting) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for _, h := range []*Host{from, to} {
+		p := h.Process()
+		if p == nil {
+			continue
+		}
+		wg.Go(func() {
+			select {
+			case <-p.ctx.Done():
+			case <-over.Done():
+				if !p.isDead() {
+					return
+				}
+			}
+			time.Sleep(restartDelay)
+			if err := h.Start(); err != nil {
+				return // its machine has died, too: Recover boots it
+			}
+			if h.Record() != (Record{Moved, m.ID}) || !m.Reconnect {
+				return
+			}
+			next := h.Process()
+			m := m
+			m.Source = Plan{}
+			// How it ends is in the records.
+			_, _ = migrate.RejoinSource(context.Background(), w.sourceConfig(next, m, meet))
+		})
+	}
 }
 
 func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.SourceConfig {
@@ -112,7 +165,7 @@ func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.Sou
 		policy = migrate.Policy{ByGoal: true}
 	}
 	if vm := p.host.machine(); vm != nil {
-		cfg.Devices = p.devices(vm, policy)
+		cfg.Devices = p.devices(vm, policy, m.Track)
 	}
 	if m.Reconnect {
 		cfg.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) { return p.reconnect(ctx, meet.source) }

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -238,6 +237,9 @@ func (t *target) Prepare(_ context.Context, m *wire.Manifest) (out []block.Devic
 		if !t.copying {
 			t.host.write(Record{Receiving, m.ID})
 		}
+		if err := t.host.forget(); err != nil {
+			return err
+		}
 		t.host.mu.Lock()
 		t.host.disk = NewDisk(diskSize)
 		t.devices = map[string]block.Device{"memory": newMemory(), "disk": t.host.disk, "kernel": block.NewMemory(int64(len(kernel)))}
@@ -305,12 +307,19 @@ func (t *target) Postpone(_ context.Context, missing [][]block.Range, ask func(i
 				if list == nil {
 					continue
 				}
-				lazy, err := block.NewLazy(t.devices[t.names[i]], block.LazyOptions{Missing: list, Fetch: func(_ context.Context, r block.Range) error {
+				opts := block.LazyOptions{Missing: list, Fetch: func(_ context.Context, r block.Range) error {
 					if ask := vm.ask.Load(); ask != nil {
 						(*ask)(i, r)
 					}
 					return nil
-				}})
+				}}
+				if t.names[i] == "disk" {
+					opts.List = t.host.list()
+				}
+				lazy, err := block.NewLazy(t.devices[t.names[i]], opts)
+				if err == nil {
+					err = lazy.Flush() // makes the list
+				}
 				if err != nil {
 					return err
 				}
@@ -355,7 +364,7 @@ func (t *target) Run(context.Context) error {
 
 func (t *target) Complete(context.Context) error {
 	return t.hook("complete", func() error {
-		return t.withVM(func(vm *VM) error { return errors.Join(vm.ram.Flush(), vm.store.Flush()) })
+		return t.withVM((*VM).complete)
 	})
 }
 
@@ -373,7 +382,7 @@ func (t *target) Keep(context.Context) error {
 }
 
 func (t *target) Discard(context.Context) error {
-	return t.hook("discard", func() error { t.host.KillVMM(); return nil })
+	return t.hook("discard", func() error { t.host.KillVMM(); return t.host.forget() })
 }
 
 func (t *target) Commit(_ context.Context, id string) error {
@@ -404,26 +413,32 @@ func (b busy) ReadAt(p []byte, off int64) (int, error) {
 
 func (b busy) NextData(off int64) (block.Range, error) { return block.NextData(b.Device, off) }
 
-// forgetful is a tracker that does not report the n-th range.
-type forgetful struct {
+// tracker is a tracker that answers as a test wants it to.
+type tracker struct {
 	block.Tracker
-	n    int
-	seen atomic.Int64
+	answer func([]block.Range, error) ([]block.Range, error)
 }
 
-func (f *forgetful) Collect(ctx context.Context) ([]block.Range, error) {
-	list, err := f.Tracker.Collect(ctx)
-	var out []block.Range
-	for _, r := range list {
-		if f.seen.Add(1) != int64(f.n) {
-			out = append(out, r)
+func (t tracker) Collect(ctx context.Context) ([]block.Range, error) {
+	return t.answer(t.Tracker.Collect(ctx))
+}
+
+// forget returns an answer in which the n-th range of all is missing.
+func forget(n int) func([]block.Range, error) ([]block.Range, error) {
+	seen := 0
+	return func(list []block.Range, err error) ([]block.Range, error) {
+		var out []block.Range
+		for _, r := range list {
+			if seen++; seen != n {
+				out = append(out, r)
+			}
 		}
+		return out, err
 	}
-	return out, err
 }
 
 // devices are those of the machine, as the source of a migration sends them.
-func (p *Process) devices(vm *VM, policy migrate.Policy) []migrate.SourceDevice {
+func (p *Process) devices(vm *VM, policy migrate.Policy, track func([]block.Range, error) ([]block.Range, error)) []migrate.SourceDevice {
 	blank := block.NewMemory(int64(len(kernel)))
 	if _, err := blank.WriteAt(kernel, 0); err != nil {
 		panic(fmt.Sprintf("a device in memory does not take what fits: %v", err))
@@ -434,13 +449,16 @@ func (p *Process) devices(vm *VM, policy migrate.Policy) []migrate.SourceDevice 
 		}
 		return d
 	}
-	var tracker block.Tracker = p.memory
+	var memory, disk block.Tracker = p.memory, p.disk
 	if n := p.host.world.Plant.LosePage; n > 0 {
-		tracker = &forgetful{Tracker: tracker, n: n}
+		memory = tracker{memory, forget(n)}
+	}
+	if track != nil {
+		memory, disk = tracker{memory, track}, tracker{disk, track}
 	}
 	return []migrate.SourceDevice{
-		{Name: "memory", Device: wrap("memory", busy{p.memory, vm}), Tracker: tracker, Policy: policy},
-		{Name: "disk", Device: wrap("disk", busy{p.disk, vm}), Tracker: p.disk, Policy: policy},
+		{Name: "memory", Device: wrap("memory", busy{p.memory, vm}), Tracker: memory, Policy: policy},
+		{Name: "disk", Device: wrap("disk", busy{p.disk, vm}), Tracker: disk, Policy: policy},
 		{Name: "kernel", Device: wrap("kernel", blank)},
 	}
 }

@@ -49,7 +49,7 @@ func eachSeed(t *testing.T, short, whole int, f func(t *testing.T, seed uint64))
 
 // begin makes a world of two hosts, which ends with the test.
 func begin(t *testing.T, seed uint64) (w *World, a, b *Host) {
-	w = NewWorld(seed, "a", "b")
+	w = NewWorld(seed, t.TempDir(), "a", "b")
 	t.Cleanup(func() {
 		w.Close()
 		for _, wrong := range w.Wrong() {

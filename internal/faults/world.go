@@ -2,6 +2,7 @@ package faults
 
 import (
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"sync"
 )
@@ -11,7 +12,8 @@ type World struct {
 	Hosts []*Host
 	Plant Plant
 
-	wg sync.WaitGroup // everything that lives in it
+	dir string
+	wg  sync.WaitGroup // everything that lives in it
 
 	mu       sync.Mutex // guards what follows
 	rand     *rand.Rand
@@ -22,19 +24,19 @@ type World struct {
 	position uint64   // furthest that the guest has come
 	booted   uint64   // how often the guest was booted
 	history  History
+	closers  []io.Closer
 }
 
 // Plant is an error put in on purpose, to show that it is found.
 type Plant struct {
-	RunInDoubt bool // a source in doubt lets its guest run
-	LosePage   int  // the tracker of memory forgets the n-th page that was written; 0: none
-	LoseWrite  int  // the destination's disk forgets the n-th write; 0: none
-	LoseFlush  bool // the destination's disk does not make durable what it is told to
+	LosePage  int  // the tracker of memory forgets the n-th page that was written; 0: none
+	LoseWrite int  // the destination's disk forgets the n-th write; 0: none
+	LoseFlush bool // the destination's disk does not make durable what it is told to
 }
 
-// NewWorld returns hosts with these names. The guest runs on the first.
-func NewWorld(seed uint64, names ...string) *World {
-	w := &World{rand: rand.New(rand.NewPCG(seed, 1)), runs: map[string]bool{}}
+// NewWorld returns hosts with these names, which keep files in a folder. The guest runs on the first.
+func NewWorld(seed uint64, dir string, names ...string) *World {
+	w := &World{dir: dir, rand: rand.New(rand.NewPCG(seed, 1)), runs: map[string]bool{}}
 	for _, name := range names {
 		h := &Host{name: name, world: w, disk: NewDisk(diskSize)}
 		newProcess(h)
@@ -62,6 +64,18 @@ func (w *World) Close() {
 		}
 	}
 	w.wg.Wait()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, c := range w.closers {
+		_ = c.Close() // a device whose owner died: there is nothing to be told
+	}
+}
+
+// atEnd closes something when the world ends.
+func (w *World) atEnd(c io.Closer) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closers = append(w.closers, c)
 }
 
 // intN is rand.IntN for goroutines.
@@ -97,6 +111,26 @@ func (w *World) now() int64 {
 	return w.clock
 }
 
+// note adds what happens now to the history. It is called with mu held.
+func (w *World) note(e Event) {
+	t := w.now()
+	w.history.add(0, t, t, e)
+}
+
+// instant is now for who does not hold mu.
+func (w *World) instant() int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.now()
+}
+
+// History returns what has happened so far.
+func (w *World) History() History {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append(History(nil), w.history...)
+}
+
 func (w *World) started(host string, p Program) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -106,7 +140,7 @@ func (w *World) started(host string, p Program) {
 		}
 	}
 	w.runs[host] = true
-	w.history.add(w.now(), Event{Host: host, What: "start"})
+	w.note(Event{Do: starts, Host: host})
 	w.checkPosition(host, p)
 	if p.Seq < w.acked {
 		w.wrongLocked("the guest starts on %s with journal record %d, and %d was flushed", host, p.Seq, w.acked)
@@ -117,7 +151,7 @@ func (w *World) stopped(host string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.runs[host] = false
-	w.history.add(w.now(), Event{Host: host, What: "stop"})
+	w.note(Event{Do: stops, Host: host})
 }
 
 func (w *World) progress(host string, p Program) {
@@ -145,7 +179,7 @@ func (w *World) boots(host string) uint64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.booted++
-	w.history.add(w.now(), Event{Host: host, What: "boot"})
+	w.note(Event{Do: boots, Host: host})
 	return w.booted
 }
 

@@ -406,8 +406,8 @@ func (s *source) extentsOf(d *sourceDevice, part block.Range, f func(block.Range
 		case errors.Is(err, io.EOF):
 		case err != nil:
 			return 0, tell(wire.CodeDevice, fmt.Errorf("find data of device %q from %d: %w", d.Name, off, err), "device %q cannot be read", d.Name)
-		case next.Offset < off || next.Length <= 0:
-			return 0, fmt.Errorf("find data of device %q from %d: got %d bytes at %d", d.Name, off, next.Length, next.Offset)
+		case next.Offset < off || next.Length <= 0 || next.Length > d.size-next.Offset:
+			return 0, fmt.Errorf("find data of device %q of %d bytes from %d: got %d bytes at %d", d.Name, d.size, off, next.Length, next.Offset)
 		default:
 			next = aligned(next, d.size)
 			r.Offset = min(next.Offset, part.End())

@@ -726,6 +726,11 @@ func (s *source) collect(ctx context.Context, d *sourceDevice) error {
 	if err != nil {
 		return s.because(fmt.Sprintf("collect writes to device %q", d.Name), err)
 	}
+	for i, r := range list {
+		if r.Offset < 0 || r.Length <= 0 || i > 0 && r.Offset < list[i-1].End() {
+			return fmt.Errorf("collect writes to device %q: got %d bytes at %d, not in ascending order", d.Name, r.Length, r.Offset)
+		}
+	}
 	d.pending = union(d.pending, normalize(list, d.size))
 	return nil
 }

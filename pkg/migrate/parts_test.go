@@ -329,7 +329,7 @@ func (c *canned) Close() error {
 // FuzzDestination feeds a whole destination with the frames of a source gone mad. It must end, with the guest discarded
 // unless a commit came in order, and hold no more than its devices and buffers.
 func FuzzDestination(f *testing.F) {
-	preface := wire.Preface{Newest: 1, Oldest: 1, Role: wire.RoleSource, Streams: 1}.Append(nil)
+	preface := wire.Preface{Newest: wire.Version, Oldest: 1, Role: wire.RoleSource, Streams: 1}.Append(nil)
 	m := &wire.Manifest{ID: "fuzz", Window: wire.MinWindow, Devices: []wire.Device{{Name: "memory", Size: 1 << 20}, {Name: "disk", Size: 5000}}}
 	payload, err := m.Encode()
 	if err != nil {
@@ -342,12 +342,15 @@ func FuzzDestination(f *testing.F) {
 		wire.TypeHeartbeat, wire.TypeBye, wire.TypeAbort, wire.TypeManifest, wire.TypeAck, wire.TypeAccept, wire.TypeRunning, wire.TypePrepared, 0x40}
 	frames := func(in []byte) (out []byte) {
 		for ; len(in) >= 8; in = in[8:] {
-			h := wire.Header{Type: types[int(in[0])%len(types)], Flags: in[1] & 3, Device: uint16(in[2] % 3), Offset: uint64(in[3])<<8 | uint64(in[4])}
+			h := wire.Header{Type: types[int(in[0])%len(types)], Flags: in[1] & (3 | wire.FlagZstd), Device: uint16(in[2] % 3), Offset: uint64(in[3])<<8 | uint64(in[4])}
 			var p []byte
 			switch h.Type {
 			case wire.TypeData:
 				h.Offset *= 4096
 				p = bytes.Repeat([]byte{in[6]}, []int{4096, 904, 8192, 65536, 1, 5000}[int(in[5])%6])
+				if h.Flags&wire.FlagZstd != 0 && in[7]%4 != 0 {
+					p = payloadOf(len(p), frameOf(f, p[:len(p)-int(in[7]%2)]))
+				}
 			case wire.TypeZero:
 				var b [wire.ZeroFrameSize]byte
 				wire.PutZero(b[:], 0, 0, int64(in[5])*4096+int64(in[6])*904)

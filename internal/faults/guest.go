@@ -2,16 +2,19 @@ package faults
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest/journal"
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/migrate"
 )
 
 const (
@@ -92,14 +95,16 @@ func decodeProgram(b []byte) (Program, error) {
 type VM struct {
 	host *Host
 
-	ask    atomic.Pointer[func(int, block.Range)] // where missing content is asked for; nil: nowhere
-	eager  atomic.Int32                           // steps to make before it slows down
-	alive  atomic.Bool                            // running, for who cannot wait
-	urgent atomic.Int32                           // somebody wants mu, and the guest shall not wait for content
+	ask    atomic.Pointer[func(string, block.Range)] // where missing content of a device is asked for; nil: nowhere
+	ready  atomic.Bool                               // it is not booting
+	eager  atomic.Int32                              // steps to make before it slows down
+	alive  atomic.Bool                               // running, for who cannot wait
+	urgent atomic.Int32                              // somebody wants mu, and the guest shall not wait for content
 
 	mu           sync.Mutex // guards what follows; held while the guest executes
 	program      Program
 	ram, store   block.Device // its memory and disk themselves
+	kernel       block.Device // which it does not look at
 	memory, disk block.Device // as the guest sees them, through whoever serves them
 	served       bool         // somebody does
 	running      bool
@@ -107,11 +112,12 @@ type VM struct {
 	ended        chan struct{} // closed with dead
 
 	lazyMu sync.Mutex // guards lazies
-	lazies []*block.Lazy
+	lazies map[string]*block.Lazy
 }
 
 func newVM(h *Host, p Program, memory, disk block.Device) *VM {
-	m := &VM{host: h, program: p, ram: memory, store: disk, memory: memory, disk: disk, ended: make(chan struct{})}
+	m := &VM{host: h, program: p, ram: memory, store: disk, memory: memory, disk: disk, ended: make(chan struct{}), lazies: map[string]*block.Lazy{}}
+	m.ready.Store(true)
 	h.world.wg.Go(func() {
 		t := time.NewTimer(tick)
 		defer t.Stop()
@@ -137,6 +143,9 @@ func (m *VM) run() error {
 	defer m.lock()()
 	if m.dead {
 		return errors.New("the machine is dead")
+	}
+	if !m.ready.Load() {
+		return nil // it will run when it has booted
 	}
 	if !m.running {
 		m.running = true
@@ -170,19 +179,77 @@ func (m *VM) lock() (unlock func()) {
 	return m.mu.Unlock
 }
 
-// postpone makes a device one whose content is still to come.
-func (m *VM) postpone(name string, l *block.Lazy) {
+// postpone makes a device one of which something is missing: what is listed, or what the file list says.
+func (m *VM) postpone(name string, missing []block.Range, list string) error {
 	defer m.lock()()
+	base := map[string]*block.Device{"memory": &m.ram, "disk": &m.store, "kernel": &m.kernel}[name]
+	l, err := block.NewLazy(*base, block.LazyOptions{Missing: missing, List: list, Fetch: func(_ context.Context, r block.Range) error {
+		if ask := m.ask.Load(); ask != nil {
+			(*ask)(name, r)
+		}
+		return nil
+	}})
+	if err == nil {
+		err = l.Flush() // makes the list
+	}
+	if err != nil {
+		return err
+	}
+	*base = l
+	m.memory, m.disk = m.ram, m.store
 	m.lazyMu.Lock()
-	m.lazies = append(m.lazies, l)
+	m.lazies[name] = l
 	m.lazyMu.Unlock()
 	m.host.world.atEnd(l)
-	switch name {
-	case "memory":
-		m.ram, m.memory = l, l
-	case "disk":
-		m.store, m.disk = l, l
+	return nil
+}
+
+// late is the device of that name as one of which something arrives late; nil: it is complete.
+func (m *VM) late(name string) migrate.Late {
+	m.lazyMu.Lock()
+	defer m.lazyMu.Unlock()
+	if l := m.lazies[name]; l != nil {
+		return late{l}
 	}
+	return nil
+}
+
+// late is a device of which something arrives late.
+type late struct{ *block.Lazy }
+
+func (l late) Wanted() []block.Range { return l.InFlight() }
+
+// boot lets the guest begin anew with what is on its disk.
+func (m *VM) boot() error {
+	if m.ready.Load() {
+		return nil
+	}
+	w := m.host.world
+	w.mu.Lock()
+	acked := w.acked
+	w.mu.Unlock()
+	last, err := journal.Verify(section{m.store, block.PageSize}, diskSlots)
+	if errors.Is(err, errInterrupted) || m.isDead() {
+		return err
+	}
+	if err == nil && last < acked {
+		err = fmt.Errorf("newest record is %d, and %d was flushed", last, acked)
+	}
+	if err != nil {
+		w.wrong("disk of %s after a power loss: %v", m.host.name, err)
+	}
+	w.flushed(last)
+	unlock := m.lock()
+	m.program = Program{Boot: w.boots(m.host.name), Pass: 1, Next: 1, Seq: last}
+	m.ready.Store(true)
+	unlock()
+	return m.run()
+}
+
+// asks says where to ask for what is missing; devices are known there by their positions in a list of names.
+func (m *VM) asks(names []string, ask func(int, block.Range)) {
+	f := func(name string, r block.Range) { ask(slices.Index(names, name), r) }
+	m.ask.Store(&f)
 }
 
 // lacks reports whether content is still to come.

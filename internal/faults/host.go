@@ -6,8 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
-	"github.com/drafter-vm/drafter/internal/testguest/journal"
 	"github.com/drafter-vm/drafter/pkg/block"
 )
 
@@ -138,28 +138,33 @@ func (h *Host) forget() error {
 	return nil
 }
 
-// boot boots the guest from its disk.
+// boot boots the guest from its disk. Where something of that is missing, it runs as soon as it has what it reads first.
 func (h *Host) boot(p *Process) error {
-	if _, err := os.Stat(h.list()); err == nil {
-		return errNoRejoin // what is missing of the disk has to be fetched
+	h.mu.Lock()
+	disk := h.disk
+	h.mu.Unlock()
+	vm := newVM(h, Program{}, newMemory(), disk)
+	vm.ready.Store(false)
+	_, err := os.Stat(h.list())
+	late := err == nil
+	if late {
+		if err := vm.postpone("disk", nil, h.list()); err != nil {
+			return err
+		}
 	}
-	h.world.mu.Lock()
-	disk, acked := h.disk, h.world.acked
-	h.world.mu.Unlock()
-	last, err := journal.Verify(section{disk, block.PageSize}, diskSlots)
-	if err == nil && last < acked {
-		err = fmt.Errorf("newest record is %d, and %d was flushed", last, acked)
-	}
-	if err != nil {
-		h.world.wrong("disk of %s after a power loss: %v", h.name, err)
-	}
-	h.world.flushed(last)
-	vm := newVM(h, Program{Boot: h.world.boots(h.name), Pass: 1, Next: 1, Seq: last}, newMemory(), disk)
 	h.mu.Lock()
 	h.vm = vm
 	h.mu.Unlock()
 	p.serve(vm)
-	return vm.run()
+	if !late {
+		return vm.boot()
+	}
+	h.world.wg.Go(func() {
+		for !vm.isDead() && vm.boot() != nil {
+			time.Sleep(tick) // its wait for content was interrupted
+		}
+	})
+	return nil
 }
 
 // TakeBack is the operator's word that the guest, which was given away, is this host's: --force-owner.

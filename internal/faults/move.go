@@ -136,16 +136,25 @@ func (w *World) restart(over context.Context, from, to *Host, m Migration, meet 
 			if err := h.Start(); err != nil {
 				return // its machine has died, too: Recover boots it
 			}
-			if h.Record() != (Record{Moved, m.ID}) || !m.Reconnect {
-				return
+			if m.Reconnect { // how it ends is in the records
+				_ = w.rejoin(h, m, meet)
 			}
-			next := h.Process()
-			m := m
-			m.Source = Plan{}
-			// How it ends is in the records.
-			_, _ = migrate.RejoinSource(context.Background(), w.sourceConfig(next, m, meet))
 		})
 	}
+}
+
+// rejoin has the process of a host go on with a migration after the commit, in the part that the record gives it.
+func (w *World) rejoin(h *Host, m Migration, meet *meeting) (err error) {
+	m.Source, m.Destination, m.OnSource, m.OnDestination = Plan{}, Plan{}, nil, nil
+	switch p := h.Process(); {
+	case p == nil:
+	case h.Record() == Record{Moved, m.ID}:
+		_, err = migrate.RejoinSource(p.ctx, w.sourceConfig(p, m, meet))
+	case h.Record() == Record{Running, m.ID}:
+		t := &target{Process: p}
+		_, err = migrate.RejoinDestination(p.ctx, p.claim(m.ID), w.destinationConfig(t, m, meet))
+	}
+	return err
 }
 
 func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.SourceConfig {
@@ -289,20 +298,55 @@ func (w *World) Recover() error {
 
 // meet ends the doubt of a source about a migration. Other has the guest by its record; nil: nobody, and nobody will.
 func (w *World) meet(h, other *Host, id string) error {
-	switch {
-	case other == nil:
+	if other == nil && w.intN(2) == 0 {
 		return h.TakeBack()
-	case !other.lacks():
-		h.Settle()
-		return nil
 	}
-	return fmt.Errorf("%s lacks content that is on %s: %w", other, h, errNoRejoin)
+	m := Migration{ID: id, Reconnect: true, Streams: 1, Link: NewLink()}
+	m.Link.Rate = bandwidth
+	defer m.Link.Close()
+	meet := newMeeting(m.Link, m.Streams)
+	var wg sync.WaitGroup
+	var there error
+	if other == nil {
+		wg.Go(func() { there = w.disclaim(h, m, meet) })
+		if w.rejoin(h, m, meet) == nil {
+			w.wrong("%s believes that the guest runs elsewhere, which nobody has", h)
+		}
+		wg.Wait()
+		return there
+	}
+	wg.Go(func() { there = w.rejoin(other, m, meet) })
+	here := w.rejoin(h, m, meet)
+	wg.Wait()
+	if err := errors.Join(here, there); err != nil {
+		return fmt.Errorf("%s and %s meet again: %w", h, other, err)
+	}
+	for n := 0; !other.runs() && n < 100; n++ {
+		time.Sleep(tick) // it boots
+	}
+	return nil
 }
 
-var errNoRejoin = errors.New("a destination that was restarted cannot meet its source yet")
-
-// lacks reports whether content of the guest is still to come.
-func (h *Host) lacks() bool {
-	vm := h.machine()
-	return vm != nil && vm.lacks()
+// disclaim has some other host tell a source in doubt that the guest does not run there and never will.
+func (w *World) disclaim(h *Host, m Migration, meet *meeting) error {
+	other := w.Hosts[0]
+	if other == h {
+		other = w.Hosts[1]
+	}
+	t := &target{Process: other.Process()}
+	streams, err := meet.destination(t.ctx)
+	if err != nil {
+		return err
+	}
+	cfg := w.destinationConfig(t, m, meet)
+	cfg.Journal = deaf{}
+	_, err = migrate.Disclaim(t.ctx, streams, cfg, func(id string) bool { return other.Record() == Record{Running, id} })
+	return err
 }
+
+// deaf is the journal of a host that the guest was not given to.
+type deaf struct{}
+
+func (deaf) Commit(context.Context, string) error { return errors.ErrUnsupported }
+func (deaf) Abort(context.Context, string) error  { return nil }
+func (deaf) Done(context.Context, string) error   { return nil }

@@ -258,6 +258,7 @@ func (t *target) Prepare(_ context.Context, m *wire.Manifest) (out []block.Devic
 			t.names, out = append(t.names, d.Name), append(out, dev)
 		}
 		vm := newVM(t.host, Program{}, t.devices["memory"], t.devices["disk"])
+		vm.kernel = t.devices["kernel"]
 		t.host.mu.Lock()
 		t.host.vm = vm
 		t.host.mu.Unlock()
@@ -293,38 +294,23 @@ func (t *target) CanPostpone() (can []bool) {
 	return can
 }
 
-// late is a device of which something arrives late.
-type late struct{ *block.Lazy }
-
-func (l late) Wanted() []block.Range { return l.InFlight() }
-
 func (t *target) Postpone(_ context.Context, missing [][]block.Range, ask func(int, block.Range)) ([]migrate.Late, error) {
 	out := make([]migrate.Late, len(missing))
 	err := t.hook("postpone", func() error {
 		return t.withVM(func(vm *VM) error {
-			vm.ask.Store(&ask)
+			vm.asks(t.names, ask)
 			for i, list := range missing {
 				if list == nil {
 					continue
 				}
-				opts := block.LazyOptions{Missing: list, Fetch: func(_ context.Context, r block.Range) error {
-					if ask := vm.ask.Load(); ask != nil {
-						(*ask)(i, r)
-					}
-					return nil
-				}}
+				file := ""
 				if t.names[i] == "disk" {
-					opts.List = t.host.list()
+					file = t.host.list()
 				}
-				lazy, err := block.NewLazy(t.devices[t.names[i]], opts)
-				if err == nil {
-					err = lazy.Flush() // makes the list
-				}
-				if err != nil {
+				if err := vm.postpone(t.names[i], list, file); err != nil {
 					return err
 				}
-				out[i] = late{lazy}
-				vm.postpone(t.names[i], lazy)
+				out[i] = vm.late(t.names[i])
 			}
 			return nil
 		})
@@ -395,6 +381,28 @@ func (t *target) Abort(_ context.Context, id string) error {
 
 func (t *target) Done(context.Context, string) error {
 	return t.hook("done", func() error { return nil })
+}
+
+// claim is what the process knows, which was started again, of the guest that it has received.
+func (p *Process) claim(id string) migrate.Claim {
+	return migrate.Claim{
+		ID: id,
+		Devices: func(_ context.Context, ask func(int, block.Range)) (out []migrate.ClaimDevice, err error) {
+			err = p.withVM(func(vm *VM) error {
+				names := []string{"memory", "disk", "kernel"}
+				for _, name := range names {
+					size := map[string]int64{"memory": memorySize, "disk": diskSize, "kernel": int64(len(kernel))}[name]
+					out = append(out, migrate.ClaimDevice{Name: name, Size: size, Late: vm.late(name)})
+				}
+				vm.asks(names, ask)
+				return nil
+			})
+			return out, err
+		},
+		Complete: func(context.Context) error {
+			return p.live("complete", func() error { return p.withVM((*VM).complete) })
+		},
+	}
 }
 
 // kernel is a device that never changes.

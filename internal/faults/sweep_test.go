@@ -95,9 +95,6 @@ func (w *World) settle(t *testing.T, r Result, source, destination *Host) (owner
 		t.Errorf("the guest runs nowhere, without a doubt at the source")
 	}
 	if err := w.Recover(); err != nil {
-		if errors.Is(err, errNoRejoin) {
-			return destination
-		}
 		t.Error(err)
 	}
 	owner = w.check(t)

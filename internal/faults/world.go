@@ -63,12 +63,13 @@ func (w *World) Close() {
 			vm.kill()
 		}
 	}
-	w.wg.Wait()
 	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, c := range w.closers {
-		_ = c.Close() // a device whose owner died: there is nothing to be told
+	closers := w.closers
+	w.mu.Unlock()
+	for _, c := range closers {
+		_ = c.Close() // devices whose owners died: there is nothing to be told
 	}
+	w.wg.Wait()
 }
 
 // atEnd closes something when the world ends.

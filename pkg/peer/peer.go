@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -110,7 +111,8 @@ type Peer struct {
 	cfg      Config
 	instance *runner.Instance
 
-	agent sync.WaitGroup // the telling of an adopted guest's agent
+	agent   sync.WaitGroup // the telling of an adopted guest's agent
+	started atomic.Bool    // the instance is there
 
 	mu      sync.Mutex         // guards what follows
 	sending bool               // a Send runs
@@ -132,6 +134,7 @@ type rest struct {
 
 func newPeer(cfg Config, i *runner.Instance) *Peer {
 	p := &Peer{cfg: cfg, instance: i, idle: make(chan struct{})}
+	p.started.Store(i != nil)
 	close(p.idle)
 	return p
 }
@@ -163,6 +166,7 @@ func start(ctx context.Context, cfg Config, how func(context.Context, runner.Con
 		return nil, err
 	}
 	p.instance = i
+	p.started.Store(true)
 	if i.AgentOwed() {
 		p.agent.Go(func() {
 			if err := i.AfterResume(context.WithoutCancel(ctx)); err != nil {
@@ -212,17 +216,25 @@ func claimOf(i *runner.Instance, migration string, devices []runner.Arriving) mi
 func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &rest{claim: claim, cancel: cancel, done: make(chan struct{})}
+	cfg := migrate.DestinationConfig{
+		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
+		Progress: p.cfg.Progress, Logger: p.cfg.Logger,
+		OnState: func(s migrate.DestinationState) {
+			if s == migrate.DestinationFilling {
+				p.thaw(i)
+			}
+		},
+	}
 	go func() { // endRest waits for it
 		defer close(r.done)
-		r.report, r.err = migrate.RejoinDestination(ctx, claim, migrate.DestinationConfig{
-			Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
-			Progress: p.cfg.Progress, Logger: p.cfg.Logger,
-			OnState: func(s migrate.DestinationState) {
-				if s == migrate.DestinationFilling {
-					p.thaw(i)
-				}
-			},
-		})
+		for {
+			r.report, r.err = migrate.RejoinDestination(ctx, claim, cfg)
+			if !errors.Is(r.err, migrate.ErrUnsettled) || ctx.Err() != nil || p.started.Load() {
+				break
+			}
+			// The start itself may wait for what is missing: a machine whose main loop needs a page does not answer.
+			p.cfg.Logger.Warn("the peer that has the rest of the instance was not found yet: start it again, with the command line that it had", "error", r.err)
+		}
 		if r.err == nil {
 			p.thaw(i)
 		}
@@ -330,6 +342,7 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if err != nil {
 		return &migrate.Report{}, err
 	}
+	p.addBases(ctx, &sc)
 	return send(ctx, streams, sc)
 }
 

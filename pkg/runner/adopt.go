@@ -87,6 +87,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	whole := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, fmt.Errorf("not done within the rescue timeout of %s", i.cfg.RescueTimeout))
 	defer cancel()
 	i.root, i.path = o.root, filepath.Join(o.root, "root")
@@ -129,6 +130,10 @@ func (i *Instance) adopt(ctx context.Context) error {
 		}
 	}
 	i.callOnLate()
+	if len(i.late.devices) > 0 {
+		// The machine answers when what its main loop may be waiting for has come, however long that takes.
+		ctx = whole
+	}
 	if i.desc.Sockets {
 		if i.guest, err = openGuest(i.path, i.desc, false, i.log); err != nil {
 			return err

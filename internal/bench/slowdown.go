@@ -47,15 +47,16 @@ const (
 	movingLoop  = 320 // MiB
 )
 
-// benchResting runs the same loop in turns, in a guest of ours that was resumed and whose memory has all arrived, and in a
-// guest that QEMU booted by itself, on memory of its own. New machines after a few turns: where a machine's memory happens
-// to lie makes a difference too.
+// benchResting runs the same loop in turns: in a guest of ours that was resumed and whose memory has all arrived, in one that
+// QEMU booted on memory of its own, and in one that it booted on a memfd, as ours has it. New machines after a few turns:
+// where a machine's memory happens to lie makes a difference too.
 func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {
-	machines, turns, slice := 4, max(3, b.samples), time.Second
+	machines, turns, slice := 4, max(3, 2*b.samples), 500*time.Millisecond
 	if b.quick {
 		machines, turns, slice = 1, 1, 200*time.Millisecond
 	}
-	var speeds, perCPU [2][]float64
+	const sides = 3
+	var speeds, perCPU [sides][]float64
 	for m := range machines {
 		err := func() (err error) {
 			ours, err := startTiny(ctx, b, pkg)
@@ -63,13 +64,15 @@ func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error
 				return err
 			}
 			defer func() { err = errors.Join(err, ours.close()) }()
-			plain, err := bootPlain(ctx, b)
-			if err != nil {
-				return err
+			consoles, pids := []*testguest.Console{ours.console}, []int{ours.instance.Machine().PID()}
+			for _, memfd := range []bool{false, true} {
+				plain, err := bootPlain(ctx, b, memfd)
+				if err != nil {
+					return err
+				}
+				defer func() { err = errors.Join(err, plain.close()) }()
+				consoles, pids = append(consoles, plain.console), append(pids, plain.machine.PID())
 			}
-			defer func() { err = errors.Join(err, plain.close()) }()
-			consoles := [2]*testguest.Console{ours.console, plain.console}
-			pids := [2]int{ours.instance.Machine().PID(), plain.machine.PID()}
 			for i, console := range consoles {
 				// Once over all of it, and translated.
 				if err := startLoop(ctx, console, restingLoop); err != nil {
@@ -81,7 +84,7 @@ func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error
 			}
 			for turn := range turns {
 				for i := range consoles {
-					side := (i + turn + m) % 2 // who is first changes
+					side := (i + turn + m) % sides // who is first changes
 					speed, efficiency, err := loopSpeed(ctx, consoles[side], pids[side], slice)
 					if err != nil {
 						return err
@@ -90,8 +93,9 @@ func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error
 					perCPU[side] = append(perCPU[side], efficiency)
 				}
 				last := len(speeds[0]) - 1
-				b.say("%s: at rest %d/%d: ours %.0f, plain QEMU %.0f thousand pages/s, ratio %.3f; by CPU time %.3f", name, last+1, machines*turns,
-					speeds[0][last], speeds[1][last], speeds[0][last]/speeds[1][last], perCPU[0][last]/perCPU[1][last])
+				b.say("%s: at rest %d/%d: ours %.0f, plain QEMU %.0f, on a memfd %.0f thousand pages/s; ratios %.3f and %.3f, by CPU time %.3f and %.3f",
+					name, last+1, machines*turns, speeds[0][last], speeds[1][last], speeds[2][last], speeds[0][last]/speeds[1][last],
+					speeds[0][last]/speeds[2][last], perCPU[0][last]/perCPU[1][last], perCPU[0][last]/perCPU[2][last])
 			}
 			return nil
 		}()
@@ -99,10 +103,12 @@ func benchResting(ctx context.Context, b *bench, name, pkg string) ([]Row, error
 			return nil, err
 		}
 	}
+	const work, byCPU = "work, not migrating", "work by CPU time, not migrating" // what other programs take of the cores is not in this one
 	return []Row{
-		newRow(name, "work, not migrating", "k pages/s", more, speeds[0], speeds[1], "plain QEMU", ratioWithin(2)),
-		// What other programs take of the cores is not in this one.
-		newRow(name, "work by CPU time, not migrating", "k pages/s", more, perCPU[0], perCPU[1], "plain QEMU", ratioWithin(2)),
+		newRow(name, work, "k pages/s", more, speeds[0], speeds[1], "plain QEMU", ratioWithin(2)),
+		newRow(name, byCPU, "k pages/s", more, perCPU[0], perCPU[1], "plain QEMU", goal{}),
+		newRow(name, work+", memfd", "k pages/s", more, speeds[0], speeds[2], "QEMU on a memfd", ratioWithin(2)),
+		newRow(name, byCPU+", memfd", "k pages/s", more, perCPU[0], perCPU[2], "QEMU on a memfd", goal{}),
 	}, nil
 }
 
@@ -173,12 +179,13 @@ func loopSpeed(ctx context.Context, console *testguest.Console, pid int, d time.
 type plainVM struct {
 	machine vmm.Machine
 	console *testguest.Console
-	memory  *ram.Memory // what the backend wants to have; not used
+	memory  *ram.Memory // what the backend wants to have; perhaps not used
 	folder  string
 }
 
-// bootPlain boots the same machine as the package's, but with memory that QEMU allocates itself and a disk that is a file.
-func bootPlain(ctx context.Context, b *bench) (_ *plainVM, err error) {
+// bootPlain boots the same machine as the package's, but with a disk that is a file, and with memory that QEMU allocates
+// itself or with a memfd.
+func bootPlain(ctx context.Context, b *bench, memfd bool) (_ *plainVM, err error) {
 	vm := &plainVM{}
 	if vm.console, err = testguest.NewConsole(); err != nil {
 		return nil, err
@@ -221,7 +228,7 @@ func bootPlain(ctx context.Context, b *bench) (_ *plainVM, err error) {
 		Disks: []vmm.Attachment{{Name: "disk", Path: disk}}, SerialOutput: vm.console, SerialInput: vm.console.Input(), Logger: quiet,
 		Spawn: func(cmd *exec.Cmd) error {
 			for i, arg := range cmd.Args {
-				if strings.Contains(arg, `"memory-backend-file"`) {
+				if !memfd && strings.Contains(arg, `"memory-backend-file"`) {
 					cmd.Args[i] = fmt.Sprintf(`{"qom-type":"memory-backend-ram","id":"mem","size":%d}`, slowdownMemory)
 				}
 			}

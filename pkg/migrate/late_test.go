@@ -344,6 +344,9 @@ func (t *lateTarget) holdBack() {
 	t.loads, t.hold = 0, make(chan struct{})
 }
 
+// releaseSoon is release when a link that was just cut is known to be dead.
+func (r *rig) releaseSoon() { time.AfterFunc(50*time.Millisecond, r.release) }
+
 func (r *rig) release() {
 	if r.late != nil && r.late.hold != nil {
 		r.late.released.Do(func() { close(r.late.hold) })

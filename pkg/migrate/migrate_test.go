@@ -201,7 +201,7 @@ func TestLinkLostInEveryState(t *testing.T) {
 			r.source.OnState = func(now SourceState) {
 				if now == s || must && now == cut {
 					interruptAll(a)
-					r.release()
+					r.releaseSoon()
 				}
 				seen = seen || now == s
 			}
@@ -224,7 +224,7 @@ func TestLinkLostInEveryState(t *testing.T) {
 			r.dest.OnState = func(now DestinationState) {
 				if now == s || must && now == cut {
 					interruptAll(b)
-					r.release()
+					r.releaseSoon()
 				}
 				seen = seen || now == s
 			}
@@ -243,7 +243,7 @@ func TestLinkLostInEveryState(t *testing.T) {
 			r.dest.OnState = func(now DestinationState) {
 				if now == s {
 					interruptAll(b)
-					r.release()
+					r.releaseSoon()
 				}
 			}
 			r.verifyEnd(t, r.move(t.Context(), a, b), "", s.Stranded().String())
@@ -292,7 +292,7 @@ func TestCancelInEveryState(t *testing.T) {
 					cancel()
 				}
 				if now == s || must && now == cut {
-					r.release()
+					r.releaseSoon()
 				}
 			}
 			o := r.moveWith(ctx, t.Context(), a, b)
@@ -321,7 +321,7 @@ func TestCancelInEveryState(t *testing.T) {
 					cancel()
 				}
 				if now == s || must && now == cut {
-					r.release()
+					r.releaseSoon()
 				}
 			}
 			o := r.moveWith(t.Context(), ctx, a, b)
@@ -564,7 +564,7 @@ func TestStall(t *testing.T) {
 					if now == s {
 						began = time.Now()
 						close(stall)
-						r.release()
+						r.releaseSoon()
 					}
 				}
 				if s == SourceCommitting { // as a sync that takes longer than the link lives

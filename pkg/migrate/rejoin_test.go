@@ -159,7 +159,7 @@ func TestReunitedInEveryState(t *testing.T) {
 				r.source.OnState = func(now SourceState) {
 					if now == s {
 						interruptAll(a)
-						r.release()
+						r.releaseSoon()
 					}
 				}
 				if s == SourceCommitting {
@@ -188,7 +188,7 @@ func TestReunitedInEveryState(t *testing.T) {
 				r.dest.OnState = func(now DestinationState) {
 					if now == s {
 						interruptAll(b)
-						r.release()
+						r.releaseSoon()
 					}
 				}
 				o := r.move(t.Context(), a, b)
@@ -215,7 +215,7 @@ func TestRejoinSource(t *testing.T) {
 		r.source.OnState = func(now SourceState) {
 			if now == SourceServing {
 				interruptAll(a)
-				r.release()
+				r.releaseSoon()
 			}
 			if now == SourceUnsettled {
 				cfg := r.source
@@ -265,7 +265,7 @@ func TestRejoinDestination(t *testing.T) {
 				r.dest.OnState = func(now DestinationState) {
 					if now == DestinationFilling {
 						interruptAll(b)
-						r.release()
+						r.releaseSoon()
 					}
 					if now == DestinationIncomplete {
 						cfg := r.dest
@@ -281,6 +281,7 @@ func TestRejoinDestination(t *testing.T) {
 								}
 								out = append(out, d)
 							}
+							late.guest.Wait() // it has no more to do than this
 							late.uses = 100
 							late.resume()
 							return out, nil
@@ -374,7 +375,7 @@ func TestRescueTimeout(t *testing.T) {
 		r.source.OnState = func(s SourceState) {
 			if s == SourceServing {
 				interruptAll(a)
-				r.release()
+				r.releaseSoon()
 			}
 		}
 		o := r.move(t.Context(), a, b)

@@ -19,6 +19,7 @@ type device struct {
 	DeviceConfig
 	block.Device // base, or overlay over base; closes both
 
+	overlay *block.Overlay // nil where there is none
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
 	served  *relay         // non-nil for disks: the device again, as the machine has it open
 	lazy    *block.Lazy    // the device again, while something of it is missing
@@ -147,7 +148,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		if err != nil {
 			return nil, err
 		}
-		d.Device = overlay
+		d.overlay, d.Device = overlay, overlay
 	}
 	if IsDisk(c.Name) {
 		d.tracked = block.NewTracked(d.Device)

@@ -956,18 +956,22 @@ type Device struct {
 	Config  DeviceConfig
 	Block   block.Device
 	Tracker block.Tracker // nil for a device that does not change while the instance runs
+
+	// Overlay holds what differs from the base. Nil where there is none, and for memory, whose overlay is what it was when it
+	// was saved.
+	Overlay *block.Overlay
 }
 
 // Devices are the devices that make the instance, memory included, device state not: it exists only while suspended.
 func (i *Instance) Devices() []Device {
 	var out []Device
 	for _, d := range i.devices {
-		dev := Device{Config: d.DeviceConfig, Block: d.Device}
+		dev := Device{Config: d.DeviceConfig, Block: d.Device, Overlay: d.overlay}
 		switch {
 		case d.Name == StateDevice:
 			continue
 		case d.Name == MemoryDevice:
-			dev.Block, dev.Tracker = i.memory.Device(), i.memory.Tracker()
+			dev.Block, dev.Tracker, dev.Overlay = i.memory.Device(), i.memory.Tracker(), nil
 		case d.tracked != nil:
 			dev.Tracker = d.tracked
 		}

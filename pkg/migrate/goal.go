@@ -479,6 +479,7 @@ func (l *view) judge(rest int64, early, open []int) Decision {
 type sweep struct {
 	start Millis
 	bytes int64
+	sent  int64         // bytes that say what the link carries
 	spent time.Duration // by the slowest
 }
 
@@ -495,6 +496,9 @@ func sweeps(devices []History, match func(*History) bool) []sweep {
 				out = slices.Insert(out, at, sweep{start: r.Start})
 			}
 			out[at].bytes += r.Bytes
+			// What was looked at and not sent took no time where the link was what all waited for, and as much as what was
+			// sent where it was not.
+			out[at].sent += r.Bytes - int64(float64(r.Same)*r.link)
 			out[at].spent = max(out[at].spent, time.Duration(r.Duration))
 		}
 	}
@@ -509,7 +513,7 @@ func bandwidth(sent []sweep) float64 {
 		if bytes >= recentBytes || spent >= recentTime {
 			break
 		}
-		bytes += s.bytes
+		bytes += s.sent
 		spent += s.spent
 	}
 	if spent <= 0 {

@@ -545,3 +545,14 @@ func (w *rewriting) Collect(ctx context.Context) ([]block.Range, error) {
 	list, err := w.Tracker.Collect(ctx)
 	return union(list, []block.Range{{Offset: 8 * block.PageSize, Length: 40 * block.PageSize}}), err
 }
+
+// What is not sent says nothing of a link that is busy all the time, and as much as what is sent of one that is not.
+func TestBandwidthOfSame(t *testing.T) {
+	for _, c := range []struct{ link, want float64 }{{0, 100e6}, {1, 10e6}, {0.5, 55e6}} {
+		h := []History{{Rounds: []Round{{Bytes: 100e6, Same: 90e6, Duration: Millis(time.Second), link: c.link}}}}
+		sent := sweeps(h, func(*History) bool { return true })
+		if got := bandwidth(sent); got != c.want || sent[0].bytes != 100e6 {
+			t.Errorf("link busy for %.1f of the time: got %.0f bytes/s, %d bytes", c.link, got, sent[0].bytes)
+		}
+	}
+}

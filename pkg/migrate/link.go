@@ -70,6 +70,7 @@ type link struct {
 	wg sync.WaitGroup // readers, writers, watchdog
 
 	read, written atomic.Int64 // bytes, all streams
+	busy          atomic.Int64 // nanoseconds in Write, all streams
 }
 
 // stream is one of a link's streams. index 0 carries the control frames.
@@ -483,17 +484,21 @@ func (s *stream) writeFrames() error {
 // put writes a buffer of frames and releases it.
 func (s *stream) put(b *wire.Buffer) error {
 	defer b.Release()
-	c := s.link.compressor
-	var began time.Time
-	if c != nil {
-		began = time.Now()
-	}
+	began := time.Now()
 	n, err := s.rw.Write(b.Bytes())
-	if c != nil {
-		c.wrote(n, began, time.Now())
+	ended := time.Now()
+	s.link.busy.Add(int64(ended.Sub(began)))
+	if c := s.link.compressor; c != nil {
+		c.wrote(n, began, ended)
 	}
 	s.link.written.Add(int64(n))
 	return err
+}
+
+// busyShare is the share of the time since then that writers spent in Write, given what busy was then.
+func (l *link) busyShare(busy int64, then time.Time) float64 {
+	all := time.Since(then) * time.Duration(len(l.streams))
+	return min(1, float64(l.busy.Load()-busy)/float64(max(1, all)))
 }
 
 // writeLast ends our half of the stream.

@@ -85,6 +85,9 @@ type Round struct {
 	Bytes    int64  `json:"bytes"`    // that were dirty; for round 0, that might have been other than zero
 	Duration Millis `json:"ms"`       // until the destination had acknowledged the last byte
 
+	Same int64   `json:"same,omitempty"` // bytes of these that were not sent, as the destination held them
+	link float64 // the share of the time that writing to the streams took, 0 to 1
+
 	Throttle float64 `json:"throttle,omitempty"` // the share of its time that the guest was held back, 0 to 1
 }
 

@@ -132,6 +132,7 @@ type source struct {
 	goal       Goal              // with what can be had of it
 	decisions  []Decision        // all of them
 	share      float64           // of its time that the guest is held back
+	busyBefore int64             // s.link.busy before this round
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
 	late       []bool            // per device, whether it may be incomplete when the guest runs there
@@ -169,6 +170,7 @@ type sourceDevice struct {
 	size    int64
 	digest  *digest
 	tracked bool          // the tracker runs
+	same    int64         // bytes of the last round that were not sent
 	pending []block.Range // collected and not sent
 	recent  []block.Range // sent by the last round after the first
 	hot     []block.Range // of the collect before
@@ -644,6 +646,7 @@ func (s *source) cycle(positions []int) error {
 
 // beginRound notes what was sent before a round.
 func (s *source) beginRound() time.Time {
+	s.busyBefore = s.link.busy.Load()
 	s.sentBefore.Store(s.dataBytes.Load() + s.zeroBytes.Load() + s.sameBytes.Load())
 	return time.Now()
 }
@@ -777,7 +780,7 @@ func (s *source) sendRound(d *sourceDevice, began time.Time, plan func(*sourceDe
 
 func (s *source) noteRound(d *sourceDevice, dirty Dirty, began time.Time) {
 	d.rounds = append(d.rounds, Round{Device: d.Name, Index: len(d.rounds), Start: Millis(began.Sub(s.began)), Blocks: dirty.Blocks,
-		Bytes: dirty.Bytes, Duration: Millis(time.Since(began)), Throttle: s.share})
+		Bytes: dirty.Bytes, Duration: Millis(time.Since(began)), Throttle: s.share, Same: d.same, link: s.link.busyShare(s.busyBefore, began)})
 }
 
 // sendContent hands what plan chooses to the workers, and waits until they have sent it.
@@ -797,7 +800,7 @@ func (s *source) sendContent(d *sourceDevice, plan func(*sourceDevice, *planner)
 	}
 	same := p.job.round.same.Load()
 	s.sameBytes.Add(same)
-	dirty.Bytes = max(0, dirty.Bytes-same)
+	d.same = min(same, dirty.Bytes)
 	return dirty, context.Cause(s.link.ctx)
 }
 

@@ -95,6 +95,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newPeerCommand(),
 		newTerminatorCommand(),
 		newMounterCommand(),
+		newServeCommand(),
 	)
 	return root
 }

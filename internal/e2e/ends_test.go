@@ -278,3 +278,119 @@ func writeFile(t *testing.T, p []byte) string {
 	}
 	return path
 }
+
+// TestCommandServe starts two peers from a package that is served to both at once. Both run their guests long before they have
+// everything.
+func TestCommandServe(t *testing.T) {
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	first := w.start(t, w.console, w.peer("package", "")...)
+	first.waitFor(t, "Resumed VM")
+	w.do(t, "mem start 48")
+	w.do(t, "disk disk start 512")
+	first.Process.Signal(syscall.SIGTERM)
+	first.wait(t, 0)
+	w.checkClean(t)
+	before := digests(t, w.path("package"))
+
+	archive := w.path("package.tar.zst")
+	var devices []string
+	for _, name := range []string{"state", "memory", "kernel", "initrd", "disk", "config"} {
+		devices = append(devices, fmt.Sprintf(`{"name":%q,"path":%q}`, name, filepath.Join(w.path("package"), vmpackage.DefaultFile(name))))
+	}
+	w.start(t, nil, "packager", "--package-path", archive, "--devices", "["+strings.Join(devices, ",")+"]").wait(t, 0)
+
+	t.Run("two at once", func(t *testing.T) {
+		server := w.start(t, nil, "registry", "--package", archive, "--laddr", "127.0.0.1:0", "--cache", w.path("cache"))
+		addr := server.waitFor(t, "Serving on ")
+		var peers []*command
+		var guests []*guest
+		var links []*slowLink
+		for i := range 2 {
+			console := newConsole(t)
+			link := newSlowLink(t, addr, 6<<20)
+			args := w.peer("package", "clone", "--raddr", link.addr) // it has the package, and keeps what differs
+			if i == 1 {                                              // it has nothing
+				var devices []string
+				for _, name := range []string{"state", "memory", "kernel", "initrd", "disk", "config"} {
+					devices = append(devices, fmt.Sprintf(`{"name":%q,"base":%q}`, name, filepath.Join(w.path("own"), name)))
+				}
+				args = []string{"peer", "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input", "--devices", "[" + strings.Join(devices, ",") + "]", "--raddr", link.addr}
+			}
+			links = append(links, link)
+			peers = append(peers, w.start(t, console, args...))
+			guests = append(guests, &guest{console: console})
+		}
+		for _, p := range peers {
+			p.waitFor(t, "VM runs here")
+			if strings.Contains(p.said(), "Received VM") {
+				t.Error("the guest ran when everything had arrived, and not before")
+			}
+		}
+		links[0].cut()
+		server.Process.Signal(syscall.SIGTERM) // it ends when both have everything
+		for _, g := range guests {
+			g.do(t, "mem stop")
+			g.do(t, "mem verify")
+			g.do(t, "disk disk stop")
+			g.do(t, "disk disk verify")
+		}
+		for _, p := range peers {
+			p.waitFor(t, "Received VM")
+		}
+		if said := server.wait(t, 0); strings.Count(said, "Served VM to ") != 1 || strings.Count(said, "Served the rest of a VM to ") != 1 || !strings.Contains(said, "waiting for 2 peers") {
+			t.Errorf("the server does not say that it served two:\n%s", said)
+		}
+		for _, p := range peers {
+			p.Process.Signal(syscall.SIGTERM)
+			p.wait(t, 0)
+		}
+		w.checkClean(t)
+		// What was received is an instance like any other.
+		again := w.start(t, w.console, w.peer("package", "clone")...)
+		again.waitFor(t, "Resumed VM")
+		w.do(t, "mem go")
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		again.Process.Signal(syscall.SIGTERM)
+		again.wait(t, 0)
+	})
+	if after := digests(t, w.path("package")); after != before {
+		t.Errorf("the package has changed:\n%s\n%s", before, after)
+	}
+
+	t.Run("ended at once", func(t *testing.T) {
+		server := w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", "127.0.0.1:0")
+		link := newSlowLink(t, server.waitFor(t, "Serving on "), 6<<20)
+		console := newConsole(t)
+		p := w.start(t, console, w.peer("package", "orphan", "--raddr", link.addr, "--rescue-timeout", "2s")...)
+		p.waitFor(t, "VM runs here")
+		server.Process.Signal(syscall.SIGINT)
+		server.waitFor(t, "waiting for 1 peer")
+		server.Process.Signal(syscall.SIGINT)
+		server.wait(t, 0)
+		p.waitFor(t, "The VM is frozen")
+
+		// Another server of the same package has what it lacks.
+		addr := server.waitFor(t, "Serving on ")
+		server = w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", addr)
+		server.waitFor(t, "Served the rest of a VM to ")
+		g := &guest{console: console}
+		g.do(t, "mem stop")
+		g.do(t, "mem verify")
+		for _, c := range []*command{p, server} {
+			c.Process.Signal(syscall.SIGTERM)
+			c.wait(t, 0)
+		}
+		w.checkClean(t)
+	})
+	t.Run("the package is in use", func(t *testing.T) {
+		c := w.start(t, w.console, w.peer("package", "")...)
+		c.waitFor(t, "Resumed VM")
+		if said := w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", "127.0.0.1:0").wait(t, 1); !strings.Contains(said, "in use") && !strings.Contains(said, "is alive") {
+			t.Errorf("the message does not say why:\n%s", said)
+		}
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+	})
+}

@@ -186,7 +186,8 @@ type Target interface {
 	Load(ctx context.Context, state io.Reader) error
 
 	// Run starts the guest. From its call on the guest belongs here. It is called after the commit is in the Journal,
-	// with a context that is not canceled. See [ErrNeverRan] for the way back.
+	// with a context that is not canceled; but for a guest that lacks content, when that will not come any more. See
+	// [ErrNeverRan] for the way back.
 	Run(ctx context.Context) error
 
 	// Discard ends the VMM and drops what was received. It is called once, unless the guest was started or may have been.

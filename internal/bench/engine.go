@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -61,14 +62,18 @@ var fillers = map[string]func(page []byte, rnd *rand.Rand){
 		}
 		randomPage(page, rnd.Uint64())
 	},
-	"compressible": func(page []byte, rnd *rand.Rand) {
-		words := page[:0]
-		for len(words)+24 < len(page) {
-			words = fmt.Appendf(words, "%s=%d ", vocabulary[rnd.IntN(len(vocabulary))], rnd.IntN(1000))
-		}
-		clear(page[len(words):])
-	},
+	// Each page from another place in a long text: no two are the same.
+	"compressible": func(page []byte, rnd *rand.Rand) { copy(page, text()[rnd.IntN(len(text())-len(page)):]) },
 }
+
+// text is a mebibyte of words and numbers.
+var text = sync.OnceValue(func() (text []byte) {
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for len(text) < mib {
+		text = fmt.Appendf(text, "%s=%d ", vocabulary[rnd.IntN(len(vocabulary))], rnd.IntN(1000))
+	}
+	return text
+})
 
 var vocabulary = strings.Fields("memory device packet buffer window commit source target journal overlay bridge tunnel " +
 	"kernel module thread signal socket stream cursor record header length offset digest")

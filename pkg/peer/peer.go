@@ -237,6 +237,11 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 		}
 		if r.err == nil {
 			p.thaw(i)
+			p.agent.Go(func() { // which takes its turn after a call that goes on
+				if err := i.TellAgent(ctx); err != nil {
+					p.cfg.Logger.Error("all of the instance has arrived and it runs, but its agent failed after the resume", "error", err)
+				}
+			})
 		}
 	}()
 	return r

@@ -246,6 +246,20 @@ func (i *Instance) AgentOwed() bool {
 	return i.phase == running && i.guest.owed()
 }
 
+// TellAgent tells the guest's agent that the guest runs if that is still owed, as after a call that was not answered because
+// the guest waited for what was missing. It begins with new connections to the guest.
+func (i *Instance) TellAgent(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != running || !i.guest.owed() {
+		return nil
+	}
+	if err := i.guest.reconnect(); err != nil {
+		return err
+	}
+	return i.afterResume(ctx)
+}
+
 // Adopted reports whether the machine was taken over from an owner that had died.
 func (i *Instance) Adopted() bool { return i.adopted }
 

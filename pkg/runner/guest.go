@@ -128,6 +128,14 @@ func (g *guest) serve(quiet <-chan struct{}) error {
 	return err
 }
 
+// reconnect is serve once more, with new connections.
+func (g *guest) reconnect() error {
+	if err := g.channel.Close(); err != nil {
+		return err
+	}
+	return g.serve(nil)
+}
+
 // close ends all connections with the guest.
 func (g *guest) close() error {
 	if g == nil {

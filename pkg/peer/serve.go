@@ -55,8 +55,8 @@ type Server struct {
 	found   chan struct{} // receives when a peer that had lost its link has everything, if somebody waits for that
 
 	mu       sync.Mutex // guards what follows
-	closed   bool // no session is begun, but for those who come back while others are there
-	cut      bool // nor for them
+	closed   bool       // no session is begun, but for those who come back while others are there
+	cut      bool       // nor for them
 	sessions map[*session]struct{}
 	idle     chan struct{} // closed when the last session has ended after closed was set; nil: nobody waits
 }

@@ -426,7 +426,6 @@ func TestPeerRefuses(t *testing.T) {
 		{"downtime without unit", nil, []string{"--max-downtime", "20"}, 2, []string{"--max-downtime", "20", "unit"}},
 		{"concurrency", nil, []string{"--concurrency", "0"}, 2, []string{"--concurrency 0", "at least 1"}},
 		{"rescue timeout", nil, []string{"--rescue-timeout", "-1s"}, 2, []string{"--rescue-timeout -1s", "above zero"}},
-		{"boot and receive", nil, []string{"--boot", "--raddr", "localhost:1"}, 2, []string{"--boot", "--raddr"}},
 		{"laddr without port", nil, []string{"--laddr", "localhost"}, 2, []string{"--laddr", `"localhost"`, "HOST:PORT"}},
 		{"laddr with a bad port", nil, []string{"--laddr", "localhost:65536"}, 2, []string{"--laddr", `"65536"`, "HOST:PORT"}},
 		{"laddr of another scheme", nil, []string{"--laddr", "quic://localhost:1"}, 2, []string{"--laddr", `"quic"`, "tcp://HOST:PORT"}},

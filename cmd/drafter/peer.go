@@ -165,7 +165,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
-	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss")
+	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
 	for _, name := range machineOfPackage {
@@ -211,9 +211,6 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	if err := goal.Check(); err != nil {
 		return usageErrorf("--max-downtime and --max-total-time: %w", err)
-	}
-	if opts.boot && opts.raddr != "" {
-		return usageErrorf("--boot and --raddr exclude each other: an instance that is received runs already")
 	}
 	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}, {"metrics", opts.metrics}} {
 		if v.address == "" {
@@ -357,7 +354,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		return nil, err
 	}
 	switch {
-	case opts.raddr != "":
+	case opts.raddr != "" && !opts.boot:
 		if transport.Insecure(opts.raddr) {
 			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
 		}

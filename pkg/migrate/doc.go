@@ -58,6 +58,18 @@
 //     16 bytes of digest table for each 4 KiB page that holds data, the lists of what was written, some bits for each page
 //     that comes late, a number of demands, and the device state, up to a limit.
 //
+// # Bytes that are not sent
+//
+// Zeros go as runs, and holes are not even read. Where both sides hold what a device was made from (SourceDevice.Base,
+// [BaseTarget]), the destination's device starts as that, and only pages that differ are sent; whether one differs is told by
+// its hash, which is needed anyway, and an index of the base's hashes, so the base is not read. In later rounds such a device's
+// pages that are written with what they held are not sent again. Until the switch: what is listed as missing is sent in any
+// case.
+//
+// What is sent is compressed when the link is what all waits for and compression is measured to be faster; SourceConfig.
+// NoCompression turns that off. Pages that repeat each other are not looked for: in the memory of real guests they are less than
+// 3 % of what remains, and most of those are filled with one value, which compression makes nothing of.
+//
 // # Streams
 //
 // One stream is enough. Control frames, and content that somebody waits for, go before queued content, of which at most 64 KiB

@@ -14,6 +14,18 @@
 // Until the source's record, whatever fails, the VM runs on at the source. From it on the source never runs the VM again
 // by itself: when the destination's confirmation is lost, Send returns an error that wraps migrate.ErrInDoubt.
 //
+// # When something dies
+//
+// A received guest may run before all of it has arrived. Until [Receive] returns it needs the source, which keeps its copy, paused.
+// When the link is lost meanwhile, both look for each other: by Config.FindSource and Config.FindDestination, for
+// Config.RescueTimeout. After that the guest is frozen and the copy kept, and they go on when either is asked to
+// ([Peer.Search], [Peer.Rejoin]).
+//
+// A peer process that was killed is started again, and adopts its machine ([Adopt], [Resume], [Boot]). One that had given its
+// instance away is in doubt ([Peer.InDoubt]) until Rejoin has met the destination, serves what is missing there, and ends;
+// or takes the guest back if the destination has promised never to run it. One that had received its instance looks
+// for the source by itself ([Peer.Arrived]). A [Lobby] tells the connections of all that apart.
+//
 // # Concurrency
 //
 // All methods may be called by any goroutine. One Send runs at a time; a second one fails at once. Close during a Send

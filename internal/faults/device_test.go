@@ -207,7 +207,7 @@ func TestTracker(t *testing.T) {
 
 // TestDisk checks the disk with which power is cut.
 func TestDisk(t *testing.T) {
-	w := NewWorld(1, t.TempDir(), "a")
+	w := NewWorld(1, newDir(t), "a")
 	defer w.Close()
 	d := NewDisk(10*block.PageSize + 7)
 	flushed, lost := bytes.Repeat([]byte{1}, int(d.Size())), bytes.Repeat([]byte{2}, int(d.Size()))

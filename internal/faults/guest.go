@@ -416,6 +416,9 @@ func (m *VM) checkPage(page, pass uint64) error {
 
 // verify checks everything the guest has, running or not.
 func (m *VM) verify() error {
+	if m.lacks() {
+		return fmt.Errorf("the guest on %s lacks content", m.host.name)
+	}
 	defer m.lock()()
 	p := m.program
 	for page := uint64(1); page < memoryPages; page++ {

@@ -20,7 +20,7 @@ import (
 func TestHistories(t *testing.T) {
 	var total, moved int
 	eachSeed(t, 25, 600, func(t *testing.T, seed uint64) {
-		w := NewWorld(seed, t.TempDir(), "a", "b", "c")
+		w := NewWorld(seed, newDir(t), "a", "b", "c")
 		r := rand.New(rand.NewPCG(seed, 3))
 		stop := w.startClients(t, seed, 3)
 		for n := range 4 + r.IntN(6) {
@@ -204,7 +204,7 @@ func TestPlantedErrors(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				w := NewWorld(1, t.TempDir(), "a", "b")
+				w := NewWorld(1, newDir(t), "a", "b")
 				w.Plant = tt.plant
 				stop := w.startClients(t, 1, 3)
 				time.Sleep(100 * tick)

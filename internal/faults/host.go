@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -34,6 +35,7 @@ type Record struct {
 type Host struct {
 	name  string
 	world *World
+	lists atomic.Int32 // how many lists of what is missing there were
 
 	mu      sync.Mutex // guards what follows
 	record  Record
@@ -128,10 +130,24 @@ func (h *Host) Start() error {
 }
 
 // list is the file that says what is missing of the disk.
-func (h *Host) list() string { return filepath.Join(h.world.dir, h.name+".missing") }
+func (h *Host) list() string {
+	return filepath.Join(h.world.dir, fmt.Sprintf("%s-%d.missing", h.name, h.lists.Load()))
+}
+
+// inherit makes the list that a machine has left that of the next one. It is another file, as here nobody is ever gone so that
+// its files were closed.
+func (h *Host) inherit() error {
+	b, err := os.ReadFile(h.list())
+	if err != nil {
+		return err
+	}
+	h.lists.Add(1)
+	return os.WriteFile(h.list(), b, 0o600)
+}
 
 // forget forgets what is missing.
 func (h *Host) forget() error {
+	h.lists.Add(1) // a file that is still open is not the next one's
 	if err := os.Remove(h.list()); !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -148,7 +164,12 @@ func (h *Host) boot(p *Process) error {
 	_, err := os.Stat(h.list())
 	late := err == nil
 	if late {
+		if err := h.inherit(); err != nil {
+			vm.kill()
+			return err
+		}
 		if err := vm.postpone("disk", nil, h.list()); err != nil {
+			vm.kill()
 			return err
 		}
 	}

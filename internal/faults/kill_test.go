@@ -118,7 +118,8 @@ func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string
 		}
 		r := w.Move(from, to, m)
 		if err := w.Recover(); err != nil {
-			t.Error(err)
+			t.Errorf("%v: %v; records %v", err, r, w.records())
+			return
 		}
 		owner := w.check(t)
 		if mode == Copying && owner != from {
@@ -135,7 +136,7 @@ func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string
 // situation: in every state, and before and after every hook.
 func TestKill(t *testing.T) {
 	seen := map[Direction]map[string]bool{ToDestination: {}, ToSource: {}}
-	tried := 0
+	tried, n := 0, 0
 	for _, s := range situations {
 		for _, mode := range Modes() {
 			if s.modes != nil && !slices.Contains(s.modes, mode) {
@@ -154,14 +155,17 @@ func TestKill(t *testing.T) {
 				for _, side := range Directions {
 					for _, moment := range slices.Compact(slices.Sorted(slices.Values(moments[side]))) {
 						for _, b := range blows {
-							if !*long && !(b.cheap && strings.HasPrefix(moment, "state ")) {
-								continue
+							if !*long {
+								// One of them for each state, in turn.
+								if n++; !b.cheap || !strings.HasPrefix(moment, "state ") || n%3 != 0 {
+									continue
+								}
 							}
 							tried++
 							attempt(t, s, mode, side, moment, b)
 							if t.Failed() {
 								who := map[Direction]string{ToDestination: "source", ToSource: "destination"}[side]
-								t.Fatalf("%s, at %q of the %s: %s", s.name, moment, who, b.name)
+								t.Fatalf("%s: at %q of the %s: %s", s.name, moment, who, b.name)
 							}
 						}
 					}

@@ -70,7 +70,8 @@ const (
 	bandwidth        = 40 << 20 // bytes per second: a guest that runs writes about 12 MiB
 )
 
-var quiet = slog.New(slog.DiscardHandler)
+// Log is told what the engines log. Tests with -log show it.
+var Log = slog.New(slog.DiscardHandler)
 
 // Move moves the guest, or does not, and returns when both sides have ended.
 func (w *World) Move(from, to *Host, m Migration) Result {
@@ -161,7 +162,7 @@ func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.Sou
 	policy := migrate.Policy{MaxDirtyBlocks: 4, MinCycles: 1, MaxCycles: 3, Expiry: time.Second}
 	cfg := migrate.SourceConfig{
 		ID: m.ID, Spec: []byte(`{"cpu":1}`), Guest: guest{p}, Journal: guest{p}, Concurrency: 2, Window: 1 << 18,
-		HeartbeatTimeout: heartbeatTimeout, RescueTimeout: rescueTimeout, Logger: quiet,
+		HeartbeatTimeout: heartbeatTimeout, RescueTimeout: rescueTimeout, Logger: Log,
 		OnState: func(s migrate.SourceState) {
 			p.moment("state " + s.String())
 			if m.OnSource != nil {
@@ -173,9 +174,7 @@ func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.Sou
 		cfg.Goal = migrate.Goal{PostCopy: true, MaxDowntime: time.Nanosecond}
 		policy = migrate.Policy{ByGoal: true}
 	}
-	if vm := p.host.machine(); vm != nil {
-		cfg.Devices = p.devices(vm, policy, m.Track)
-	}
+	cfg.Devices = p.devices(p.host.machine(), policy, m.Track)
 	if m.Reconnect {
 		cfg.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) { return p.reconnect(ctx, meet.source) }
 	}
@@ -185,7 +184,7 @@ func (w *World) sourceConfig(p *Process, m Migration, meet *meeting) migrate.Sou
 func (w *World) destinationConfig(t *target, m Migration, meet *meeting) migrate.DestinationConfig {
 	cfg := migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: 2, HeartbeatTimeout: heartbeatTimeout, RescueTimeout: rescueTimeout,
-		Copy: m.Mode == Copying, DisablePostCopy: m.Mode != PostCopy, Logger: quiet,
+		Copy: m.Mode == Copying, DisablePostCopy: m.Mode != PostCopy, Logger: Log,
 		OnState: func(s migrate.DestinationState) {
 			t.moment("state " + s.String())
 			if m.OnDestination != nil {
@@ -264,8 +263,18 @@ func (m *meeting) destination(ctx context.Context) ([]io.ReadWriter, error) {
 }
 
 // Recover does what init systems and operators do after a migration that failed: processes that died are started again, the two
-// sides meet, and doubts are ended by what the destination's record says. After it the guest runs on exactly one host.
-func (w *World) Recover() error {
+// sides meet, and doubts are ended by what the destination's record says. After it the guest runs on exactly one host. What goes
+// wrong meanwhile is repaired likewise.
+func (w *World) Recover() (err error) {
+	for range 3 {
+		if err = w.recoverOnce(); err == nil && len(w.Runs()) > 0 {
+			return nil
+		}
+	}
+	return err
+}
+
+func (w *World) recoverOnce() error {
 	for _, h := range w.Hosts {
 		r := h.Record()
 		idle := r.Status == Running && !h.runs() // by a process that could not go on, or a machine that died
@@ -314,6 +323,14 @@ func (w *World) meet(h, other *Host, id string) error {
 		}
 		wg.Wait()
 		return there
+	}
+	if vm := other.machine(); vm != nil && vm.late("memory") != nil && vm.lacks() && h.machine() == nil {
+		// What is missing of its memory is nowhere any more: it has lost its power, too. Its disk can be completed.
+		other.KillProcess()
+		other.KillVMM()
+		if err := other.Start(); err != nil {
+			return fmt.Errorf("start %s: %w", other, err)
+		}
 	}
 	wg.Go(func() { there = w.rejoin(other, m, meet) })
 	here := w.rejoin(h, m, meet)

@@ -389,7 +389,10 @@ func (p *Process) claim(id string) migrate.Claim {
 		ID: id,
 		Devices: func(_ context.Context, ask func(int, block.Range)) (out []migrate.ClaimDevice, err error) {
 			err = p.withVM(func(vm *VM) error {
-				names := []string{"memory", "disk", "kernel"}
+				names := []string{"disk", "kernel"}
+				if vm.late("memory") != nil { // else it may have been booted, and has nothing to do with that of the source
+					names = append(names, "memory")
+				}
 				for _, name := range names {
 					size := map[string]int64{"memory": memorySize, "disk": diskSize, "kernel": int64(len(kernel))}[name]
 					out = append(out, migrate.ClaimDevice{Name: name, Size: size, Late: vm.late(name)})
@@ -445,7 +448,7 @@ func forget(n int) func([]block.Range, error) ([]block.Range, error) {
 	}
 }
 
-// devices are those of the machine, as the source of a migration sends them.
+// devices are those of the machine, as the source of a migration sends them; nil: of one that has died.
 func (p *Process) devices(vm *VM, policy migrate.Policy, track func([]block.Range, error) ([]block.Range, error)) []migrate.SourceDevice {
 	blank := block.NewMemory(int64(len(kernel)))
 	if _, err := blank.WriteAt(kernel, 0); err != nil {
@@ -456,6 +459,9 @@ func (p *Process) devices(vm *VM, policy migrate.Policy, track func([]block.Rang
 			return p.plan.Wrap(name, d)
 		}
 		return d
+	}
+	if vm == nil { // it has died; its disk is what it was
+		return []migrate.SourceDevice{{Name: "disk", Device: p.host.disk}, {Name: "kernel", Device: blank}}
 	}
 	var memory, disk block.Tracker = p.memory, p.disk
 	if n := p.host.world.Plant.LosePage; n > 0 {

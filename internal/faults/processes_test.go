@@ -142,7 +142,9 @@ func (p *play) run(t *testing.T) {
 	p.source.says(t, "Serving on ")
 	p.source.do(t, fmt.Sprintf("mem start %d", loadedMiB))
 	p.source.do(t, fmt.Sprintf("disk disk start %d", slots))
-	p.acked = p.source.do(t, "disk disk status")
+	for p.acked == "" || p.acked == "0" {
+		p.acked = p.source.do(t, "disk disk status")
+	}
 
 	reached := make(chan struct{})
 	var faults []Fault

@@ -4,7 +4,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -18,6 +20,16 @@ var (
 	seeds = flag.Int("seeds", 0, "how many seeds to try (0: 30, or 400 with -long)")
 	seed  = flag.Uint64("seed", 0, "try this seed alone, which a failing test has printed")
 )
+
+var logged = flag.Bool("log", false, "show what the engines log")
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if *logged {
+		Log = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	}
+	os.Exit(m.Run())
+}
 
 // eachSeed calls f with every seed of this run, as a subtest in fake time.
 func eachSeed(t *testing.T, short, whole int, f func(t *testing.T, seed uint64)) {
@@ -47,9 +59,19 @@ func eachSeed(t *testing.T, short, whole int, f func(t *testing.T, seed uint64))
 	}
 }
 
+// newDir is a folder for what a world keeps in files: in memory, where a flush costs nothing.
+func newDir(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "faults")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
 // begin makes a world of two hosts, which ends with the test.
 func begin(t *testing.T, seed uint64) (w *World, a, b *Host) {
-	w = NewWorld(seed, t.TempDir(), "a", "b")
+	w = NewWorld(seed, newDir(t), "a", "b")
 	t.Cleanup(func() {
 		w.Close()
 		for _, wrong := range w.Wrong() {

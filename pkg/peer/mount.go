@@ -134,15 +134,17 @@ func OpenMounter(ctx context.Context, cfg MounterConfig) (_ *Mounter, err error)
 	if m.state, err = runner.ReadSaved(s.device(runner.StateDevice), false); err != nil {
 		return nil, err
 	}
-	if cfg.Dir != "" {
-		// The digests of the manifest are not true any more when the first byte is written.
-		if err := m.writeManifest(ctx); err != nil {
-			return nil, err
-		}
-	}
+	m.gate.close()
 	if err := m.expose(devices); err != nil {
 		return nil, err
 	}
+	if cfg.Dir != "" {
+		// The digests of the manifest are not true any more when the first byte is written.
+		if err := m.writeManifest(ctx); err != nil {
+			return nil, errors.Join(err, m.mount.Close())
+		}
+	}
+	m.gate.open(false)
 	return m, nil
 }
 

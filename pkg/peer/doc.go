@@ -26,6 +26,11 @@
 // or takes the guest back if the destination has promised never to run it. One that had received its instance looks
 // for the source by itself ([Peer.Arrived]). A [Lobby] tells the connections of all that apart.
 //
+// # Other ends
+//
+// What takes a VM or hands it over need not run it. A [Terminator] writes it down as a package; a [Mounter] shows its devices as
+// files, and hands it on; a [Server] gives clones of a package to peers, which run before they have all of it.
+//
 // # Concurrency
 //
 // All methods may be called by any goroutine. One Send runs at a time; a second one fails at once. Close during a Send

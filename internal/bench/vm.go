@@ -99,23 +99,29 @@ func benchVM(ctx context.Context, b *bench, name string) (rows []Row, err error)
 			newRow(name, "sent, "+m.name, "MiB", less, of(0, bytes), of(n, bytes), m.name, goal{}),
 		)
 	}
-	return append(rows, downtimeParts(name, moves[0])...), nil
+	return append(rows, timesOf(name, moves[0])...), nil
 }
 
-// downtimeParts says where our downtime goes.
-func downtimeParts(name string, moves []vmMove) (rows []Row) {
-	parts := map[string][]float64{}
+// timesOf says where our time goes: the parts of the downtime, and the states of the source.
+func timesOf(name string, moves []vmMove) (rows []Row) {
+	times := map[string][]float64{}
 	var names []string
+	add := func(what string, took migrate.Millis) {
+		if times[what] == nil {
+			names = append(names, what)
+		}
+		times[what] = append(times[what], milliseconds(time.Duration(took)))
+	}
 	for _, m := range moves {
 		for _, part := range m.report.Parts {
-			if parts[part.Name] == nil {
-				names = append(names, part.Name)
-			}
-			parts[part.Name] = append(parts[part.Name], milliseconds(time.Duration(part.Duration)))
+			add("of our downtime: "+part.Name, part.Duration)
+		}
+		for _, phase := range m.report.Phases {
+			add("of our time: "+phase.Name, phase.Duration)
 		}
 	}
-	for _, part := range names {
-		rows = append(rows, newRow(name, "of our downtime: "+part, "ms", less, parts[part], nil, "", goal{}))
+	for _, what := range names {
+		rows = append(rows, newRow(name, what, "ms", less, times[what], nil, "", goal{}))
 	}
 	return rows
 }

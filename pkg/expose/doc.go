@@ -52,7 +52,7 @@
 // Of a mount:
 //
 //   - fsync(2) is answered after [block.Device.Flush] has returned.
-//   - A request that takes long delays no other.
+//   - A request that takes long delays no other, unless what waits to be written exceeds 128 MiB.
 //   - A file has the size of its device, always: what would change it is refused (truncate with EPERM, so dd needs
 //     conv=notrunc; writes over the end with ENOSPC, and nothing is written).
 //   - When this process dies, by whatever signal, those who look at the folder get ENOTCONN, and nobody waits for ever.

@@ -431,3 +431,59 @@ func TestFUSEPrograms(t *testing.T) {
 		t.Errorf("a hole that was punched is not zero (%v)", err)
 	}
 }
+
+// slow is a device whose first block comes when it is released.
+type slow struct {
+	block.Device
+	entered, release chan struct{}
+}
+
+func (d slow) ReadAt(p []byte, off int64) (int, error) {
+	if off < 4096 {
+		d.entered <- struct{}{}
+		<-d.release
+	}
+	return d.Device.ReadAt(p, off)
+}
+
+// TestFUSESlow has many wait for a block that does not come: nobody else is delayed, and they are not kept when the folder is
+// unmounted.
+func TestFUSESlow(t *testing.T) {
+	const readers = 40
+	d := slow{block.NewMemory(8192), make(chan struct{}), make(chan struct{})}
+	m := mounted(t, Export{Name: "disk", Device: d})
+	fd, err := unix.Open(m.Path("disk"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	failed := make(chan error, readers)
+	for range readers {
+		go func() {
+			_, err := unix.Pread(fd, make([]byte, 512), 0)
+			failed <- err
+		}()
+	}
+	for range readers {
+		<-d.entered
+	}
+	if n, err := unix.Pread(fd, make([]byte, 512), 4096); n != 512 || err != nil {
+		t.Errorf("a read beside those that wait: %d bytes, %v", n, err)
+	}
+	closed := make(chan error, 1)
+	go func() { closed <- m.Close() }()
+	for range readers {
+		if err := <-failed; err == nil {
+			t.Error("a read succeeded that cannot have")
+		}
+	}
+	select {
+	case err := <-closed:
+		t.Errorf("Close returned while the device was in use: %v", err)
+	default:
+	}
+	close(d.release)
+	if err := <-closed; err != nil {
+		t.Error(err)
+	}
+}

@@ -236,26 +236,4 @@ func TestCommandPostCopy(t *testing.T) {
 			return
 		}
 	}
-
-	// With its machine the destination loses the memory. What it had flushed is there, and what had not arrived of the disk
-	// still comes from the source, which is told that nothing else of it is needed.
-	t.Run("machine lost", func(t *testing.T) {
-		src := source(t)
-		src.waitFor(t, "Serving on ")
-		link := newSlowLink(t, addr, 8<<20)
-		there := holder + "'"
-		dst := destination(t, there, link)
-		dst.waitFor(t, "VM runs here")
-		machine := machinePID(t, dst)
-		dst.Process.Kill()
-		dst.wait(t, -1)
-		syscall.Kill(machine, syscall.SIGKILL)
-		dst = destination(t, there, link, "--boot", "--resume-timeout", "2s")
-		dst.waitFor(t, "Booted VM on ")
-		src.wait(t, 0)
-		w.do(t, "disk disk verify")
-		dst.Process.Signal(syscall.SIGTERM)
-		dst.wait(t, 0)
-		w.checkClean(t)
-	})
 }

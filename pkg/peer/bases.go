@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"path/filepath"
 	"time"
 
@@ -61,7 +62,7 @@ func (p *Peer) addBases(ctx context.Context, sc *migrate.SourceConfig) {
 	_ = g.Wait() // they all return nil
 }
 
-// Bases implements migrate.BaseTarget. Disks start as their base, as overlays do; memory is given its base's contents here.
+// Bases implements migrate.BaseTarget. A device that is to start as its base is made so here.
 func (t *target) Bases(ctx context.Context, m *wire.Manifest) ([]*migrate.BaseIndex, error) {
 	out := make([]*migrate.BaseIndex, len(m.Devices))
 	opened := make(map[string]runner.Device)
@@ -75,18 +76,12 @@ func (t *target) Bases(ctx context.Context, m *wire.Manifest) ([]*migrate.BaseIn
 			continue
 		}
 		g.Go(func() error {
-			memory := want.Name == runner.MemoryDevice
-			if !memory && (d.Overlay == nil || !blank(d.Overlay)) {
-				return nil
-			}
 			x := t.cfg.index(ctx, d.Config)
 			if x == nil || x.Size() != want.Size || x.Digest().String() != want.Base {
 				return nil
 			}
-			if memory {
-				if err := fillFrom(ctx, d.Block, d.Config.Base); err != nil {
-					return fmt.Errorf("device %q: %w", want.Name, err)
-				}
+			if err := becomeBase(ctx, d); err != nil {
+				return fmt.Errorf("give device %q the contents of its base: %w", want.Name, err)
 			}
 			out[n] = x
 			return nil
@@ -95,18 +90,36 @@ func (t *target) Bases(ctx context.Context, m *wire.Manifest) ([]*migrate.BaseIn
 	return out, g.Wait()
 }
 
-// blank reports whether an overlay holds nothing.
-func blank(o *block.Overlay) bool {
-	b := o.Blocks()
-	return b.Held == 0 && b.Zero == 0
-}
-
-// fillFrom gives a device the contents of the file at path.
-func fillFrom(ctx context.Context, d block.Device, path string) (err error) {
-	base, err := block.OpenFile(path, block.FileOptions{ReadOnly: true})
+// becomeBase gives a device the contents of its base. An overlay has them but for what it holds, which may be much of what an
+// instance left that was here before.
+func becomeBase(ctx context.Context, d runner.Device) (err error) {
+	base, err := block.OpenFile(d.Config.Base, block.FileOptions{ReadOnly: true})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, base.Close()) }()
-	return block.Copy(ctx, d, base, block.CopyOptions{Concurrency: 2})
+	if d.Overlay == nil {
+		return block.Copy(ctx, d.Block, base, block.CopyOptions{Concurrency: 2})
+	}
+	buffer := make([]byte, 256<<10)
+	for off := int64(0); ; {
+		r, err := d.Overlay.NextChange(off)
+		if err == io.EOF {
+			return nil
+		}
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+		p := buffer[:min(r.Length, int64(len(buffer)))]
+		if n, err := base.ReadAt(p, r.Offset); n < len(p) {
+			return err
+		}
+		if _, err := d.Block.WriteAt(p, r.Offset); err != nil {
+			return err
+		}
+		off = r.Offset + int64(len(p))
+	}
 }

@@ -87,6 +87,8 @@ type Instance struct {
 	refused   bool   // it is on record that what was received will never run
 
 	resumeDuration time.Duration
+
+	throttle throttle
 }
 
 // Resume starts the instance from its saved state. When it fails, the instance is as it was before.
@@ -1152,7 +1154,7 @@ func (i *Instance) save(ctx context.Context) error {
 // teardown ends and removes everything that start made, and closes the devices. It works on whatever there is.
 func (i *Instance) teardown() error {
 	i.phase = closed
-	var errs []error
+	errs := []error{i.Throttle(context.Background(), 0)}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())
 	}

@@ -181,10 +181,15 @@ func TestChart(t *testing.T) {
 		newRow("a", "no goal & no reference", "ms", less, []float64{1}, nil, "", goal{}),
 		newRow("a", "<goal>", "ms", less, []float64{1000}, nil, "", atMost(1, "ms")),
 		newRow("b", "both", "MB/s", more, []float64{9}, []float64{10}, "other", ratioAtLeast(0.8)),
+		newRow("b", "no goal", "MB/s", more, []float64{9}, []float64{10}, "other", goal{}),
+		newRow("b", "met", "MB/s", more, []float64{9}, []float64{10}, "other", ratioAtLeast(0.5)),
 		newRow("b", "zero", "MB/s", more, []float64{0}, []float64{10}, "other", ratioAtLeast(0.8)),
 	}
 	picture := drawChart(file{Machine: machine{CPU: "a <CPU>"}, Rows: rows})
 	checkXML(t, picture)
+	if bytes.Contains(picture, []byte("no goal &amp; no reference")) {
+		t.Error("the picture has a row without a bar")
+	}
 	for _, want := range []string{"&lt;goal&gt;", metColour, missedColour, noGoalColour} {
 		if !bytes.Contains(picture, []byte(want)) {
 			t.Errorf("the picture has no %q", want)

@@ -10,7 +10,7 @@ import (
 
 // The picture's measures, in pixels.
 const (
-	chartWidth  = 1180
+	chartWidth  = 1240
 	labelWidth  = 270
 	barsWidth   = 360
 	rowHeight   = 22
@@ -36,12 +36,16 @@ const (
 	referenceLine = "#444444"
 )
 
-// drawChart draws a bar for each row: ours as a multiple of the reference, or of the goal where there is no reference.
+// drawChart draws a bar for each row with a reference or a goal: ours as a multiple of the reference or, where there is
+// none, of the goal.
 func drawChart(f file) []byte {
-	rows := make([]Row, 0, len(f.Rows))
+	var rows []Row
 	groups := 0
-	for i, r := range f.Rows {
-		if i == 0 || r.Case != f.Rows[i-1].Case {
+	for _, r := range f.Rows {
+		if len(r.Reference) == 0 && r.Bound == 0 {
+			continue // nothing to be a multiple of: it is in the table
+		}
+		if len(rows) == 0 || r.Case != rows[len(rows)-1].Case {
 			groups++
 		}
 		rows = append(rows, r)

@@ -15,11 +15,14 @@ TOOLS       := blueprint snapshotter packager peer terminator mounter serve regi
 # -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
 GOTESTFLAGS ?= -p 1 -count 1 -timeout 20m
 
+# For make test-faults: -seed N, -seeds N, -log.
+FAULTFLAGS  ?=
+
 # For the command behind make bench: -run REGEXP, -quick, -samples N, -list.
 BENCHFLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help depend build install test test-unit lint bench bench-micro demo fuzz clean
+.PHONY: help depend build install test test-faults test-unit lint bench bench-micro demo fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +44,9 @@ install: build ## Install the commands, and drafter-TOOL links to them, below PR
 
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	$(GO) test -race $(GOTESTFLAGS) ./...
+
+test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)
+	$(GO) test -p 1 -count 1 -timeout 6h -v ./internal/faults -args -long $(FAULTFLAGS)
 
 test-unit: ## The quick part of the tests: no root, no VMs
 	$(GO) test -short ./...

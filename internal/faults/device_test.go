@@ -17,6 +17,9 @@ import (
 // than it was asked for, with nonsense. The guest runs on at the source, with what it had, or at the destination with all of it; and
 // where post-copy has begun it is not lost.
 func TestDevices(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes half a minute: left out with -short")
+	}
 	full, broken := syscall.ENOSPC, syscall.EIO
 	type answer struct {
 		name string
@@ -120,8 +123,9 @@ func TestDevices(t *testing.T) {
 			{"it is larger", func(d block.Device, _ int64) *Device { return &Device{Device: d, Length: d.Size() + 1} }},
 		},
 	}
-	calls := []int64{1, 2, 5}
+	calls, devices := []int64{1, 3}, []string{"memory", "disk"}
 	if *long {
+		devices = append(devices, "kernel")
 		calls = []int64{1, 2, 3, 4, 5, 7, 9, 12, 16, 24, 40}
 	}
 	for side, list := range answers {
@@ -129,7 +133,7 @@ func TestDevices(t *testing.T) {
 			t.Run(fmt.Sprintf("%v/%s", side, a.name), func(t *testing.T) {
 				owners := map[string]int{}
 				for _, mode := range Modes() {
-					for _, name := range []string{"memory", "disk", "kernel"} {
+					for _, name := range devices {
 						for _, from := range calls {
 							synctest.Test(t, func(t *testing.T) {
 								w, source, destination := begin(t, 1)

@@ -19,7 +19,7 @@ import (
 // cancellations at random, and everything started again after each; and has the history of it checked.
 func TestHistories(t *testing.T) {
 	var total, moved int
-	eachSeed(t, 25, 600, func(t *testing.T, seed uint64) {
+	eachSeed(t, 10, 600, func(t *testing.T, seed uint64) {
 		w := NewWorld(seed, newDir(t), "a", "b", "c")
 		r := rand.New(rand.NewPCG(seed, 3))
 		stop := w.startClients(t, seed, 3)

@@ -310,6 +310,11 @@ func (w *World) meet(h, other *Host, id string) error {
 	if other == nil && w.intN(2) == 0 {
 		return h.TakeBack()
 	}
+	for _, x := range w.Hosts {
+		if p := x.Process(); p != nil {
+			p.begin(&Plan{}, nil) // what went wrong there does so no more
+		}
+	}
 	m := Migration{ID: id, Reconnect: true, Streams: 1, Link: NewLink()}
 	m.Link.Rate = bandwidth
 	defer m.Link.Close()

@@ -256,16 +256,8 @@ func (p *play) recover(t *testing.T) {
 	}
 
 	// Nobody else runs it.
-	running := 0
-	for _, name := range []string{p.a, p.b} {
-		for _, pid := range p.room.machines(name) {
-			if executes(pid) {
-				running++
-			}
-		}
-	}
-	if running != 1 {
-		t.Errorf("%d machines execute a guest, want one", running)
+	if n := executing(newWait(t), append(p.room.machines(p.a), p.room.machines(p.b)...)); n != 1 {
+		t.Errorf("%d machines execute a guest, want one", n)
 	}
 	p.close(t, owner)
 }

@@ -319,11 +319,28 @@ func (p *proc) try(ctx context.Context, command string) (string, error) {
 	return p.console.Do(ctx, command)
 }
 
-// executes reports whether the guest of a machine runs, which its load keeps busy: by the time that it gets from the kernel.
-func executes(pid int) bool {
-	before := cpuTicks(pid)
-	time.Sleep(600 * time.Millisecond) // what is measured
-	return cpuTicks(pid)-before >= 5
+// executing counts the machines whose guests run, which their loads keep busy: by the time that they get from the kernel, until one
+// of them has had a good deal of it.
+func executing(ctx context.Context, pids []int) (n int) {
+	before := map[int]int{}
+	for _, pid := range pids {
+		before[pid] = cpuTicks(pid)
+	}
+	for {
+		most := 0
+		for _, pid := range pids {
+			most = max(most, cpuTicks(pid)-before[pid])
+		}
+		if most >= 50 || ctx.Err() != nil {
+			for _, pid := range pids {
+				if cpuTicks(pid)-before[pid] > most/4 {
+					n++
+				}
+			}
+			return n
+		}
+		time.Sleep(50 * time.Millisecond) // between two looks
+	}
 }
 
 // cpuTicks is the time that a process has had, in hundredths of a second; 0 for one that has ended. See proc(5).

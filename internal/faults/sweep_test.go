@@ -179,7 +179,7 @@ func TestEveryFrame(t *testing.T) {
 					for _, d := range Directions {
 						step := 1
 						if !*long {
-							step = 1 + len(whole[d].Frames)/12
+							step = 1 + len(whole[d].Frames)/5
 						}
 						for frame := 0; frame <= len(whole[d].Frames); frame += step {
 							f := Fault{Kind: kind, Direction: d, At: Point{Frames: frame}}
@@ -214,7 +214,7 @@ func TestRandomFaults(t *testing.T) {
 			whole[mode][d] = p.Bytes
 		}
 	}
-	eachSeed(t, 60, 1500, func(t *testing.T, seed uint64) {
+	eachSeed(t, 30, 1500, func(t *testing.T, seed uint64) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		mode := Modes()[r.IntN(int(numModes))]
 		m := Migration{ID: "m", Mode: mode, Streams: 1 + r.IntN(3), Reconnect: r.IntN(3) > 0}

@@ -236,4 +236,20 @@ func TestCommandPostCopy(t *testing.T) {
 			return
 		}
 	}
+
+	t.Run("disabled", func(t *testing.T) {
+		src := w.start(t, w.console, w.peer("package", holder, "--enable-input=false", "--laddr", addr, "--disable-postcopy-migration")...)
+		src.waitFor(t, "Serving on ")
+		link := newSlowLink(t, addr, 24<<20)
+		dst := destination(t, holder+"'", link)
+		dst.waitFor(t, "Received VM")
+		src.wait(t, 0)
+		if !strings.Contains(src.said(), "action=throttle") {
+			t.Errorf("the guest was not slowed down:\n%s", src.said())
+		}
+		check(t)
+		dst.Process.Signal(syscall.SIGTERM)
+		dst.wait(t, 0)
+		w.checkClean(t)
+	})
 }

@@ -46,6 +46,9 @@ func TestEndsRefuse(t *testing.T) {
 		{"terminator: file exists", []string{"terminator", "--raddr", nobody, "--devices", device(`{"name":"state","output":%q},{"name":"memory","output":%q}`, out, f.file("memory"))}, 2, []string{`"memory"`, "nothing is overwritten"}},
 		{"terminator: workers", []string{"terminator", "--raddr", nobody, "--package", out, "--concurrency", "0"}, 2, []string{"--concurrency 0"}},
 		{"terminator: rescue timeout", []string{"terminator", "--raddr", nobody, "--package", out, "--rescue-timeout", "-1s"}, 2, []string{"--rescue-timeout -1s"}},
+		{"terminator: settle a copy", []string{"terminator", "--raddr", nobody, "--package", out, "--settle", "--copy"}, 2, []string{"--settle and --copy"}},
+		{"terminator: settle nothing", []string{"terminator", "--raddr", nobody, "--package", out, "--settle"}, 1, []string{`"state"`, "no such file"}},
+		{"terminator: settle what came from nobody", []string{"terminator", "--raddr", nobody, "--package", f.pkg, "--settle"}, 1, []string{"nobody needs to be told"}},
 
 		{"mounter: argument", []string{"mounter", "x"}, 2, []string{`unexpected argument "x"`}},
 		{"mounter: no folder", []string{"mounter", "--package", f.pkg, "--mount", ""}, 2, []string{"--mount is empty"}},

@@ -26,6 +26,7 @@ type terminatorOptions struct {
 	packagePath string
 	devices     string
 	copy        bool
+	settle      bool
 	concurrency int
 	rescue      time.Duration
 	report      string
@@ -44,7 +45,9 @@ network.
 The short way gives --package, a folder, which must not exist. The long way gives --devices, a JSON array of
 {"name":NAME,"output":PATH}: all that the peer sends, and "state". None of the files may exist.
 
-Nothing is written over, and nothing is left of a migration that fails: the VM then runs on at the peer.
+Nothing is written over, and nothing is left of a migration that fails: the VM then runs on at the peer. Only a terminator that
+was killed leaves something. If the peer then keeps the VM paused, in doubt, the same command line with --settle tells it
+whether the VM was written down or not; it is for a killed drafter mounter --raddr, too.
 
 Exit statuses: 0 the package is written; 1 something failed; 2 the command line cannot be used; 130 ended by a signal, and
 nothing was written.`,
@@ -58,6 +61,7 @@ nothing was written.`,
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package to write; it must not exist")
 	flags.StringVar(&opts.devices, "devices", "", `files to write instead of --package, a JSON array: [{"name":"disk","output":"out/package/rootfs.ext4"},…]`)
 	flags.BoolVar(&opts.copy, "copy", false, "write a copy, and let the VM run on at the peer")
+	flags.BoolVar(&opts.settle, "settle", false, "only tell the peer what became of the VM, after a terminator was killed")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of the migration; more than 64 are not used")
 	flags.DurationVar(&opts.rescue, "rescue-timeout", time.Minute, "how long the peer is looked for when the link is lost before it knows that the VM is here")
 	flags.StringVar(&opts.report, "report", "", "file to write the report of the migration to, as one line of JSON")
@@ -76,6 +80,8 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		return usageErrorf("--package is empty: give the folder to write the package to")
 	case opts.concurrency < 1:
 		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
+	case opts.settle && opts.copy:
+		return usageErrorf("--settle and --copy exclude each other: a copy is nobody's to settle")
 	case opts.rescue <= 0:
 		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescue)
 	}
@@ -87,7 +93,7 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 	where := opts.packagePath
 	if opts.devices == "" {
 		t.Dir = opts.packagePath
-		if err := t.Check(); err != nil {
+		if err := t.Check(); err != nil && !opts.settle {
 			return fmt.Errorf("--package: %w", err)
 		}
 	} else {
@@ -101,10 +107,22 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 			}
 			t.Devices = append(t.Devices, vmpackage.File{Name: d.Name, Path: d.Output})
 		}
-		if err := t.Check(); err != nil {
+		if err := t.Check(); err != nil && !opts.settle {
 			return usageErrorf("--devices: %w", err)
 		}
 		where = fmt.Sprintf("%d files", len(t.Devices))
+	}
+	if opts.settle {
+		here, err := t.Settle(ctx)
+		switch {
+		case err != nil:
+			return interrupted(cmd, err)
+		case here:
+			fmt.Fprintf(out, "The peer knows that the VM is in %s\n", where)
+		default:
+			fmt.Fprintf(out, "The peer knows that the VM did not get to %s, which can be removed, and runs it on\n", where)
+		}
+		return nil
 	}
 	bar := newStageBar(out)
 	defer bar.end()

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/migrate"
@@ -498,5 +499,133 @@ func TestMounterStays(t *testing.T) {
 	defer f.Close()
 	if r, err := runner.ReadRecord(f); err != nil || r.Status != runner.Saved {
 		t.Errorf("the record says %v, %v", r.Status, err)
+	}
+}
+
+// TestTerminatorSettle loses the link when the VM is written down, and before the source knows. The source learns it later.
+func TestTerminatorSettle(t *testing.T) {
+	needFUSE(t)
+	pkg := newPackage(t)
+	found := make(chan []io.ReadWriter, 1)
+	m, err := OpenMounter(t.Context(), MounterConfig{Dir: pkg, Mount: filepath.Join(t.TempDir(), "mnt"), Logger: quiet, FindDestination: func(ctx context.Context) ([]io.ReadWriter, error) {
+		select {
+		case streams := <-found:
+			return streams, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	a, b := pairs(t, 1)
+	term := Terminator{Dir: filepath.Join(t.TempDir(), "out"), Logger: quiet}
+	term.Progress = func(p migrate.Progress) {
+		if p.State == migrate.DestinationStarting.String() {
+			b[0].(io.Closer).Close()
+		}
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := m.Send(t.Context(), a)
+		sent <- err
+	}()
+	if _, _, err := term.Receive(t.Context(), b); err != nil {
+		t.Fatalf("the VM is here, and the terminator says %v", err)
+	}
+	sameVM(t, term.Dir, newPackage(t))
+	select {
+	case err := <-sent:
+		t.Fatalf("the source does not wait to be told: %v", err)
+	default:
+	}
+
+	other := Terminator{Dir: newPackage(t), Logger: quiet, FindSource: func(context.Context) ([]io.ReadWriter, error) { return nil, errors.New("not to be asked") }}
+	if _, err := other.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "nobody needs to be told") {
+		t.Errorf("settle a VM that came from nobody: %v", err)
+	}
+	term.Progress = nil
+	term.FindSource = func(context.Context) ([]io.ReadWriter, error) {
+		a, b := pairs(t, 1)
+		found <- a
+		return b, nil
+	}
+	if here, err := term.Settle(t.Context()); err != nil || !here {
+		t.Errorf("settle: %t, %v", here, err)
+	}
+	if err := <-sent; err != nil {
+		t.Errorf("the source was told, and says %v", err)
+	}
+}
+
+// TestTerminatorDisclaim gives a VM to a terminator that dies before its own commit.
+func TestTerminatorDisclaim(t *testing.T) {
+	needFUSE(t)
+	found := make(chan []io.ReadWriter, 1)
+	find := func(ctx context.Context) ([]io.ReadWriter, error) {
+		select {
+		case streams := <-found:
+			return streams, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	m, err := OpenMounter(t.Context(), MounterConfig{Dir: newPackage(t), Mount: filepath.Join(t.TempDir(), "mnt"), Logger: quiet, FindDestination: find})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	a, b := pairs(t, 1)
+	// What is left of the terminator is a copy of its files from before the commit.
+	term := Terminator{Dir: filepath.Join(t.TempDir(), "out"), Logger: quiet}
+	left := filepath.Join(t.TempDir(), "left")
+	term.Progress = func(p migrate.Progress) {
+		if p.State == migrate.DestinationPrepared.String() {
+			if err := os.CopyFS(left, os.DirFS(term.Dir)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	m.cfg.OnState = func(s migrate.SourceState) {
+		if s == migrate.SourceCommitted {
+			a[0].(io.Closer).Close() // commit never arrives
+		}
+	}
+	sent := make(chan error, 1)
+	go func() {
+		_, err := m.Send(t.Context(), a)
+		sent <- err
+	}()
+	if _, _, err := term.Receive(t.Context(), b); err == nil {
+		t.Fatal("the terminator has a VM that was never committed")
+	}
+	ask := func(context.Context) ([]io.ReadWriter, error) {
+		a, b := pairs(t, 1)
+		found <- a
+		return b, nil
+	}
+	stranger := Terminator{Dir: newPackage(t), Logger: quiet, FindSource: ask, RescueTimeout: 100 * time.Millisecond}
+	state, err := block.OpenFile(filepath.Join(stranger.Dir, "state.bin"), block.FileOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(runner.WriteRecord(state, runner.Record{Status: runner.Receiving, Migration: "another"}), state.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if here, err := stranger.Settle(t.Context()); err == nil {
+		t.Errorf("what is left of another migration settles this one: %t", here)
+	}
+	if here, err := (Terminator{Dir: left, Logger: quiet, FindSource: ask}).Settle(t.Context()); err != nil || here {
+		t.Errorf("settle: %t, %v", here, err)
+	}
+	if err := <-sent; err == nil || errors.Is(err, migrate.ErrInDoubt) {
+		t.Errorf("the source was told that the VM is its own, and says %v", err)
+	}
+	if m.Sent() {
+		t.Error("the VM counts as another's")
+	}
+	if err := m.gated("disk").write(0, "goes on"); err != nil {
+		t.Error(err)
 	}
 }

@@ -378,6 +378,12 @@ func (r *mountReceiver) Prepare(ctx context.Context, m *wire.Manifest) (_ []bloc
 		r.still, err = createStill(ctx, m, func(name string) (string, bool) {
 			return filepath.Join(r.cfg.Dir, vmpackage.DefaultFile(name)), true
 		})
+		if err == nil {
+			if err = runner.WriteRecord(r.still.device(runner.StateDevice), runner.Record{Status: runner.Receiving, Migration: m.ID}); err != nil {
+				err = errors.Join(err, r.still.discard())
+				r.still = nil
+			}
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -469,5 +475,5 @@ func (r *mountReceiver) Commit(_ context.Context, id string) error {
 	return runner.WriteReceived(r.still.device(runner.StateDevice), id, r.state)
 }
 
-func (r *mountReceiver) Abort(context.Context, string) error { return r.still.forget() }
-func (r *mountReceiver) Done(context.Context, string) error  { return nil }
+func (r *mountReceiver) Abort(_ context.Context, id string) error { return r.still.forget(id) }
+func (r *mountReceiver) Done(context.Context, string) error       { return nil }

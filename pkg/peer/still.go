@@ -250,13 +250,9 @@ func (s *still) syncFolders() error {
 	return nil
 }
 
-// forget makes the state device hold no record, durably: what is here will never run.
-func (s *still) forget() error {
-	state := s.device(runner.StateDevice)
-	if _, err := state.WriteAt(make([]byte, block.PageSize), 0); err != nil {
-		return err
-	}
-	return state.Flush()
+// forget puts on record, durably, that what is here will never run.
+func (s *still) forget(migration string) error {
+	return runner.WriteRecord(s.device(runner.StateDevice), runner.Record{Status: runner.Discarded, Migration: migration})
 }
 
 // close flushes and closes all devices.

@@ -23,7 +23,7 @@ import (
 // package is a backup: a second VM, as the first one was at that moment.
 //
 // All files are new, and nothing is left of them when Receive fails. Until the commit they are no package: the state device
-// holds no record, which is written, synced, as the commit.
+// says so; that it is saved is written, synced, as the commit.
 type Terminator struct {
 	// Dir is the folder of the package. It must not exist, and its devices get their usual names.
 	Dir string
@@ -167,6 +167,92 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 	return manifest, report, nil
 }
 
+// Settle tells the source of a VM what has become of it, after a terminator, or a mounter with the same files, has died before
+// it could: that it was written down here (here is true), or that it was not and never will be. The source then ends, or
+// goes on; until it knows, it keeps the VM, paused and in doubt. It is looked for by FindSource within RescueTimeout. Of the rest
+// only Dir or Devices are needed.
+func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("settle a VM that was to be written down: %w", err)
+		}
+	}()
+	if t.RescueTimeout == 0 {
+		t.RescueTimeout = time.Minute
+	}
+	cfg := migrate.DestinationConfig{Reconnect: t.FindSource, RescueTimeout: t.RescueTimeout, Progress: t.Progress, Logger: t.Logger}
+	path, ok := t.place(runner.StateDevice)
+	if !ok {
+		return false, fmt.Errorf("there is no device %q", runner.StateDevice)
+	}
+	// Opened to be written: nobody else has it then, and a terminator that lives does.
+	s, err := openStill([]Device{{DeviceConfig: runner.DeviceConfig{Name: runner.StateDevice, Base: path}}}, nil)
+	if err != nil {
+		return false, err
+	}
+	defer s.close()
+	state := s.device(runner.StateDevice)
+	record, err := runner.ReadRecord(state)
+	if err != nil {
+		return false, err
+	}
+	switch {
+	case record.Migration == "":
+		return false, errors.New("the VM did not come from a peer, or was resumed since: nobody needs to be told")
+	case record.Status == runner.Receiving || record.Status == runner.Discarded:
+		cfg.Journal = &writer{still: s}
+		return false, t.disclaim(ctx, cfg, record.Migration)
+	case record.Status != runner.Saved:
+		return false, fmt.Errorf("the VM is not saved but %s: nobody needs to be told", record.Status)
+	}
+	claim := migrate.Claim{ID: record.Migration, Complete: func(context.Context) error { return nil }}
+	claim.Devices = func(context.Context, func(int, block.Range)) ([]migrate.ClaimDevice, error) {
+		files := t.Devices
+		if t.Dir != "" {
+			pkg, err := vmpackage.Open(t.Dir)
+			if err != nil {
+				return nil, err
+			}
+			for _, d := range pkg.Devices {
+				files = append(files, vmpackage.File{Name: d.Name, Path: d.Path})
+			}
+		}
+		var devices []migrate.ClaimDevice
+		for _, f := range files {
+			if f.Name != runner.MemoryDevice && !runner.IsDisk(f.Name) {
+				continue // it need not have travelled
+			}
+			info, err := os.Stat(f.Path)
+			if err != nil {
+				return nil, err
+			}
+			devices = append(devices, migrate.ClaimDevice{Name: f.Name, Size: info.Size()})
+		}
+		return devices, nil
+	}
+	_, err = migrate.RejoinDestination(ctx, claim, cfg)
+	return true, err
+}
+
+// disclaim tells the source of a migration that it was not completed here, and never will be.
+func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig, migration string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, t.RescueTimeout, fmt.Errorf("the source was not found within %s", t.RescueTimeout))
+	defer cancel()
+	for {
+		streams, err := t.FindSource(ctx)
+		if err == nil {
+			if _, err = migrate.Disclaim(ctx, streams, cfg, func(id string) bool { return id != migration }); err == nil {
+				return nil
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%w (last: %w)", context.Cause(ctx), err)
+		case <-time.After(250 * time.Millisecond): // it may be busy being started
+		}
+	}
+}
+
 // closeAll closes streams that nobody will use.
 func closeAll(streams []io.ReadWriter) {
 	for _, s := range streams {
@@ -233,6 +319,10 @@ func (w *writer) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	if err != nil {
 		return nil, err
 	}
+	// Until the commit it says whose it would have been: see Settle.
+	if err := runner.WriteRecord(s.device(runner.StateDevice), runner.Record{Status: runner.Receiving, Migration: m.ID}); err != nil {
+		return nil, errors.Join(err, s.discard())
+	}
 	w.still, w.id = s, m.ID
 	return s.incoming(m), nil
 }
@@ -275,7 +365,7 @@ func (w *writer) Commit(_ context.Context, id string) error {
 }
 
 // Abort implements [migrate.Journal].
-func (w *writer) Abort(context.Context, string) error { return w.still.forget() }
+func (w *writer) Abort(_ context.Context, id string) error { return w.still.forget(id) }
 
 // Done implements [migrate.Journal].
 func (w *writer) Done(context.Context, string) error { return nil }

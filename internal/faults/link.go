@@ -263,7 +263,7 @@ func (c *conduit) pass(r *bufio.Reader, n int) error {
 			}
 		}
 		p := make([]byte, k)
-		m, err := io.ReadFull(r, p)
+		m, err := r.Read(p)
 		p = p[:m]
 		n -= m
 		if c.flip && m > 0 {

@@ -366,7 +366,19 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		cfg.Hooks.Resumed = func() { fmt.Fprintln(out, "VM runs here") }
+		unfinished := peer.Void(cfg)
 		p, report, err := peer.Receive(ctx, cfg, conns)
+		if err != nil && unfinished && ctx.Err() == nil {
+			// The source may be waiting to hear what became of a migration that this peer did not live to finish.
+			if conns, err2 := dialStreams(ctx, opts.raddr); err2 == nil {
+				if id, err2 := peer.Disclaim(ctx, cfg, conns); err2 == nil {
+					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
+					if conns, err = dialStreams(ctx, opts.raddr); err == nil {
+						p, report, err = peer.Receive(ctx, cfg, conns)
+					}
+				}
+			}
+		}
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}

@@ -671,7 +671,7 @@ func TestOneOwner(t *testing.T) {
 	for _, d := range cfg.Devices {
 		devices = append(devices, d.DeviceConfig)
 	}
-	i, err := runner.Prepare(ctx, runner.Config{Backend: g.backend, Devices: devices, Host: runner.Host{Dir: shortDir(t)}}, desc, incoming)
+	i, err := runner.Prepare(ctx, runner.Config{Backend: g.backend, Devices: devices, Host: runner.Host{Dir: shortDir(t)}}, "rollback", desc, incoming)
 	if err != nil {
 		t.Fatal(err)
 	}

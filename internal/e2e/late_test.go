@@ -58,7 +58,7 @@ func TestLateDevices(t *testing.T) {
 		t.Fatal(err)
 	}
 	folder := shortDir(t)
-	destination, err := runner.Prepare(ctx, g.runnerConfig(t, folder), desc, incoming)
+	destination, err := runner.Prepare(ctx, g.runnerConfig(t, folder), "late", desc, incoming)
 	if err != nil {
 		t.Fatal(err)
 	}

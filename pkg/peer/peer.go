@@ -518,7 +518,7 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
 		t.names = append(t.names, d.Name)
 	}
-	i, err := runner.Prepare(ctx, t.cfg.runner(), desc, incoming)
+	i, err := runner.Prepare(ctx, t.cfg.runner(), m.ID, desc, incoming)
 	if errors.Is(err, runner.ErrMismatch) {
 		return nil, migrate.Refuse("%v", err)
 	} else if err != nil {

@@ -83,7 +83,7 @@ type Instance struct {
 
 	mu        sync.Mutex // held through every change of phase; guards what follows
 	phase     phase
-	migration string // that the instance was released to
+	migration string // that the instance was released to, or comes by
 	refused   bool   // it is on record that what was received will never run
 
 	resumeDuration time.Duration
@@ -251,8 +251,8 @@ type Incoming struct {
 
 // Prepare opens devices to receive a migration into, and starts the machine that waits for it. The incoming devices and the
 // configured ones must match by name, except those configured devices that exist here and do not travel; local names them.
-// [Instance.Target] gives the devices to write to; then come Load and Run, or Discard.
-func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incoming) (_ *Instance, err error) {
+// [Instance.Devices] gives the devices to write to; then come Load and Run, or Discard. The migration's id goes on record.
+func Prepare(ctx context.Context, cfg Config, migration string, desc Description, incoming []Incoming) (_ *Instance, err error) {
 	i, err := open(ctx, cfg, openReceive, &reception{desc: desc, incoming: incoming})
 	if err != nil {
 		return nil, err
@@ -277,7 +277,8 @@ func Prepare(ctx context.Context, cfg Config, desc Description, incoming []Incom
 			return nil, fmt.Errorf("prepare instance: %w", err)
 		}
 	}
-	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving}); err != nil {
+	i.migration = migration
+	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving, Migration: migration}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
 	i.quiet = make(chan struct{})
@@ -1011,7 +1012,7 @@ func (i *Instance) Close(ctx context.Context) error {
 		err = i.save(ctx)
 	case waiting, loaded:
 		if state := i.device(StateDevice); state != nil && !i.refused {
-			err = writeRecord(state, Record{Status: Discarded})
+			err = writeRecord(state, Record{Status: Discarded, Migration: i.migration})
 		}
 		return errors.Join(err, i.teardown())
 	}
@@ -1069,7 +1070,7 @@ func (i *Instance) Discard(ctx context.Context) error {
 	}
 	var errs []error
 	if state := i.device(StateDevice); state != nil {
-		errs = append(errs, writeRecord(state, Record{Status: Discarded}))
+		errs = append(errs, writeRecord(state, Record{Status: Discarded, Migration: i.migration}))
 	}
 	errs = append(errs, i.teardown())
 	errs = append(errs, i.discardDevices())

@@ -1,0 +1,117 @@
+package e2e
+
+import (
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/wire"
+)
+
+// commitThief is a proxy to a source that swallows the first commit frame, and calls stolen instead of passing it on.
+func commitThief(t *testing.T, source string, stolen func()) (addr string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var once sync.Once
+	var wg sync.WaitGroup
+	t.Cleanup(func() { l.Close(); wg.Wait() })
+	wg.Go(func() {
+		for {
+			down, err := l.Accept()
+			if err != nil {
+				return
+			}
+			up, err := net.Dial("tcp", source)
+			if err != nil {
+				down.Close()
+				continue
+			}
+			wg.Go(func() {
+				io.Copy(up, down)
+				up.Close()
+				down.Close()
+			})
+			wg.Go(func() {
+				defer up.Close()
+				defer down.Close()
+				if _, err := io.CopyN(down, up, wire.PrefaceSize); err != nil {
+					return
+				}
+				for r := wire.NewReader(up); ; {
+					h, err := r.Next()
+					if err != nil {
+						return
+					}
+					payload := make([]byte, h.Length)
+					if err := r.Payload(payload); err != nil {
+						return
+					}
+					steal := false
+					if h.Type == wire.TypeCommit {
+						once.Do(func() { steal = true })
+					}
+					if steal {
+						stolen()
+						return
+					}
+					if _, err := down.Write(wire.Append(nil, h, payload)); err != nil {
+						return
+					}
+				}
+			})
+		}
+	})
+	return l.Addr().String()
+}
+
+// TestCommandDoubt kills a destination to which the commit is on its way. Its source cannot know whether it arrived, and
+// keeps the VM paused, until the destination is started again and says that it did not.
+func TestCommandDoubt(t *testing.T) {
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	addr := freePort(t)
+	src := w.start(t, w.console, w.peer("package", "here", "--laddr", addr)...)
+	src.waitFor(t, "Serving on ")
+	w.do(t, "mem start 32")
+	w.do(t, "disk disk start 4096")
+
+	var dst *command
+	var started sync.WaitGroup
+	started.Add(1)
+	link := commitThief(t, addr, func() {
+		started.Wait()
+		dst.Process.Signal(syscall.SIGKILL)
+		<-dst.done
+	})
+	destination := func() *command {
+		return w.start(t, nil, w.peer("package", "there", "--raddr", link)...)
+	}
+	dst = destination()
+	started.Done()
+	src.waitFor(t, "is kept, paused")
+	dst.wait(t, -1)
+	dst = destination()
+	src.waitFor(t, "never ran there, and runs on here")
+	dst.waitFor(t, "Received VM")
+	src.wait(t, 0)
+	if said := dst.said(); !strings.Contains(said, "was not completed here") {
+		t.Errorf("the destination does not say that it told the source:\n%s", said)
+	}
+	dst.Process.Signal(syscall.SIGTERM)
+	dst.wait(t, 0)
+
+	c := w.start(t, w.console, w.peer("package", "there")...)
+	c.waitFor(t, "Resumed VM")
+	w.do(t, "mem stop")
+	w.do(t, "mem verify")
+	w.do(t, "disk disk verify")
+	c.Process.Signal(syscall.SIGTERM)
+	c.wait(t, 0)
+	w.checkClean(t)
+}

@@ -1,0 +1,42 @@
+package peer
+
+import (
+	"context"
+	"io"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/runner"
+)
+
+// Disclaim tells the peer at the other end of streams, which is in doubt about an instance that it gave away to here, that the
+// instance never ran here and never will: the process that was to receive it died too early. The other peer then lets
+// it run again. Only the migration that the devices of cfg have on record is disclaimed; where they have none, the error
+// wraps runner.ErrNotVoid. The streams are closed when it returns.
+func Disclaim(ctx context.Context, cfg Config, streams []io.ReadWriter) (migration string, err error) {
+	cfg = cfg.withDefaults()
+	v, err := runner.OpenVoid(cfg.runner())
+	if err != nil {
+		Arrival{Streams: streams}.Close()
+		return "", err
+	}
+	defer v.Close()
+	return migrate.Disclaim(ctx, streams, migrate.DestinationConfig{Journal: voidJournal{v}, Logger: cfg.Logger},
+		func(id string) bool { return id != v.Migration() })
+}
+
+// Void reports whether the devices of cfg hold what an unfinished migration has left: see [Disclaim].
+func Void(cfg Config) bool {
+	v, err := runner.OpenVoid(cfg.withDefaults().runner())
+	if err != nil {
+		return false
+	}
+	v.Close() // nothing was written
+	return true
+}
+
+// voidJournal is the journal of a migration that will not happen.
+type voidJournal struct{ *runner.Void }
+
+func (j voidJournal) Abort(ctx context.Context, id string) error { return j.Refuse(ctx, id) }
+func (voidJournal) Commit(context.Context, string) error         { return runner.ErrPhase }
+func (voidJournal) Done(context.Context, string) error           { return nil }

@@ -200,12 +200,14 @@ func (d *destination) conclude(ctx context.Context, err error) error {
 	if err == nil {
 		if !d.cfg.Copy {
 			d.tell(ctx)
+		}
+		if d.link != nil {
+			d.link.goodbye(nil, false) // before the journal: the source waits for it
+		}
+		if !d.cfg.Copy {
 			if err := d.cfg.Journal.Done(after, d.manifest.ID); err != nil {
 				d.log.Warn("cannot record the end of the migration", "error", err)
 			}
-		}
-		if d.link != nil {
-			d.link.goodbye(nil, false)
 		}
 		d.finish()
 		return nil

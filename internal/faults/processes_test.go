@@ -288,9 +288,6 @@ func (p *play) again(t *testing.T, x *proc, booted map[string]bool, args ...stri
 		return x // it is not the owner
 	case strings.Contains(said, "--boot"):
 		booted[x.name] = true
-		if x.name == p.b {
-			args = nil // an instance that boots is not received
-		}
 		args = append(args, "--boot", "--resume-timeout", "3s")
 	}
 	t.Logf("%s is started again: %v", x.name, args)

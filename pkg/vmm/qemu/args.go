@@ -196,9 +196,13 @@ func bootArgs(spec vmm.Spec) string {
 		args = append(args, "panic=-1") // reboot at once: the owner hears of it
 	}
 	if spec.Accel == "tcg" {
-		// An emulated CPU that shares its core fails the kernel's tests of clock and timer now and then.
+		// An emulated CPU that shares its core fails the kernel's tests of clock and timer now and then, or measures a
+		// counter that is the host's as twenty times too slow, and believes it.
 		if !has("tsc=") {
 			args = append(args, "tsc=reliable")
+		}
+		if rate := tscRate(); rate > 0 && !has("tsc_early_khz=") {
+			args = append(args, fmt.Sprintf("tsc_early_khz=%d", rate))
 		}
 		if !has("no_timer_check") {
 			args = append(args, "no_timer_check")

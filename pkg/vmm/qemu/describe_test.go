@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -154,6 +155,20 @@ func TestCompatible(t *testing.T) {
 	}
 }
 
+// TestRate looks at the measured rate of the time stamp counter, which is measured once.
+func TestRate(t *testing.T) {
+	a, b := tscRate(), tscRate()
+	if a == 0 && runtime.GOARCH != "amd64" {
+		t.Skip("the time stamp counter is amd64's")
+	}
+	if a < 100_000 || a > 20_000_000 {
+		t.Errorf("the counter runs at %d kHz", a)
+	}
+	if a != b {
+		t.Errorf("it is measured more than once: %d and %d", a, b)
+	}
+}
+
 // TestArguments holds the command line: what the guest sees of it is part of every saved machine.
 func TestArguments(t *testing.T) {
 	if canConfine() {
@@ -165,6 +180,8 @@ func TestArguments(t *testing.T) {
 		Dir: "/vm", Disks: []vmm.Attachment{{Name: "disk", Socket: "/vm/disk.nbd"}, {Name: "oci", Socket: "/vm/oci.nbd"}},
 		Boot: &vmm.Boot{Kernel: "/k", Initrd: "/i"}, NUMANode: 1,
 	}
+	defer func(f func() int) { tscRate = f }(tscRate)
+	tscRate = func() int { return 2100000 }
 	got := arguments(cfg, caps100, descriptors{memory: 3, qmp: 4, serial: 5, channel: 6, tap: 7})
 	var text bytes.Buffer
 	skip := 0

@@ -122,7 +122,7 @@ type greeting struct {
 func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err error) {
 	role, timeout := g.role, g.timeout
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout,
-		fmt.Errorf("peer did not introduce itself within %v: %w", timeout, os.ErrDeadlineExceeded))
+		fmt.Errorf("peer did not introduce itself within %v, so it is no Drafter, or hangs: %w", timeout, os.ErrDeadlineExceeded))
 	defer cancel()
 
 	type result struct {

@@ -93,11 +93,14 @@ func (s *source) mayReconnect(err error) bool {
 // reconnect looks for the destination after a session that ended with lost, and has one or more sessions with it. The result
 // is that of the last.
 func (s *source) reconnect(ctx context.Context, lost error) error {
+	next := SourceSeeking
 	if s.ran {
-		s.state.set(SourceRejoining)
-	} else {
-		s.state.set(SourceSeeking)
+		next = SourceRejoining
 	}
+	if s.state.get() != next { // a session may have ended before it changed anything
+		s.state.set(next)
+	}
+	s.met = false
 	s.log.Warn("the link to the destination is gone; trying to meet again", "error", lost)
 	s.leaveSession(lost)
 	return seeker{s.cfg.Reconnect, s.cfg.RescueTimeout}.meet(ctx, lost, func(ctx context.Context, streams []io.ReadWriter) (bool, error) {

@@ -193,14 +193,15 @@ func (s *source) conclude(ctx context.Context, err error) error {
 			s.end(SourceCopied)
 			return nil
 		case err == nil:
-			s.end(SourceMoved)
+			// Before the last word: who has heard that need not be asked again.
 			if err := s.cfg.Journal.Done(after, s.cfg.ID); err != nil {
 				s.log.Warn("cannot record the end of the migration", "error", err)
 			}
+			s.end(SourceMoved)
 			return nil
 		case state < SourceCommitted, errors.As(err, &peer) && peer.NeverRan && !s.ran:
 			return s.rollBack(after, err)
-		case state == SourceSeeking || state == SourceRejoining || !s.mayReconnect(err):
+		case !s.met && (state == SourceSeeking || state == SourceRejoining) || !s.mayReconnect(err):
 			if s.ran {
 				s.end(SourceUnsettled)
 				return fmt.Errorf("%w: %w", ErrUnsettled, err)
@@ -403,7 +404,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return err
 	}
 	if accept.Copy {
-		return s.leaveCopy(ours, done)
+		return s.leaveCopy(ctx, ours, done)
 	}
 
 	s.state.set(SourceConfirming)
@@ -496,10 +497,9 @@ func (s *source) confirm(ours *wire.Summary) error {
 }
 
 // leaveCopy lets the guest run on, all of whose content has left, and waits until the copy of it is safe.
-func (s *source) leaveCopy(ours *wire.Summary, done func()) error {
+func (s *source) leaveCopy(cancelable context.Context, ours *wire.Summary, done func()) error {
 	s.state.set(SourceResuming)
-	ctx := context.WithoutCancel(s.link.ctx)
-	ctx, cancel := context.WithTimeout(ctx, s.cfg.ResumeTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.link.ctx), s.cfg.ResumeTimeout)
 	defer cancel()
 	s.disturbed = false // Resume is called once
 	if err := s.unthrottle(ctx); err != nil {
@@ -515,6 +515,10 @@ func (s *source) leaveCopy(ours *wire.Summary, done func()) error {
 	}
 
 	s.state.set(SourceChecking)
+	if cancelable.Err() != nil { // what the destination has said meanwhile does not count more than that
+		<-s.link.ctx.Done()
+		return context.Cause(s.link.ctx)
+	}
 	if err := s.confirm(ours); err != nil {
 		return err
 	}

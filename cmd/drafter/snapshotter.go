@@ -43,7 +43,8 @@ func newSnapshotterCommand() *cobra.Command {
 write a package: device state, memory, machine description, and copies of the blueprint's files.
 
 Each device is {"name":NAME,"input":BLUEPRINT_FILE,"output":PACKAGE_FILE}; state, memory and config have no input. Names
-other than state, memory, kernel, initrd, disk, config and oci are additional disks, attached in the order given.
+other than state, memory, kernel, initrd, disk, config and oci are additional disks, attached behind disk and oci in the order
+given.
 
 Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be used; 130 ended by a signal, no package made.`,
 		Example: `  drafter snapshotter

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -43,8 +44,8 @@ type Device struct {
 type Config struct {
 	Backend vmm.Backend
 
-	// Devices are the package's devices. "state", "memory", "config", "kernel" and at least one disk are needed. Disks
-	// appear in the guest in the order given: the first is /dev/vda.
+	// Devices are the package's devices. "state", "memory", "config", "kernel" and at least one disk are needed. In the guest
+	// "disk" comes first, as /dev/vda, then "oci", then the others in the order given.
 	Devices []Device
 
 	CPUCount    int    // virtual CPUs; default 1
@@ -305,6 +306,7 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 			spec.Disks = append(spec.Disks, vmm.Disk{Name: d.Name, Size: size})
 		}
 	}
+	slices.SortStableFunc(spec.Disks, func(a, b vmm.Disk) int { return cmp.Compare(diskRank(a.Name), diskRank(b.Name)) })
 	for _, d := range devices {
 		if d.Name != runner.ConfigDevice {
 			continue
@@ -318,6 +320,14 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 		}
 	}
 	return devices, nil
+}
+
+// diskRank says which disks come first in the guest, wherever they stand in the list: a kernel boots from the first.
+func diskRank(name string) int {
+	if i := slices.Index([]string{"disk", "oci"}, name); i >= 0 {
+		return i
+	}
+	return 2
 }
 
 // mkdir makes dir and remembers which folders were not there before.

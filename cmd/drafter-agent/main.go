@@ -92,8 +92,7 @@ func newRootCommand() *cobra.Command {
 a command before the machine is suspended and after it resumes. The machine is not suspended before the command has
 ended; a command that fails makes the host give up, with its output.
 
-After a resume the agent first sets the wall clock and reseeds the random number generator. The command then finds
-DRAFTER_CLONE=true in its environment if other machines run from the same snapshot.`
+After a resume the agent first sets the wall clock and reseeds the random number generator.`
 	root.Version = version.String()
 	root.SilenceErrors = true // run prints them, once
 	root.SilenceUsage = true

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -111,7 +112,12 @@ func runPackager(cmd *cobra.Command, opts packagerOptions) error {
 	}
 	result, err := vmpackage.Extract(cmd.Context(), opts.packagePath, devices,
 		vmpackage.ExtractOptions{Concurrency: opts.concurrency, Progress: bar.show})
-	if err != nil {
+	switch {
+	case errors.Is(err, vmpackage.ErrCorrupt):
+		return fmt.Errorf("%w: fetch it again, or pack it again where it was made", err)
+	case errors.Is(err, vmpackage.ErrNotPackage):
+		return fmt.Errorf("%w: give a file that drafter packager has written", err)
+	case err != nil:
 		return interrupted(cmd, err)
 	}
 	if dir := filepath.Dir(devices[0].Path); len(result.Ignored) == 0 && inFolder(dir, devices) {

@@ -54,12 +54,13 @@ type peerDevice struct {
 
 // device checks what one element says, and returns what it means.
 func (d peerDevice) device() (peer.Device, error) {
-	// The other keys of S3 mean nothing without these two, and configurations carry them with their defaults.
+	// The other two keys of S3, s3secure and s3concurrency, mean nothing alone, and configurations carry them with defaults.
 	for _, v := range []struct {
 		key string
 		set bool
 	}{
 		{"shared", d.Shared}, {"sharedbase", d.SharedBase}, {"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
+		{"s3bucket", d.S3Bucket != ""}, {"s3accesskey", d.S3AccessKey != ""}, {"s3secretkey", d.S3SecretKey != ""},
 	} {
 		if v.set {
 			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, v.key)
@@ -371,11 +372,12 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if err != nil && unfinished && ctx.Err() == nil {
 			// The source may be waiting to hear what became of a migration that this peer did not live to finish.
 			if conns, err2 := dialStreams(ctx, opts.raddr); err2 == nil {
-				if id, err2 := peer.Disclaim(ctx, cfg, conns); err2 == nil {
+				id, err2 := peer.Disclaim(ctx, cfg, conns)
+				if err2 != nil {
+					cfg.Logger.Debug("the source does not ask for an earlier migration", "error", err2)
+				} else if conns, err = dialStreams(ctx, opts.raddr); err == nil {
 					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
-					if conns, err = dialStreams(ctx, opts.raddr); err == nil {
-						p, report, err = peer.Receive(ctx, cfg, conns)
-					}
+					p, report, err = peer.Receive(ctx, cfg, conns)
 				}
 			}
 		}

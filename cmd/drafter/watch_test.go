@@ -137,16 +137,22 @@ func TestMetricsServed(t *testing.T) {
 		url = regexp.MustCompile(`http://\S+`).FindString(lines.Text())
 	}
 	go io.Copy(io.Discard, stderr)
-	conn, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	// A source that introduces itself and then says nothing.
-	if _, err := conn.Write(wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource, Streams: 1, Session: 7}.Append(nil)); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := io.ReadFull(conn, make([]byte, wire.PrefaceSize+wire.HeaderSize)); err != nil { // its preface and a heartbeat
-		t.Fatal(err)
+	var conn net.Conn
+	// A source that introduces itself, on each stream, and then says nothing.
+	for i := range streams {
+		if conn, err = l.Accept(); err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		if _, err := conn.Write(wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource, Stream: uint8(i), Streams: streams, Session: 7}.Append(nil)); err != nil {
+			t.Fatal(err)
+		}
+		if i < streams-1 {
+			continue
+		}
+		if _, err := io.ReadFull(conn, make([]byte, wire.PrefaceSize+wire.HeaderSize)); err != nil { // its preface and a heartbeat
+			t.Fatal(err)
+		}
 	}
 	resp, err := http.Get(url)
 	if err != nil {

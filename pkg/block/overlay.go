@@ -17,7 +17,8 @@ import (
 // DefaultOverlayBlockSize is the block size of an overlay, in bytes, when none is given.
 const DefaultOverlayBlockSize = 64 << 10
 
-const maxOverlayBlockSize = 64 << 20
+// MaxOverlayBlockSize is the largest block size of an overlay, in bytes.
+const MaxOverlayBlockSize = 64 << 20
 
 // OverlayOptions say what an [Overlay] consists of.
 type OverlayOptions struct {
@@ -106,8 +107,8 @@ var (
 )
 
 func checkBlockSize(n int64) error {
-	if n < PageSize || n > maxOverlayBlockSize || n&(n-1) != 0 {
-		return fmt.Errorf("block size %d: use a power of two from %d to %d: %w", n, PageSize, maxOverlayBlockSize, os.ErrInvalid)
+	if n < PageSize || n > MaxOverlayBlockSize || n&(n-1) != 0 {
+		return fmt.Errorf("block size %d: use a power of two from %d to %d: %w", n, PageSize, MaxOverlayBlockSize, os.ErrInvalid)
 	}
 	return nil
 }

@@ -60,8 +60,8 @@ func CheckDevices(devices []DeviceConfig) error {
 		if (d.Overlay == "") != (d.State == "") {
 			return fmt.Errorf("device %q has overlay %q and state %q: give both or neither", d.Name, d.Overlay, d.State)
 		}
-		if d.BlockSize != 0 && (d.BlockSize < block.PageSize || d.BlockSize&(d.BlockSize-1) != 0) {
-			return fmt.Errorf("device %q has block size %d: use a power of two of at least %d bytes", d.Name, d.BlockSize, block.PageSize)
+		if d.BlockSize != 0 && (d.BlockSize < block.PageSize || d.BlockSize > block.MaxOverlayBlockSize || d.BlockSize&(d.BlockSize-1) != 0) {
+			return fmt.Errorf("device %q has block size %d: use a power of two from %d to %d bytes", d.Name, d.BlockSize, block.PageSize, block.MaxOverlayBlockSize)
 		}
 		for _, path := range []string{d.Base, d.Overlay, d.State} {
 			if path == "" {

@@ -13,7 +13,7 @@ LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry
 
 # -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
-GOTESTFLAGS ?= -p 1 -count 1 -timeout 20m
+GOTESTFLAGS ?= -p 1 -count 1 -timeout 30m
 
 # For make test-faults: -seed N, -seeds N, -log.
 FAULTFLAGS  ?=
@@ -47,6 +47,7 @@ test: depend build lint ## Everything: unit tests with the race detector, root-o
 
 test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)
 	$(GO) test -p 1 -count 1 -timeout 6h -v ./internal/faults -args -long $(FAULTFLAGS)
+	$(GO) test -p 1 -count 1 -timeout 1h -v ./internal/e2e -args -long
 
 test-unit: ## The quick part of the tests: no root, no VMs
 	$(GO) test -short ./...

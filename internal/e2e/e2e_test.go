@@ -52,6 +52,9 @@ type guest struct {
 	console *testguest.Console
 }
 
+// long runs also what takes long and is contained in something else.
+var long = flag.Bool("long", false, "run also cases that another contains")
+
 // guests counts the guests that were made, so that a run in which every test skipped does not pass for one that passed.
 var guests atomic.Int64
 

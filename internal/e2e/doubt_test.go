@@ -81,21 +81,19 @@ func TestCommandDoubt(t *testing.T) {
 	w.do(t, "mem start 32")
 	w.do(t, "disk disk start 4096")
 
-	var dst *command
-	var started sync.WaitGroup
-	started.Add(1)
+	victim := make(chan *command, 1)
 	link := commitThief(t, addr, func() {
-		started.Wait()
-		dst.Process.Signal(syscall.SIGKILL)
-		<-dst.done
+		c := <-victim
+		c.Process.Signal(syscall.SIGKILL)
+		<-c.done
 	})
 	destination := func() *command {
 		return w.start(t, nil, w.peer("package", "there", "--raddr", link)...)
 	}
-	dst = destination()
-	started.Done()
-	src.waitFor(t, "is kept, paused")
+	dst := destination()
+	victim <- dst
 	dst.wait(t, -1)
+	src.waitFor(t, "trying to meet again")
 	dst = destination()
 	src.waitFor(t, "never ran there, and runs on here")
 	dst.waitFor(t, "Received VM")

@@ -244,7 +244,7 @@ func TestCommandPostCopy(t *testing.T) {
 	t.Run("disabled", func(t *testing.T) {
 		src := w.start(t, w.console, w.peer("package", holder, "--enable-input=false", "--laddr", addr, "--disable-postcopy-migration")...)
 		src.waitFor(t, "Serving on ")
-		link := newSlowLink(t, addr, 24<<20)
+		link := newSlowLink(t, addr, 4<<20) // what this guest writes compresses well
 		dst := destination(t, holder+"'", link)
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)

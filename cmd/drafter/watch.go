@@ -126,11 +126,11 @@ func (w *watch) done(r *migrate.Report) { w.metrics.Done(r) }
 
 // draw shows the latest news.
 func (w *watch) draw() {
+	w.mu.Lock() // first: what was older news when it was read must not be drawn after newer
+	defer w.mu.Unlock()
 	w.news.Lock()
 	p := w.news.Progress
 	w.news.Unlock()
-	w.mu.Lock()
-	defer w.mu.Unlock()
 	switch {
 	case p.Over():
 		w.clear()

@@ -95,7 +95,7 @@ func TestCommandDoubt(t *testing.T) {
 	dst.wait(t, -1)
 	src.waitFor(t, "trying to meet again")
 	dst = destination()
-	src.waitFor(t, "never ran there, and runs on here")
+	src.waitFor(t, "the VM runs on here") // and says why
 	dst.waitFor(t, "Received VM")
 	src.wait(t, 0)
 	if said := dst.said(); !strings.Contains(said, "was not completed here") {

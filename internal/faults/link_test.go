@@ -79,6 +79,7 @@ func TestLink(t *testing.T) {
 					answered = err == nil && string(answer) == "hello"
 				}()
 				time.Sleep(time.Second)
+				synctest.Wait() // which, unlike the clock, orders what the others wrote before what is read here
 				if tt.want != nil && !bytes.Equal(got, tt.want) || tt.want == nil && tt.fault.Kind == Cut && len(got) > 0 {
 					t.Errorf("%d bytes arrived, want %d", len(got), len(tt.want))
 				}
@@ -87,6 +88,7 @@ func TestLink(t *testing.T) {
 				}
 				go b[0].Write([]byte("hello"))
 				time.Sleep(time.Second)
+				synctest.Wait()
 				if ended != tt.ends || answered != tt.other && tt.fault.Direction != ToSource {
 					t.Errorf("ended %t, want %t; answered %t, want %t", ended, tt.ends, answered, tt.other)
 				}

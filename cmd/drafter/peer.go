@@ -367,20 +367,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		cfg.Hooks.Resumed = func() { fmt.Fprintln(out, "VM runs here") }
-		unfinished := peer.Void(cfg)
-		p, report, err := peer.Receive(ctx, cfg, conns)
-		if err != nil && unfinished && ctx.Err() == nil {
-			// The source may be waiting to hear what became of a migration that this peer did not live to finish.
-			if conns, err2 := dialStreams(ctx, opts.raddr); err2 == nil {
-				id, err2 := peer.Disclaim(ctx, cfg, conns)
-				if err2 != nil {
-					cfg.Logger.Debug("the source does not ask for an earlier migration", "error", err2)
-				} else if conns, err = dialStreams(ctx, opts.raddr); err == nil {
-					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
-					p, report, err = peer.Receive(ctx, cfg, conns)
-				}
-			}
-		}
+		p, report, err := receive(ctx, cfg, opts.raddr, conns)
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}
@@ -406,6 +393,30 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
 		return p, nil
 	}
+}
+
+// receive is peer.Receive. When it fails, the source may be waiting to hear what became of an earlier migration that this peer did
+// not live to finish: then it is told, and asked again.
+func receive(ctx context.Context, cfg peer.Config, address string, conns []io.ReadWriter) (*peer.Peer, *migrate.Report, error) {
+	unfinished := peer.Void(cfg)
+	p, report, err := peer.Receive(ctx, cfg, conns)
+	if err == nil || !unfinished || ctx.Err() != nil {
+		return p, report, err
+	}
+	asked, failure := dialStreams(ctx, address)
+	if failure != nil {
+		return p, report, err
+	}
+	id, failure := peer.Disclaim(ctx, cfg, asked)
+	if failure != nil {
+		cfg.Logger.Debug("the source does not ask for an earlier migration", "error", failure)
+		return p, report, err
+	}
+	cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
+	if conns, err = dialStreams(ctx, address); err != nil {
+		return p, report, err
+	}
+	return peer.Receive(ctx, cfg, conns)
 }
 
 // streams is how many connections a migration has: one is for what somebody waits for.

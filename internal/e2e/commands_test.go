@@ -756,6 +756,24 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 	var passed atomic.Int64
 	reached := sync.OnceFunc(func() { close(p.reached) })
 	// A migration has several connections.
+	forward(l, source, &wg, func(down, up net.Conn) {
+		for {
+			n, err := io.CopyN(down, up, 4<<10)
+			if passed.Add(n) >= limit {
+				reached()
+				time.Sleep(time.Millisecond) // the slow link, not a wait
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	return p
+}
+
+// forward accepts connections of l until it is closed, and makes one to source for each. What comes from source is passed on by
+// pass, which ends the connection when it returns; the other direction passes as it is. wg counts all that goes on.
+func forward(l net.Listener, source string, wg *sync.WaitGroup, pass func(down, up net.Conn)) {
 	wg.Go(func() {
 		for {
 			down, err := l.Accept()
@@ -764,30 +782,21 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 			}
 			up, err := net.Dial("tcp", source)
 			if err != nil {
-				down.Close()
+				down.Close() // the source is not there now
 				continue
 			}
 			wg.Go(func() {
 				io.Copy(up, down)
 				up.Close() // with one direction the connection ends
+				down.Close()
 			})
 			wg.Go(func() {
-				defer down.Close()
 				defer up.Close()
-				for {
-					n, err := io.CopyN(down, up, 4<<10)
-					if passed.Add(n) >= limit {
-						reached()
-						time.Sleep(time.Millisecond) // the slow link, not a wait
-					}
-					if err != nil {
-						return
-					}
-				}
+				defer down.Close()
+				pass(down, up)
 			})
 		}
 	})
-	return p
 }
 
 // mountSmall mounts a tmpfs with little room as the folder "small", until the end of the test.

@@ -21,50 +21,30 @@ func commitThief(t *testing.T, source string, stolen func()) (addr string) {
 	var once sync.Once
 	var wg sync.WaitGroup
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	wg.Go(func() {
-		for {
-			down, err := l.Accept()
+	forward(l, source, &wg, func(down, up net.Conn) {
+		if _, err := io.CopyN(down, up, wire.PrefaceSize); err != nil {
+			return
+		}
+		for r := wire.NewReader(up); ; {
+			h, err := r.Next()
 			if err != nil {
 				return
 			}
-			up, err := net.Dial("tcp", source)
-			if err != nil {
-				down.Close()
-				continue
+			payload := make([]byte, h.Length)
+			if err := r.Payload(payload); err != nil {
+				return
 			}
-			wg.Go(func() {
-				io.Copy(up, down)
-				up.Close()
-				down.Close()
-			})
-			wg.Go(func() {
-				defer up.Close()
-				defer down.Close()
-				if _, err := io.CopyN(down, up, wire.PrefaceSize); err != nil {
-					return
-				}
-				for r := wire.NewReader(up); ; {
-					h, err := r.Next()
-					if err != nil {
-						return
-					}
-					payload := make([]byte, h.Length)
-					if err := r.Payload(payload); err != nil {
-						return
-					}
-					steal := false
-					if h.Type == wire.TypeCommit {
-						once.Do(func() { steal = true })
-					}
-					if steal {
-						stolen()
-						return
-					}
-					if _, err := down.Write(wire.Append(nil, h, payload)); err != nil {
-						return
-					}
-				}
-			})
+			steal := false
+			if h.Type == wire.TypeCommit {
+				once.Do(func() { steal = true })
+			}
+			if steal {
+				stolen()
+				return
+			}
+			if _, err := down.Write(wire.Append(nil, h, payload)); err != nil {
+				return
+			}
 		}
 	})
 	return l.Addr().String()

@@ -126,7 +126,7 @@ func TestCommandPostCopy(t *testing.T) {
 	w.snapshot(t, "package").wait(t, 0)
 	c := w.start(t, w.console, w.peer("package", "first")...)
 	c.waitFor(t, "Resumed VM")
-	w.do(t, "mem start 80")
+	w.do(t, "mem start 32 random") // all of it is dirty again after each round
 	w.do(t, "disk disk start 4096")
 	c.Process.Signal(syscall.SIGTERM)
 	c.wait(t, 0)
@@ -244,7 +244,7 @@ func TestCommandPostCopy(t *testing.T) {
 	t.Run("disabled", func(t *testing.T) {
 		src := w.start(t, w.console, w.peer("package", holder, "--enable-input=false", "--laddr", addr, "--disable-postcopy-migration")...)
 		src.waitFor(t, "Serving on ")
-		link := newSlowLink(t, addr, 4<<20) // what this guest writes compresses well
+		link := newSlowLink(t, addr, 24<<20)
 		dst := destination(t, holder+"'", link)
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)

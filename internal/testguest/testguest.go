@@ -21,7 +21,7 @@
 //	say TEXT                        a line on the console
 //	clock                           wall clock, ns since 1970
 //	cpus                            number of CPUs
-//	mem start MIB                   write all over that much RAM, page after page, pass after pass; each page holds its pass
+//	mem start MIB [random]          write all over that much RAM, page after page, pass after pass; each page holds its pass
 //	mem stop|go|status              PASS PAGE, the next to be written; go continues after stop
 //	mem verify                      check every page: this pass before PAGE, the previous one from there. PASS PAGE
 //	disk NAME info                  size in bytes

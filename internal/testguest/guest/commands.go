@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -47,7 +48,7 @@ func (g *guest) do(args []string) (string, error) {
 	case "cpus":
 		return strconv.Itoa(runtime.NumCPU()), nil
 	case "mem":
-		return g.memory.do(arg(1), num(2))
+		return g.memory.do(arg(1), num(2), arg(3))
 	case "disk":
 		return g.disk(arg(1), arg(2), num(3), num(4), num(5))
 	case "mount":
@@ -106,6 +107,7 @@ func device(name string) string {
 
 // memory is the RAM load: every page holds the number of the pass that wrote it last, so at any instant the pages up to
 // the writer hold this pass's number, those behind it the previous one's, and a page that was lost holds an older one.
+// The rest of a page is zero, or what nothing makes smaller.
 type memory struct {
 	mu    sync.Mutex // guards everything below; taken for a few pages at a time
 	pages []byte
@@ -117,7 +119,7 @@ type memory struct {
 
 const pageSize = 4096
 
-func (m *memory) do(verb string, mib int64) (string, error) {
+func (m *memory) do(verb string, mib int64, kind string) (string, error) {
 	switch verb {
 	case "start":
 		m.halt()
@@ -130,6 +132,12 @@ func (m *memory) do(verb string, mib int64) (string, error) {
 			unix.Munmap(m.pages)
 		}
 		m.pages, m.pass, m.next = pages, 1, 0
+		if kind == "random" {
+			random := rand.NewChaCha8([32]byte{})
+			for at := 0; at < len(pages); at += pageSize {
+				random.Read(pages[at+8 : at+pageSize])
+			}
+		}
 		m.mu.Unlock()
 		m.start()
 		return "", nil
@@ -144,7 +152,7 @@ func (m *memory) do(verb string, mib int64) (string, error) {
 	case "verify":
 		return m.verify()
 	}
-	return "", fmt.Errorf("mem start MIB|stop|go|status|verify, not %q", verb)
+	return "", fmt.Errorf("mem start MIB [random]|stop|go|status|verify, not %q", verb)
 }
 
 func (m *memory) start() {

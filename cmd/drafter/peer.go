@@ -119,6 +119,8 @@ type peerOptions struct {
 	report        string
 	boot          bool
 	forceOwner    bool
+	keepPoint     bool
+	rollback      bool
 	verify        bool
 }
 
@@ -168,6 +170,8 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
+	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
+	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
 	for _, name := range machineOfPackage {
 		flags.String(name, "", "")
@@ -187,6 +191,14 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	if cmd.Flags().Changed("devices") && opts.devices == "" {
 		return usageErrorf("--devices is empty: give the devices as a JSON array, or leave it out")
+	}
+	switch {
+	case opts.rollback && opts.boot:
+		return usageErrorf("--rollback excludes --boot: the one discards the disk writes since the commit point, the other boots from them; choose one")
+	case opts.rollback && opts.forceOwner:
+		return usageErrorf("--rollback excludes --force-owner: only an instance that belongs here can return to its commit point")
+	case opts.keepPoint && opts.boot:
+		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
 	}
 	if opts.verify && opts.packagePath == "" {
 		return usageErrorf("--verify needs --package: digests are in a package's manifest")
@@ -239,7 +251,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Goal: goal, Concurrency: opts.concurrency, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy,
 	}
 	if opts.raddr != "" {
@@ -341,6 +353,19 @@ func refreshManifest(ctx context.Context, dir string) error {
 
 // startPeer brings the instance up, in the way the options ask for.
 func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *reports, out io.Writer) (*peer.Peer, error) {
+	if opts.rollback { // which is refused where a machine is alive
+		p, err := peer.Resume(ctx, cfg)
+		if err != nil {
+			return nil, err
+		}
+		if back := p.Instance().RolledBack(); back.Discarded > 0 {
+			fmt.Fprintf(out, "Rolled back: %d bytes of disk writes since %s are discarded\n", back.Discarded, back.Since.Format(time.RFC3339))
+		} else {
+			fmt.Fprintf(out, "Rolled back: no disk writes since %s had to be discarded\n", back.Since.Format(time.RFC3339))
+		}
+		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
+		return p, nil
+	}
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
 		if id, ok := p.InDoubt(); ok {

@@ -40,6 +40,9 @@ type Config struct {
 	// ForceOwner is runner.Config.ForceOwner.
 	ForceOwner bool
 
+	// KeepCommitPoint and Rollback are those of runner.Config.
+	KeepCommitPoint, Rollback bool
+
 	// Goal is what a Send is to achieve, for devices whose Policy leaves it to that.
 	Goal migrate.Goal
 
@@ -71,7 +74,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)

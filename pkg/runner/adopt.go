@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/ram"
 	"github.com/drafter-vm/drafter/pkg/vmm"
@@ -86,6 +87,10 @@ func (i *Instance) adopt(ctx context.Context) error {
 	record, err := ReadRecord(i.device(StateDevice))
 	if err != nil {
 		return err
+	}
+	i.point.front.Store(true)
+	if record.Kept {
+		i.point.record = Record{Length: record.Length, Sum: record.Sum, Kept: true, Time: record.Time}
 	}
 	whole := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, fmt.Errorf("not done within the rescue timeout of %s", i.cfg.RescueTimeout))
@@ -212,7 +217,7 @@ func restoreSaved(state *device) error {
 	if err != nil {
 		return err
 	}
-	r.Status = Saved
+	r.Status, r.Kept, r.Time = Saved, false, time.Time{}
 	return writeRecord(state, r)
 }
 

@@ -146,6 +146,16 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
+	// KeepCommitPoint has the instance keep what it takes to return to what it is when it begins to run here: by Resume, or after
+	// Prepare when all of it has arrived. Disks are written to layers then, which are folded in when the instance is saved.
+	// Memory that is received is written to its device as it comes, too. Boot knows no commit point.
+	KeepCommitPoint bool
+
+	// Rollback has Resume return an instance that died while it ran to its commit point, and discard what was written to its
+	// disks since: see [Instance.RolledBack]. A living instance is refused, as is one that is not ours. One that is saved is
+	// resumed as it is.
+	Rollback bool
+
 	// OnLate is called by Adopt and Boot for an instance that was received by a migration whose source may still have
 	// something to do with it: to bring what has not arrived, or to learn that nothing is missing. It comes before anything
 	// waits for what is missing that the call itself waits for. It must see to it that [Instance.Ask] is called and the

@@ -21,7 +21,8 @@ type device struct {
 
 	overlay *block.Overlay // nil where there is none
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
-	served  *relay         // non-nil for disks: the device again, as the machine has it open
+	served  *relay         // non-nil for disks: the device again, as the machine has it open, or the layer has it as its base
+	layer   *layer         // what the guest writes, while a commit point is kept under it
 	lazy    *block.Lazy    // the device again, while something of it is missing
 	liveFiles
 	lock    *os.File // holds the lock on the base until the device is closed
@@ -31,8 +32,8 @@ type device struct {
 }
 
 // liveFiles hold what a disk must remember from one process to the next: which blocks its overlay holds, and what of it
-// has arrived. See block.OverlayOptions and block.LazyOptions.
-type liveFiles struct{ blocks, arrived *os.File }
+// has arrived; and, where a commit point is kept, which its layer holds. See block.OverlayOptions and block.LazyOptions.
+type liveFiles struct{ blocks, arrived, since *os.File }
 
 // openMode says what a device is opened for.
 type openMode int
@@ -181,9 +182,10 @@ func (d *device) close() error {
 	d.closed = true
 	var errs []error
 	if d.Device != nil {
-		errs = append(errs, d.Device.Close())
+		errs = append(errs, d.Device.Close()) // before the layer, of which a reader may be waiting for what does not come
 	}
-	closeFiles(d.lock, d.blocks, d.arrived)
+	errs = append(errs, d.closeLayer())
+	closeFiles(d.lock, d.blocks, d.arrived, d.since)
 	return errors.Join(errs...)
 }
 
@@ -192,6 +194,9 @@ func (d *device) discard() error {
 	errs := []error{d.close()}
 	if d.lazy != nil && len(d.created) > 0 {
 		d.created = append(d.created, d.listFile())
+	}
+	if d.layer != nil {
+		d.created = append(d.created, d.layer.created...)
 	}
 	for _, path := range d.created {
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -81,6 +81,8 @@ type Instance struct {
 
 	late late // what arrives while the guest runs
 
+	point point // to which it can return
+
 	mu        sync.Mutex // held through every change of phase; guards what follows
 	phase     phase
 	migration string // that the instance was released to, or comes by
@@ -102,6 +104,10 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, err
 	}
 	if i.orphan != nil {
+		if i.cfg.Rollback {
+			pid := i.orphan.pid
+			return nil, errors.Join(fmt.Errorf("roll back instance: %w (process %d), so nothing of it is discarded: start it without --rollback to take it over; to give up what it has, end that process first (kill -9 %d)", ErrAlive, pid, pid), i.letGo())
+		}
 		return i.takeOver(ctx, Resume)
 	}
 	resumed := false
@@ -115,6 +121,11 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("resume instance: no device %q is configured", name)
 		}
 	}
+	if i.cfg.Rollback {
+		if err := i.rollBack(ctx); err != nil {
+			return nil, fmt.Errorf("roll back instance from %q: %w", i.device(StateDevice).recordFile(), err)
+		}
+	}
 	state, err := ReadSaved(i.device(StateDevice), i.cfg.ForceOwner)
 	if err != nil {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).recordFile(), err)
@@ -122,6 +133,10 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
 		return nil, fmt.Errorf("resume instance: %w: resume it on a host like the one that made it, or make the package anew for this one (drafter snapshotter --accel, --cpu-template)", err)
 	}
+	if err := errors.Join(i.dropLayers(), i.keepPoint()); err != nil {
+		return nil, fmt.Errorf("resume instance: %w", err)
+	}
+	i.point.front.Store(true)
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
@@ -144,9 +159,11 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.guest.noteResume()
 	var work errgroup.Group
 	resumed = true
-	work.Go(func() error {
-		return writeRecord(i.device(StateDevice), Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state)})
-	})
+	record := Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state), Kept: i.cfg.KeepCommitPoint, Time: time.Now()}
+	if record.Kept {
+		i.point.record = record
+	}
+	work.Go(func() error { return writeRecord(i.device(StateDevice), record) })
 	work.Go(func() error { return i.machine.Load(ctx, bytes.NewReader(state)) })
 	if err := work.Wait(); err != nil {
 		resumed = false // nothing ran: the saved state is as good as it was
@@ -184,6 +201,9 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		if err := i.checkBootable(state); err != nil {
 			return nil, fmt.Errorf("boot instance from %q: %w", state.recordFile(), err)
 		}
+	}
+	if err := i.foldLayers(ctx); err != nil {
+		return nil, fmt.Errorf("boot instance: %w", err)
 	}
 	boot := &vmm.Boot{}
 	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
@@ -277,6 +297,9 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 			return nil, fmt.Errorf("prepare instance: %w", err)
 		}
 	}
+	if err := errors.Join(i.dropLayers(), i.keepPoint()); err != nil {
+		return nil, fmt.Errorf("prepare instance: %w", err)
+	}
 	i.migration = migration
 	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving, Migration: migration}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
@@ -284,6 +307,9 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 	i.quiet = make(chan struct{})
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
+	}
+	if cfg.KeepCommitPoint {
+		i.point.memory = i.device(MemoryDevice).Device
 	}
 	return i, nil
 }
@@ -372,6 +398,11 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		if _, err := os.Lstat(c.listFile()); err == nil && d.served != nil && deviceMode == openExisting {
 			if err := d.makeLazy(nil, &i.late); err != nil {
 				return nil, err
+			}
+		}
+		if d.since != nil && i.orphan != nil && d.hasLayer() {
+			if err := d.openLayer(d.since); err != nil {
+				return nil, fmt.Errorf("open instance: %w", err)
 			}
 		}
 		if d.Name == StateDevice {
@@ -470,6 +501,14 @@ func (i *Instance) liveFiles(disk string) (l liveFiles, err error) {
 			err = fmt.Errorf("process %d, the machine, does not hold %q, which says what was written last", i.orphan.pid, f.name)
 		}
 		if err != nil {
+			closeFiles(l.blocks, l.arrived)
+			return liveFiles{}, err
+		}
+	}
+	if since := memfdPrefix + "since:" + disk; i.orphan != nil {
+		l.since = i.orphan.claim(since) // it has one if its commit point was to be kept
+	} else if i.cfg.KeepCommitPoint {
+		if l.since, err = block.NewLive(since); err != nil {
 			closeFiles(l.blocks, l.arrived)
 			return liveFiles{}, err
 		}
@@ -665,7 +704,7 @@ func (i *Instance) inherited() []*os.File {
 		files = append(files, i.owner)
 	}
 	for _, d := range i.devices {
-		for _, f := range []*os.File{d.blocks, d.arrived} {
+		for _, f := range []*os.File{d.blocks, d.arrived, d.since} {
 			if f != nil {
 				files = append(files, f)
 			}
@@ -700,7 +739,7 @@ func (i *Instance) serveDisk(disk vmm.Disk) (vmm.Attachment, error) {
 		opts.Workers = 1
 	}
 	i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
-	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).served, ReadOnly: disk.ReadOnly}
+	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).front(), ReadOnly: disk.ReadOnly}
 	server, err := expose.ListenNBD(socket, []expose.Export{export}, opts)
 	if err != nil {
 		return vmm.Attachment{}, fmt.Errorf("expose disk %q: %w", disk.Name, err)
@@ -884,7 +923,7 @@ func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 		return fmt.Errorf("reclaim instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.phase = suspended
-	return writeRecord(i.device(StateDevice), Record{Status: Running})
+	return writeRecord(i.device(StateDevice), i.runningRecord(""))
 }
 
 // Load gives the waiting machine its device state. Everything the devices need must have arrived.
@@ -894,7 +933,11 @@ func (i *Instance) Load(ctx context.Context, state io.Reader) error {
 	if i.phase != waiting {
 		return fmt.Errorf("load instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	if err := i.machine.Load(ctx, state); err != nil {
+	state, err := i.keepState(state)
+	if err == nil {
+		err = i.machine.Load(ctx, state)
+	}
+	if err != nil {
 		return fmt.Errorf("load instance: %w", err)
 	}
 	i.phase = loaded
@@ -911,9 +954,13 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 	if err := i.commitLate(migration); err != nil {
 		return err
 	}
-	if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: migration}); err != nil {
+	if i.point.record.Length > 0 {
+		i.point.record.Time = time.Now()
+	}
+	if err := writeRecord(i.device(StateDevice), i.runningRecord(migration)); err != nil {
 		return err
 	}
+	i.point.front.Store(true)
 	i.phase = suspended
 	return nil
 }
@@ -960,21 +1007,37 @@ type Device struct {
 	Block   block.Device
 	Tracker block.Tracker // nil for a device that does not change while the instance runs
 
-	// Overlay holds what differs from the base. Nil where there is none, and for memory, whose overlay is what it was when it
+	// Overlay knows what differs from the base. Nil where there is none, and for memory, whose overlay is what it was when it
 	// was saved.
-	Overlay *block.Overlay
+	Overlay Changes
+}
+
+// Changes knows where a device may differ from its base: see [block.Overlay.NextChange].
+type Changes interface {
+	NextChange(off int64) (block.Range, error)
 }
 
 // Devices are the devices that make the instance, memory included, device state not: it exists only while suspended.
 func (i *Instance) Devices() []Device {
 	var out []Device
 	for _, d := range i.devices {
-		dev := Device{Config: d.DeviceConfig, Block: d.Device, Overlay: d.overlay}
+		dev := Device{Config: d.DeviceConfig, Block: d.Device}
+		if d.overlay != nil {
+			dev.Overlay = d.overlay
+		}
 		switch {
 		case d.Name == StateDevice:
 			continue
 		case d.Name == MemoryDevice:
 			dev.Block, dev.Tracker, dev.Overlay = i.memory.Device(), i.memory.Tracker(), nil
+			if i.point.memory != nil && !i.point.front.Load() {
+				dev.Block = &keptMemory{Device: dev.Block, kept: i.point.memory}
+			}
+		case d.layer != nil && i.point.front.Load():
+			dev.Block, dev.Tracker = d.layer, d.layer
+			if dev.Overlay != nil {
+				dev.Overlay = d
+			}
 		case d.tracked != nil:
 			dev.Tracker = d.tracked
 		}
@@ -1043,7 +1106,14 @@ func (i *Instance) recordEnd() error {
 	if i.phase != running || state == nil || reason != nil && !errors.Is(reason, vmm.ErrReboot) {
 		return nil
 	}
-	return writeRecord(state, Record{Status: ShutDown})
+	if err := writeRecord(state, Record{Status: ShutDown}); err != nil {
+		return err
+	}
+	if err := i.fold(context.Background()); err != nil {
+		return err
+	}
+	i.voidLayers()
+	return nil
 }
 
 // Kill ends the instance here as a power cut would: nothing is saved. It does not wait for a Close that saves, but ends it.
@@ -1124,12 +1194,15 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := i.machine.Save(bounded, &buf); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
-	var work errgroup.Group
-	for _, d := range i.devices {
-		if IsDisk(d.Name) {
-			work.Go(d.Flush)
-		}
+	status := Running
+	if i.phase == released {
+		status = Moved
 	}
+	if err := i.forgetPoint(status); err != nil {
+		return fmt.Errorf("save instance: %w", err)
+	}
+	var work errgroup.Group
+	work.Go(func() error { return i.fold(ctx) })
 	work.Go(func() error {
 		if memory.Overlay == "" {
 			return block.ReplaceFile(ctx, memory.Base, i.memory.Device())
@@ -1149,6 +1222,7 @@ func (i *Instance) save(ctx context.Context) error {
 	if err := writeState(state, record, buf.b); err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
+	i.voidLayers()
 	return nil
 }
 

@@ -203,7 +203,11 @@ func (i *Instance) receiveMemory(ctx context.Context, opts ram.FillOptions) erro
 		return err
 	}
 	i.filler = f
-	i.late.devices[MemoryDevice] = lateMemory{f}
+	if late := (lateMemory{f}); i.point.memory != nil {
+		i.late.devices[MemoryDevice] = keptLate{late, i}
+	} else {
+		i.late.devices[MemoryDevice] = late
+	}
 	return nil
 }
 
@@ -278,13 +282,20 @@ func (i *Instance) arriving() (devices []Arriving) {
 
 // Settled puts on record that the source of the instance has nothing to do with it any more.
 func (i *Instance) Settled() error {
+	kept := i.sealPoint() // beside the guest, and whatever else is done to the instance
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	if i.phase != running && i.phase != suspended {
 		return nil
 	}
 	i.late.migration = ""
-	return writeRecord(i.device(StateDevice), Record{Status: Running})
+	if i.point.arrived {
+		i.point.arrived = false
+		if i.point.record.Kept = kept && i.point.record.Length > 0; !i.point.record.Kept {
+			i.point.record = Record{}
+		}
+	}
+	return writeRecord(i.device(StateDevice), i.runningRecord(""))
 }
 
 // Missing is how many bytes of the instance have not arrived.
@@ -317,6 +328,9 @@ func (i *Instance) Complete(ctx context.Context) error {
 
 func (i *Instance) complete(ctx context.Context) error {
 	for name, l := range i.late.devices {
+		if kept, ok := l.(keptLate); ok {
+			l = kept.lateMemory
+		}
 		switch l := l.(type) {
 		case lateMemory:
 			if _, err := l.NextMissing(0); err != io.EOF {

@@ -74,19 +74,23 @@ var ErrNotSaved = errors.New("instance holds no saved state")
 type Record struct {
 	Status    Status
 	Migration string    // id of the migration that the status comes from, at most 64 bytes; empty if none
-	Time      time.Time // when it was written
+	Time      time.Time // when it was written; of one that is Kept, when the guest began to run from the commit point
 	Length    int64     // bytes of device state that follow; 0 if there is none
 	Sum       uint64    // xxh3 of the device state
 
 	// Settled says of an instance that moved that the other peer runs it, and needs nothing of this one.
 	Settled bool
+
+	// Kept says of an instance that runs that it can return to its commit point: the device state that follows, memory as it is
+	// in its device, and the disks without their layers.
+	Kept bool
 }
 
 // Layout of the header, little endian, padded to one page:
 //
 //	  0  8  magic "DRFTSTA1"
 //	  8  4  status
-//	 12  4  flags; bit 0: settled
+//	 12  4  flags; bit 0: settled, bit 1: kept
 //	 16  8  time, Unix nanoseconds
 //	 24  8  length of the device state, which begins at recordSize
 //	 32  8  xxh3-64 of the device state
@@ -105,7 +109,7 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
-	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)))
+	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1))
 	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
 	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
 	binary.LittleEndian.PutUint64(b[32:], r.Sum)
@@ -127,6 +131,7 @@ func decodeRecord(b []byte) (Record, error) {
 	r := Record{
 		Status:    Status(binary.LittleEndian.Uint32(b[8:])),
 		Settled:   binary.LittleEndian.Uint32(b[12:])&1 != 0,
+		Kept:      binary.LittleEndian.Uint32(b[12:])&2 != 0,
 		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
 		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
 		Sum:       binary.LittleEndian.Uint64(b[32:]),
@@ -150,9 +155,11 @@ func ReadRecord(dev block.Device) (Record, error) {
 	return decodeRecord(b)
 }
 
-// writeRecord makes r the durable header of a state device.
+// writeRecord makes r the durable header of a state device. A zero time is the present.
 func writeRecord(dev block.Device, r Record) error {
-	r.Time = time.Now()
+	if r.Time.IsZero() {
+		r.Time = time.Now()
+	}
 	if _, err := dev.WriteAt(r.encode(), 0); err != nil {
 		return fmt.Errorf("write state header %q: %w", r.Status, err)
 	}
@@ -193,6 +200,11 @@ func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0) {
 		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
 	}
+	return readState(dev, r)
+}
+
+// readState returns the device state that a record speaks of.
+func readState(dev block.Device, r Record) ([]byte, error) {
 	state := make([]byte, r.Length)
 	if _, err := dev.ReadAt(state, recordSize); err != nil && err != io.EOF {
 		return nil, fmt.Errorf("read device state: %w", err)
@@ -208,7 +220,7 @@ func (r Record) remedy() string {
 	at := r.Time.UTC().Format(time.RFC3339)
 	switch r.Status {
 	case Running:
-		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, or delete its overlays (without overlays: make or extract the package anew) to start from the package"
+		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, " + r.orRollBack() + "or delete its overlays (without overlays: make or extract the package anew) to start from the package"
 	case ShutDown:
 		return "its guest shut down at " + at + ": boot it again with --boot"
 	case Receiving, Discarded:
@@ -224,6 +236,14 @@ func (r Record) remedy() string {
 		return given + ", and its memory here is lost: if you know that the other does not run it and never will, boot it from its disks with --boot --force-owner; if it does, delete these overlays"
 	}
 	return r.Status.String()
+}
+
+// orRollBack offers to return to the commit point, if it is there.
+func (r Record) orRollBack() string {
+	if r.Kept {
+		return "with --rollback to return to what it was when it began to run then, "
+	}
+	return ""
 }
 
 // limitedBuffer collects device state and refuses more than fits a state device, so that a machine that goes wild ends in

@@ -1,6 +1,10 @@
 package runner
 
-import "github.com/drafter-vm/drafter/pkg/block"
+import (
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/block"
+)
 
 // WriteReceived makes state the device's content, with status Saved, and names the migration that brought the instance:
 // the commit of one that is written down, not run. The memory and the disks must be durable before the call.
@@ -10,4 +14,7 @@ func WriteReceived(dev block.Device, migration string, state []byte) error {
 
 // WriteRecord makes r, at the present time, the durable header of a state device. The device state behind it stays: r says
 // its length and sum again, or loses it.
-func WriteRecord(dev block.Device, r Record) error { return writeRecord(dev, r) }
+func WriteRecord(dev block.Device, r Record) error {
+	r.Time = time.Time{}
+	return writeRecord(dev, r)
+}

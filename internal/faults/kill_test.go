@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/wire"
@@ -83,6 +84,37 @@ var blows = []blow{
 	{"the link is cut", func(_, _ *Host, _ context.CancelFunc, l *Link) { l.Cut() }},
 }
 
+// runsOnWithin is how long a guest that was paused and is still the source's may stand still because of a blow.
+const runsOnWithin = time.Second
+
+// ranOn are how long guests stood still, of those that did.
+var ranOn durations
+
+// durations are measured by several goroutines.
+type durations struct {
+	mu  sync.Mutex // guards all
+	all []time.Duration
+}
+
+// add adds one that is not negative.
+func (d *durations) add(x time.Duration) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if x >= 0 {
+		d.all = append(d.all, x)
+	}
+}
+
+func (d *durations) String() string {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.all) == 0 {
+		return "never"
+	}
+	slices.Sort(d.all)
+	return fmt.Sprintf("%d times: %v in the median, %v at most", len(d.all), d.all[len(d.all)/2].Round(time.Millisecond), d.all[len(d.all)-1].Round(time.Millisecond))
+}
+
 // attempt runs a situation with a blow at a moment of a side ("" for none), has the world recover, and checks it. It returns the
 // moments that each side came through.
 func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string, b blow) (moments map[Direction][]string) {
@@ -104,20 +136,37 @@ func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string
 				moments[d] = append(moments[d], moment)
 			}
 		}
+		var (
+			struck  time.Time // when the blow fell on a guest that was the source's; mu guards it, too
+			process = from.Process()
+		)
 		m.Source.Trace, m.Destination.Trace = trace(ToDestination), trace(ToSource)
 		if moment != "" {
-			var struck atomic.Bool
+			var fell atomic.Bool
 			plan, own, other, cancel := &m.Source, from, to, stopSource
 			if side == ToSource {
 				plan, own, other, cancel = &m.Destination, to, from, stopDestination
 			}
 			plan.At = map[string]func(){moment: func() {
-				if struck.CompareAndSwap(false, true) {
+				if fell.CompareAndSwap(false, true) {
+					if from.Record().Status == Running {
+						mu.Lock()
+						struck = time.Now()
+						mu.Unlock()
+					}
 					b.strike(own, other, cancel, m.Link)
 				}
 			}}
 		}
 		r := w.Move(from, to, m)
+		if !struck.IsZero() && from.Process() == process && from.runs() {
+			// Whatever it was, the source ran on by itself: at once, and not when some time was over. In fake time this is exact.
+			took := w.Since(from).Sub(struck)
+			ranOn.add(took)
+			if took > runsOnWithin {
+				t.Errorf("the guest ran on at the source only after %v: %v", took, r)
+			}
+		}
 		if err := w.Recover(); err != nil {
 			t.Errorf("%v: %v; records %v", err, r, w.records())
 			return
@@ -176,6 +225,10 @@ func TestKill(t *testing.T) {
 		}
 	}
 	t.Logf("%d attempts; moments: %d of the source, %d of the destination", tried, len(seen[ToDestination]), len(seen[ToSource]))
+	t.Logf("the guest ran on at the source %v", &ranOn)
+	if len(ranOn.all) < 10 {
+		t.Error("a guest that stood still hardly ever ran on at the source, so that nothing was measured")
+	}
 	if tried < 100 {
 		t.Errorf("only %d attempts were made", tried)
 	}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"time"
 )
 
 // World is some hosts and the one guest that they have together. It sees what nobody in it can: who runs the guest when.
@@ -19,10 +20,11 @@ type World struct {
 	rand     *rand.Rand
 	clock    int64 // of the history
 	runs     map[string]bool
-	faults   []string // what must never be
-	acked    uint64   // newest record of the journal that the guest knows to be flushed
-	position uint64   // furthest that the guest has come
-	booted   uint64   // how often the guest was booted
+	since    map[string]time.Time // when the guest last began to run there, or went on
+	faults   []string             // what must never be
+	acked    uint64               // newest record of the journal that the guest knows to be flushed
+	position uint64               // furthest that the guest has come
+	booted   uint64               // how often the guest was booted
 	history  History
 	closers  []io.Closer
 }
@@ -36,7 +38,7 @@ type Plant struct {
 
 // NewWorld returns hosts with these names, which keep files in a folder. The guest runs on the first.
 func NewWorld(seed uint64, dir string, names ...string) *World {
-	w := &World{dir: dir, rand: rand.New(rand.NewPCG(seed, 1)), runs: map[string]bool{}}
+	w := &World{dir: dir, rand: rand.New(rand.NewPCG(seed, 1)), runs: map[string]bool{}, since: map[string]time.Time{}}
 	for _, name := range names {
 		h := &Host{name: name, world: w, disk: NewDisk(diskSize)}
 		newProcess(h)
@@ -140,7 +142,7 @@ func (w *World) started(host string, p Program) {
 			w.wrongLocked("the guest runs on %s and on %s", other, host)
 		}
 	}
-	w.runs[host] = true
+	w.runs[host], w.since[host] = true, time.Now()
 	w.note(Event{Do: starts, Host: host})
 	w.checkPosition(host, p)
 	if p.Seq < w.acked {
@@ -182,6 +184,13 @@ func (w *World) boots(host string) uint64 {
 	w.booted++
 	w.note(Event{Do: boots, Host: host})
 	return w.booted
+}
+
+// Since returns when the guest last began to run on a host, or went on to.
+func (w *World) Since(h *Host) time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.since[h.name]
 }
 
 // Runs returns the hosts on which the guest runs.

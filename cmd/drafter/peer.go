@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -20,6 +21,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/transport"
+	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
@@ -391,8 +393,18 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 			return nil, fmt.Errorf("--raddr: %w", err)
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
-		cfg.Hooks.Resumed = func() { fmt.Fprintln(out, "VM runs here") }
+		var runs atomic.Bool
+		cfg.Hooks.Resumed = func() {
+			fmt.Fprintln(out, "VM runs here")
+			runs.Store(true)
+		}
+		stop := context.AfterFunc(ctx, func() {
+			if runs.Load() { // it cannot be given back, and is worth nothing until the rest of it has come
+				fmt.Fprintln(out, "Closing: the VM runs here already; it is suspended and saved once all of it has arrived")
+			}
+		})
 		p, report, err := receive(ctx, cfg, opts.raddr, conns)
+		stop()
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}
@@ -400,6 +412,12 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 			return p, nil // and servePeer goes on to look
 		} else if err != nil {
 			return nil, fmt.Errorf("receive from %q: %w", opts.raddr, err)
+		}
+		select {
+		case <-p.Done():
+			fmt.Fprintf(out, "The VM ended before all of it had arrived: its memory is not needed any more, its disks are whole\n")
+			return p, nil
+		default:
 		}
 		fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
 		return p, nil
@@ -471,8 +489,10 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 			fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
 			return nil
 		case <-p.Done():
-			if err := p.Err(); err != nil {
-				return fmt.Errorf("the VM ended: %w", err)
+			if err := p.Err(); errors.Is(err, vmm.ErrReboot) {
+				return fmt.Errorf("the VM ended: %w: boot it again with --boot", err)
+			} else if err != nil {
+				return fmt.Errorf("the VM ended: %w; as after a power loss, boot it from its disks with --boot%s", err, orRollBack(p))
 			}
 			fmt.Fprintf(out, "The guest shut down\n")
 			return nil
@@ -524,6 +544,14 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 			}
 		}
 	}
+}
+
+// orRollBack offers to return to the commit point of a VM that has ended, if it was kept.
+func orRollBack(p *peer.Peer) string {
+	if p.Instance().Kept() {
+		return ", or return to where it was resumed or received with --rollback, which discards its disk writes since then"
+	}
+	return ""
 }
 
 // findDestination waits for the peer to which the VM was given, which must say whether it runs it, and may need the rest of it.

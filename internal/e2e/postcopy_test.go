@@ -6,6 +6,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 type slowLink struct {
 	addr  string
 	close func()
+	rate  atomic.Int64 // bytes per second
 
 	mu    sync.Mutex // guards what follows
 	conns []net.Conn
@@ -27,21 +29,24 @@ func newSlowLink(t *testing.T, source string, bytesPerSecond int) *slowLink {
 		t.Fatal(err)
 	}
 	p := &slowLink{addr: l.Addr().String()}
+	p.rate.Store(int64(bytesPerSecond))
 	var wg sync.WaitGroup
 	tokens := make(chan struct{}) // each lets 16 KiB pass
 	done := make(chan struct{})
 	wg.Go(func() {
 		tick := time.NewTicker(5 * time.Millisecond)
 		defer tick.Stop()
-		began, given := time.Now(), 0
+		last, due := time.Now(), 0.0 // bytes
 		for {
-			for ; given < int(time.Since(began).Seconds()*float64(bytesPerSecond))>>14; given++ {
+			now := time.Now()
+			for due += now.Sub(last).Seconds() * float64(p.rate.Load()); due >= 16<<10; due -= 16 << 10 {
 				select {
 				case tokens <- struct{}{}:
 				case <-done:
 					return
 				}
 			}
+			last = now
 			select {
 			case <-tick.C:
 			case <-done:

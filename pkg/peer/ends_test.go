@@ -581,7 +581,7 @@ func TestTerminatorDisclaim(t *testing.T) {
 	term := Terminator{Dir: filepath.Join(t.TempDir(), "out"), Logger: quiet}
 	left := filepath.Join(t.TempDir(), "left")
 	term.Progress = func(p migrate.Progress) {
-		if p.State == migrate.DestinationPrepared.String() {
+		if _, err := os.Stat(left); err != nil && p.State == migrate.DestinationPrepared.String() {
 			if err := os.CopyFS(left, os.DirFS(term.Dir)); err != nil {
 				t.Error(err)
 			}

@@ -162,7 +162,9 @@ func Boot(ctx context.Context, cfg Config) (*Peer, error) {
 func start(ctx context.Context, cfg Config, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
 	p := newPeer(cfg.withDefaults(), nil)
 	rc := p.cfg.runner()
-	rc.OnLate = p.onLate
+	if p.cfg.FindSource != nil {
+		rc.OnLate = p.onLate
+	}
 	i, err := how(ctx, rc)
 	if err != nil {
 		p.endRest()
@@ -182,9 +184,6 @@ func start(ctx context.Context, cfg Config, how func(context.Context, runner.Con
 
 // onLate begins to look for the peer that the instance came from.
 func (p *Peer) onLate(i *runner.Instance, migration string, devices []runner.Arriving) {
-	if p.cfg.FindSource == nil {
-		return
-	}
 	p.rest = p.find(claimOf(i, migration, devices), i)
 }
 

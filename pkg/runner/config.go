@@ -159,8 +159,8 @@ type Config struct {
 	// OnLate is called by Adopt and Boot for an instance that was received by a migration whose source may still have
 	// something to do with it: to bring what has not arrived, or to learn that nothing is missing. It comes before anything
 	// waits for what is missing that the call itself waits for. It must see to it that [Instance.Ask] is called and the
-	// devices are filled, must not wait for that, and may call no other method of the instance. Nil: then whoever waits for what
-	// is missing waits for ever.
+	// devices are filled, must not wait for that, and may call no other method of the instance. Nil: then Boot refuses an instance
+	// whose disks lack something, and whoever waits for something after Adopt waits for ever.
 	OnLate func(i *Instance, migration string, devices []Arriving)
 
 	// Anew makes the start end a living machine that it finds of this instance, where it would adopt it otherwise: for

@@ -202,6 +202,9 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("boot instance from %q: %w", state.recordFile(), err)
 		}
 	}
+	if n := i.missing(); n > 0 && i.cfg.OnLate == nil {
+		return nil, fmt.Errorf("boot instance: %d bytes of its disks are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, i.late.migration)
+	}
 	if err := i.foldLayers(ctx); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
@@ -420,7 +423,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 	}
 	slices.SortFunc(i.devices, func(a, b *device) int { return cmp.Compare(rank[a.Name], rank[b.Name]) })
 	if state := i.device(StateDevice); state != nil {
-		if r, err := ReadRecord(state); err == nil && r.Status == Running {
+		if r, err := ReadRecord(state); err == nil && (r.Status == Running || r.Status == ShutDown) {
 			i.late.migration = r.Migration
 		}
 	}
@@ -1106,7 +1109,7 @@ func (i *Instance) recordEnd() error {
 	if i.phase != running || state == nil || reason != nil && !errors.Is(reason, vmm.ErrReboot) {
 		return nil
 	}
-	if err := writeRecord(state, Record{Status: ShutDown}); err != nil {
+	if err := writeRecord(state, Record{Status: ShutDown, Migration: i.late.migration}); err != nil {
 		return err
 	}
 	if err := i.fold(context.Background()); err != nil {

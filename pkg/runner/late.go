@@ -93,12 +93,26 @@ type lateDisk struct{ *block.Lazy }
 
 func (d lateDisk) Wanted() []block.Range { return d.InFlight() }
 
-// lateMemory is memory of which something is missing.
+// lateMemory is memory of which something is missing. When its machine ends, nothing of it is missing any more: nobody will
+// look for it. So the disks, which are worth something without it, go on arriving, and the source comes to its end.
 type lateMemory struct{ f *ram.Filler }
 
-func (m lateMemory) Fill(off int64, data []byte) error          { return m.f.Deliver(off, data) }
-func (m lateMemory) FillZero(off, n int64) error                { return m.f.DeliverZeros(off, n) }
-func (m lateMemory) NextMissing(off int64) (block.Range, error) { return m.f.NextMissing(off) }
+// unneeded is what is left of the error of a delivery.
+func unneeded(err error) error {
+	if errors.Is(err, ram.ErrProcessEnded) {
+		return nil
+	}
+	return err
+}
+
+func (m lateMemory) Fill(off int64, data []byte) error { return unneeded(m.f.Deliver(off, data)) }
+func (m lateMemory) FillZero(off, n int64) error       { return unneeded(m.f.DeliverZeros(off, n)) }
+func (m lateMemory) NextMissing(off int64) (block.Range, error) {
+	if errors.Is(m.f.Err(), ram.ErrProcessEnded) {
+		return block.Range{}, io.EOF
+	}
+	return m.f.NextMissing(off)
+}
 func (m lateMemory) Wanted() []block.Range {
 	offsets := m.f.Wanted()
 	slices.Sort(offsets)
@@ -336,7 +350,7 @@ func (i *Instance) complete(ctx context.Context) error {
 			if _, err := l.NextMissing(0); err != io.EOF {
 				return fmt.Errorf("complete instance: a part of its memory has not arrived")
 			}
-			if err := l.f.Wait(ctx); err != nil {
+			if err := unneeded(l.f.Wait(ctx)); err != nil {
 				return fmt.Errorf("complete instance: %w", err)
 			}
 			if err := os.Remove(filepath.Join(i.root, lateFile)); err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -349,6 +349,13 @@ func (r Record) noPoint() string {
 // RolledBack says what became of an instance that Resume returned to its commit point; nil if it did not.
 func (i *Instance) RolledBack() *RolledBack { return i.point.back }
 
+// Kept reports whether the instance's commit point is kept, so that Config.Rollback can return to it.
+func (i *Instance) Kept() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.point.record.Kept
+}
+
 // keepState keeps the device state of an instance that is received, which is on record with Own.
 func (i *Instance) keepState(state io.Reader) (io.Reader, error) {
 	if !i.cfg.KeepCommitPoint {

@@ -222,6 +222,9 @@ func (r Record) remedy() string {
 	case Running:
 		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, " + r.orRollBack() + "or delete its overlays (without overlays: make or extract the package anew) to start from the package"
 	case ShutDown:
+		if r.Migration != "" {
+			return fmt.Sprintf("its guest shut down at %s, when not all of its disks had arrived here (migration %s): boot it again with --boot, and with --raddr, as what they lack is at the peer that it came from", at, r.Migration)
+		}
 		return "its guest shut down at " + at + ": boot it again with --boot"
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"

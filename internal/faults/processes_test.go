@@ -2,18 +2,26 @@ package faults
 
 import (
 	"context"
+	"errors"
+	"flag"
 	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// victim is what is killed of a migration between two real peers, "a" and "b".
+// victim is what the blow falls on in a migration between two real peers, "a" and "b".
 type victim string
 
 const (
@@ -23,9 +31,16 @@ const (
 	sourceMachine      victim = "source's machine"
 	destinationMachine victim = "destination's machine"
 	theLink            victim = "link"
+
+	sourceCanceled      victim = "source's peer interrupted" // by a SIGINT, as by Ctrl-C: it cancels, and closes
+	destinationCanceled victim = "destination's peer interrupted"
+	destinationDisk     victim = "destination's disk full"
 )
 
-// scene is a migration between two real peers, in which something is killed in a state of one of them.
+// victims are those that are struck in every state; a peer is canceled in every state of its own.
+var victims = []victim{sourcePeer, destinationPeer, bothPeers, sourceMachine, destinationMachine, theLink, sourceCanceled, destinationCanceled}
+
+// scene is a migration between two real peers, in which something is killed, canceled or full in a state of one of them.
 type scene struct {
 	short  bool // also tried in the short run
 	victim victim
@@ -36,6 +51,7 @@ type scene struct {
 	hold   wire.Type
 	toward Direction
 	flags  []string // of the destination
+	space  int64    // bytes of the destination's file system, which it has to itself; 0: that of everything
 }
 
 func (s scene) String() string {
@@ -66,16 +82,20 @@ func scenes() (all []scene) {
 		migrate.DestinationPrepared:  {hold: wire.TypeCommit, toward: ToDestination},
 		migrate.DestinationFilling:   {hold: wire.TypeServed, toward: ToDestination},
 	}
-	for _, v := range []victim{sourcePeer, destinationPeer, bothPeers, sourceMachine, destinationMachine, theLink} {
+	for _, v := range victims {
 		for _, s := range States(migrate.SourceConnecting, migrate.SourceState.Next) {
 			switch s {
 			case migrate.SourceConnecting, migrate.SourceResuming, migrate.SourceChecking, migrate.SourceCopied, migrate.SourceStuck, migrate.SourceInDoubt,
 				migrate.SourceUnsettled, migrate.SourceRollingBack, migrate.SourceKept, migrate.SourceSeeking, migrate.SourceRejoining:
 				continue // of copies, or what another blow leads to
 			}
+			if v == destinationCanceled {
+				break
+			}
 			x := held[s]
 			x.victim, x.source = v, s
-			x.short = v == sourcePeer && s == migrate.SourceCommitted || v == destinationPeer && s == migrate.SourceServing
+			x.short = v == sourcePeer && s == migrate.SourceCommitted || v == destinationPeer && s == migrate.SourceServing ||
+				v == sourceCanceled && s == migrate.SourceConfirming
 			all = append(all, x)
 		}
 		for _, s := range States(migrate.DestinationConnecting, migrate.DestinationState.Next) {
@@ -83,6 +103,9 @@ func scenes() (all []scene) {
 			case migrate.DestinationConnecting, migrate.DestinationKeeping, migrate.DestinationCopied, migrate.DestinationDiscarding, migrate.DestinationDiscarded,
 				migrate.DestinationIncomplete, migrate.DestinationFailed, migrate.DestinationRejoining:
 				continue
+			}
+			if v == sourceCanceled {
+				break
 			}
 			x := heldThere[s]
 			x.victim, x.dest = v, s
@@ -96,29 +119,50 @@ func scenes() (all []scene) {
 			all = append(all, x)
 		}
 	}
-	return all
+	// A disk that is full before anything comes, when something does, and half-way.
+	return append(all,
+		scene{victim: destinationDisk, dest: migrate.DestinationWaiting, hold: wire.TypeManifest, toward: ToDestination, space: 64 << 20},
+		scene{victim: destinationDisk, dest: migrate.DestinationReceiving, hold: wire.TypeData, toward: ToDestination, space: 64 << 20},
+		scene{victim: destinationDisk, dest: migrate.DestinationReceiving, space: diskLoad / 2})
 }
 
-// TestProcesses kills real peers and their machines, and cuts links, in every state of a migration under load. What is killed is
-// started again by the command line that it had, or by what the peer says is to be done. Then exactly one guest runs: with memory
-// and disk intact, or, where its machine was killed, booted from a disk on which is everything that was flushed.
+// diskLoad is how many bytes of the disk the guest fills before it moves to one that will be full.
+const diskLoad = 16 << 20
+
+// TestProcesses kills and interrupts real peers, kills their machines, cuts links and fills disks, in every state of a migration
+// under load. What has ended is started again by the command line that it had, or by what the peer says is to be done. Then exactly
+// one guest runs: with memory and disk intact, or, where its machine was killed, booted from a disk on which is everything that was
+// flushed. Where the blow fell before the source's record, the source ran on at once. Nothing is left, and nothing is open that was
+// not before.
 func TestProcesses(t *testing.T) {
 	r := newRoom(t)
 	died := map[string]int{}
+	begun := time.Now()
 	for n, s := range scenes() {
 		if !*long && !s.short {
 			continue
 		}
-		t.Run(s.String(), func(t *testing.T) {
+		before := r.own()
+		ok := t.Run(s.String(), func(t *testing.T) {
 			p := &play{room: r, scene: s, a: fmt.Sprintf("a%d", n), b: fmt.Sprintf("b%d", n), address: freeAddress(t)}
+			begun := time.Now()
 			p.run(t)
+			t.Logf("took %v", time.Since(begun).Round(time.Second))
 			died[fmt.Sprintf("%s in %s", s.victim, p.died)]++
 		})
+		if more := r.own().more(before); ok && len(more) > 0 {
+			t.Errorf("after %s the test itself has open what it had not before: %q", s, more)
+		}
 	}
-	if len(died) == 0 {
+	t.Run("planted errors", r.guestsFindErrors)
+	if len(died) == 0 && flag.Lookup("test.run").Value.String() == "" {
 		t.Error("no scene was played to its end")
 	}
-	t.Logf("what was killed, and where it was: %v", died)
+	for _, what := range slices.Sorted(maps.Keys(died)) {
+		t.Logf("%d × %s", died[what], what)
+	}
+	t.Logf("before the record the source ran on %v", &r.ranOn)
+	t.Logf("all of it took %v", time.Since(begun).Round(time.Second))
 }
 
 // play is one scene being played.
@@ -128,11 +172,13 @@ type play struct {
 	a, b    string // names of the two peers, and of their instances
 	address string // of a
 	link    *Link
-	through string // address of a, by way of the link
-	died    string // state in which the victim was found
-	acked   string // newest record of the disk's journal that was known to be flushed before the blow
+	through string  // address of a, by way of the link
+	died    string  // state in which the victim was found
+	acked   string  // newest record of the disk's journal that was known to be flushed before the blow
+	rest    resting // of the source, before anything happened
 
 	source, destination *proc
+	canceled            *proc // which therefore will close
 }
 
 func (p *play) run(t *testing.T) {
@@ -144,6 +190,10 @@ func (p *play) run(t *testing.T) {
 	for p.acked == "" || p.acked == "0" {
 		p.acked = p.source.do(t, "disk disk status")
 	}
+	if p.victim == destinationDisk {
+		p.source.do(t, fmt.Sprintf("disk disk write %d %d 1", 8<<20, diskLoad))
+	}
+	p.rest = p.room.resting(t, p.source)
 
 	reached := make(chan struct{})
 	var faults []Fault
@@ -157,6 +207,9 @@ func (p *play) run(t *testing.T) {
 	if p.through, err = p.link.Listen(p.address); err != nil {
 		t.Fatal(err)
 	}
+	if p.space > 0 {
+		p.mount(t)
+	}
 	p.startDestination(t)
 
 	// The moment.
@@ -166,7 +219,7 @@ func (p *play) run(t *testing.T) {
 		at, state = p.destination.state, p.scene.dest
 	}
 	if !at(t, state) {
-		t.Skipf("the migration did not come through %v", state)
+		t.Fatalf("the migration did not come through %v, so that nothing was tried there", state)
 	}
 	if p.hold != 0 {
 		select {
@@ -175,9 +228,97 @@ func (p *play) run(t *testing.T) {
 			t.Fatalf("no frame %v came by", p.hold)
 		}
 	}
+	begun := time.Now()
 	p.strike(t)
 	p.link.Release()
+	p.checkRunsOn(t, begun)
+	if p.victim == destinationDisk {
+		p.giveSpace(t)
+	}
 	p.recover(t)
+}
+
+// mount gives the destination's instance a file system of its own, with little space.
+func (p *play) mount(t *testing.T) {
+	t.Helper()
+	dir := p.room.path(p.b)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, fmt.Sprintf("size=%d", p.space)); err != nil {
+		t.Fatalf("mount a small file system: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }) // of a scene that failed
+}
+
+// fill leaves no space on the destination's file system.
+func (p *play) fill(t *testing.T) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(p.room.path(p.b), "ballast"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for err == nil {
+		_, err = f.Write(make([]byte, 64<<10))
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("fill the disk: %v", err)
+	}
+}
+
+// giveSpace checks that the destination has failed for want of space and has left nothing, and starts it again where there is some.
+func (p *play) giveSpace(t *testing.T) {
+	t.Helper()
+	p.destination.ends(t)
+	if said := p.destination.said(); !strings.Contains(said, "no space left") || p.destination.rc != 1 {
+		t.Errorf("the destination does not say that its disk is full, but ends with status %d and says:\n%s", p.destination.rc, said)
+	}
+	dir := p.room.path(p.b)
+	_ = os.Remove(filepath.Join(dir, "ballast")) // if it was filled with one
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if info, statErr := os.Stat(path); err != nil || statErr != nil || !d.IsDir() && info.Sys().(*syscall.Stat_t).Blocks*512 > 64<<10 {
+			t.Errorf("the destination has left %s (%v, %v)", path, err, statErr)
+		}
+		return nil
+	})
+	if err := unix.Unmount(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if owner := p.owner(); owner != p.source {
+		t.Errorf("the guest is not the source's any more, which says:\n%s", p.source.said())
+	}
+	p.startDestination(t)
+	if p.destination.says(t, "Received VM") == "" {
+		t.Fatalf("the destination has space, and received nothing:\n%s", p.destination.said())
+	}
+}
+
+// timeouts are what sides of a migration say of the other when some time is over.
+var timeouts = []string{"no sign of life", "took longer than", "not found again within", "did not introduce itself"}
+
+// checkRunsOn checks, if the source has not given its guest away when the blow fell, that the guest ran on there at once, and not
+// when some time was over. How long that took is noted; on a machine that is busy it says little.
+func (p *play) checkRunsOn(t *testing.T, blow time.Time) {
+	t.Helper()
+	switch p.victim {
+	case sourcePeer, bothPeers, sourceMachine:
+		return // by itself nothing runs on there
+	}
+	if p.source.says(t, "state=kept\n", "state=committed\n") != "state=kept\n" {
+		return
+	}
+	took := time.Since(blow)
+	p.room.ranOn.add(took)
+	if p.source.says(t, "the VM runs on here: ") == "" {
+		t.Fatalf("the source kept its guest, and does not say why:\n%s", p.source.said())
+	}
+	_, why, _ := strings.Cut(p.source.said(), "the VM runs on here: ")
+	why, _, _ = strings.Cut(why, "\n")
+	t.Logf("the source ran on after %v: %s", took.Round(time.Millisecond), why)
+	if slices.ContainsFunc(timeouts, func(text string) bool { return strings.Contains(why, text) }) {
+		t.Errorf("the source ran on only when some time was over: %s", why)
+	}
 }
 
 func (p *play) startDestination(t *testing.T) {
@@ -202,6 +343,16 @@ func (p *play) strike(t *testing.T) {
 		machines = p.room.machines(p.b)
 	case theLink:
 		p.link.Cut()
+	case sourceCanceled:
+		p.canceled = p.source
+		_ = p.source.Process.Signal(syscall.SIGINT)
+	case destinationCanceled:
+		p.canceled = p.destination
+		_ = p.destination.Process.Signal(syscall.SIGINT)
+	case destinationDisk:
+		if p.hold != 0 {
+			p.fill(t)
+		}
 	}
 	for _, pid := range machines {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
@@ -256,6 +407,10 @@ func (p *play) recover(t *testing.T) {
 	if n := executing(newWait(t), append(p.room.machines(p.a), p.room.machines(p.b)...)); n != 1 {
 		t.Errorf("%d machines execute a guest, want one", n)
 	}
+	for _, stray := range p.room.strayNamespaces() {
+		t.Error(stray)
+	}
+	p.room.checkResting(t, owner, p.rest)
 	p.close(t, owner)
 }
 
@@ -264,11 +419,13 @@ func (p *play) owner() *proc {
 	has := func(x *proc, texts ...string) bool {
 		return slices.ContainsFunc(texts, func(text string) bool { return strings.Contains(x.said(), text) })
 	}
+	stays := func(x *proc) bool { return !x.ended() && x != p.canceled }
+	resumed := func(x *proc) bool { return x.again && has(x, "Resumed VM") }
 	switch {
-	case !p.destination.ended() && has(p.destination, "Received VM", "Adopted VM", "Booted VM"):
+	case stays(p.destination) && (has(p.destination, "Received VM", "Adopted VM", "Booted VM") || resumed(p.destination)):
 		return p.destination
-	case p.destination.ended() && !p.source.ended() && has(p.source, "the VM runs on here", "runs on here", "Booted VM"),
-		p.destination.ended() && !p.source.ended() && has(p.source, "Adopted VM") && !has(p.source, ", paused:"):
+	case p.destination.ended() && stays(p.source) && (has(p.source, "runs on here", "Booted VM") || resumed(p.source)),
+		p.destination.ended() && stays(p.source) && has(p.source, "Adopted VM") && !has(p.source, ", paused:"):
 		return p.source
 	}
 	return nil
@@ -284,6 +441,10 @@ func (p *play) again(t *testing.T, x *proc, booted map[string]bool, args ...stri
 	switch {
 	case strings.Contains(said, "Sent VM"): // and has nothing any more
 		return x
+	case x.rc == 130: // it was interrupted before it had a guest
+		return x
+	case x == p.canceled && x.name == p.b && x.rc == 0: // it has saved what it had received
+		args = nil
 	case strings.Contains(said, "which owns it"), strings.Contains(said, "did not finish"), x.name == p.b && x.rc == 1 && !strings.Contains(said, "--boot") && !strings.Contains(said, "lacks"):
 		return x // it is not the owner
 	case strings.Contains(said, "--boot"):
@@ -291,7 +452,9 @@ func (p *play) again(t *testing.T, x *proc, booted map[string]bool, args ...stri
 		args = append(args, "--boot", "--resume-timeout", "3s")
 	}
 	t.Logf("%s is started again: %v", x.name, args)
-	return p.room.peer(t, x.name, args...)
+	next := p.room.peer(t, x.name, args...)
+	next.again = true
+	return next
 }
 
 // close closes what is left, and checks that nothing is.

@@ -147,6 +147,9 @@ type DestinationConfig struct {
 	// CommitTimeout is how long the source may take to commit once the guest is prepared here, before it is discarded.
 	// 0 means 1 min.
 	CommitTimeout time.Duration
+	// CompleteTimeout is how long Postponer.Complete may take. When it ends, the guest runs here with all its content, but
+	// the migration ends with [ErrUnsettled]: the source keeps its copy. 0 means 5 min.
+	CompleteTimeout time.Duration
 
 	// Copy asks the source for a copy instead of the guest: Target, which must be a [Keeper], gets all of a guest that was
 	// paused for a moment and runs on at the source. Journal is not used.
@@ -210,7 +213,8 @@ type Postponer interface {
 	Postpone(ctx context.Context, missing [][]block.Range, ask func(device int, r block.Range)) ([]Late, error)
 
 	// Complete is called when everything has arrived, after Run has returned: it makes that durable. The source drops its
-	// copy after it.
+	// copy after it. When ctx ends it has taken too long and is no longer waited for; what it does then has no effect on the
+	// migration.
 	Complete(ctx context.Context) error
 }
 
@@ -342,6 +346,7 @@ func (c *DestinationConfig) check(streams int) error {
 	orDefault(&c.HandshakeTimeout, 10*time.Second)
 	orDefault(&c.HeartbeatTimeout, 3*time.Second)
 	orDefault(&c.CommitTimeout, time.Minute)
+	orDefault(&c.CompleteTimeout, 5*time.Minute)
 	orDefault(&c.RescueTimeout, rescueTimeout)
 	if c.newest == 0 {
 		c.newest = wire.Version

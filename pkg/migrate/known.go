@@ -53,6 +53,9 @@ func IndexBase(ctx context.Context, base block.Device) (*BaseIndex, error) {
 		if err != nil {
 			return nil, fmt.Errorf("index base: find data from %d: %w", off, err)
 		}
+		if next.Offset < off || next.Length <= 0 || next.Length > d.size-next.Offset {
+			return nil, fmt.Errorf("index base of %d bytes: find data from %d: got %d bytes at %d", d.size, off, next.Length, next.Offset)
+		}
 		next = aligned(next, d.size)
 		for off = max(off, next.Offset); off < next.End(); {
 			if err := ctx.Err(); err != nil {

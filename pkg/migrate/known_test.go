@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -67,7 +68,23 @@ func TestIndexBase(t *testing.T) {
 	if _, err := IndexBase(context.Background(), closed); !errors.Is(err, os.ErrClosed) {
 		t.Errorf("closed: got error %v", err)
 	}
+	for _, r := range []block.Range{
+		{Offset: 8192, Length: 4097}, {Offset: 12288, Length: 4096}, {Offset: 1 << 40, Length: 4096}, {Offset: 4096, Length: math.MaxInt64},
+		{Offset: 0, Length: 0}, {Offset: 0, Length: -1}, {Offset: -4096, Length: 8192},
+	} {
+		if x, err := IndexBase(context.Background(), wrongExtents{block.NewMemory(12288), r}); err == nil {
+			t.Errorf("data said to be %d bytes at %d of 12288: got %x", r.Length, r.Offset, x.Digest())
+		}
+	}
 }
+
+// wrongExtents says that it has data where it may have none.
+type wrongExtents struct {
+	block.Device
+	says block.Range
+}
+
+func (w wrongExtents) NextData(int64) (block.Range, error) { return w.says, nil }
 
 // A digest that began as a base's and had pages replaced is the digest of the device with those pages.
 func TestDigestCloneGoesOn(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -327,7 +328,7 @@ func (d *destination) completed(ctx context.Context, l *link) error {
 			return tell(wire.CodeDevice, err, "device %q did not keep what was delivered", dev.name)
 		}
 	}
-	if err := d.complete(ctx); err != nil {
+	if err := d.makeDurable(ctx); err != nil {
 		return tell(wire.CodeDevice, fmt.Errorf("complete the guest: %w", err), "what was delivered cannot be made durable")
 	}
 	d.standing = wire.Settled
@@ -339,6 +340,22 @@ func (d *destination) completed(ctx context.Context, l *link) error {
 		d.log.Warn("nothing is missing any more, but the source cannot be told now", "error", err)
 	}
 	return nil
+}
+
+// makeDurable calls complete, and waits for it as long as that may take: what it waits for, an agent perhaps, must not hold the
+// migration up for ever.
+func (d *destination) makeDurable(ctx context.Context) error {
+	limit := d.cfg.CompleteTimeout
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("it took longer than %v: %w", limit, os.ErrDeadlineExceeded))
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- d.complete(ctx) }() // waited for, or given up on
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 func (d *destination) mayReconnect(err error) bool {

@@ -8,6 +8,7 @@ import (
 	"io"
 	"maps"
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -156,6 +157,7 @@ type lateTarget struct {
 	late                   []*lateDevice // nil: complete
 	postpones, completes   int
 	failPostpone, failDone error
+	hang                   chan struct{} // Complete waits for it, if set
 	guest                  sync.WaitGroup
 	wrong                  atomic.Pointer[error]
 }
@@ -243,6 +245,9 @@ func (t *lateTarget) resume() {
 
 func (t *lateTarget) Complete(context.Context) error {
 	t.completes++
+	if t.hang != nil {
+		<-t.hang
+	}
 	return t.failDone
 }
 
@@ -335,6 +340,26 @@ func TestPostCopy(t *testing.T) {
 			})
 		}
 	}
+}
+
+// What makes the content durable may hang, as in a call of the guest's agent: the migration ends, and the source keeps its copy.
+func TestCompleteHangs(t *testing.T) {
+	noLeak(t)
+	r := newRig(smallShape)
+	late := r.postCopy(1)
+	late.hang = make(chan struct{})
+	defer close(late.hang)
+	r.dest.CompleteTimeout = 10 * time.Millisecond
+	a, b := pipes(2)
+	o := r.move(t.Context(), a, b)
+	if !errors.Is(o.dstErr, ErrUnsettled) || !errors.Is(o.dstErr, os.ErrDeadlineExceeded) || o.dst.Outcome != "incomplete" {
+		t.Errorf("destination is %q: %v", o.dst.Outcome, o.dstErr)
+	}
+	if !errors.Is(o.srcErr, ErrUnsettled) || o.src.Outcome != "unsettled" {
+		t.Errorf("source is %q: %v", o.src.Outcome, o.srcErr)
+	}
+	late.halt()
+	late.verifyNow(t)
 }
 
 var errNo = errors.New("no")

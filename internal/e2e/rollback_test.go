@@ -44,9 +44,9 @@ func TestCommandRollback(t *testing.T) {
 		}
 	}
 	// lose kills the VMM.
-	lose := func(c *command) {
+	lose := func(c *command, machine int) {
 		t.Helper()
-		syscall.Kill(machinePID(t, c), syscall.SIGKILL)
+		syscall.Kill(machine, syscall.SIGKILL)
 		if said := c.wait(t, 1); !strings.Contains(said, "the VM ended") {
 			t.Errorf("the peer does not say what happened:\n%s", said)
 		}
@@ -86,7 +86,7 @@ func TestCommandRollback(t *testing.T) {
 		c := start("here", "Resumed VM", keep)
 		at(point)
 		work()
-		lose(c)
+		lose(c, machinePID(t, c))
 		c = start("here", "Resumed VM", back, keep)
 		if said := c.said(); !strings.Contains(said, "Rolled back: ") || !strings.Contains(said, " bytes of disk writes since ") {
 			t.Errorf("it does not say what is discarded:\n%s", said)
@@ -95,6 +95,7 @@ func TestCommandRollback(t *testing.T) {
 		work()
 
 		// A machine that is alive is not for rolling back; nor is it lost by the attempt.
+		machine := machinePID(t, c)
 		c.Process.Kill()
 		c.wait(t, -1)
 		refused(t, "here", []string{back}, "alive", "without --rollback", "kill -9")
@@ -104,10 +105,10 @@ func TestCommandRollback(t *testing.T) {
 			t.Error("the guest has done nothing")
 		}
 		work()
-		refused(t, "here", []string{back}, "in use")
+		refused(t, "here", []string{back}, "another process")
 
 		// Rollbacks that are cut short.
-		lose(c)
+		lose(c, machine) // which is no child of who adopted it
 		for _, after := range []time.Duration{0, 20, 60} {
 			c = w.start(t, nil, w.peer("package", "here", back, keep)...)
 			w.pass(c, after)
@@ -138,7 +139,7 @@ func TestCommandRollback(t *testing.T) {
 	t.Run("booted instead", func(t *testing.T) {
 		c := start("here", "Resumed VM", keep)
 		work()
-		lose(c)
+		lose(c, machinePID(t, c))
 		os.RemoveAll(w.path("copy"))
 		if err := os.CopyFS(w.path("copy"), os.DirFS(w.path("here"))); err != nil {
 			t.Fatal(err)
@@ -172,7 +173,7 @@ func TestCommandRollback(t *testing.T) {
 			dst := start("there", "Received VM", append(mode, keep, "--raddr", addr)...)
 			src.wait(t, 0)
 			work()
-			lose(dst)
+			lose(dst, machinePID(t, dst))
 			refused(t, "here", []string{back}, "moved to another peer")
 			c := start("there", "Resumed VM", back, keep)
 			at(point)

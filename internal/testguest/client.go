@@ -140,6 +140,12 @@ func (c *Console) Do(ctx context.Context, command string) (string, error) {
 	return result(command, answer)
 }
 
+// Send sends a command that the guest will not live to answer.
+func (c *Console) Send(command string) error {
+	_, err := io.WriteString(c.input, command+"\n")
+	return err
+}
+
 // Channel is a connection to the commands on the guest channel. One goroutine at a time may use it.
 type Channel struct {
 	conn  net.Conn

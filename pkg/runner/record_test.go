@@ -21,6 +21,11 @@ func TestRecordGolden(t *testing.T) {
 		t.Errorf("encoded as\n%s, want\n%s", got, want)
 	}
 	back, err := decodeRecord(b)
+	r.Kept = true
+	if kept, err := decodeRecord(r.encode()); err != nil || !kept.Kept || kept.Settled || back.Kept {
+		t.Errorf("what is kept is lost (%v)", err)
+	}
+	r.Kept = false
 	r.Settled = true
 	if settled, err := decodeRecord(r.encode()); err != nil || !settled.Settled || back.Settled {
 		t.Errorf("what is settled is lost (%v)", err)

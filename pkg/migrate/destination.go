@@ -27,7 +27,8 @@ import (
 // Cancelling ctx stops the migration and is told to the source, until commit has arrived: from DestinationCommitting on
 // it has no effect, but for ending the search for a source whose link is gone.
 //
-// The streams must be those of one Send, in any order. They are taken over, as by Send.
+// The streams must be those of one Send, in any order. They are taken over, as by Send. Of several that were dialed to a source
+// of version 1 of the protocol one is used: Report.Streams says so.
 func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig) (*Report, error) {
 	return receive(ctx, streams, cfg, func() {})
 }
@@ -70,6 +71,9 @@ func (d *destination) receive(streams int, f func() error) (*Report, error) {
 	stop := d.meter.run()
 	err := f()
 	stop()
+	if d.streams > 0 {
+		streams = d.streams
+	}
 	if err != nil {
 		if d.manifest != nil {
 			err = fmt.Errorf("receive guest, migration %s: %w", d.manifest.ID, err)
@@ -98,6 +102,7 @@ type destination struct {
 	summary  *wire.Summary
 
 	version  uint16
+	streams  int // of the first session; 0 before it
 	unpacker *decompressor
 	devices  []*targetDevice
 	lacks    bool                        // content was missing when the guest was started
@@ -287,7 +292,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err != nil {
 		return err
 	}
-	d.link, d.version = l, l.version
+	d.link, d.version, d.streams = l, l.version, len(l.streams)
 	var taking atomic.Pointer[content] // nil until the devices are ready
 	l.onBulk = func(h wire.Header, r *wire.Reader) error {
 		c := taking.Load()

@@ -118,7 +118,7 @@ type greeting struct {
 }
 
 // connect exchanges prefaces on all streams and returns a link on which nothing runs yet. When it fails, the streams are
-// interrupted.
+// interrupted. So are all but one, and the link has only that, where a source of version 1 knows of one.
 func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err error) {
 	role, timeout := g.role, g.timeout
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout,
@@ -126,9 +126,10 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	defer cancel()
 
 	type result struct {
-		i   int
-		p   wire.Preface
-		err error
+		i    int
+		p    wire.Preface
+		read bool // p is theirs, whatever it says
+		err  error
 	}
 	ours := wire.Preface{Newest: g.newest, Oldest: wire.OldestVersion, Role: role, Purpose: g.purpose}
 	session := rand.Uint64()
@@ -143,10 +144,11 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 		}
 		wg.Go(func() {
 			theirs, err := wire.ReadPreface(rw)
+			read := err == nil || errors.Is(err, wire.ErrMalformed)
 			if err == nil {
 				_, err = wire.Negotiate(ours, theirs)
 			}
-			reads <- result{i, theirs, err}
+			reads <- result{i, theirs, read, err}
 		})
 		wg.Go(func() {
 			_, err := rw.Write(p.Append(nil))
@@ -162,27 +164,48 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 
 	theirs := make([]wire.Preface, len(rws))
 	var first error
+	several := role == wire.RoleDestination && len(rws) > 1
+	lone := -1 // the only stream in use, of several
 	for range rws {
+		over := false
 		select {
 		case r := <-reads:
 			theirs[r.i] = r.p
 			version = min(version, r.p.Newest)
-			if r.err != nil && first == nil {
+			if several && r.err == nil && r.p.Newest < 2 && r.p.Streams == 1 {
+				// To a source of version 1 that was dialed each connection is a migration: it may have no more of them.
+				lone, first = r.i, nil
+			} else if r.err != nil && first == nil {
 				first = fmt.Errorf("stream %d: %w", r.i, r.err)
 			}
+			over = lone >= 0 || r.err != nil && (r.read || !several) // a stream that is closed may be one that it has no use for
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
 		}
-		if first != nil {
+		if over {
 			break
 		}
+	}
+	if lone >= 0 {
+		for i, rw := range rws {
+			if i != lone {
+				interrupt(rw)
+			}
+		}
+		version = min(g.newest, theirs[lone].Newest)
 	}
 	// Our own preface goes out whole even if theirs is refused: it tells them why.
 	patience := time.NewTimer(linger)
 	defer patience.Stop()
-	for range rws {
+	for waiting := len(rws); waiting > 0; waiting-- {
 		select {
 		case r := <-writes:
+			if lone >= 0 && r.i != lone {
+				continue
+			}
+			if lone >= 0 {
+				waiting = 1
+			}
 			if r.err != nil && first == nil {
 				first = fmt.Errorf("stream %d: write preface: %w", r.i, r.err)
 			}
@@ -198,6 +221,9 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 		return nil, first
 	}
 
+	if lone >= 0 {
+		rws, theirs = rws[lone:lone+1], theirs[lone:lone+1]
+	}
 	l := &link{role: role, version: version, control: make(chan message, 8), closing: make(chan struct{})}
 	for i, rw := range rws {
 		s := &stream{rw: rw, index: i, urgent: make(chan *wire.Buffer, 16), readerDone: make(chan struct{}), link: l}

@@ -138,6 +138,43 @@ func TestRecordedVersion1(t *testing.T) {
 			}
 		}
 	})
+	for _, others := range []string{"silent", "closed"} {
+		t.Run("source of three streams dialed, "+others, func(t *testing.T) {
+			r := goldenRig()
+			r.target.world = &world{}
+			var near []net.Conn
+			var far []io.ReadWriter
+			for range 3 {
+				a, b := net.Pipe()
+				near, far = append(near, a), append(far, b)
+			}
+			for _, i := range []int{0, 2} {
+				if others == "closed" {
+					near[i].Close()
+				}
+			}
+			done := make(chan error, 1)
+			var rep *Report
+			go func() {
+				var err error
+				rep, err = Receive(context.Background(), far, r.dest)
+				done <- err
+			}()
+			replay(t, "v1.source", near[1])
+			if err := <-done; err != nil || rep.Outcome != "running" || rep.Streams != 1 {
+				t.Fatalf("%v: %v", rep, err)
+			}
+			r.verifyContent(t)
+			for _, i := range []int{0, 2} {
+				if _, err := near[i].Read(make([]byte, 100)); err == nil && others == "silent" {
+					_, err = near[i].Read(make([]byte, 100))
+					if err == nil {
+						t.Errorf("stream %d was not closed", i)
+					}
+				}
+			}
+		})
+	}
 	t.Run("destination", func(t *testing.T) {
 		r := goldenRig()
 		r.guest.run()

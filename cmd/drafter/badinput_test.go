@@ -528,6 +528,31 @@ func TestInstanceIsPackage(t *testing.T) {
 	}
 }
 
+// TestRollbackRefused asks for a rollback where there is nothing to return to, or together with its opposite.
+func TestRollbackRefused(t *testing.T) {
+	for _, tt := range []struct {
+		args   []string
+		record runner.Status
+		status int
+		want   []string
+	}{
+		{[]string{"--rollback", "--boot"}, runner.Running, 2, []string{"--rollback", "--boot", "choose one"}},
+		{[]string{"--rollback", "--force-owner"}, runner.Moved, 2, []string{"--rollback", "--force-owner", "belongs here"}},
+		{[]string{"--keep-commit-point", "--boot"}, runner.Running, 2, []string{"--keep-commit-point", "--boot", "next start"}},
+		{[]string{"--rollback"}, runner.Running, 1, []string{"no commit point", "--keep-commit-point", "--boot"}},
+		{[]string{"--rollback", "--keep-commit-point"}, runner.Running, 1, []string{"no commit point"}},
+		{[]string{"--rollback"}, runner.Moved, 1, []string{"no commit point", "another peer"}},
+		{[]string{"--rollback"}, runner.Receiving, 1, []string{"no commit point", "receive it again"}},
+		{[]string{"--rollback"}, runner.ShutDown, 1, []string{"no commit point", "shut down", "--boot"}},
+	} {
+		t.Run(fmt.Sprint(tt.args, tt.record), func(t *testing.T) {
+			f := newForeign(t)
+			setStatus(t, f.file("state"), tt.record)
+			checkRefused(t, f.dir, append([]string{"peer", "--netns", "", "--chroot-base-dir", filepath.Join(f.dir, "vms"), "--package", f.pkg}, tt.args...), tt.status, tt.want...)
+		})
+	}
+}
+
 func damage(t *testing.T, path string, offset int64) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR, 0)

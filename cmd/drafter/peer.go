@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -138,7 +139,11 @@ func newPeerCommand() *cobra.Command {
   with --laddr      then let another peer take it over; this one ends when that has happened
 
 Closing a peer (Ctrl-C, SIGTERM) suspends the instance and saves it: into the overlays, or into the package's own files
-where there are none. The next start goes on from there.
+where there are none. The next start goes on from there. An instance that runs here before all of it has arrived is saved
+when all has.
+
+An instance that died, with its VM, boots again from its disks (--boot). One that was started with --keep-commit-point can
+return instead to what it was when it was resumed or received then (--rollback): its disk writes since are discarded.
 
 The short way gives --package and --instance: a package's folder, and a folder for the instance's overlays. The long way
 gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
@@ -394,13 +399,18 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
+		closing := sync.OnceFunc(func() { // it cannot be given back, and is worth nothing until the rest of it has come
+			fmt.Fprintln(out, "Closing: the VM runs here already; it is suspended and saved once all of it has arrived")
+		})
 		cfg.Hooks.Resumed = func() {
 			fmt.Fprintln(out, "VM runs here")
-			runs.Store(true)
+			if runs.Store(true); ctx.Err() != nil {
+				closing()
+			}
 		}
 		stop := context.AfterFunc(ctx, func() {
-			if runs.Load() { // it cannot be given back, and is worth nothing until the rest of it has come
-				fmt.Fprintln(out, "Closing: the VM runs here already; it is suspended and saved once all of it has arrived")
+			if runs.Load() {
+				closing()
 			}
 		})
 		p, report, err := receive(ctx, cfg, opts.raddr, conns)

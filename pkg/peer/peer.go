@@ -301,9 +301,11 @@ func (p *Peer) Search() {
 // the source and nothing of it is left here, unless the error wraps migrate.ErrInDoubt. The streams are closed when it
 // returns. The report is there in any case.
 //
-// Without Config.DisablePostCopy the guest may run here long before Receive returns, and needs the source until it does. When the
-// source is lost meanwhile, and is not found again within Config.RescueTimeout, the error wraps migrate.ErrUnsettled, and
-// the peer is there: its guest is frozen until [Peer.Rejoin] has found the source.
+// Without Config.DisablePostCopy the guest may run here long before Receive returns, and needs the source until it does. From the
+// commit on, cancelling ctx has no effect while there is a link to the source: the guest can neither be given back nor be
+// saved before it is whole. That it ends meanwhile is no failure: its disks are completed, and [Peer.Done] is closed. When
+// the source is lost meanwhile, and is not found again within Config.RescueTimeout, the error wraps migrate.ErrUnsettled, and
+// the peer is there: its guest is frozen until [Peer.Search] has found the source.
 func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
 	cfg = cfg.withDefaults()
 	t := &target{cfg: cfg}

@@ -48,6 +48,15 @@
 // missing of memory is a hole in it. Adopt, and Boot after a power cut, have the same devices again ([Instance.Late]).
 // [Instance.Complete] ends it.
 //
+// When the machine ends before all has arrived, its memory is not needed any more, and the disks go on arriving.
+//
+// # Returning to the commit point
+//
+// An instance that died with its machine boots again ([Boot]), or, where Config.KeepCommitPoint was set, returns to what it was
+// when it was resumed or received (Config.Rollback, for Resume). What the guest writes to disks is kept apart in layers until
+// then, and memory that is received is written down; the record says with one flag what is valid. See
+// docs/decisions/0004-rollback.md.
+//
 // # Invariants
 //
 //   - An instance has at most one living machine, and a machine at most one owner.

@@ -198,10 +198,14 @@ func (i *Instance) keepPoint() error {
 		return nil
 	}
 	for _, d := range i.devices {
-		if d.served != nil {
-			if err := d.openLayer(d.since); err != nil {
-				return err
-			}
+		if d.served == nil {
+			continue
+		}
+		if info, err := os.Stat(d.Base); d.Overlay == "" && err == nil && !info.Mode().IsRegular() {
+			return fmt.Errorf("device %q: its base %q is no regular file, beside which its commit point could be kept: give it an overlay", d.Name, d.Base)
+		}
+		if err := d.openLayer(d.since); err != nil {
+			return err
 		}
 	}
 	return nil

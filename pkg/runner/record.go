@@ -25,6 +25,7 @@ const StateDeviceSize = 16 << 20
 //	Saved ─ resume ─► Running ──────────┘
 //	                  Running ─ commit of a migration ─► Moved
 //	                  Running ─ the guest shuts down ─► ShutDown ─ boot ─► Running
+//	                  Running, with Kept ─ rollback of a dead instance ─► Saved
 //	(any) ─ receive ─► Receiving ─ commit arrives ─► Running
 //	                   Receiving ─ abort ─► Discarded
 //

@@ -43,11 +43,12 @@ func TestCommandFilling(t *testing.T) {
 	}
 	const fast = 256 << 20
 	for _, tt := range []struct {
-		name   string
-		more   []string // arguments of the destination
-		during func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command)
+		name      string
+		contained bool     // what it tests is also part of another
+		more      []string // arguments of the destination
+		during    func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command)
 	}{
-		{"interrupted", nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"interrupted", true, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
 			dst.Process.Signal(syscall.SIGTERM)
 			dst.waitFor(t, "Closing: the VM runs here already")
 			link.rate.Store(fast)
@@ -55,7 +56,7 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			closed(t, resumed(t, there))
 		}},
-		{"interrupted without a source", []string{"--rescue-timeout", "5s"}, func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command) {
+		{"interrupted without a source", false, []string{"--rescue-timeout", "5s"}, func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command) {
 			src.Process.Kill()
 			src.wait(t, -1)
 			dst.Process.Signal(syscall.SIGTERM)
@@ -67,7 +68,7 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			closed(t, resumed(t, there))
 		}},
-		{"guest shuts down", nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"guest shuts down", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
 			machine := machinePID(t, dst)
 			link.rate.Store(2 << 20)
 			if err := w.console.Send("poweroff"); err != nil {
@@ -88,7 +89,7 @@ func TestCommandFilling(t *testing.T) {
 				t.Errorf("it is not said that the guest shut down:\n%s", said)
 			}
 		}},
-		{"machine killed", []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"machine killed", false, []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
 			syscall.Kill(machinePID(t, dst), syscall.SIGKILL)
 			link.rate.Store(fast)
 			dst.waitFor(t, "its disks are whole")
@@ -103,7 +104,7 @@ func TestCommandFilling(t *testing.T) {
 			}
 			closed(t, c)
 		}},
-		{"machine and peer killed", []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"machine and peer killed", false, []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
 			flushed := w.do(t, "disk disk status")
 			machine := machinePID(t, dst)
 			dst.Process.Kill()
@@ -131,6 +132,9 @@ func TestCommandFilling(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			if tt.contained && !*long {
+				t.Skip("a case here contains it: run with -long")
+			}
 			here, there := tt.name+"-here", tt.name+"-there"
 			if out, err := exec.Command("cp", "-a", "--sparse=always", w.path("ready"), w.path(here)).CombinedOutput(); err != nil {
 				t.Fatalf("copy the instance: %v\n%s", err, out)

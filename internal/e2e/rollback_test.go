@@ -163,7 +163,11 @@ func TestCommandRollback(t *testing.T) {
 	})
 
 	t.Run("received", func(t *testing.T) {
-		for _, mode := range [][]string{{"--disable-postcopy-migration"}, nil} {
+		modes := [][]string{nil}
+		if *long {
+			modes = append(modes, []string{"--disable-postcopy-migration"})
+		}
+		for _, mode := range modes {
 			src := start("here", "Serving on ", "--laddr", "127.0.0.1:0")
 			addr := src.waitFor(t, "Serving on ")
 			at(point)

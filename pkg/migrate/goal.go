@@ -34,6 +34,11 @@ type Goal struct {
 	// Overhead is what a pause costs beside sending content: pausing, the device state, loading it, starting. Content
 	// gets the rest of MaxDowntime, and a quarter of it at least. 0 means 10 ms.
 	Overhead time.Duration
+
+	// RoundTrip is what the link takes there and back. A pause costs one and a half of it beside Overhead: the last of the
+	// content goes there, the destination's word that it is prepared comes back, the commit goes there. 0 means that it is not
+	// known; [Send] measures it then.
+	RoundTrip time.Duration
 }
 
 // Throttler is implemented by a [Guest] that can be slowed down.
@@ -47,7 +52,7 @@ func (g Goal) Check() error {
 	for _, v := range []struct {
 		name  string
 		value time.Duration
-	}{{"downtime", g.MaxDowntime}, {"total time", g.MaxTotalTime}, {"overhead", g.Overhead}} {
+	}{{"downtime", g.MaxDowntime}, {"total time", g.MaxTotalTime}, {"overhead", g.Overhead}, {"round trip", g.RoundTrip}} {
 		if v.value < 0 {
 			return fmt.Errorf("%s of %v: it cannot be negative", v.name, v.value)
 		}
@@ -74,12 +79,13 @@ const (
 // shares are the steps of the throttle.
 var shares = []float64{0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99}
 
-// overhead is Overhead with its default.
+// overhead is what a pause costs beside sending content.
 func (g Goal) overhead() time.Duration {
-	if g.Overhead == 0 {
-		return defaultOverhead
+	o := g.Overhead
+	if o == 0 {
+		o = defaultOverhead
 	}
-	return g.Overhead
+	return o + g.RoundTrip + g.RoundTrip/2
 }
 
 // budget is how long content may be sent while the guest is paused.
@@ -187,6 +193,7 @@ type Estimate struct {
 	DirtyRate float64 `json:"dirty_rate"`                     // bytes a second that the guest writes, each page counted once a round
 	Downtime  Millis  `json:"expected_downtime_ms,omitempty"` // if the rest were sent while the guest is paused
 	Remaining Millis  `json:"remaining_ms,omitempty"`         // until everything is there
+	RoundTrip Millis  `json:"round_trip_ms,omitempty"`        // of the link; part of both
 }
 
 // Decide says what to do after each round of a migration, and before the first: from the goal, the time since the start,
@@ -239,6 +246,7 @@ type view struct {
 func look(goal Goal, elapsed time.Duration, devices []History) *view {
 	l := &view{goal: goal, elapsed: elapsed, devices: devices, reasons: make([]string, len(devices))}
 	e := &l.estimate
+	e.RoundTrip = Millis(goal.RoundTrip)
 	for i := range devices {
 		h := &devices[i]
 		e.Rest += h.rest()

@@ -83,6 +83,11 @@ func TestDecide(t *testing.T) {
 		{name: "does not fit", devices: list(memory(kib(1028), 1000)), want: Continue, again: []int{0}, reason: "the rest needs 10.04ms, more than 10ms"},
 		{name: "fits what is stated", goal: stated, devices: list(memory(kib(4096), 1000)), want: Switch},
 		{name: "content gets a quarter", goal: Goal{MaxDowntime: 8 * time.Millisecond}, devices: list(memory(kib(200), 1000)), want: Switch, reason: "of 2ms"},
+		{name: "fits, with the round trip", goal: Goal{RoundTrip: 2 * time.Millisecond}, devices: list(memory(kib(716), 1000)), want: Switch, reason: "of 7ms"},
+		{name: "does not fit, for the round trip", goal: Goal{RoundTrip: 2 * time.Millisecond}, devices: list(memory(kib(720), 1000)), want: Continue, again: []int{0}, reason: "the rest needs 7.03ms, more than 7ms"},
+		{name: "does not fit, for the round trip, post-copy", goal: Goal{RoundTrip: 2 * time.Millisecond, PostCopy: true}, devices: list(memory(kib(720), 1000, 1)), want: PostCopy},
+		{name: "content gets a quarter, however far it is", goal: Goal{RoundTrip: time.Second}, devices: list(memory(kib(512), 1000)), want: Switch, reason: "of 5ms"},
+		{name: "too late, for the round trip", goal: Goal{MaxTotalTime: 10480 * time.Millisecond, MaxDowntime: time.Millisecond, RoundTrip: 50 * time.Millisecond}, devices: list(memory(lively, 1000)), want: GiveUp, reason: "the rest needs 485ms"},
 		{name: "fits, post-copy allowed", goal: Goal{PostCopy: true}, devices: list(memory(kib(1024), 1000)), want: Switch},
 		{name: "bandwidth unknown", devices: list(memory(kib(4), 0)), want: Continue, again: []int{0}, reason: "not known"},
 		{name: "bandwidth unknown, post-copy", goal: Goal{PostCopy: true}, devices: list(memory(kib(4), 0)), want: Continue, again: []int{0}},
@@ -178,6 +183,11 @@ func TestEstimate(t *testing.T) {
 	if got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}
+	got = Decide(Goal{RoundTrip: 20 * time.Millisecond}, spent(rounds), []History{h}).Estimate
+	want.RoundTrip, want.Downtime, want.Remaining = Millis(20*time.Millisecond), Millis(540*time.Millisecond), Millis(1040*time.Millisecond)
+	if got != want {
+		t.Errorf("with a round trip: got %+v, want %+v", got, want)
+	}
 	h.Dirty.Bytes = 95 * mib
 	if got := Decide(Goal{}, spent(rounds), []History{h}).Remaining; got != 0 {
 		t.Errorf("%v remain of what does not converge, want unknown", got)
@@ -202,7 +212,7 @@ func TestGoalCheck(t *testing.T) {
 		}
 	}
 	for want, g := range map[string]Goal{
-		"downtime of -1s": {MaxDowntime: -time.Second}, "total time of -1s": {MaxTotalTime: -time.Second}, "overhead of -1s": {Overhead: -time.Second},
+		"downtime of -1s": {MaxDowntime: -time.Second}, "total time of -1s": {MaxTotalTime: -time.Second}, "overhead of -1s": {Overhead: -time.Second}, "round trip of -1s": {RoundTrip: -time.Second},
 		"raise the total time": {MaxDowntime: 2 * time.Second, MaxTotalTime: time.Second},
 	} {
 		if err := g.Check(); err == nil || !strings.Contains(err.Error(), want) {

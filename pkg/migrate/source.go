@@ -151,7 +151,8 @@ type source struct {
 	serving    atomic.Pointer[serving]
 	delivered  atomic.Pointer[wire.Summary] // what was served, once all of it was
 	demands    atomic.Int64
-	lateBytes  int64 // missing at the switch
+	lateBytes  int64        // missing at the switch
+	roundTrip  atomic.Int64 // nanoseconds; 0: not measured yet
 	round      atomic.Int64
 	dirty      atomic.Int64
 	sentBefore atomic.Int64 // data, zeros and same before this round
@@ -693,7 +694,7 @@ func (s *source) decide() (Decision, error) {
 	for i, d := range s.devices {
 		history[i] = History{Device: d.Name, Size: d.size, Policy: d.Policy, Whole: !s.late[i], Rounds: d.rounds, Dirty: measure(d.pending, d.Policy.BlockSize)}
 	}
-	v := Decide(s.goal, time.Since(s.began), history)
+	v := Decide(s.aim(), time.Since(s.began), history)
 	s.decisions = append(s.decisions, v)
 	s.decided.Store(&v)
 	s.log.Info("migration decision", "action", v.Action, "reason", v.Reason)
@@ -771,6 +772,9 @@ func (s *source) sendRound(d *sourceDevice, began time.Time, plan func(*sourceDe
 	if err != nil {
 		return err
 	}
+	// With less than this on its way, nothing but the end of the round makes the destination acknowledge it.
+	tells := s.window.awaits(d.index, ackThreshold(s.cfg.Window))
+	asked := time.Now()
 	h := wire.Header{Type: wire.TypeRoundEnd, Device: uint16(d.index), Offset: uint64(s.window.total(d.index))}
 	if err := s.link.send(h, []byte{byte(index >> 24), byte(index >> 16), byte(index >> 8), byte(index)}); err != nil {
 		return err
@@ -778,8 +782,30 @@ func (s *source) sendRound(d *sourceDevice, began time.Time, plan func(*sourceDe
 	if err := s.window.drained(d.index); err != nil {
 		return err
 	}
+	if tells {
+		s.noteRoundTrip(time.Since(asked))
+	}
 	s.noteRound(d, dirty, began)
 	return nil
+}
+
+// noteRoundTrip keeps the shortest of what was measured: the others had to wait for something besides.
+func (s *source) noteRoundTrip(d time.Duration) {
+	for {
+		known := s.roundTrip.Load()
+		if known > 0 && known <= int64(d) || s.roundTrip.CompareAndSwap(known, int64(d)) {
+			return
+		}
+	}
+}
+
+// aim is the goal with what was measured of the link.
+func (s *source) aim() Goal {
+	g := s.goal
+	if g.RoundTrip == 0 {
+		g.RoundTrip = time.Duration(s.roundTrip.Load())
+	}
+	return g
 }
 
 func (s *source) noteRound(d *sourceDevice, dirty Dirty, began time.Time) {
@@ -981,7 +1007,7 @@ func (s *source) postCopy(rest []*sourceDevice) bool {
 	if n := len(s.decisions); n > 0 {
 		bandwidth = s.decisions[n-1].Bandwidth
 	}
-	return s.goal.PostCopy && !s.goal.fits(bytes, bandwidth)
+	return s.goal.PostCopy && !s.aim().fits(bytes, bandwidth)
 }
 
 // announce sends the lists of what will be missing.

@@ -27,14 +27,17 @@ type tally struct {
 
 func newTally(devices int, window int64) *tally {
 	t := &tally{
-		// The source stops when a window is unacknowledged: a quarter keeps it going with few frames.
-		threshold: window / 4,
+		threshold: ackThreshold(window),
 		signal:    make(chan struct{}, 1),
 		done:      make([]int64, devices), want: make([]int64, devices), acked: make([]int64, devices),
 	}
 	t.cond = sync.NewCond(&t.mu)
 	return t
 }
+
+// ackThreshold is how many unacknowledged bytes are worth a frame. The source stops when a window is unacknowledged: a quarter
+// keeps it going with few frames.
+func ackThreshold(window int64) int64 { return window / 4 }
 
 func (t *tally) wake() {
 	select {

@@ -83,6 +83,13 @@ func (w *window) drained(device int) error {
 	return w.err
 }
 
+// awaits reports whether something of the device is not acknowledged, and less than limit of all devices.
+func (w *window) awaits(device int, limit int64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.acked[device] < w.sent[device] && w.inflight < limit
+}
+
 func (w *window) total(device int) int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -71,6 +71,9 @@ func (d *destination) receive(streams int, f func() error) (*Report, error) {
 	stop := d.meter.run()
 	err := f()
 	stop()
+	if d.release != nil {
+		d.release()
+	}
 	if d.streams > 0 {
 		streams = d.streams
 	}
@@ -113,6 +116,7 @@ type destination struct {
 	ranErr   error                       // what came of it
 	fresh    bool                        // this process does not remember what was received before
 	asks     asks
+	release  func() // of spare processors; nil without them
 
 	unmet      bool // the latest attempt to meet the source again failed
 	told       bool // the source has ended the conversation, so it knows
@@ -134,6 +138,7 @@ type content struct {
 	tally   *tally
 	jobs    chan *wire.Buffer // content frames on their way to a device
 	phase   atomic.Uint32
+	write   func(*wire.Buffer) error // content to a device
 }
 
 // Phases of content.
@@ -144,7 +149,17 @@ const (
 )
 
 func (d *destination) newContent(l *link, window int64) *content {
-	return &content{link: l, devices: d.devices, tally: newTally(len(d.devices), window), jobs: make(chan *wire.Buffer, 2*d.cfg.Concurrency)}
+	c := &content{link: l, devices: d.devices, tally: newTally(len(d.devices), window), jobs: make(chan *wire.Buffer, 2*d.cfg.Concurrency)}
+	c.write = func(b *wire.Buffer) error { return d.write(c, b) }
+	return c
+}
+
+// makeRoom has what is streamed step back behind what is demanded.
+func (d *destination) makeRoom(l *link) {
+	l.reserved.Store(true)
+	if d.release == nil {
+		d.release = spareProcessors(d.cfg.Concurrency + len(l.streams) + 1)
+	}
 }
 
 // flow has content taken in until the link ends.
@@ -540,6 +555,11 @@ func (c *content) receive(h wire.Header, r *wire.Reader) error {
 		b.Release()
 		return err
 	}
+	// What somebody waits for does not stand in line.
+	if dev := c.devices[h.Device]; c.phase.Load() == contentLate && dev.late != nil && dev.asked.has(int64(h.Offset)/block.PageSize) {
+		defer b.Release()
+		return c.write(b)
+	}
 	select {
 	case c.jobs <- b:
 	case <-c.link.ctx.Done():
@@ -577,9 +597,13 @@ func extentOf(b *wire.Buffer, size int64) (block.Range, error) {
 
 // work writes content to devices until the link ends.
 func (d *destination) work(c *content) {
+	var back background
 	for {
 		select {
 		case b := <-c.jobs:
+			if c.link.reserved.Load() {
+				back.stepBack()
+			}
 			err := d.write(c, b)
 			b.Release()
 			if err != nil {

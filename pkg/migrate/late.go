@@ -79,6 +79,7 @@ func (d *destination) postpone(c *content) error {
 	d.lacks = true
 	d.filling.Store(&filling{d.devices, d.lateBytes})
 	c.tally.hurry(ackEvery)
+	d.makeRoom(c.link)
 	c.phase.Store(contentLate)
 	d.workers.Go(func() { d.demand(c.link) })
 	return nil
@@ -468,6 +469,7 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 		}
 	}
 	d.askAgain()
+	d.makeRoom(l)
 	d.flow(c)
 	d.workers.Go(func() { d.demand(l) })
 	close(ready)

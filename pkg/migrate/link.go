@@ -54,7 +54,8 @@ type link struct {
 	onAck    func(device int, total int64) error
 	onDemand func(device int, r block.Range) error
 
-	// reserved: stream 0 takes no more from bulk, unless it is the only one. What is urgent then has nothing in its way.
+	// reserved: stream 0 takes no more from bulk, unless it is the only one, and what serves the others steps back. What is
+	// urgent then has nothing in its way.
 	reserved atomic.Bool
 
 	heartbeatTimeout time.Duration
@@ -365,7 +366,11 @@ func (s *stream) read() {
 func (s *stream) readFrames() error {
 	l := s.link
 	r := wire.NewReader(s)
+	var b background
 	for {
+		if s.index > 0 && l.reserved.Load() {
+			b.stepBack()
+		}
 		h, err := r.Next()
 		if err != nil {
 			return err
@@ -475,7 +480,11 @@ func (s *stream) writeFrames() error {
 	tick := time.NewTicker(wire.HeartbeatInterval / 2) // silent for a whole interval at most
 	defer tick.Stop()
 	silent := false
+	var back background
 	for {
+		if s.index > 0 && l.reserved.Load() {
+			back.stepBack()
+		}
 		var b *wire.Buffer
 		bulk := l.bulk
 		if s.index == 0 && len(l.streams) > 1 && l.reserved.Load() {

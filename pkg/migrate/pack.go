@@ -84,9 +84,13 @@ func (p *planner) flush() error {
 
 // work packs jobs until the link ends.
 func (s *source) work() {
+	var b background
 	for {
 		select {
 		case j := <-s.jobs:
+			if s.link.reserved.Load() {
+				b.stepBack()
+			}
 			if err := s.pack(&j); err != nil {
 				s.link.fail(err)
 			}

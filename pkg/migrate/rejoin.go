@@ -180,7 +180,7 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	s.delivered.Store(nil)
 	s.flow()
 	s.window.narrow(serveLimit(len(streams)))
-	l.reserved.Store(true)
+	s.makeRoom()
 	v := s.newServing(missing, missing)
 	if err := l.send(wire.Header{Type: wire.TypeServe, Flags: flags}, nil); err != nil {
 		return err

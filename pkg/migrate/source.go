@@ -103,6 +103,9 @@ func (s *source) send(streams int, f func(*source) error) (*Report, error) {
 	stop := s.meter.run()
 	err := f(s)
 	stop()
+	if s.release != nil {
+		s.release()
+	}
 	if err != nil {
 		err = fmt.Errorf("send guest, migration %s: %w", s.cfg.ID, err)
 	}
@@ -142,6 +145,7 @@ type source struct {
 	fresh      bool              // this process does not remember what was sent before; see wire.FlagFresh
 	started    func()            // ends the time limit for starting the guest
 	reconnects int
+	release    func() // of spare processors; nil without them
 
 	met       bool   // the latest attempt to meet the destination again succeeded
 	version   uint16 // of the protocol
@@ -1034,8 +1038,16 @@ func (s *source) announce(rest []*sourceDevice) (*serving, error) {
 		return nil, nil
 	}
 	s.window.narrow(serveLimit(len(s.link.streams)))
-	s.link.reserved.Store(true)
+	s.makeRoom()
 	return s.newServing(missing, hot, cold), nil
+}
+
+// makeRoom has what is streamed step back behind what is demanded.
+func (s *source) makeRoom() {
+	s.link.reserved.Store(true)
+	if s.release == nil {
+		s.release = spareProcessors(s.cfg.Concurrency + len(s.link.streams) + 1)
+	}
 }
 
 // tracked are the devices that the guest may write to.

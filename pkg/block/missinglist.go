@@ -198,20 +198,7 @@ func (m *missingList) write(present []stateRun) error {
 }
 
 // make makes the file, whole or not at all.
-func (m *missingList) make() (err error) {
-	next := m.path + newStateSuffix
-	f, err := m.fs.open("create list", next, true, true)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.close())
-		}
-	}()
-	if err := f.lock(); err != nil {
-		return err
-	}
+func (m *missingList) make() error {
 	b, log, runs := encodeMissingHeader(m.blockSize, m.size), stateLog{}, m.runs
 	for first := true; first || len(runs) > 0; first = false {
 		n := min(len(runs), batchMaxRuns)
@@ -220,16 +207,8 @@ func (m *missingList) make() (err error) {
 		runs = runs[n:]
 	}
 	log.end = int64(len(b))
-	if err := f.writeAt("write list", b, 0); err != nil {
-		return err
-	}
-	if err := f.sync("sync new list"); err != nil {
-		return err
-	}
-	if err := m.fs.rename("rename list", next, m.path); err != nil {
-		return err
-	}
-	if err := m.fs.syncDir("sync folder of list", filepath.Dir(m.path)); err != nil {
+	f, err := replaceFile(m.fs, "list", m.path, b)
+	if err != nil {
 		return err
 	}
 	m.file, m.log, m.runs = f, log, nil

@@ -217,7 +217,7 @@ func (o *Overlay) openFiles(opts OverlayOptions) (created []string, err error) {
 	}
 	// Only now nobody else can make the state.
 	if _, err := o.fs.size(o.statePath); errors.Is(err, os.ErrNotExist) {
-		return []string{o.statePath, o.statePath + newStateSuffix, o.path}, o.fs.syncDir("sync folder of new overlay", filepath.Dir(o.path))
+		return []string{o.statePath, o.statePath + newSuffix, o.path}, o.fs.syncDir("sync folder of new overlay", filepath.Dir(o.path))
 	} else if err != nil {
 		return nil, fmt.Errorf("open overlay: %w", err)
 	}
@@ -353,24 +353,8 @@ func (o *Overlay) scrub() error {
 	return nil
 }
 
-const newStateSuffix = ".new"
-
 // writeState replaces the state file by a new one with these contents, whole or not at all.
-func (o *Overlay) writeState(header stateHeader, runs []stateRun) (err error) {
-	path := o.statePath + newStateSuffix
-	f, err := o.fs.open("create state", path, true, true)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, f.close())
-		}
-	}()
-	// The overlay file's lock is what counts; this one catches a state file that is given two overlays.
-	if err := f.lock(); err != nil {
-		return fmt.Errorf("lock %q: %w", path, err)
-	}
+func (o *Overlay) writeState(header stateHeader, runs []stateRun) error {
 	log := stateLog{}
 	b := header.encode()
 	for len(runs) > 0 {
@@ -383,16 +367,9 @@ func (o *Overlay) writeState(header stateHeader, runs []stateRun) (err error) {
 	log.sealed = true
 	b = appendBatch(b, log.sequence, batchSeal, nil)
 	log.end = int64(len(b))
-	if err := f.writeAt("write state", b, 0); err != nil {
-		return err
-	}
-	if err := f.sync("sync new state"); err != nil {
-		return err
-	}
-	if err := o.fs.rename("rename state", path, o.statePath); err != nil {
-		return err
-	}
-	if err := o.fs.syncDir("sync folder of state", filepath.Dir(o.statePath)); err != nil {
+	// The overlay file's lock is what counts; the one on this file catches a state file that is given two overlays.
+	f, err := replaceFile(o.fs, "state", o.statePath, b)
+	if err != nil {
 		return err
 	}
 	old := o.state

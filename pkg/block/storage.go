@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 )
@@ -42,6 +43,40 @@ type storedFile interface {
 
 // errLocked is returned by storedFile.lock when the file is locked already.
 var errLocked = errors.New("another process holds it: end that process, or give this instance overlays of its own")
+
+// newSuffix is what a file that is to replace another is called, after the other's name.
+const newSuffix = ".new"
+
+// replaceFile makes the file at path, or replaces it, by one with these contents: whole and durable, or, after a crash or an
+// error, not at all. The new file is locked before anybody can find it, and returned open. What names it in the steps.
+func replaceFile(fs storage, what, path string, contents []byte) (_ storedFile, err error) {
+	next := path + newSuffix
+	f, err := fs.open("create "+what, next, true, true)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.close())
+		}
+	}()
+	if err := f.lock(); err != nil {
+		return nil, fmt.Errorf("lock %q: %w", next, err)
+	}
+	if err := f.writeAt("write "+what, contents, 0); err != nil {
+		return nil, err
+	}
+	if err := f.sync("sync new " + what); err != nil {
+		return nil, err
+	}
+	if err := fs.rename("rename "+what, next, path); err != nil {
+		return nil, err
+	}
+	if err := fs.syncDir("sync folder of "+what, filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	return f, nil
+}
 
 // hostStorage is the storage of the host.
 type hostStorage struct{}

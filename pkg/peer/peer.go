@@ -308,8 +308,11 @@ func (p *Peer) Search() {
 // the peer is there: its guest is frozen until [Peer.Search] has found the source.
 func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
 	cfg = cfg.withDefaults()
-	t := &target{cfg: cfg}
-	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
+	receiving, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	t := &target{cfg: cfg, fail: fail}
+	defer t.stopWatch()
+	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
 		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
 	})
@@ -326,9 +329,26 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 		return p, report, err
 	case t.instance != nil && errors.Is(err, migrate.ErrInDoubt):
 		// It is ours, and it does not run. Saved, it is not lost, whatever becomes of the doubt.
+		dead := endsSoon(t.instance.Machine())
 		err = errors.Join(err, t.instance.Close(ctx))
+		if dead {
+			err = fmt.Errorf("%w; it belongs here, and its VM has ended, as by a power loss: boot it from its disks with --boot", err)
+		}
 	}
 	return nil, report, err
+}
+
+// dying is how long a machine that does not answer any more may take to have ended.
+const dying = 2 * time.Second
+
+// endsSoon reports whether a machine that has failed is ending, or has ended.
+func endsSoon(m vmm.Machine) bool {
+	select {
+	case <-m.Done():
+		return true
+	case <-time.After(dying):
+		return false
+	}
 }
 
 // Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
@@ -506,6 +526,9 @@ type target struct {
 	instance *runner.Instance
 	names    []string // of the devices, as the manifest has them
 
+	fail    context.CancelCauseFunc // ends the migration, as long as it can end
+	unwatch func()                  // ends the watch over the machine; nil: there is none
+
 	agent     sync.WaitGroup // the telling of the agent that the guest runs
 	agentTook time.Duration  // once agent is done
 }
@@ -528,7 +551,7 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	} else if err != nil {
 		return nil, err
 	}
-	t.instance = i
+	t.instance, t.unwatch = i, watch(i.Machine(), t.fail)
 	devices := make([]block.Device, len(incoming))
 	for n, in := range incoming {
 		for _, d := range i.Devices() {
@@ -601,8 +624,24 @@ func (t *target) late(devices map[string]runner.Late) []migrate.Late {
 }
 
 func (t *target) Complete(ctx context.Context) error { return t.instance.Complete(ctx) }
-func (t *target) Discard(ctx context.Context) error  { return t.instance.Discard(ctx) }
 
-func (t *target) Commit(ctx context.Context, id string) error { return t.instance.Own(ctx, id) }
-func (t *target) Abort(ctx context.Context, id string) error  { return t.instance.Refuse(ctx, id) }
-func (t *target) Done(context.Context, string) error          { return t.instance.Settled() }
+func (t *target) stopWatch() {
+	if t.unwatch != nil {
+		t.unwatch()
+	}
+}
+
+// Discard ends the machine, too, which then surprises nobody.
+func (t *target) Discard(ctx context.Context) error {
+	t.stopWatch()
+	return t.instance.Discard(ctx)
+}
+
+// Commit ends the watch over the machine: one that ends from now on is the death of the guest, and not the migration's to undo.
+func (t *target) Commit(ctx context.Context, id string) error {
+	t.stopWatch()
+	return t.instance.Own(ctx, id)
+}
+
+func (t *target) Abort(ctx context.Context, id string) error { return t.instance.Refuse(ctx, id) }
+func (t *target) Done(context.Context, string) error         { return t.instance.Settled() }

@@ -184,7 +184,7 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			return nil
 		}
 		i.phase = suspended
-		if err := writeRecord(i.device(StateDevice), Record{Status: Running}); err != nil {
+		if err := writeRecord(i.device(StateDevice), i.runningRecord("")); err != nil {
 			return err
 		}
 	case state == vmm.StateRunning:
@@ -217,7 +217,7 @@ func restoreSaved(state *device) error {
 	if err != nil {
 		return err
 	}
-	r.Status, r.Kept, r.Time = Saved, false, time.Time{}
+	r.Status, r.Kept, r.Layered, r.Time = Saved, false, false, time.Time{}
 	return writeRecord(state, r)
 }
 

@@ -159,7 +159,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	i.guest.noteResume()
 	var work errgroup.Group
 	resumed = true
-	record := Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state), Kept: i.cfg.KeepCommitPoint, Time: time.Now()}
+	record := Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state), Kept: i.cfg.KeepCommitPoint, Layered: i.cfg.KeepCommitPoint, Time: time.Now()}
 	if record.Kept {
 		i.point.record = record
 	}
@@ -900,7 +900,7 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.phase, i.migration = released, migration
-	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration})
+	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered()})
 }
 
 // Released says that whom the instance was given to runs it: nothing here is of use any more.
@@ -1109,7 +1109,7 @@ func (i *Instance) recordEnd() error {
 	if i.phase != running || state == nil || reason != nil && !errors.Is(reason, vmm.ErrReboot) {
 		return nil
 	}
-	if err := writeRecord(state, Record{Status: ShutDown, Migration: i.late.migration}); err != nil {
+	if err := writeRecord(state, Record{Status: ShutDown, Migration: i.late.migration, Layered: i.layered()}); err != nil {
 		return err
 	}
 	if err := i.fold(context.Background()); err != nil {

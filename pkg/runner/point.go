@@ -25,9 +25,9 @@ import (
 //
 // The record alone says what the layer is, so that each step is as atomic as a record:
 //
-//   - Running with Kept: the disk under the layer, the memory and the device state are the commit point;
-//   - Running without, ShutDown, Moved: the layer is a part of the disk, under it lies nothing of use;
-//   - anything else: the layer is void. It was folded in before, or is to be dropped.
+//   - with Kept, the disk under the layer, the memory and the device state are the commit point;
+//   - with Layered alone, the layer is a part of the disk, and under it lies nothing of use;
+//   - with neither, the layer is void. It was folded in before, or is to be dropped.
 
 // ErrNoCommitPoint is wrapped by the error of a Resume that was to return to a commit point, when there is none. The message
 // says what is missing and what can be done.
@@ -71,7 +71,7 @@ func (d DeviceConfig) layerFiles() (overlay, state string) {
 	return d.Overlay + layerSuffix, d.State + layerSuffix
 }
 
-// hasLayer reports whether a disk has a layer. One without its state was being made, or removed.
+// hasLayer reports whether there are the files of a layer. One without its state was being made, or removed.
 func (d *device) hasLayer() bool {
 	_, state := d.layerFiles()
 	_, err := os.Lstat(state)
@@ -214,7 +214,7 @@ func (i *Instance) keepPoint() error {
 // forgetPoint gives the commit point up, durably if it is on record, for a disk or the memory is about to change.
 func (i *Instance) forgetPoint(status Status) error {
 	if i.point.record.Kept && status == Running {
-		if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: i.late.migration}); err != nil {
+		if err := writeRecord(i.device(StateDevice), Record{Status: Running, Migration: i.late.migration, Layered: true}); err != nil {
 			return err
 		}
 	}
@@ -242,21 +242,39 @@ func (i *Instance) voidLayers() {
 	}
 }
 
-// foldLayers makes one disk again of each disk and the layer that a power loss has left of it.
+// layered reports whether the disks have layers.
+func (i *Instance) layered() bool {
+	for _, d := range i.devices {
+		if d.layer != nil {
+			return true
+		}
+	}
+	return false
+}
+
+// foldLayers makes one disk again of each disk and the layer that a power loss has left of it. The record that is written
+// next says that there are none.
 func (i *Instance) foldLayers(ctx context.Context) error {
 	state := i.device(StateDevice)
+	if state == nil {
+		return nil
+	}
+	r, err := ReadRecord(state)
+	if errors.Is(err, errNoRecord) {
+		return nil
+	}
+	if err == nil && !r.Layered {
+		return i.dropLayers()
+	}
+	if err == nil && r.Kept { // no longer
+		err = writeRecord(state, Record{Status: r.Status, Migration: r.Migration, Layered: true})
+	}
+	if err != nil {
+		return err
+	}
 	for _, d := range i.devices {
 		if !d.hasLayer() {
 			continue
-		}
-		r, err := ReadRecord(state)
-		if err != nil {
-			return err
-		}
-		if r.Kept { // no longer
-			if err := writeRecord(state, Record{Status: r.Status, Migration: r.Migration}); err != nil {
-				return err
-			}
 		}
 		if err := d.openLayer(nil); err != nil {
 			return err
@@ -275,7 +293,7 @@ func (i *Instance) foldLayers(ctx context.Context) error {
 // runningRecord is the record of the instance while it runs here.
 func (i *Instance) runningRecord(migration string) Record {
 	r := i.point.record
-	r.Status, r.Migration = Running, migration
+	r.Status, r.Migration, r.Layered = Running, migration, i.layered()
 	return r
 }
 
@@ -295,7 +313,7 @@ func (i *Instance) rollBack(ctx context.Context) error {
 		return fmt.Errorf("%w: %s", ErrNoCommitPoint, r.noPoint())
 	}
 	saved := r
-	saved.Status, saved.Kept, saved.Time = Saved, false, time.Time{}
+	saved.Status, saved.Kept, saved.Layered, saved.Time = Saved, false, false, time.Time{}
 	if _, err := readState(state, saved); err != nil {
 		return fmt.Errorf("%w: %w: boot it from its disks with --boot", ErrNoCommitPoint, err)
 	}

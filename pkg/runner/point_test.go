@@ -116,7 +116,7 @@ func TestCommitPoint(t *testing.T) {
 			if err := errors.Join(disk.Flush(), WriteSaved(i.device(StateDevice), state), i.keepPoint()); err != nil {
 				t.Fatal(err)
 			}
-			if err := writeRecord(i.device(StateDevice), Record{Status: Running, Kept: true, Length: int64(len(state)), Sum: xxh3.Hash(state)}); err != nil {
+			if err := writeRecord(i.device(StateDevice), Record{Status: Running, Kept: true, Layered: true, Length: int64(len(state)), Sum: xxh3.Hash(state)}); err != nil {
 				t.Fatal(err)
 			}
 			after = bytes.Clone(before)
@@ -180,7 +180,7 @@ func TestCommitPoint(t *testing.T) {
 			if err := i.forgetPoint(Running); err != nil {
 				t.Fatal(err)
 			}
-			if r, err := ReadRecord(i.device(StateDevice)); err != nil || r.Kept || r.Length != 0 {
+			if r, err := ReadRecord(i.device(StateDevice)); err != nil || r.Kept || !r.Layered || r.Length != 0 {
 				t.Errorf("%+v, %v: the commit point is about to change and still on record", r, err)
 			}
 			if err := i.fold(t.Context()); err != nil {
@@ -200,12 +200,24 @@ func TestCommitPoint(t *testing.T) {
 				if err := i.foldLayers(ctx); (err == nil) != (ctx.Err() == nil) {
 					t.Errorf("error %v", err)
 				}
-				if r, err := ReadRecord(i.device(StateDevice)); err != nil || r.Kept || r.Status != Running {
+				if r, err := ReadRecord(i.device(StateDevice)); err != nil || r.Kept || !r.Layered || r.Status != Running {
 					t.Errorf("record %+v, %v", r, err)
 				}
 				i.leave(t)
 			}
 			check(t, dir, after)
+		})
+		t.Run(name+"/void", func(t *testing.T) {
+			// As where a power loss brings back files that had been removed, under a record of later.
+			dir := t.TempDir()
+			before, _ := run(t, dir)
+			i := restsOn(t, dir, inPlace, Config{})
+			err := writeRecord(i.device(StateDevice), Record{Status: Running})
+			if err := errors.Join(err, i.foldLayers(t.Context())); err != nil {
+				t.Error(err)
+			}
+			i.leave(t)
+			check(t, dir, before)
 		})
 		t.Run(name+"/migrates on", func(t *testing.T) {
 			dir := t.TempDir()

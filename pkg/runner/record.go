@@ -85,13 +85,16 @@ type Record struct {
 	// Kept says of an instance that runs that it can return to its commit point: the device state that follows, memory as it is
 	// in its device, and the disks without their layers.
 	Kept bool
+
+	// Layered says that the disks have layers which are a part of them, if their files are there. Otherwise such files are void.
+	Layered bool
 }
 
 // Layout of the header, little endian, padded to one page:
 //
 //	  0  8  magic "DRFTSTA1"
 //	  8  4  status
-//	 12  4  flags; bit 0: settled, bit 1: kept
+//	 12  4  flags; bit 0: settled, bit 1: kept, bit 2: layered
 //	 16  8  time, Unix nanoseconds
 //	 24  8  length of the device state, which begins at recordSize
 //	 32  8  xxh3-64 of the device state
@@ -110,7 +113,7 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
-	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1))
+	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1|btoi(r.Layered)<<2))
 	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
 	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
 	binary.LittleEndian.PutUint64(b[32:], r.Sum)
@@ -133,6 +136,7 @@ func decodeRecord(b []byte) (Record, error) {
 		Status:    Status(binary.LittleEndian.Uint32(b[8:])),
 		Settled:   binary.LittleEndian.Uint32(b[12:])&1 != 0,
 		Kept:      binary.LittleEndian.Uint32(b[12:])&2 != 0,
+		Layered:   binary.LittleEndian.Uint32(b[12:])&4 != 0,
 		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
 		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
 		Sum:       binary.LittleEndian.Uint64(b[32:]),

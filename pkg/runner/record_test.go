@@ -21,11 +21,13 @@ func TestRecordGolden(t *testing.T) {
 		t.Errorf("encoded as\n%s, want\n%s", got, want)
 	}
 	back, err := decodeRecord(b)
-	r.Kept = true
-	if kept, err := decodeRecord(r.encode()); err != nil || !kept.Kept || kept.Settled || back.Kept {
-		t.Errorf("what is kept is lost (%v)", err)
+	for _, flag := range []func(*Record) *bool{func(r *Record) *bool { return &r.Kept }, func(r *Record) *bool { return &r.Layered }} {
+		flagged := r
+		*flag(&flagged) = true
+		if got, err := decodeRecord(flagged.encode()); err != nil || !*flag(&got) || got.Settled || got.Kept == got.Layered || *flag(&back) {
+			t.Errorf("a flag is lost: %+v, %v", got, err)
+		}
 	}
-	r.Kept = false
 	r.Settled = true
 	if settled, err := decodeRecord(r.encode()); err != nil || !settled.Settled || back.Settled {
 		t.Errorf("what is settled is lost (%v)", err)

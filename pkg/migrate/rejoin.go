@@ -182,10 +182,10 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	s.window.narrow(serveLimit(len(streams)))
 	s.makeRoom()
 	v := s.newServing(missing, missing)
+	v.start() // before the destination hears that it may demand
 	if err := l.send(wire.Header{Type: wire.TypeServe, Flags: flags}, nil); err != nil {
 		return err
 	}
-	v.start()
 	if r.Standing == wire.Runs {
 		s.isRunning()
 		s.state.set(SourceServing)

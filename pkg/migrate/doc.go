@@ -81,10 +81,15 @@
 // # Concurrency
 //
 // Send and Receive may be called any number of times at once, each with streams, devices and hooks of its own. Both
-// return only when everything they started has ended, but for goroutines blocked in a stream that nothing can interrupt.
+// return only when everything they started has ended, but for goroutines blocked in a stream that nothing can interrupt, and a
+// Postponer.Complete that was given up on.
 // Hooks are called by the goroutine that called Send or Receive, one at a time, except that Guest.State runs beside the
 // last round, and that Target.Run of a guest that lacks content runs beside its filling. While Send runs, nobody else may use the trackers, and while Receive runs, nobody else may write to the
 // devices.
+//
+// While content arrives that a running guest may wait for, the goroutines that stream what nobody waits for have threads of
+// their own, with a nice value raised by 3, and GOMAXPROCS is raised to the number of goroutines that may be busy, for the whole
+// process, where it is less. Without that, what is demanded waits for milliseconds behind the stream on hosts with few processors.
 //
 // # Example
 //

@@ -328,3 +328,63 @@ func TestKeptMemory(t *testing.T) {
 		}
 	}
 }
+
+// BenchmarkKeptDisk is what a disk costs whose commit point is kept, beside one whose is not.
+func BenchmarkKeptDisk(b *testing.B) {
+	for _, keep := range []bool{false, true} {
+		name := map[bool]string{false: "plain", true: "kept"}[keep]
+		b.Run(name, func(b *testing.B) {
+			const size = 256 << 20
+			dir := b.TempDir()
+			base := filepath.Join(dir, "disk")
+			f, err := block.CreateFile(base, size)
+			if err != nil {
+				b.Fatal(err)
+			}
+			if err := f.Close(); err != nil {
+				b.Fatal(err)
+			}
+			d, err := openDevice(DeviceConfig{Name: "disk", Base: base, Overlay: base + ".o", State: base + ".s"}, openExisting, 0, liveFiles{})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer d.close()
+			p := bytes.Repeat([]byte{1}, 1<<20)
+			for off := int64(0); off < size; off += int64(len(p)) { // what an earlier run has written
+				if _, err := d.WriteAt(p, off); err != nil {
+					b.Fatal(err)
+				}
+			}
+			if keep {
+				if err := d.openLayer(nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+			random := rand.New(rand.NewPCG(1, 1))
+			b.Run("write 4 KiB", func(b *testing.B) {
+				b.SetBytes(4096)
+				for b.Loop() {
+					if _, err := d.front().WriteAt(p[:4096], random.Int64N(size/4096)*4096); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.Run("read 4 KiB", func(b *testing.B) {
+				b.SetBytes(4096)
+				for b.Loop() {
+					if _, err := d.front().ReadAt(p[:4096], random.Int64N(size/4096)*4096); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+			b.Run("read 1 MiB", func(b *testing.B) {
+				b.SetBytes(1 << 20)
+				for b.Loop() {
+					if _, err := d.front().ReadAt(p, random.Int64N(size/int64(len(p)))*int64(len(p))); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		})
+	}
+}

@@ -570,6 +570,11 @@ func (t *target) Load(ctx context.Context, state io.Reader) error { return t.ins
 
 // Run returns when the guest serves. An agent that does not answer is the operator's to know, not a reason to stop it.
 func (t *target) Run(ctx context.Context) error {
+	select {
+	case <-t.instance.Machine().Done(): // after it was said that it could run, and before it was to
+		return fmt.Errorf("%w: the machine that waited for it has ended: %w", migrate.ErrNeverRan, orNone(t.instance.Machine().Err()))
+	default:
+	}
 	if err := t.instance.Run(ctx); err != nil {
 		return err
 	}

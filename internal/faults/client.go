@@ -6,11 +6,18 @@ import (
 	"time"
 )
 
+// forever is longer than anything takes in a world, in fake time.
+const forever = 10 * time.Minute
+
 // client reads and writes the guest's registers until ctx ends, wherever it finds somebody who answers as the guest. What it was
 // answered is in the world's history.
 func (w *World) client(ctx context.Context, id int, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, uint64(id)))
+	begun := time.Now()
 	for n := uint64(1); ctx.Err() == nil; n++ {
+		if time.Since(begun) > forever {
+			panic("somebody waits for ever, and the clients keep the clock going: look for who does, with GOTRACEBACK=all")
+		}
 		e := Event{Register: inMemory, Do: reads}
 		if r.IntN(2) == 0 {
 			e.Register = onDisk

@@ -20,7 +20,9 @@ import (
 // cancellations at random, and everything started again after each; and has the history of it checked.
 func TestHistories(t *testing.T) {
 	var total, moved, blown int
+	var longest time.Duration
 	eachSeed(t, 60, 600, func(t *testing.T, seed uint64) {
+		begun := time.Now()
 		w := NewWorld(seed, newDir(t), "a", "b", "c")
 		r := rand.New(rand.NewPCG(seed, 3))
 		stop := w.startClients(t, seed, 3)
@@ -55,6 +57,7 @@ func TestHistories(t *testing.T) {
 		for _, wrong := range w.Wrong() {
 			t.Error(wrong)
 		}
+		longest = max(longest, time.Since(begun))
 		h := w.History()
 		if err := h.Check(); err != nil {
 			t.Error(err)
@@ -65,7 +68,7 @@ func TestHistories(t *testing.T) {
 			t.Errorf("nothing was found in a history in which the guest ran on %s, too:%v", host, planted)
 		}
 	})
-	t.Logf("%d migrations, %d of them with faults, %d moved the guest", total, blown, moved)
+	t.Logf("%d migrations, %d of them with faults, %d moved the guest; the longest history took %v of fake time", total, blown, moved, longest)
 	if *seed == 0 && *seeds == 0 && (total < 200 || moved < total/10 || blown < total/3) {
 		t.Error("that is too little")
 	}

@@ -333,7 +333,18 @@ func (t *target) Load(ctx context.Context, r io.Reader) error {
 		return err
 	}
 	return t.withVM(func(vm *VM) error {
-		stop := context.AfterFunc(ctx, vm.interrupt)
+		loaded := make(chan struct{})
+		defer close(loaded)
+		stop := context.AfterFunc(ctx, func() { // again and again: its next wait may be yet to come
+			for {
+				vm.interrupt()
+				select {
+				case <-loaded:
+					return
+				case <-time.After(tick):
+				}
+			}
+		})
 		defer stop()
 		return vm.load(program)
 	})

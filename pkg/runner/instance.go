@@ -607,8 +607,7 @@ func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := block.Copy(ctx, f, d.Device, block.CopyOptions{}); err != nil {
-		f.Close()
+	if err := errors.Join(block.Copy(ctx, f, d.Device, block.CopyOptions{}), f.Close()); err != nil {
 		return "", err
 	}
 	return filepath.Abs(path)

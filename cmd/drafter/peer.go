@@ -425,7 +425,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		}
 		select {
 		case <-p.Done():
-			fmt.Fprintf(out, "The VM ended before all of it had arrived: its memory is not needed any more, its disks are whole\n")
+			fmt.Fprintf(out, "The VM ended before its migration did: its memory is not needed any more, its disks are whole\n")
 			return p, nil
 		default:
 		}

@@ -60,8 +60,9 @@ type serving struct {
 // servedDevice is what is to be sent of a device.
 type servedDevice struct {
 	*sourceDevice
-	left  *pageSet // to be sent
-	again *pageSet // sent a second time
+	listed *pageSet // what was missing at the start; it does not change
+	left   *pageSet // to be sent
+	again  *pageSet // sent a second time
 }
 
 // want is content of a device that somebody wants, or may want.
@@ -78,7 +79,7 @@ func (s *source) newServing(missing [][]block.Range, likely ...[][]block.Range) 
 		sd := servedDevice{sourceDevice: d}
 		if missing[i] != nil {
 			d.digest.shared.Store(false) // it lacks what is listed, whatever it had
-			sd.left, sd.again = newPageSetOf(d.size, missing[i]), newPageSet(d.size)
+			sd.listed, sd.left, sd.again = newPageSetOf(d.size, missing[i]), newPageSetOf(d.size, missing[i]), newPageSet(d.size)
 		}
 		v.devices = append(v.devices, sd)
 	}
@@ -167,7 +168,7 @@ func (v *serving) send(w want) error {
 	}
 	d.left.each(w.Range, func(page int64) {
 		// What is on its way already may be behind much else.
-		if err != nil || !d.left.take(page) && !d.again.put(page) {
+		if err != nil || !d.listed.has(page) || !d.left.take(page) && !d.again.put(page) {
 			return
 		}
 		r := d.left.rangeOf(page, 1)

@@ -147,6 +147,7 @@ func (d *dialOptions) check() error {
 type agentOptions struct {
 	dialOptions
 	beforeSuspend, afterResume, shell string
+	beforeSuspendDir, afterResumeDir  string
 }
 
 func newAgentCommand(o *options) *cobra.Command {
@@ -167,6 +168,8 @@ func newAgentCommand(o *options) *cobra.Command {
 	a.add(cmd, agent.DefaultPort, "how long one attempt to connect may take; there is always another")
 	cmd.Flags().StringVar(&a.beforeSuspend, "before-suspend-cmd", "", "command to run before the machine is suspended")
 	cmd.Flags().StringVar(&a.afterResume, "after-resume-cmd", "", "command to run after the machine has resumed")
+	cmd.Flags().StringVar(&a.beforeSuspendDir, "before-suspend-dir", "", "folder of programs to run then, before the command, in the order of their names")
+	cmd.Flags().StringVar(&a.afterResumeDir, "after-resume-dir", "", "folder of programs to run then, before the command, in the order of their names")
 	cmd.Flags().StringVar(&a.shell, "shell-cmd", "sh", "shell that runs the commands, as SHELL -c COMMAND")
 	return cmd
 }
@@ -179,16 +182,14 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 		Version:     version.String(),
 		Logger:      logger,
 	}
-	if o.beforeSuspend != "" {
-		guest.BeforeSuspend = func(ctx context.Context) error {
-			return agent.RunHook(ctx, o.shell, o.beforeSuspend, "DRAFTER_EVENT=before-suspend")
-		}
+	guest.BeforeSuspend = func(ctx context.Context) error {
+		return o.runHooks(ctx, o.beforeSuspendDir, o.beforeSuspend, "DRAFTER_EVENT=before-suspend")
 	}
-	if o.afterResume != "" {
-		guest.AfterResume = func(ctx context.Context, clone bool) error {
-			return agent.RunHook(ctx, o.shell, o.afterResume,
-				"DRAFTER_EVENT=after-resume", "DRAFTER_CLONE="+strconv.FormatBool(clone))
-		}
+	guest.AfterResume = func(ctx context.Context, clone bool) error {
+		return o.runHooks(ctx, o.afterResumeDir, o.afterResume, "DRAFTER_EVENT=after-resume", "DRAFTER_CLONE="+strconv.FormatBool(clone))
+	}
+	guest.HasHook = func() bool {
+		return o.afterResume != "" || o.afterResumeDir != "" && agent.HasHooks(o.afterResumeDir)
 	}
 	notifyReady()
 	err := guest.Serve(ctx)
@@ -196,6 +197,19 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 		return nil
 	}
 	return err
+}
+
+// runHooks runs the programs of a folder, and a command; either may be empty.
+func (o *agentOptions) runHooks(ctx context.Context, dir, command string, env ...string) error {
+	if dir != "" {
+		if err := agent.RunHooks(ctx, dir, env...); err != nil {
+			return err
+		}
+	}
+	if command != "" {
+		return agent.RunHook(ctx, o.shell, command, env...)
+	}
+	return nil
 }
 
 func newLivenessCommand(o *options) *cobra.Command {

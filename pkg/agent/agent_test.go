@@ -372,6 +372,53 @@ func TestHook(t *testing.T) {
 	})
 }
 
+func TestRunHooks(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "hooks.d")
+	if HasHooks(dir) {
+		t.Error("a folder that does not exist has hooks")
+	}
+	if err := RunHooks(t.Context(), dir); err != nil {
+		t.Errorf("folder that does not exist: %v", err)
+	}
+	out := filepath.Join(t.TempDir(), "out")
+	write := func(name, content string, mode os.FileMode) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "folder"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write("20-README", "no program", 0o644)
+	write("20-old.dpkg-dist", "#!/bin/sh\necho wrong >> "+out+"\n", 0o755)
+	if HasHooks(dir) {
+		t.Error("folders, texts and what a package left behind are hooks")
+	}
+	write("30-second", "#!/bin/sh\necho second $WHAT >> "+out+"\n", 0o755)
+	write("10-first", "#!/bin/sh\necho first $WHAT >> "+out+"\n", 0o755)
+	write("40-fails", "#!/bin/sh\necho cannot >&2\nexit 3\n", 0o755)
+	write("50-never", "#!/bin/sh\necho wrong >> "+out+"\n", 0o755)
+	if !HasHooks(dir) {
+		t.Error("programs are no hooks")
+	}
+	err := RunHooks(t.Context(), dir, "WHAT=hook")
+	for _, want := range []string{"40-fails", "exit status 3", "cannot"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q in it", err, want)
+		}
+	}
+	if got, err := os.ReadFile(out); err != nil || string(got) != "first hook\nsecond hook\n" {
+		t.Errorf("ran %q, %v", got, err)
+	}
+	if err := os.Symlink("/nowhere", filepath.Join(dir, "60-link")); err != nil {
+		t.Fatal(err)
+	}
+	if err := RunHooks(t.Context(), dir); !errors.Is(err, os.ErrNotExist) || !HasHooks(dir) {
+		t.Errorf("link to nowhere: %v", err)
+	}
+}
+
 // holdsOpen reports whether any process has the file open.
 func holdsOpen(t *testing.T, path string) bool {
 	fds, err := filepath.Glob("/proc/[0-9]*/fd/*")

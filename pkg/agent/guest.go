@@ -46,6 +46,10 @@ type Guest struct {
 	// reseeded. clone says that other machines run from the same state.
 	AfterResume func(ctx context.Context, clone bool) error
 
+	// HasHook tells the host, whenever it connects, whether AfterResume has something to do beside that: a guest that was
+	// moved serves before it hears of the move if not. Nil means that it has if it is set.
+	HasHook func() bool
+
 	// Version is told to the host.
 	Version string
 
@@ -200,9 +204,13 @@ func (c *calls) any() bool {
 
 func (c *calls) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoResponse, error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.seen = true
-	return &agentpb.InfoResponse{Version: c.Version, AfterResumeHook: c.Guest.AfterResume != nil}, nil
+	c.mu.Unlock()
+	hook := c.Guest.AfterResume != nil
+	if c.Guest.HasHook != nil {
+		hook = c.Guest.HasHook()
+	}
+	return &agentpb.InfoResponse{Version: c.Version, AfterResumeHook: hook}, nil
 }
 
 func (c *calls) BeforeSuspend(ctx context.Context, req *agentpb.BeforeSuspendRequest) (*agentpb.BeforeSuspendResponse, error) {

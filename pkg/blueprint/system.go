@@ -610,7 +610,7 @@ After=sysinit.target drafter-vsock.service
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart=/usr/bin/drafter-agent agent --before-suspend-cmd "run-parts --exit-on-error /etc/drafter/before-suspend.d" --after-resume-cmd "run-parts --exit-on-error /etc/drafter/after-resume.d"
+ExecStart=/usr/bin/drafter-agent agent --before-suspend-dir /etc/drafter/before-suspend.d --after-resume-dir /etc/drafter/after-resume.d
 Restart=always
 RestartSec=200ms
 OOMScoreAdjust=-900

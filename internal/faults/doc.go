@@ -19,10 +19,13 @@
 //   - Of the network: a [Kind], a line in [conduit.reach], and the sweeps over frames and bytes, and the histories, try it.
 //   - Of a device: an answer in TestDevices.
 //   - Of a host: a line in blows. It is struck at every moment of every situation.
+//   - Of real peers: a victim in victims, and what it means in play.strike. It is struck in every state.
 //   - A state or hook of pkg/migrate: nothing. Blows are struck in all states that its tables lead to; TestKill fails when no
 //     situation comes through a state, and then wants one in situations.
 //
 // # How to reproduce
+//
+// A scene of TestProcesses is a subtest: -run 'TestProcesses/link,_source_pausing' -long.
 //
 // A test that fails with a seed prints how to run it again. Faults are chosen by the seed alone; how goroutines are scheduled is
 // not, so that a rare failure may want -count.

@@ -477,6 +477,7 @@ func (m *machine) migrateOut(ctx context.Context) ([]byte, error) {
 		}
 	}
 	if err != nil {
+		m.dropState(ctx)
 		r.Close()
 		<-read
 		return nil, err
@@ -486,6 +487,15 @@ func (m *machine) migrateOut(ctx context.Context) ([]byte, error) {
 		return nil, fmt.Errorf("read QEMU's device state: %w", got.err)
 	}
 	return got.state, nil
+}
+
+// dropState has QEMU close the pipe for the state if it has not come to use it. It would keep it until it is given the next.
+func (m *machine) dropState(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	if err := m.qmp.execute(ctx, "closefd", map[string]any{"fdname": "state"}, nil); err != nil {
+		m.log.Debug("the pipe for the state was used, or is not to be closed", "error", err)
+	}
 }
 
 func (m *machine) drainMigration() {

@@ -150,22 +150,6 @@ func (i *Instance) CanPostpone(device string) bool {
 	return d != nil && d.served != nil
 }
 
-// Anticipate is told, as soon as it is known, what will be postponed or sent once more for certain: to forget what is there
-// takes some microseconds for each piece of memory, which are spent better before the guest stands still than in Postpone. It
-// may be called any number of times, beside writes to other ranges.
-func (i *Instance) Anticipate(ctx context.Context, ranges []block.Range) error {
-	memory := i.memory.Device()
-	for _, r := range ranges {
-		if err := ctx.Err(); err != nil {
-			return context.Cause(ctx)
-		}
-		if err := memory.Discard(r.Offset, r.Length); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // Postpone declares, before Load, what of the devices arrives only while the guest runs, by device; devices of which
 // nothing is missing are not in it. ask is told what somebody waits for. Everything else has arrived.
 func (i *Instance) Postpone(ctx context.Context, missing map[string][]block.Range, ask Ask) (map[string]Late, error) {

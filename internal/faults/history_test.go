@@ -21,7 +21,7 @@ import (
 func TestHistories(t *testing.T) {
 	var total, moved, blown int
 	var longest time.Duration
-	eachSeed(t, 60, 600, func(t *testing.T, seed uint64) {
+	eachSeed(t, 40, 600, func(t *testing.T, seed uint64) {
 		begun := time.Now()
 		w := NewWorld(seed, newDir(t), "a", "b", "c")
 		r := rand.New(rand.NewPCG(seed, 3))

@@ -165,18 +165,22 @@ func TestProcesses(t *testing.T) {
 	t.Logf("all of it took %v", time.Since(begun).Round(time.Second))
 }
 
+// maxRestarts is how often peers are started again in a scene, which needs three or four at most.
+const maxRestarts = 10
+
 // play is one scene being played.
 type play struct {
 	scene
-	room    *room
-	a, b    string // names of the two peers, and of their instances
-	address string // of a
-	link    *Link
-	through string  // address of a, by way of the link
-	died    string  // state in which the victim was found
-	acked   string  // newest record of the disk's journal that was known to be flushed before the blow
-	rest    resting // of the source, before anything happened
-	paused  bool    // the source's guest stood still when the blow fell
+	room     *room
+	a, b     string // names of the two peers, and of their instances
+	address  string // of a
+	link     *Link
+	through  string  // address of a, by way of the link
+	died     string  // state in which the victim was found
+	acked    string  // newest record of the disk's journal that was known to be flushed before the blow
+	rest     resting // of the source, before anything happened
+	restarts int     // of peers, after the blow
+	paused   bool    // the source's guest stood still when the blow fell
 
 	source, destination *proc
 	canceled            *proc // which therefore will close
@@ -474,7 +478,11 @@ func (p *play) again(t *testing.T, x *proc, booted map[string]bool, args ...stri
 		booted[x.name] = true
 		args = append(args, "--boot", "--resume-timeout", "3s")
 	}
-	t.Logf("%s is started again: %v", x.name, args)
+	lines := strings.Split(strings.TrimSpace(said), "\n")
+	t.Logf("%s has ended with status %d (%s) and is started again: %v", x.name, x.rc, lines[len(lines)-1], args)
+	if p.restarts++; p.restarts > maxRestarts {
+		t.Fatalf("nothing comes of starting the peers again; the last of them said:\n%s", said)
+	}
 	next := p.room.peer(t, x.name, args...)
 	next.again = true
 	return next

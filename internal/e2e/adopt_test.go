@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -54,6 +55,20 @@ func TestCommandAdopt(t *testing.T) {
 
 	c := start("Resumed VM")
 	machine := machinePID(t, c)
+
+	t.Run("standing still", func(t *testing.T) {
+		// As a peer leaves it that held it back, or had to wait for a source that was away. It is that peer's child still.
+		syscall.Kill(machine, syscall.SIGSTOP)
+		for !stopped(t, machine) {
+			time.Sleep(time.Millisecond)
+		}
+		kill(t, c)
+		c = start("Adopted VM on ")
+		w.do(t, "echo hello")
+		if !running(machine) {
+			t.Error("the machine is another one")
+		}
+	})
 
 	t.Run("at rest", func(t *testing.T) {
 		for range 2 {
@@ -171,3 +186,14 @@ func (w *workshop) pass(c *command, ms time.Duration) {
 
 // running reports whether a process exists.
 func running(pid int) bool { return syscall.Kill(pid, 0) == nil }
+
+// stopped reports whether all threads of a process are (proc(5), field 3 of stat).
+func stopped(t *testing.T, pid int) bool {
+	t.Helper()
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.HasPrefix(rest, "T")
+}

@@ -43,7 +43,8 @@ type Goal struct {
 
 // Throttler is implemented by a [Guest] that can be slowed down.
 type Throttler interface {
-	// Throttle holds the guest back for a share of its time, from 0 (not at all) to below 1, until it is called again.
+	// Throttle holds the guest back for a share of its time, from 0 (not at all) to below 1, until it is called again: with
+	// 0 before the guest is paused, or goes on here.
 	Throttle(ctx context.Context, share float64) error
 }
 

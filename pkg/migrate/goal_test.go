@@ -450,6 +450,13 @@ func (g *slowable) Throttle(_ context.Context, share float64) error {
 	return nil
 }
 
+func (g *slowable) Pause(ctx context.Context) error {
+	if n := len(g.shares); n > 0 && g.shares[n-1] != 0 {
+		return fmt.Errorf("it is held back for %v of its time, and would be while nothing may hold up what is left", g.shares[n-1])
+	}
+	return g.guest.Pause(ctx)
+}
+
 // busy is a tracker that reports a MiB as written, until the guest is held back for a share of its time.
 type busy struct {
 	guest *slowable
@@ -459,7 +466,7 @@ type busy struct {
 func (b *busy) Start(context.Context) error { return nil }
 func (b *busy) Stop() error                 { return nil }
 func (b *busy) Collect(context.Context) ([]block.Range, error) {
-	if n := len(b.guest.shares); n > 0 && b.guest.shares[n-1] >= b.until {
+	if n := len(b.guest.shares); n > 0 && slices.Max(b.guest.shares) >= b.until {
 		return []block.Range{{Length: 4096}}, nil
 	}
 	return []block.Range{{Length: 1 << 20}}, nil
@@ -488,7 +495,7 @@ func TestSendByGoal(t *testing.T) {
 		err    string // of the destination too
 		after  time.Duration
 	}{
-		{name: "throttled", goal: Goal{MaxDowntime: 50 * time.Millisecond, Throttle: true}, until: 0.4, shares: []float64{0.2, 0.3, 0.4}},
+		{name: "throttled", goal: Goal{MaxDowntime: 50 * time.Millisecond, Throttle: true}, until: 0.4, shares: []float64{0.2, 0.3, 0.4, 0}},
 		{name: "throttled and given up", goal: Goal{MaxDowntime: 50 * time.Millisecond, Throttle: true}, until: 1, shares: append(slices.Clone(shares), 0), err: "held back for 99 %"},
 		{name: "given up", goal: Goal{MaxDowntime: 50 * time.Millisecond}, until: 1, err: "cycles did not make it less"},
 		{name: "cannot be throttled", goal: Goal{MaxDowntime: 50 * time.Millisecond, Throttle: true}, fixed: true, until: 1, err: "cycles did not make it less"},

@@ -394,6 +394,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	done = l.limit(s.cfg.SwitchTimeout, "the switch")
 	s.downtime.begin()
 	s.still = true
+	if err := s.unthrottle(l.ctx); err != nil {
+		return s.because("let the guest go before its pause", err)
+	}
 	if err := s.cfg.Guest.Pause(l.ctx); err != nil {
 		return s.because("pause guest", err)
 	}

@@ -31,7 +31,9 @@ type process struct {
 	clean  bool          // it ended with status 0
 }
 
-// spawn starts a prepared command, in a process group of its own so that a Ctrl-C at our terminal does not reach it.
+// spawn starts a prepared command, in a session of its own: then a Ctrl-C at our terminal does not reach it, nor the SIGHUP
+// that the kernel has for a stopped process whose parent's end leaves its process group without anybody in the same session
+// (setpgid(2), "orphaned"). QEMU would shut down, though the next owner was to let it go on.
 func spawn(cmd *exec.Cmd, start func(*exec.Cmd) error, log *slog.Logger) (*process, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -41,7 +43,7 @@ func spawn(cmd *exec.Cmd, start func(*exec.Cmd) error, log *slog.Logger) (*proce
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = new(syscall.SysProcAttr)
 	}
-	cmd.SysProcAttr.Setpgid = true
+	cmd.SysProcAttr.Setsid = true
 	if start == nil {
 		start = (*exec.Cmd).Start
 	}

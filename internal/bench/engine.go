@@ -400,7 +400,7 @@ func sendMemory(ctx context.Context, mem *ram.Memory, guest *guest, streams []io
 	}
 	report, err := migrate.Send(ctx, streams, migrate.SourceConfig{
 		Devices: []migrate.SourceDevice{{Name: "memory", Device: mem.Device(), Tracker: mem.Tracker(), Policy: policy}},
-		Goal:    goal, Guest: vm, Logger: quiet,
+		Goal:    goal, OwnThreads: true, Guest: vm, Logger: quiet,
 	})
 	if err != nil {
 		return 0, 0, err

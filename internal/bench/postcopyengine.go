@@ -120,7 +120,7 @@ func lateDestination(a *actor) error {
 		return err
 	}
 	t := &lateTarget{target: target{device: mem.Device()}, mem: mem, guest: guest, touch: task.Touch}
-	if _, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{Target: t, Logger: quiet}); err != nil {
+	if _, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{Target: t, OwnThreads: true, Logger: quiet}); err != nil {
 		return err
 	}
 	if t.filler == nil {

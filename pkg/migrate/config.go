@@ -87,6 +87,12 @@ type SourceConfig struct {
 	// Concurrency is how many goroutines read, hash and pack content. 0 means 4; more than 64 counts as 64.
 	Concurrency int
 
+	// OwnThreads is for a process whose purpose is the migration: while content is streamed that a running guest may wait
+	// for, what streams it has threads of its own, with a nice value raised by 3, and GOMAXPROCS is raised for the whole
+	// process where it is less than the goroutines that may be busy. Without it, what is demanded waits for milliseconds
+	// behind the stream on hosts with few processors.
+	OwnThreads bool
+
 	// Window bounds the bytes of content on their way, not yet acknowledged: the product of bandwidth and round trip
 	// time should fit. 0 means 16 MiB; the least is 128 KiB and some.
 	Window int64
@@ -135,6 +141,9 @@ type DestinationConfig struct {
 
 	// Concurrency is how many goroutines write content to the devices. 0 means 4; more than 64 counts as 64.
 	Concurrency int
+
+	// OwnThreads is SourceConfig.OwnThreads, for what is stored.
+	OwnThreads bool
 
 	// MaxState is how many bytes of device state are accepted; they are held in memory. 0 means 64 MiB.
 	MaxState int64

@@ -157,7 +157,8 @@ func (d *destination) newContent(l *link, window int64) *content {
 // makeRoom has what is streamed step back behind what is demanded.
 func (d *destination) makeRoom(l *link) {
 	l.reserved.Store(true)
-	if d.release == nil {
+	l.aside.Store(d.cfg.OwnThreads)
+	if d.release == nil && d.cfg.OwnThreads {
 		d.release = spareProcessors(d.cfg.Concurrency + len(l.streams) + 1)
 	}
 }
@@ -601,7 +602,7 @@ func (d *destination) work(c *content) {
 	for {
 		select {
 		case b := <-c.jobs:
-			if c.link.reserved.Load() {
+			if c.link.aside.Load() {
 				back.stepBack()
 			}
 			err := d.write(c, b)

@@ -87,10 +87,6 @@
 // last round, and that Target.Run of a guest that lacks content runs beside its filling. While Send runs, nobody else may use the trackers, and while Receive runs, nobody else may write to the
 // devices.
 //
-// While content arrives that a running guest may wait for, the goroutines that stream what nobody waits for have threads of
-// their own, with a nice value raised by 3, and GOMAXPROCS is raised to the number of goroutines that may be busy, for the whole
-// process, where it is less. Without that, what is demanded waits for milliseconds behind the stream on hosts with few processors.
-//
 // # Example
 //
 //	report, err := migrate.Send(ctx, []io.ReadWriter{conn}, migrate.SourceConfig{

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -54,9 +55,11 @@ type link struct {
 	onAck    func(device int, total int64) error
 	onDemand func(device int, r block.Range) error
 
-	// reserved: stream 0 takes no more from bulk, unless it is the only one, and what serves the others steps back. What is
-	// urgent then has nothing in its way.
+	// reserved: stream 0 takes no more from bulk, unless it is the only one. What is urgent then has nothing in its way.
 	reserved atomic.Bool
+
+	// aside has the goroutines of the other streams, and those that work for them, step back.
+	aside atomic.Bool
 
 	heartbeatTimeout time.Duration
 
@@ -118,6 +121,11 @@ type greeting struct {
 	timeout time.Duration // until the other has done so too
 }
 
+// closed reports whether the other side ended a stream before it had said anything of use.
+func closed(err error) bool {
+	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrClosedPipe) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+}
+
 // connect exchanges prefaces on all streams and returns a link on which nothing runs yet. When it fails, the streams are
 // interrupted. So are all but one, and the link has only that, where a source of version 1 knows of one.
 func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err error) {
@@ -127,10 +135,9 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	defer cancel()
 
 	type result struct {
-		i    int
-		p    wire.Preface
-		read bool // p is theirs, whatever it says
-		err  error
+		i   int
+		p   wire.Preface
+		err error
 	}
 	ours := wire.Preface{Newest: g.newest, Oldest: wire.OldestVersion, Role: role, Purpose: g.purpose}
 	session := rand.Uint64()
@@ -145,11 +152,10 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 		}
 		wg.Go(func() {
 			theirs, err := wire.ReadPreface(rw)
-			read := err == nil || errors.Is(err, wire.ErrMalformed)
 			if err == nil {
 				_, err = wire.Negotiate(ours, theirs)
 			}
-			reads <- result{i, theirs, read, err}
+			reads <- result{i, theirs, err}
 		})
 		wg.Go(func() {
 			_, err := rw.Write(p.Append(nil))
@@ -166,9 +172,9 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	theirs := make([]wire.Preface, len(rws))
 	var first error
 	several := role == wire.RoleDestination && len(rws) > 1
-	lone := -1 // the only stream in use, of several
-	for range rws {
-		over := false
+	lone := -1                  // the only stream in use, of several
+	var enough <-chan time.Time // to wait for the others, when one was closed
+	for left := len(rws); left > 0; left-- {
 		select {
 		case r := <-reads:
 			theirs[r.i] = r.p
@@ -179,12 +185,20 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 			} else if r.err != nil && first == nil {
 				first = fmt.Errorf("stream %d: %w", r.i, r.err)
 			}
-			over = lone >= 0 || r.err != nil && (r.read || !several) // a stream that is closed may be one that it has no use for
+			switch {
+			case lone >= 0:
+				left = 0
+			case r.err != nil && several && closed(r.err): // perhaps a stream that it has no use for
+				if enough == nil {
+					enough = time.After(linger)
+				}
+			case r.err != nil:
+				left = 0
+			}
+		case <-enough:
+			left = 0
 		case <-ctx.Done():
 			return nil, context.Cause(ctx)
-		}
-		if over {
-			break
 		}
 	}
 	if lone >= 0 {
@@ -368,7 +382,7 @@ func (s *stream) readFrames() error {
 	r := wire.NewReader(s)
 	var b background
 	for {
-		if s.index > 0 && l.reserved.Load() {
+		if s.index > 0 && l.aside.Load() {
 			b.stepBack()
 		}
 		h, err := r.Next()
@@ -482,7 +496,7 @@ func (s *stream) writeFrames() error {
 	silent := false
 	var back background
 	for {
-		if s.index > 0 && l.reserved.Load() {
+		if s.index > 0 && l.aside.Load() {
 			back.stepBack()
 		}
 		var b *wire.Buffer

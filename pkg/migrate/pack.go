@@ -88,7 +88,7 @@ func (s *source) work() {
 	for {
 		select {
 		case j := <-s.jobs:
-			if s.link.reserved.Load() {
+			if s.link.aside.Load() {
 				b.stepBack()
 			}
 			if err := s.pack(&j); err != nil {

@@ -1048,7 +1048,8 @@ func (s *source) announce(rest []*sourceDevice) (*serving, error) {
 // makeRoom has what is streamed step back behind what is demanded.
 func (s *source) makeRoom() {
 	s.link.reserved.Store(true)
-	if s.release == nil {
+	s.link.aside.Store(s.cfg.OwnThreads)
+	if s.release == nil && s.cfg.OwnThreads {
 		s.release = spareProcessors(s.cfg.Concurrency + len(s.link.streams) + 1)
 	}
 }

@@ -49,6 +49,9 @@ type Config struct {
 	// Concurrency bounds the workers of a migration. 0 means migrate's default.
 	Concurrency int
 
+	// OwnThreads is that of migrate: for a process that is there for its guests alone.
+	OwnThreads bool
+
 	// ResumeTimeout bounds each wait for the guest's agent. Default: one minute.
 	ResumeTimeout time.Duration
 	// RescueTimeout bounds saving, rolling back and cleaning up, and how long the other side of a migration is looked for
@@ -219,7 +222,7 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &rest{claim: claim, cancel: cancel, done: make(chan struct{})}
 	cfg := migrate.DestinationConfig{
-		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
+		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, OwnThreads: p.cfg.OwnThreads, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
 		Progress: p.cfg.Progress, Logger: p.cfg.Logger,
 		OnState: func(s migrate.DestinationState) {
 			if s == migrate.DestinationFilling {
@@ -313,7 +316,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	t := &target{cfg: cfg, fail: fail}
 	defer t.stopWatch()
 	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
-		Target: t, Journal: t, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
+		Target: t, Journal: t, Concurrency: cfg.Concurrency, OwnThreads: cfg.OwnThreads, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
 		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
 	})
 	switch {

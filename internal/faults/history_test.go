@@ -243,32 +243,39 @@ func TestPlantedErrors(t *testing.T) {
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				w := NewWorld(1, newDir(t), "a", "b")
-				w.Plant = tt.plant
-				stop := w.startClients(t, 1, 3)
-				time.Sleep(100 * tick)
-				tt.do(w, w.Hosts[0], w.Hosts[1])
-				stop()
-				var found error
-				for _, h := range w.Hosts {
-					if vm := h.machine(); vm != nil && vm.isRunning() {
-						found = errors.Join(found, vm.verify())
+			// What was lost may have been written once more, in time. Not always.
+			found, seen := false, false
+			for seed := uint64(1); seed <= 10 && (!found || tt.history && !seen); seed++ {
+				synctest.Test(t, func(t *testing.T) {
+					w := NewWorld(seed, newDir(t), "a", "b")
+					w.Plant = tt.plant
+					stop := w.startClients(t, seed, 3)
+					time.Sleep(100 * tick)
+					tt.do(w, w.Hosts[0], w.Hosts[1])
+					stop()
+					var err error
+					for _, h := range w.Hosts {
+						if vm := h.machine(); vm != nil && vm.isRunning() {
+							err = errors.Join(err, vm.verify())
+						}
 					}
-				}
-				w.Close()
-				if wrong := w.Wrong(); len(wrong) == 0 && found == nil {
-					t.Error("the error was not found")
-				} else {
-					t.Logf("found: %q, %v", wrong[:min(2, len(wrong))], found)
-				}
-				err := w.History().Check()
-				if tt.history && err == nil {
-					t.Error("the error is not seen in the history")
-				} else if err != nil {
-					t.Logf("history: %.200v", err)
-				}
-			})
+					w.Close()
+					if wrong := w.Wrong(); len(wrong) > 0 || err != nil {
+						found = true
+						t.Logf("seed %d found: %q, %v", seed, wrong[:min(2, len(wrong))], err)
+					}
+					if err := w.History().Check(); err != nil {
+						seen = true
+						t.Logf("history: %.200v", err)
+					}
+				})
+			}
+			if !found {
+				t.Error("the error was not found")
+			}
+			if tt.history && !seen {
+				t.Error("the error is not seen in the history")
+			}
 		})
 	}
 }

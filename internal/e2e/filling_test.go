@@ -56,7 +56,7 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			closed(t, resumed(t, there))
 		}},
-		{"interrupted without a source", false, []string{"--rescue-timeout", "5s"}, func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command) {
+		{"interrupted without a source", false, []string{"--rescue-timeout", "5s", "--resume-timeout", "15s"}, func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command) {
 			src.Process.Kill()
 			src.wait(t, -1)
 			dst.Process.Signal(syscall.SIGTERM)

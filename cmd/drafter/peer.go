@@ -200,6 +200,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--devices is empty: give the devices as a JSON array, or leave it out")
 	}
 	switch {
+	case opts.rollback && opts.raddr != "":
+		return usageErrorf("--rollback excludes --raddr %s: what returns to its commit point is here, and what is received has none yet; leave one out", opts.raddr)
 	case opts.rollback && opts.boot:
 		return usageErrorf("--rollback excludes --boot: the one discards the disk writes since the commit point, the other boots from them; choose one")
 	case opts.rollback && opts.forceOwner:

@@ -43,8 +43,10 @@ func (r *reports) write(report *migrate.Report) error {
 		return err
 	}
 	r.made = false
-	_, err = r.file.Write(append(b, '\n'))
-	return err
+	if _, err = r.file.Write(append(b, '\n')); err != nil {
+		return fmt.Errorf("%w; make room, or give another file with --report; the report is: %s", err, b)
+	}
+	return nil
 }
 
 func (r *reports) close() error {

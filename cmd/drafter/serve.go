@@ -35,6 +35,7 @@ type serveOptions struct {
 	devices     string
 	cache       string
 	concurrency int
+	maxPeers    int
 	report      string
 }
 
@@ -67,6 +68,7 @@ Exit statuses: 0 ended by a signal; 1 something failed; 2 the command line canno
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder or .tar.zst of the package")
 	flags.StringVar(&opts.devices, "devices", "", `devices to serve instead of --package, a JSON array: [{"name":"disk","input":"out/package/rootfs.ext4"},…]`)
 	flags.StringVar(&opts.cache, "cache", "out/cache", "folder to extract a .tar.zst into")
+	flags.IntVar(&opts.maxPeers, "max-peers", 64, "most peers that are served at once, at up to 20 MiB of memory each; more wait, and are told to come again after some seconds")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers for each peer; more than 64 are not used")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of transfers to, one JSON object a line")
 	return cmd
@@ -87,6 +89,8 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 		return usageErrorf("--cache is empty: give a folder to extract packages into")
 	case opts.concurrency < 1:
 		return usageErrorf("--concurrency %d: give at least 1", opts.concurrency)
+	case opts.maxPeers < 1:
+		return usageErrorf("--max-peers %d: give at least 1", opts.maxPeers)
 	case opts.laddr == "":
 		return usageErrorf("--laddr is empty: give the address to serve at")
 	}
@@ -170,15 +174,25 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 			})
 		}
 	})
+	room := make(chan struct{}, opts.maxPeers) // holds one for each that is served
 	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+			continue
+		case room <- struct{}{}:
+		}
 		select {
 		case <-ctx.Done():
 		case a := <-lobby.New:
 			if a.Err != nil {
+				<-room
 				log.Warn("refused a connection", "from", a.From, "reason", a.Err)
 				continue
 			}
-			sessions.Go(func() { serve(a) })
+			sessions.Go(func() {
+				defer func() { <-room }()
+				serve(a)
+			})
 		}
 	}
 	again, stop := signal.NotifyContext(context.WithoutCancel(ctx), os.Interrupt, syscall.SIGTERM)

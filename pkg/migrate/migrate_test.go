@@ -628,6 +628,12 @@ func TestTimeouts(t *testing.T) {
 			"in-doubt", "running", "starting the guest at the destination took longer than 30s"},
 		"switch": {func(r *rig) { r.guest.failState = nil; r.target.failLoad = nil; r.dest.Target = slowLoad{r.target} },
 			"kept", "discarded", "the switch took longer than 30s"},
+		"switch, by the goal": {func(r *rig) { r.source.Goal.MaxDowntime = time.Second; r.dest.Target = slowLoad{r.target} },
+			"kept", "discarded", "the switch, with a downtime of at most 1s as the goal, took longer than 10s"},
+		"taking content": {func(r *rig) {
+			r.target.make = func(_ string, n int64) block.Device { return &stuck{block.NewMemory(n)} }
+		},
+			"kept", "discarded", "took nothing of"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -656,6 +662,14 @@ func TestTimeouts(t *testing.T) {
 			b.Close()
 		})
 	})
+}
+
+// stuck takes an hour for a write.
+type stuck struct{ block.Device }
+
+func (s *stuck) WriteAt(p []byte, off int64) (int, error) {
+	time.Sleep(time.Hour)
+	return s.Device.WriteAt(p, off)
 }
 
 type slowLoad struct{ *target }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -203,6 +204,9 @@ func (s *source) conclude(ctx context.Context, err error) error {
 				s.log.Warn("cannot record the end of the migration", "error", err)
 			}
 			s.end(SourceMoved)
+			if goal, took := s.cfg.Goal.MaxDowntime, time.Duration(s.downtime.total()); goal > 0 && took > goal {
+				s.log.Warn("the guest stood still for longer than the goal: the report says for what", "goal", goal, "downtime", took)
+			}
 			return nil
 		case state < SourceCommitted, errors.As(err, &peer) && peer.NeverRan && !s.ran:
 			return s.rollBack(after, err)
@@ -374,7 +378,10 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	s.agree(accept)
 
 	s.state.set(SourceCopying)
-	if err := s.copy(); err != nil {
+	watched := s.watchAcks()
+	err = s.copy()
+	watched()
+	if err != nil {
 		return err
 	}
 	s.copied = s.dataBytes.Load()
@@ -391,7 +398,7 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 
 	s.state.set(SourcePausing)
-	done = l.limit(s.cfg.SwitchTimeout, "the switch")
+	done = s.limitSwitch()
 	s.downtime.begin()
 	s.still = true
 	if err := s.unthrottle(l.ctx); err != nil {
@@ -623,6 +630,51 @@ func (s *source) limitTotal() (done func()) {
 		s.link.fail(gaveUp(fmt.Sprintf("the %v of a migration are over", s.goal.MaxTotalTime)))
 	})
 	return func() { t.Stop() }
+}
+
+// limitSwitch bounds the pause until the destination is prepared: by SwitchTimeout, and by the goal where that says that a
+// guest must not stand still for long. Nobody can tell the length of a pause to the millisecond, and to go back costs another one:
+// so the limit is far above the goal.
+func (s *source) limitSwitch() (done func()) {
+	limit, what := s.cfg.SwitchTimeout, "the switch"
+	if goal := s.cfg.Goal.MaxDowntime; goal > 0 && limit > max(10*goal, leastSwitch) {
+		limit, what = max(10*goal, leastSwitch), fmt.Sprintf("the switch, with a downtime of at most %v as the goal,", goal)
+	}
+	return s.link.limit(limit, what)
+}
+
+const (
+	leastSwitch = 5 * time.Second // for a switch, however short a downtime is the goal
+	ackTimeout  = time.Minute     // until a destination has taken a part of what is on its way
+)
+
+// watchAcks ends the migration when the destination gives signs of life and yet takes nothing, until the returned function is
+// called.
+func (s *source) watchAcks() (done func()) {
+	stop := make(chan struct{})
+	stopped := make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(ackTimeout)
+		defer tick.Stop()
+		for last := int64(-1); ; {
+			select {
+			case <-stop:
+				return
+			case <-s.link.ctx.Done():
+				return
+			case <-tick.C:
+			}
+			acked, inflight := s.window.state()
+			if inflight > 0 && acked == last {
+				s.link.fail(tell(wire.CodeTimeout, fmt.Errorf("the destination lives, but took nothing of %s on their way for %v: look at its disk and its log: %w", size(inflight), ackTimeout, os.ErrDeadlineExceeded),
+					"nothing was acknowledged for %v", ackTimeout))
+				return
+			}
+			last = acked
+		}
+	}()
+	return func() { close(stop); <-stopped }
 }
 
 // cycle sends one more round of some devices: what is pending, or everything if nothing was sent yet.

@@ -90,6 +90,16 @@ func (w *window) awaits(device int, limit int64) bool {
 	return w.acked[device] < w.sent[device] && w.inflight < limit
 }
 
+// state is how many bytes of all devices were acknowledged, and how many are on their way.
+func (w *window) state() (acked, inflight int64) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, n := range w.acked {
+		acked += n
+	}
+	return acked, w.inflight
+}
+
 func (w *window) total(device int) int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()

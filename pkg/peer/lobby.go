@@ -31,6 +31,17 @@ func (a Arrival) Close() {
 	}
 }
 
+// refuse tells the other side why nothing comes of it, and closes the connections.
+func (a Arrival) refuse(reason string) {
+	for n, s := range a.Streams {
+		conn := s.(net.Conn)
+		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
+		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource, Streams: uint8(len(a.Streams)), Stream: uint8(n)}
+		_, _ = conn.Write(wire.Append(ours.Append(nil), wire.Header{Type: wire.TypeAbort}, wire.Abort{Code: wire.CodeCanceled, Reason: reason}.Encode()))
+	}
+	a.Close()
+}
+
 // Lobby accepts connections of peers that want to receive, and sorts out which belong together, and which of them go on with
 // a migration that was begun before. Its methods may be called concurrently.
 type Lobby struct {
@@ -48,6 +59,28 @@ type Lobby struct {
 
 	mu     sync.Mutex // guards what follows
 	groups map[uint64]*group
+	guests int // connections that nobody has taken yet
+}
+
+// maxGuests is how many connections may be in the lobby at a time. More are closed: they cost descriptors.
+const maxGuests = 1024
+
+// enter counts a connection, if there is room.
+func (b *Lobby) enter() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.guests == maxGuests {
+		return false
+	}
+	b.guests++
+	return true
+}
+
+// leave is enter undone, for n connections.
+func (b *Lobby) leave(n int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.guests -= n
 }
 
 // group is a session of which streams are missing.
@@ -106,6 +139,7 @@ func (b *Lobby) Rejoin(ctx context.Context) ([]io.ReadWriter, error) {
 
 func (b *Lobby) accept() {
 	pause := time.Millisecond
+	var full time.Time // when that was last said
 	for {
 		conn, err := b.listener.Accept()
 		if b.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
@@ -124,6 +158,14 @@ func (b *Lobby) accept() {
 			continue
 		}
 		pause = time.Millisecond
+		if !b.enter() {
+			conn.Close()
+			if time.Since(full) > handshakeTime {
+				full = time.Now()
+				b.log.Warn("closed a connection: too many wait already", "from", conn.RemoteAddr(), "waiting", maxGuests)
+			}
+			continue
+		}
 		b.tasks.Go(func() { b.meet(conn) })
 	}
 }
@@ -143,6 +185,8 @@ func (h *heard) Read(p []byte) (int, error) {
 
 // meet hears what a connection is, and brings it to its group.
 func (b *Lobby) meet(conn net.Conn) {
+	done := 1 // connections that are no longer here when it returns
+	defer func() { b.leave(done) }()
 	stop := context.AfterFunc(b.ctx, func() { conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
@@ -186,7 +230,9 @@ func (b *Lobby) meet(conn net.Conn) {
 	g.streams[p.Stream] = stream
 	g.missing--
 	whole := g.missing == 0
+	done = 0
 	if whole {
+		done = len(g.streams)
 		g.late.Stop()
 		delete(b.groups, p.Session)
 	}
@@ -202,6 +248,7 @@ func (b *Lobby) giveUp(session uint64, g *group) {
 	defer b.mu.Unlock()
 	if b.groups[session] == g {
 		delete(b.groups, session)
+		b.guests -= len(g.has())
 		b.log.Warn("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
 		g.drop()
 	}
@@ -237,7 +284,11 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 	select {
 	case to <- a:
 	case <-t.C:
-		a.Close()
+		if to == b.rejoin { // it tries again by itself
+			a.Close()
+			return
+		}
+		a.refuse("another migration of this VM is under way here: try again when it is over")
 	case <-b.ctx.Done():
 		a.Close()
 	}

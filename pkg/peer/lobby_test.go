@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
@@ -104,6 +105,22 @@ func TestLobbyStrangers(t *testing.T) {
 	}
 }
 
+// TestLobbyBusy checks that a peer for which nobody has time is told so.
+func TestLobbyBusy(t *testing.T) {
+	b := newTestLobby(t, 50*time.Millisecond)
+	streams, err := DialStreams(t.Context(), 3, func(ctx context.Context) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", b.Addr().String())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer Arrival{Streams: streams}.Close()
+	_, err = migrate.Receive(t.Context(), streams, migrate.DestinationConfig{Target: &target{}})
+	if err == nil || !strings.Contains(err.Error(), "another migration of this VM is under way here: try again") {
+		t.Errorf("it was told: %v", err)
+	}
+}
+
 // TestLobbyEnds checks that nobody waits for ever: for streams that do not come, for someone to take them, and for a word.
 func TestLobbyEnds(t *testing.T) {
 	b := newTestLobby(t, 50*time.Millisecond)
@@ -117,6 +134,15 @@ func TestLobbyEnds(t *testing.T) {
 	cancel()
 	if _, err := b.Rejoin(ctx); !errors.Is(err, context.Canceled) {
 		t.Errorf("Rejoin: %v", err)
+	}
+	for n := -1; n != 0; { // those who are gone are no longer counted
+		b.mu.Lock()
+		n = b.guests
+		b.mu.Unlock()
+		if n < 0 {
+			t.Fatalf("%d connections wait", n)
+		}
+		time.Sleep(time.Millisecond)
 	}
 	if err := b.Close(); err != nil {
 		t.Fatal(err)

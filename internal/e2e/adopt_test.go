@@ -59,8 +59,10 @@ func TestCommandAdopt(t *testing.T) {
 	t.Run("standing still", func(t *testing.T) {
 		// As a peer leaves it that held it back, or had to wait for a source that was away. It is that peer's child still.
 		syscall.Kill(machine, syscall.SIGSTOP)
-		for !stopped(t, machine) {
-			time.Sleep(time.Millisecond)
+		for ctx := newContext(t); !stopped(t, machine); w.pass(c, 1) {
+			if ctx.Err() != nil {
+				t.Fatal("the machine does not stop")
+			}
 		}
 		kill(t, c)
 		c = start("Adopted VM on ")

@@ -10,13 +10,7 @@ import (
 // TestCommandFilling ends, in every way there is, a guest that runs at its destination while a part of it is still at its source.
 func TestCommandFilling(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
-	c := w.start(t, w.console, w.peer("package", "ready")...)
-	c.waitFor(t, "Resumed VM")
-	w.do(t, "mem start 32 random") // all of it is dirty again after each round
-	w.do(t, "disk disk start 4096")
-	c.Process.Signal(syscall.SIGTERM)
-	c.wait(t, 0)
+	w.loaded(t, "ready")
 
 	addr := freePort(t)
 	resumed := func(t *testing.T, folder string, more ...string) *command {

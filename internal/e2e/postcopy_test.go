@@ -124,17 +124,24 @@ func freePort(t *testing.T) string {
 	return l.Addr().String()
 }
 
+// loaded makes a package, and a saved instance of it in a folder whose guest writes to memory and disk whenever it runs: all of that
+// memory is dirty again after each round of a slow migration.
+func (w *workshop) loaded(t *testing.T, folder string) {
+	t.Helper()
+	w.snapshot(t, "package").wait(t, 0)
+	c := w.start(t, w.console, w.peer("package", folder)...)
+	c.waitFor(t, "Resumed VM")
+	w.do(t, "mem start 32 random")
+	w.do(t, "disk disk start 4096")
+	c.Process.Signal(syscall.SIGTERM)
+	c.wait(t, 0)
+}
+
 // TestCommandPostCopy moves a guest that writes faster than the link carries. It runs at its destination while most of it is
 // still at the source, and nothing that then happens to the link or to either peer process costs it anything.
 func TestCommandPostCopy(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
-	c := w.start(t, w.console, w.peer("package", "first")...)
-	c.waitFor(t, "Resumed VM")
-	w.do(t, "mem start 32 random") // all of it is dirty again after each round
-	w.do(t, "disk disk start 4096")
-	c.Process.Signal(syscall.SIGTERM)
-	c.wait(t, 0)
+	w.loaded(t, "first")
 	holder := "first"
 
 	// The source does not read the console: what is said there is for the destination, where the guest is by then.

@@ -637,8 +637,9 @@ func (s *source) limitTotal() (done func()) {
 // so the limit is far above the goal.
 func (s *source) limitSwitch() (done func()) {
 	limit, what := s.cfg.SwitchTimeout, "the switch"
-	if goal := s.cfg.Goal.MaxDowntime; goal > 0 && limit > max(10*goal, leastSwitch) {
-		limit, what = max(10*goal, leastSwitch), fmt.Sprintf("the switch, with a downtime of at most %v as the goal,", goal)
+	goal := s.cfg.Goal.MaxDowntime
+	if bound := max(10*goal, leastSwitch); goal > 0 && bound < limit {
+		limit, what = bound, fmt.Sprintf("the switch, with a downtime of at most %v as the goal,", goal)
 	}
 	return s.link.limit(limit, what)
 }

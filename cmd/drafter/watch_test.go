@@ -90,8 +90,11 @@ func TestWatchBar(t *testing.T) {
 	w.bars = true
 	log := w.logger(slog.New(slog.NewTextHandler(&out, nil))).With("a", 1).WithGroup("g")
 	show(w, migrate.Progress{Role: "source", State: "copying", Dirty: 1 << 20, Rest: 1 << 19})
-	if !strings.Contains(out.String(), "Sending, round 1: 50% of 1.0 MiB") || !strings.Contains(out.String(), "█") {
-		t.Errorf("no bar: %q", &out)
+	w.mu.Lock() // it may be drawing the same once more
+	bar := out.String()
+	w.mu.Unlock()
+	if !strings.Contains(bar, "Sending, round 1: 50% of 1.0 MiB") || !strings.Contains(bar, "█") {
+		t.Errorf("no bar: %q", bar)
 	}
 	log.Info("hello")
 	show(w, migrate.Progress{Role: "source", State: "copying", Round: 1, Dirty: 1 << 20, Rest: 1 << 20})

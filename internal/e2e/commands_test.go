@@ -525,6 +525,21 @@ func TestCommandSnapshotterInterrupted(t *testing.T) {
 			}
 		})
 	}
+	t.Run("killed", func(t *testing.T) {
+		c := w.snapshot(t, "made/package")
+		c.waitFor(t, "stage=suspend") // so that there is a machine, whatever it has come to
+		machine := machinePID(t, c)
+		c.Process.Kill()
+		c.wait(t, -1)
+		for ctx := newContext(t); running(machine); w.pass(c, 10) {
+			if ctx.Err() != nil {
+				t.Fatal("its machine lives on")
+			}
+		}
+		w.snapshot(t, "made/package").wait(t, 0)
+		w.checkClean(t)
+		os.RemoveAll(w.path("made"))
+	})
 	t.Run("no answer", func(t *testing.T) {
 		said := w.start(t, w.console, w.snapshotter("made/package", "--resume-timeout", "3s")...).wait(t, 1)
 		if !strings.Contains(said, "did not say that it is up") || !strings.Contains(said, "3s") {

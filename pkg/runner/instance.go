@@ -76,6 +76,7 @@ type Instance struct {
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
 	machine vmm.Machine
+	leash   *leash        // ends the machine with this process; nil for one that is to outlive it from the start
 	guest   *guest        // nil when the machine has no guest sockets
 	quiet   chan struct{} // of a guest that was received: closed when it may notice
 
@@ -163,7 +164,13 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if record.Kept {
 		i.point.record = record
 	}
-	work.Go(func() error { return writeRecord(i.device(StateDevice), record) })
+	work.Go(func() error {
+		// Once the record says Running, a machine that is gone is one that was lost.
+		if err := i.leash.release(); err != nil {
+			return err
+		}
+		return writeRecord(i.device(StateDevice), record)
+	})
 	work.Go(func() error { return i.machine.Load(ctx, bytes.NewReader(state)) })
 	if err := work.Wait(); err != nil {
 		resumed = false // nothing ran: the saved state is as good as it was
@@ -414,9 +421,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			}
 		}
 	}
-	if err := reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()), cfg.Backend); err != nil {
-		i.log.Warn("what an ended machine left could not be removed", "error", err)
-	}
+	i.reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()))
 	rank := make(map[string]int)
 	for n, c := range cfg.Devices {
 		rank[c.Name] = n
@@ -676,13 +681,20 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 			return err
 		}
 	}
+	if boot == nil || i.cfg.Anew {
+		if i.leash, err = newLeash(); err != nil {
+			return err
+		}
+	}
 	var handle *ram.Handle
 	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
 		// The machine holds the instance's locks too: should this process die, the instance stays taken while it lives. And
 		// it holds what it alone outlives us with: see block.OverlayOptions.Live.
 		cmd.ExtraFiles = append(cmd.ExtraFiles, i.inherited()...)
-		handle, err = ram.Spawn(cmd, ram.Options{})
-		return err
+		if handle, err = ram.Spawn(cmd, ram.Options{}); err != nil {
+			return err
+		}
+		return i.leash.fasten(cmd.Process.Pid)
 	}
 	if i.machine, err = i.cfg.Backend.Start(ctx, cfg); err != nil {
 		if handle != nil {
@@ -704,6 +716,9 @@ func (i *Instance) inherited() []*os.File {
 	files := []*os.File{i.folder}
 	if i.owner != nil {
 		files = append(files, i.owner)
+	}
+	if i.leash != nil {
+		files = append(files, i.leash.machine)
 	}
 	for _, d := range i.devices {
 		for _, f := range []*os.File{d.blocks, d.arrived, d.since} {
@@ -958,6 +973,9 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 	}
 	if i.point.record.Length > 0 {
 		i.point.record.Time = time.Now()
+	}
+	if err := i.leash.release(); err != nil {
+		return err
 	}
 	if err := writeRecord(i.device(StateDevice), i.runningRecord(migration)); err != nil {
 		return err
@@ -1235,7 +1253,7 @@ func (i *Instance) teardown() error {
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())
 	}
-	errs = append(errs, i.guest.close())
+	errs = append(errs, i.leash.release(), i.guest.close())
 	if i.late.listed != nil {
 		<-i.late.listed // whatever it says: nothing came of it
 	}
@@ -1264,7 +1282,7 @@ func (i *Instance) teardown() error {
 	if i.root != "" {
 		errs = append(errs, os.RemoveAll(i.root))
 		// The hypervisor's folder goes with the last machine in it, whoever made it; those above if we made them.
-		os.Remove(filepath.Dir(i.root))
+		i.reapFolders(filepath.Dir(i.root))
 		RemoveFolders(i.folders)
 	}
 	closeFiles(i.owner, i.folder) // last: until then the folder is not anybody's to remove

@@ -70,13 +70,13 @@ func readNote(f *os.File) (machineNote, error) {
 	return n, nil
 }
 
-// reapFolders removes the folders that ended machines have left in dir, a hypervisor's, and what they have elsewhere.
-func reapFolders(dir string, backend vmm.Backend) error {
+// reapFolders removes the folders that ended machines have left in dir, a hypervisor's, and what they have elsewhere: whatever
+// was killed, what it leaves goes with the next instance that starts or ends beside it.
+func (i *Instance) reapFolders(dir string) {
 	entries, err := os.ReadDir(dir)
 	if err != nil {
-		return nil // there is none yet
+		return // there is none yet
 	}
-	var errs []error
 	for _, e := range entries {
 		root := filepath.Join(dir, e.Name())
 		f, err := os.OpenFile(filepath.Join(root, machineFile), os.O_RDWR, 0)
@@ -84,12 +84,13 @@ func reapFolders(dir string, backend vmm.Backend) error {
 			continue // being made, or none of ours
 		}
 		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			errs = append(errs, reap(root, f, backend))
+			if err := reap(root, f, i.cfg.Backend); err != nil {
+				i.log.Warn("what an ended machine left could not be removed", "error", err)
+			}
 		}
 		f.Close()
 	}
 	os.Remove(dir) // fails, rightly, when it is not empty
-	return errors.Join(errs...)
 }
 
 // reap removes what an ended machine has left. Its note is locked by us.
@@ -228,9 +229,12 @@ func holdOrphan(pid, fd int, path string) (_ *orphan, err error) {
 // memfdPrefix begins the names of the memfds that a machine is given: its RAM, and what is known of its disks.
 const memfdPrefix = "drafter-"
 
+// take duplicates a descriptor of the process. With errNoOrphan the process has ended, or closed it, since it was listed.
 func (o *orphan) take(fd int, name string) (*os.File, error) {
 	got, err := unix.PidfdGetfd(int(o.pidfd.Fd()), fd, 0)
-	if err != nil {
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.EBADF) {
+		return nil, errNoOrphan
+	} else if err != nil {
 		return nil, fmt.Errorf("take %q of it: %w", name, err)
 	}
 	return os.NewFile(uintptr(got), name), nil

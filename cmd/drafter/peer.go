@@ -390,6 +390,9 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 	}
 	switch {
 	case opts.raddr != "" && !opts.boot:
+		if err := peer.CheckVacant(cfg); err != nil {
+			return nil, err
+		}
 		if transport.Insecure(opts.raddr) {
 			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
 		}

@@ -164,8 +164,10 @@ func TestCommandAdopt(t *testing.T) {
 		machine := machinePID(t, c)
 		kill(t, c)
 		syscall.Kill(machine, syscall.SIGKILL)
-		if said := w.start(t, nil, w.peer("package", "there")...).wait(t, 1); !strings.Contains(said, "--boot") {
-			t.Errorf("the message does not offer --boot:\n%s", said)
+		for _, more := range [][]string{nil, {"--raddr", "127.0.0.1:1"}} { // which there is no need to ask
+			if said := w.start(t, nil, w.peer("package", "there", more...)...).wait(t, 1); !strings.Contains(said, "--boot") {
+				t.Errorf("with %q the message does not offer --boot:\n%s", more, said)
+			}
 		}
 		c = w.start(t, w.console, w.peer("package", "there", "--boot", "--resume-timeout", "2s")...)
 		c.waitFor(t, "Booted VM") // and removes what the other has left

@@ -24,6 +24,10 @@ func Disclaim(ctx context.Context, cfg Config, streams []io.ReadWriter) (migrati
 		func(id string) bool { return id != v.Migration() })
 }
 
+// CheckVacant reports, as an error that says what can be done, that the devices of cfg hold an instance already, so that Receive
+// would refuse any other. It changes nothing.
+func CheckVacant(cfg Config) error { return runner.CheckVacant(cfg.withDefaults().runner()) }
+
 // Void reports whether the devices of cfg hold what an unfinished migration has left: see [Disclaim].
 func Void(cfg Config) bool {
 	v, err := runner.OpenVoid(cfg.withDefaults().runner())

@@ -334,16 +334,40 @@ func (i *Instance) checkVacant() error {
 	if len(state.created) > 0 {
 		return nil
 	}
+	return vacant(state)
+}
+
+// CheckVacant refuses, as Prepare would, to receive over an instance that somebody may still want, and says what can be done with
+// that. It changes nothing, so a peer can ask it before it goes to anybody for another one.
+func CheckVacant(cfg Config) error {
+	for _, c := range cfg.Devices {
+		if c.Name != StateDevice {
+			continue
+		}
+		if _, err := os.Stat(c.recordFile()); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		state, err := openDevice(c, openExisting, 0, liveFiles{})
+		if err != nil {
+			return err
+		}
+		return errors.Join(vacant(state), state.close())
+	}
+	return nil
+}
+
+// vacant is CheckVacant of a state device.
+func vacant(state *device) error {
 	r, err := ReadRecord(state)
 	switch {
 	case errors.Is(err, errNoRecord):
 		return nil // not an instance: nothing of value
 	case err != nil:
 		return err
-	case r.Status == Moved && r.Length > 0:
-		return fmt.Errorf("%w: the devices configured here hold an instance that was given away at %s and not confirmed, which may be its only copy: receive into other overlays", ErrMismatch, r.Time.UTC().Format(time.RFC3339))
-	case r.Status == Saved || r.Status == Running || r.Status == ShutDown:
-		return fmt.Errorf("%w: the devices configured here hold an instance already (%s at %s): receive into other overlays, or delete these", ErrMismatch, r.Status, r.Time.UTC().Format(time.RFC3339))
+	case r.Status == Saved:
+		return fmt.Errorf("%w: the devices configured here hold an instance already, saved at %s: resume that, receive into other overlays, or delete these", ErrMismatch, r.Time.UTC().Format(time.RFC3339))
+	case r.Status == Moved && r.Length > 0, r.Status == Running, r.Status == ShutDown:
+		return fmt.Errorf("%w: the devices configured here hold an instance already: %s; or receive into other overlays", ErrMismatch, r.remedy())
 	}
 	return nil
 }

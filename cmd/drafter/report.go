@@ -63,13 +63,16 @@ func (r *reports) close() error {
 func summary(r *migrate.Report) string {
 	times := fmt.Sprintf("%v in all", round(r.Total))
 	bytes := fmt.Sprintf("%.1f MiB received", float64(r.WireBytes)/(1<<20))
-	if len(r.Rounds) > 0 { // at the source, which alone knows when the guest was paused
+	switch {
+	case len(r.Rounds) > 0: // at the source, which alone knows when the guest was paused
 		last := 0
 		for _, x := range r.Rounds {
 			last = max(last, x.Index)
 		}
 		times = fmt.Sprintf("downtime %v, %s", round(r.Downtime), times)
 		bytes = fmt.Sprintf("%.1f MiB sent in %s", float64(r.WireBytes)/(1<<20), count(last+1, "round"))
+	case r.Role == "source":
+		bytes = fmt.Sprintf("%.1f MiB sent since this peer was started again", float64(r.WireBytes)/(1<<20))
 	}
 	verified := "not verified"
 	if len(r.Digests) > 0 {

@@ -27,6 +27,8 @@ func TestSummary(t *testing.T) {
 		{"destination that saw the end", migrate.Report{
 			Role: "destination", Streams: 1, Downtime: ms(9), Parts: []migrate.Part{{Name: "load", Duration: ms(9)}}, AgentAfter: ms(200),
 		}, "0s in all\n  0.0 MiB received over 1 stream, not verified\n  downtime, since word of the pause came: load 9ms; after it, the guest's agent took 200ms"},
+		{"source that was started again", migrate.Report{Role: "source", Outcome: "moved", Streams: 3, Total: ms(900), WireBytes: 3 << 20},
+			"900ms in all\n  3.0 MiB sent since this peer was started again over 3 streams, not verified"},
 		{"nothing compared", migrate.Report{Role: "destination", Streams: 1}, "0s in all\n  0.0 MiB received over 1 stream, not verified"},
 	} {
 		if got := summary(&tt.report); got != tt.want {

@@ -1,6 +1,7 @@
 package migrate
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -403,7 +404,7 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	if err != nil {
 		return nil, err
 	}
-	d.link = l
+	d.link, d.streams = l, cmp.Or(d.streams, len(l.streams))
 	c := d.newContent(l, 4*ackEvery)
 	c.phase.Store(contentLate)
 	ready := make(chan struct{})

@@ -151,6 +151,7 @@ type source struct {
 	met       bool   // the latest attempt to meet the destination again succeeded
 	version   uint16 // of the protocol
 	wireBytes int64  // written to links that are gone
+	streams   int    // of the first session; 0 before it
 
 	acked      atomic.Pointer[window] // s.window, for the link's readers
 	serving    atomic.Pointer[serving]
@@ -316,7 +317,7 @@ func (s *source) open(ctx context.Context, purpose wire.Purpose, streams []io.Re
 
 // begin lets frames flow over a link. The link fails when ctx is canceled, until the returned function is called.
 func (s *source) begin(ctx context.Context, l *link) (ignoreCancel func() bool) {
-	s.link = l
+	s.link, s.streams = l, cmp.Or(s.streams, len(l.streams))
 	l.onDemand = s.demanded
 	l.onAck = func(device int, total int64) error {
 		w := s.acked.Load()
@@ -1140,7 +1141,7 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 
 func (s *source) report(streams int, err error) *Report {
 	r := &Report{
-		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: streams,
+		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: cmp.Or(s.streams, streams),
 		Total: Millis(time.Since(s.began)), Downtime: s.downtime.total(), Parts: s.downtime.parts, AgentBefore: Millis(s.agent), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
 		SameBytes: s.sameBytes.Load(), SavedBytes: s.savedBytes.Load(),

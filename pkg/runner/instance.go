@@ -358,6 +358,15 @@ func CheckVacant(cfg Config) error {
 
 // vacant is CheckVacant of a state device.
 func vacant(state *device) error {
+	if state.overlay != nil {
+		// A record that is not in the overlay is the package's: somebody was killed after he had made the overlay, and before
+		// there was an instance in it.
+		if first, err := state.overlay.NextChange(0); err == io.EOF || err == nil && first.Offset >= recordSize {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
 	r, err := ReadRecord(state)
 	switch {
 	case errors.Is(err, errNoRecord):

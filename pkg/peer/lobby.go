@@ -11,13 +11,15 @@ import (
 	"sync"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 // Arrival is a group of connections that belong together: all of one session of a migration.
 type Arrival struct {
-	Streams []io.ReadWriter // in the order in which the other side numbers them
-	From    net.Addr        // of the first
+	Streams []io.ReadWriter    // in the order in which the other side numbers them
+	From    net.Addr           // of the first
+	Peer    transport.Identity // who has proven to be there
 
 	// Err says why nothing can be done with it: the other side is no peer that can receive, or did not bring all streams. It
 	// wraps ErrStranger, and there are no streams.
@@ -31,23 +33,12 @@ func (a Arrival) Close() {
 	}
 }
 
-// refuse tells the other side why nothing comes of it, and closes the connections.
-func (a Arrival) refuse(reason string) {
-	for n, s := range a.Streams {
-		conn := s.(net.Conn)
-		_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
-		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource, Streams: uint8(len(a.Streams)), Stream: uint8(n)}
-		_, _ = conn.Write(wire.Append(ours.Append(nil), wire.Header{Type: wire.TypeAbort}, wire.Abort{Code: wire.CodeCanceled, Reason: reason}.Encode()))
-	}
-	a.Close()
-}
-
 // Lobby accepts connections of peers that want to receive, and sorts out which belong together, and which of them go on with
 // a migration that was begun before. Its methods may be called concurrently.
 type Lobby struct {
 	listener net.Listener
 	log      *slog.Logger
-	patience time.Duration
+	patience time.Duration // with each connection
 
 	// New are those who want a migration to begin, and strangers. Nobody waits there for longer than a handshake may take.
 	New    chan Arrival
@@ -88,6 +79,7 @@ type group struct {
 	streams []io.ReadWriter // nil where one is missing
 	missing int
 	from    net.Addr
+	who     transport.Identity
 	purpose wire.Purpose
 	late    *time.Timer
 }
@@ -174,7 +166,11 @@ func (b *Lobby) accept() {
 type heard struct {
 	net.Conn
 	first io.Reader
+	who   transport.Identity
 }
+
+// Identity is for transport.IdentityOf.
+func (h *heard) Identity() transport.Identity { return h.who }
 
 func (h *heard) Read(p []byte) (int, error) {
 	if n, err := h.first.Read(p); n > 0 || err != io.EOF {
@@ -189,6 +185,16 @@ func (b *Lobby) meet(conn net.Conn) {
 	defer func() { b.leave(done) }()
 	stop := context.AfterFunc(b.ctx, func() { conn.Close() })
 	defer stop()
+	ctx, cancel := context.WithTimeout(b.ctx, b.patience)
+	defer cancel()
+	who, err := transport.Handshake(ctx, conn)
+	if err != nil {
+		conn.Close()
+		if b.ctx.Err() == nil {
+			b.log.Warn("refused a connection", "from", conn.RemoteAddr(), "reason", err)
+		}
+		return
+	}
 	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
 	var said bytes.Buffer
 	p, err := wire.ReadPreface(io.TeeReader(conn, &said))
@@ -209,19 +215,19 @@ func (b *Lobby) meet(conn net.Conn) {
 		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
 		return
 	}
-	stream := &heard{conn, &said}
+	stream := &heard{conn, &said, who}
 	if p.Streams <= 1 { // version 1 knows not how many it has, and has one
-		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr()})
+		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr(), Peer: who})
 		return
 	}
 	b.mu.Lock()
 	g := b.groups[p.Session]
 	if g == nil {
-		g = &group{streams: make([]io.ReadWriter, p.Streams), missing: int(p.Streams), from: conn.RemoteAddr(), purpose: p.Purpose}
+		g = &group{streams: make([]io.ReadWriter, p.Streams), missing: int(p.Streams), from: conn.RemoteAddr(), who: who, purpose: p.Purpose}
 		b.groups[p.Session] = g
 		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g) })
 	}
-	if int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose {
+	if int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose || !g.who.Equal(who) {
 		b.mu.Unlock()
 		b.log.Warn("refused a stream that contradicts others of its session", "from", conn.RemoteAddr())
 		conn.Close()
@@ -238,7 +244,7 @@ func (b *Lobby) meet(conn net.Conn) {
 	}
 	b.mu.Unlock()
 	if whole {
-		b.arrive(g.purpose, Arrival{Streams: g.streams, From: g.from})
+		b.arrive(g.purpose, Arrival{Streams: g.streams, From: g.from, Peer: g.who})
 	}
 }
 
@@ -288,7 +294,7 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 			a.Close()
 			return
 		}
-		a.refuse("another migration of this VM is under way here: try again when it is over")
+		refuse(a.Streams, wire.CodeCanceled, "another migration of this VM is under way here: try again when it is over")
 	case <-b.ctx.Done():
 		a.Close()
 	}

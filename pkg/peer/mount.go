@@ -42,6 +42,9 @@ type MounterConfig struct {
 	// FindSource and FindDestination are those of Config.
 	FindSource, FindDestination func(ctx context.Context) ([]io.ReadWriter, error)
 
+	// Authorize decides who may have the VM from here, and whose may come. Nil: whoever the transport lets in.
+	Authorize Authorize
+
 	// Progress is told how a migration goes, OnState each change of state of a Send. Nil is allowed.
 	Progress func(migrate.Progress)
 	OnState  func(migrate.SourceState)
@@ -167,7 +170,7 @@ func ReceiveMounter(ctx context.Context, cfg MounterConfig, streams []io.ReadWri
 			return refuse(err)
 		}
 	}
-	r := &mountReceiver{&Mounter{cfg: cfg, gate: new(gate)}}
+	r := &mountReceiver{&Mounter{cfg: cfg, gate: new(gate)}, streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: r, Journal: r, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: cfg.Progress, Logger: cfg.Logger,
 		Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
@@ -255,6 +258,9 @@ func (m *Mounter) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.R
 		return &migrate.Report{}, err
 	}
 	defer done()
+	if err := m.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
+	}
 	spec, err := json.Marshal(m.still.desc)
 	if err != nil {
 		return &migrate.Report{}, fmt.Errorf("describe machine: %w", err)
@@ -371,9 +377,15 @@ func (s mountSource) Done(_ context.Context, id string) error {
 }
 
 // mountReceiver is a mounter in the course of ReceiveMounter, as migrate.Receive sees it.
-type mountReceiver struct{ *Mounter }
+type mountReceiver struct {
+	*Mounter
+	streams []io.ReadWriter
+}
 
 func (r *mountReceiver) Prepare(ctx context.Context, m *wire.Manifest) (_ []block.Device, err error) {
+	if err := r.cfg.Authorize.take(ctx, r.streams, m); err != nil {
+		return nil, err
+	}
 	if r.cfg.Dir != "" {
 		r.still, err = createStill(ctx, m, func(name string) (string, bool) {
 			return filepath.Join(r.cfg.Dir, vmpackage.DefaultFile(name)), true

@@ -62,6 +62,9 @@ type Config struct {
 	// dial, or wait for the other to do so (Lobby.Rejoin). Nil: a link that is lost then is lost.
 	FindSource, FindDestination func(ctx context.Context) ([]io.ReadWriter, error)
 
+	// Authorize decides who may have the VM from here, and whose may come. Nil: whoever the transport lets in.
+	Authorize Authorize
+
 	// DisablePostCopy has everything arrive before the guest runs here.
 	DisablePostCopy bool
 
@@ -313,7 +316,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	cfg = cfg.withDefaults()
 	receiving, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
-	t := &target{cfg: cfg, fail: fail}
+	t := &target{cfg: cfg, fail: fail, streams: streams}
 	defer t.stopWatch()
 	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, OwnThreads: cfg.OwnThreads, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
@@ -369,6 +372,9 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 
 	if n := p.instance.Missing(); n > 0 {
 		return &migrate.Report{}, fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
+	}
+	if err := p.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
 	}
 	sc, err := p.source()
 	if err != nil {
@@ -529,6 +535,7 @@ type target struct {
 	instance *runner.Instance
 	names    []string // of the devices, as the manifest has them
 
+	streams []io.ReadWriter
 	fail    context.CancelCauseFunc // ends the migration, as long as it can end
 	unwatch func()                  // ends the watch over the machine; nil: there is none
 
@@ -539,6 +546,9 @@ type target struct {
 var _ migrate.Postponer = (*target)(nil)
 
 func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	if err := t.cfg.Authorize.take(ctx, t.streams, m); err != nil {
+		return nil, err
+	}
 	desc, err := runner.ParseDescription(m.Spec)
 	if err != nil {
 		return nil, migrate.Refuse("machine description: %v", err)

@@ -27,6 +27,9 @@ type ServerConfig struct {
 	// Concurrency bounds the workers of each session. 0 means migrate's default.
 	Concurrency int
 
+	// Authorize decides who may have a VM from here. Nil: whoever the transport lets in.
+	Authorize Authorize
+
 	// RescueTimeout is how long Close waits for a peer that lost its link before it had everything. Default: one minute.
 	RescueTimeout time.Duration
 
@@ -160,6 +163,9 @@ const switchTimeout = time.Hour
 // ErrStranger says that nothing was begun; one that wraps migrate.ErrUnsettled or migrate.ErrInDoubt, that the guest may run
 // there and lack something: Rejoin goes on. The streams are closed when it returns. The report is there in any case.
 func (s *Server) Serve(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
+	if err := s.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
+	}
 	return s.session(ctx, streams, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
 		cfg.OnState = func(state migrate.SourceState) {
 			s.mu.Lock()

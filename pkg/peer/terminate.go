@@ -43,6 +43,9 @@ type Terminator struct {
 	FindSource    func(ctx context.Context) ([]io.ReadWriter, error)
 	RescueTimeout time.Duration
 
+	// Authorize decides whose VMs may come. Nil: whoever the transport lets in.
+	Authorize Authorize
+
 	// Progress is told how the migration goes, and Digesting how far the digests of the manifest are. Nil is allowed.
 	Progress  func(migrate.Progress)
 	Digesting func(vmpackage.Progress)
@@ -140,7 +143,7 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 		closeAll(streams)
 		return nil, &migrate.Report{Role: wire.RoleDestination.String(), Error: err.Error()}, fmt.Errorf("write down VM: %w", err)
 	}
-	w := &writer{Terminator: t}
+	w := &writer{Terminator: t, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: w, Journal: w, Concurrency: t.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: t.Progress, Logger: t.Logger,
 		Copy: t.Copy, Reconnect: t.FindSource, RescueTimeout: t.RescueTimeout,
@@ -267,6 +270,7 @@ var _ migrate.Keeper = (*writer)(nil)
 // writer is one call of Terminator.Receive.
 type writer struct {
 	Terminator
+	streams  []io.ReadWriter
 	id       string // of the migration
 	still    *still
 	state    []byte
@@ -293,6 +297,9 @@ func (w *writer) folder() string {
 
 // Prepare implements [migrate.Target].
 func (w *writer) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device, error) {
+	if err := w.Authorize.take(ctx, w.streams, m); err != nil {
+		return nil, err
+	}
 	for _, d := range w.Devices {
 		coming := d.Name == runner.StateDevice || d.Name == runner.ConfigDevice
 		for _, in := range m.Devices {

@@ -87,7 +87,7 @@ func TestBadAddress(t *testing.T) {
 func TestCheck(t *testing.T) {
 	for address, want := range map[string]string{
 		"localhost:1337": "", "tcp://localhost:0": "", ":1": "", "[::1]:65535": "", "no.such.host.example:1": "",
-		"localhost": "HOST:PORT", "localhost:": "no port given", "localhost:-1": `"-1" is no port`, "::1:1": "HOST:PORT", "quic://localhost:1": `"quic"`,
+		"localhost": "HOST:PORT", "localhost:": "no port given", "localhost:-1": `"-1" is no port`, "::1:1": "HOST:PORT",
 	} {
 		err := transport.Check(address)
 		if want == "" && err != nil || want != "" && (err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), address)) {
@@ -98,6 +98,8 @@ func TestCheck(t *testing.T) {
 
 func TestInsecure(t *testing.T) {
 	for address, want := range map[string]bool{
+		"tls://10.0.0.1:1": false, "psk://10.0.0.1:1": false, "unix:///a": false, "wss://h:1": false, "quic://h:1": false, "ssh://h/l:1": false, "exec:nc h 1": false,
+		"ws://10.0.0.1:1/p": true, "ws://localhost:1/p": false, "ws://127.0.0.1:1": false,
 		"localhost:1337": false, "127.0.0.1:1": false, "[::1]:1": false, "tcp://127.9.9.9:1": false,
 		":1337": true, "0.0.0.0:1": true, "10.0.0.1:1": true, "example.org:1": true, "nonsense": true,
 	} {

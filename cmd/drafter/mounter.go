@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -19,14 +18,14 @@ import (
 )
 
 type mounterOptions struct {
-	mount        string
-	devices      string
-	packagePath  string
-	instance     string
-	raddr, laddr string
-	concurrency  int
-	rescue       time.Duration
-	report       string
+	mount       string
+	devices     string
+	packagePath string
+	instance    string
+	links
+	concurrency int
+	rescue      time.Duration
+	report      string
 }
 
 func newMounterCommand() *cobra.Command {
@@ -62,6 +61,7 @@ ended by a signal before the devices were mounted.`,
 	flags.StringVar(&opts.devices, "devices", "", "devices of the VM, a JSON array, instead of --package")
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package; with --raddr and without --instance, one that does not exist")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for overlays (empty: write to the package itself)")
+	opts.links.register(flags)
 	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the VM from (empty: mount what is here)")
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the VM over at (empty: it stays)")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")
@@ -87,13 +87,8 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	case opts.rescue <= 0:
 		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescue)
 	}
-	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}} {
-		if v.address == "" {
-			continue
-		}
-		if err := transport.Check(v.address); err != nil {
-			return usageErrorf("--%s: %w", v.flag, err)
-		}
+	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+		return err
 	}
 	cfg := peer.MounterConfig{Mount: opts.mount, Concurrency: opts.concurrency, RescueTimeout: opts.rescue, Logger: log}
 	var err error
@@ -108,7 +103,7 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 
 	var listener net.Listener
 	if opts.laddr != "" {
-		if listener, err = listenAt(ctx, opts.laddr); err != nil {
+		if listener, err = opts.listen(ctx); err != nil {
 			return err
 		}
 		defer listener.Close()
@@ -120,9 +115,11 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	defer reports.close()
 
 	var lobby *peer.Lobby // opened when there is something to be had
-	cfg.FindSource = func(ctx context.Context) ([]io.ReadWriter, error) { return dialStreams(ctx, opts.raddr) }
-	cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
-	m, err := startMounter(ctx, cfg, opts.raddr, reports, out)
+	cfg.FindSource = opts.redial()
+	if !transport.Single(opts.laddr) {
+		cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
+	}
+	m, err := startMounter(ctx, cfg, &opts.links, reports, out)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
@@ -132,7 +129,7 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 		lobby = peer.NewLobby(listener, log)
 		defer lobby.Close()
 		arrivals = lobby.New
-		fmt.Fprintf(out, "Serving on %s\n", lobby.Addr())
+		fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
 	}
 	return errors.Join(serveMounter(ctx, m, arrivals, reports, out), m.Close())
 }
@@ -146,15 +143,15 @@ func cond(wanted bool, v string) string {
 }
 
 // startMounter mounts the VM, from here or from a peer.
-func startMounter(ctx context.Context, cfg peer.MounterConfig, raddr string, reports *reports, out io.Writer) (*peer.Mounter, error) {
-	if raddr == "" {
+func startMounter(ctx context.Context, cfg peer.MounterConfig, source *links, reports *reports, out io.Writer) (*peer.Mounter, error) {
+	if source.raddr == "" {
 		m, err := peer.OpenMounter(ctx, cfg)
 		if errors.Is(err, runner.ErrNotSaved) {
 			err = fmt.Errorf("%w (a VM can be mounted when it is saved)", err)
 		}
 		return m, err
 	}
-	conns, err := dialSource(ctx, raddr)
+	conns, err := source.dialFirst(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +160,7 @@ func startMounter(ctx context.Context, cfg peer.MounterConfig, raddr string, rep
 		cfg.Logger.Error("could not write the report of a migration", "error", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("receive from %q: %w", raddr, err)
+		return nil, fmt.Errorf("receive from %q: %w", source.raddr, err)
 	}
 	fmt.Fprintf(out, "Received VM: %s\n", summary(report))
 	return m, nil
@@ -206,18 +203,4 @@ func serveMounter(ctx context.Context, m *peer.Mounter, arrivals <-chan peer.Arr
 			}
 		}
 	}
-}
-
-// listenAt listens at the address of --laddr.
-func listenAt(ctx context.Context, address string) (net.Listener, error) {
-	if transport.Insecure(address) {
-		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network", "laddr", address)
-	}
-	listener, err := transport.Listen(ctx, address)
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("--laddr: %w: end the program that uses it, or choose another port (0: any that is free)", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--laddr: %w", err)
-	}
-	return listener, nil
 }

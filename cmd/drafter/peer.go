@@ -109,10 +109,10 @@ func orZero[T any](p *T) (v T) {
 
 type peerOptions struct {
 	machineFlags
+	links
 	devices       string
 	packagePath   string
 	instance      string
-	raddr, laddr  string
 	concurrency   int
 	noPostcopy    bool
 	maxDowntime   time.Duration
@@ -162,7 +162,8 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runPeer(cmd, opts) },
 	}
 	flags := cmd.Flags()
-	opts.register(flags)
+	opts.machineFlags.register(flags)
+	opts.links.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
@@ -234,19 +235,28 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := goal.Check(); err != nil {
 		return usageErrorf("--max-downtime and --max-total-time: %w", err)
 	}
-	for _, v := range []struct{ flag, address string }{{"laddr", opts.laddr}, {"raddr", opts.raddr}, {"metrics", opts.metrics}} {
-		if v.address == "" {
-			continue
+	if err := opts.links.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+		return err
+	}
+	if opts.Stdio != nil {
+		switch {
+		case opts.enableInput:
+			return usageErrorf("--enable-input excludes stdio:, which is for the other peer")
+		case opts.enableOutput && cmd.Flags().Changed("enable-output"):
+			return usageErrorf("--enable-output excludes stdio:, which is for the other peer")
 		}
-		if err := transport.Check(v.address); err != nil {
-			return usageErrorf("--%s: %w", v.flag, err)
+		opts.enableOutput = false
+	}
+	if opts.metrics != "" {
+		if err := transport.Check(opts.metrics); err != nil {
+			return usageErrorf("--metrics: %w", err)
 		}
 	}
 	devices, err := peerDevices(opts)
 	if err != nil {
 		return err
 	}
-	if err := opts.check(); err != nil {
+	if err := opts.machineFlags.check(); err != nil {
 		return err
 	}
 	backend, err := opts.backend(cmd)
@@ -261,10 +271,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
 		ForceOwner: opts.forceOwner, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
-		DisablePostCopy: opts.noPostcopy,
-	}
-	if opts.raddr != "" {
-		cfg.FindSource = func(ctx context.Context) ([]io.ReadWriter, error) { return dialStreams(ctx, opts.raddr) }
+		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 
 	if opts.laddr != "" {
@@ -280,13 +287,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	defer stopMetrics()
 	var listener net.Listener
 	if opts.laddr != "" {
-		if transport.Insecure(opts.laddr) {
-			log.Warn("peers are neither authenticated nor encrypted; use a trusted network", "laddr", opts.laddr)
-		}
-		if listener, err = transport.Listen(ctx, opts.laddr); errors.Is(err, syscall.EADDRINUSE) {
-			return fmt.Errorf("--laddr: %w: end the program that uses it, or choose another port (0: any that is free)", err)
-		} else if err != nil {
-			return fmt.Errorf("--laddr: %w", err)
+		if listener, err = opts.listen(ctx); err != nil {
+			return err
 		}
 		defer listener.Close()
 	}
@@ -298,7 +300,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	reports.tell = out.done
 
 	var lobby *peer.Lobby // opened when there is something to be had
-	cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
+	if !transport.Single(opts.laddr) {
+		cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
+	}
 	p, err := startPeer(ctx, cfg, opts, reports, out)
 	if err != nil {
 		return interrupted(cmd, err)
@@ -307,7 +311,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if listener != nil {
 		lobby = peer.NewLobby(listener, log)
 		defer lobby.Close()
-		fmt.Fprintf(out, "Serving on %s\n", lobby.Addr())
+		fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
 	}
 	err = servePeer(ctx, p, lobby, reports, out)
 	if p.Running() {
@@ -393,14 +397,9 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if err := peer.CheckVacant(cfg); err != nil {
 			return nil, err
 		}
-		if transport.Insecure(opts.raddr) {
-			cfg.Logger.Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", opts.raddr)
-		}
-		conns, err := dialStreams(ctx, opts.raddr)
-		if errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, fmt.Errorf("--raddr: %w: start the peer that has the instance, with --laddr, or correct the address", err)
-		} else if err != nil {
-			return nil, fmt.Errorf("--raddr: %w", err)
+		conns, err := opts.dialFirst(ctx)
+		if err != nil {
+			return nil, err
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
@@ -418,7 +417,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 				closing()
 			}
 		})
-		p, report, err := receive(ctx, cfg, opts.raddr, conns)
+		p, report, err := receive(ctx, cfg, opts.redial(), conns)
 		stop()
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
@@ -455,13 +454,13 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 
 // receive is peer.Receive. When it fails, the source may be waiting to hear what became of an earlier migration that this peer did
 // not live to finish: then it is told, and asked again.
-func receive(ctx context.Context, cfg peer.Config, address string, conns []io.ReadWriter) (*peer.Peer, *migrate.Report, error) {
+func receive(ctx context.Context, cfg peer.Config, redial func(context.Context) ([]io.ReadWriter, error), conns []io.ReadWriter) (*peer.Peer, *migrate.Report, error) {
 	unfinished := peer.Void(cfg)
 	p, report, err := peer.Receive(ctx, cfg, conns)
-	if err == nil || !unfinished || ctx.Err() != nil {
+	if err == nil || !unfinished || redial == nil || ctx.Err() != nil {
 		return p, report, err
 	}
-	asked, failure := dialStreams(ctx, address)
+	asked, failure := redial(ctx)
 	if failure != nil {
 		return p, report, err
 	}
@@ -471,18 +470,10 @@ func receive(ctx context.Context, cfg peer.Config, address string, conns []io.Re
 		return p, report, err
 	}
 	cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
-	if conns, err = dialStreams(ctx, address); err != nil {
+	if conns, err = redial(ctx); err != nil {
 		return p, report, err
 	}
 	return peer.Receive(ctx, cfg, conns)
-}
-
-// streams is how many connections a migration has: one is for what somebody waits for.
-const streams = 3
-
-// dialStreams dials the connections of a migration.
-func dialStreams(ctx context.Context, address string) ([]io.ReadWriter, error) {
-	return peer.DialStreams(ctx, streams, func(ctx context.Context) (net.Conn, error) { return transport.Dial(ctx, address) })
 }
 
 // servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal. A nil lobby: nobody

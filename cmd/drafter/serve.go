@@ -18,7 +18,6 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
-	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
@@ -30,7 +29,7 @@ type serveDevice struct {
 }
 
 type serveOptions struct {
-	laddr       string
+	links
 	packagePath string
 	devices     string
 	cache       string
@@ -64,6 +63,7 @@ Exit statuses: 0 ended by a signal; 1 something failed; 2 the command line canno
 		RunE: func(cmd *cobra.Command, _ []string) error { return runServe(cmd, opts) },
 	}
 	flags := cmd.Flags()
+	opts.links.register(flags)
 	flags.StringVar(&opts.laddr, "laddr", ":1600", "address to serve at")
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder or .tar.zst of the package")
 	flags.StringVar(&opts.devices, "devices", "", `devices to serve instead of --package, a JSON array: [{"name":"disk","input":"out/package/rootfs.ext4"},…]`)
@@ -94,8 +94,8 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 	case opts.laddr == "":
 		return usageErrorf("--laddr is empty: give the address to serve at")
 	}
-	if err := transport.Check(opts.laddr); err != nil {
-		return usageErrorf("--laddr: %w", err)
+	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+		return err
 	}
 	cfg := peer.ServerConfig{Concurrency: opts.concurrency, Logger: log}
 	flag := "--package"
@@ -112,7 +112,7 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 			cfg.Devices = append(cfg.Devices, vmpackage.File{Name: d.Name, Path: d.Input})
 		}
 	}
-	listener, err := listenAt(ctx, opts.laddr)
+	listener, err := opts.listen(ctx)
 	if err != nil {
 		return err
 	}
@@ -132,7 +132,7 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 		return interrupted(cmd, fmt.Errorf("%s: %w", flag, err))
 	}
 	lobby := peer.NewLobby(listener, log)
-	fmt.Fprintf(out, "Serving on %s\n", lobby.Addr())
+	fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
 
 	var sessions sync.WaitGroup
 	var reporting sync.Mutex // held while a report is written

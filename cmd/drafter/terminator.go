@@ -1,11 +1,7 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"fmt"
-	"io"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -22,7 +18,7 @@ type terminatorDevice struct {
 }
 
 type terminatorOptions struct {
-	raddr       string
+	links
 	packagePath string
 	devices     string
 	copy        bool
@@ -57,6 +53,7 @@ nothing was written.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runTerminator(cmd, opts) },
 	}
 	flags := cmd.Flags()
+	opts.links.register(flags)
 	flags.StringVar(&opts.raddr, "raddr", "localhost:1337", "address of the peer to receive the VM from")
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package to write; it must not exist")
 	flags.StringVar(&opts.devices, "devices", "", `files to write instead of --package, a JSON array: [{"name":"disk","output":"out/package/rootfs.ext4"},…]`)
@@ -84,12 +81,16 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		return usageErrorf("--settle and --copy exclude each other: a copy is nobody's to settle")
 	case opts.rescue <= 0:
 		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescue)
+	case opts.raddr == "":
+		return usageErrorf("--raddr is empty: give the address of the peer to receive the VM from")
+	case opts.settle && transport.Single(opts.raddr):
+		return usageErrorf("--settle needs an address that can be dialled again, and %s is not", opts.raddr)
 	}
-	if err := checkRaddr(opts.raddr); err != nil {
+	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
 	t := peer.Terminator{Copy: opts.copy, Concurrency: opts.concurrency, RescueTimeout: opts.rescue, Logger: log}
-	t.FindSource = func(ctx context.Context) ([]io.ReadWriter, error) { return dialStreams(ctx, opts.raddr) }
+	t.FindSource = opts.redial()
 	where := opts.packagePath
 	if opts.devices == "" {
 		t.Dir = opts.packagePath
@@ -133,7 +134,7 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		return fmt.Errorf("--report: %w", err)
 	}
 	defer reports.close()
-	conns, err := dialSource(ctx, opts.raddr)
+	conns, err := opts.dialFirst(ctx)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
@@ -154,29 +155,4 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		fmt.Fprintf(out, "There is no manifest, as the files are not all in one folder\n")
 	}
 	return nil
-}
-
-// checkRaddr checks the address of a peer to receive from.
-func checkRaddr(address string) error {
-	if address == "" {
-		return usageErrorf("--raddr is empty: give the address of the peer to receive the VM from")
-	}
-	if err := transport.Check(address); err != nil {
-		return usageErrorf("--raddr: %w", err)
-	}
-	return nil
-}
-
-// dialSource connects to the peer that has the VM.
-func dialSource(ctx context.Context, address string) ([]io.ReadWriter, error) {
-	if transport.Insecure(address) {
-		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network", "raddr", address)
-	}
-	conns, err := dialStreams(ctx, address)
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("--raddr: %w: start the peer that has the VM, with --laddr, or correct the address", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--raddr: %w", err)
-	}
-	return conns, nil
 }

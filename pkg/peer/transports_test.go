@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/drafter-vm/drafter/internal/testcert"
+	"github.com/drafter-vm/drafter/internal/testssh"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
@@ -40,6 +41,7 @@ func ways(t *testing.T) []way {
 	to := func(scheme string) func(net.Listener) string {
 		return func(l net.Listener) string { return scheme + l.Addr().String() }
 	}
+	sshd := testssh.New(t)
 	socket := "unix://" + filepath.Join(t.TempDir(), "s")
 	return []way{
 		{name: "tcp", listen: "127.0.0.1:0", dial: to("")},
@@ -50,6 +52,9 @@ func ways(t *testing.T) []way {
 		{name: "ws", listen: "ws://127.0.0.1:0/vm", dial: func(l net.Listener) string { return "ws://" + l.Addr().String() + "/vm" }},
 		{name: "wss", server: server, client: client, listen: "wss://127.0.0.1:0", dial: to("wss://"), stranger: &hostile, identity: "spiffe://example.org/b"},
 		{name: "quic", server: server, client: client, listen: "quic://127.0.0.1:0", dial: to("quic://"), stranger: &hostile, identity: "spiffe://example.org/b"},
+		{name: "ssh", listen: "127.0.0.1:0", dial: func(l net.Listener) string {
+			return fmt.Sprintf("ssh://somebody@%s/%s?config=%s", sshd.Addr, l.Addr(), sshd.Config)
+		}},
 		{name: "exec", listen: "127.0.0.1:0", dial: func(l net.Listener) string { // as ssh would
 			_, port, _ := net.SplitHostPort(l.Addr().String())
 			return fmt.Sprintf("exec:exec bash -c 'exec 3<>/dev/tcp/127.0.0.1/%s; cat <&3 & exec cat >&3'", port)
@@ -80,7 +85,7 @@ func (w way) meet(t *testing.T) *meeting {
 	m := &meeting{way: w, pkg: newPackage(t), lobby: NewLobby(l, quiet)}
 	t.Cleanup(func() { m.lobby.Close() })
 	address, streams := w.dial(l), 3
-	if w.once {
+	if !transport.Parallel(address) {
 		streams = 1
 	}
 	m.find = func(ctx context.Context) ([]io.ReadWriter, error) {

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+const commandPrefix = "exec:"
+
 func checkCommand(_ Options, command string) error {
 	if strings.TrimSpace(command) == "" {
 		return errors.New("no command given: use exec:COMMAND")
@@ -28,7 +30,10 @@ func dialCommand(ctx context.Context, _ Options, command string) (net.Conn, erro
 	return startCommand(ctx, exec.Command("/bin/sh", "-c", command))
 }
 
-// sshTarget takes USER@HOST:PORT/TARGET apart.
+// sshConfig is the parameter for the file that ssh reads instead of its own configuration.
+const sshConfig = "config"
+
+// sshTarget takes USER@HOST:PORT/TARGET?config=FILE apart.
 func sshTarget(rest string) (u *url.URL, target string, err error) {
 	if u, err = url.Parse("ssh://" + rest); err != nil {
 		return nil, "", err
@@ -44,6 +49,11 @@ func sshTarget(rest string) (u *url.URL, target string, err error) {
 	}
 	if err := checkPort(Options{}, target); err != nil {
 		return nil, "", fmt.Errorf("target %q: %w", target, err)
+	}
+	for name := range u.Query() {
+		if name != sshConfig {
+			return nil, "", fmt.Errorf("unknown parameter %q: use ?%s=FILE, or none", name, sshConfig)
+		}
 	}
 	return u, target, nil
 }
@@ -61,6 +71,9 @@ func dialSSH(ctx context.Context, _ Options, rest string) (net.Conn, error) {
 	}
 	// No questions: there is nobody to answer them. A link that died is the engine's to notice, and ssh's after that.
 	args := []string{"-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ClearAllForwardings=yes", "-W", target}
+	if file := u.Query().Get(sshConfig); file != "" {
+		args = append(args, "-F", file)
+	}
 	if u.Port() != "" {
 		args = append(args, "-p", u.Port())
 	}

@@ -12,7 +12,8 @@
 //	unix:///PATH            a unix socket of this host; the kernel says who the other side is
 //	ws://HOST:PORT/PATH     WebSocket, through what lets only HTTP pass; wss: over TLS as above
 //	quic://HOST:PORT        QUIC, over UDP, with TLS as above
-//	ssh://USER@HOST/TARGET  through the system's ssh: TARGET, a HOST:PORT as HOST sees it. Only to dial
+//	ssh://USER@HOST/TARGET  through the system's ssh: TARGET, a HOST:PORT as HOST sees it. With ?config=FILE at its end, ssh reads
+//	                        that file instead of its own configuration. Only to dial
 //	exec:COMMAND            standard input and output of a program that the shell starts. Only to dial
 //	stdio:                  this program's own: see Options.Stdio. One connection, once
 //

@@ -64,6 +64,8 @@ func TestOptionsCheck(t *testing.T) {
 		{"ssh with an option as user", transport.Options{}, "ssh://-oProxyCommand=x@host/localhost:1", "no host given"},
 		{"ssh with password", transport.Options{}, "ssh://me:" + secret[:3] + "@host/localhost:1", "password"},
 		{"ssh with bad target", transport.Options{}, "ssh://host/localhost", "HOST:PORT"},
+		{"ssh with a parameter", transport.Options{}, "ssh://host/localhost:1?option=x", "unknown parameter"},
+		{"ssh with a configuration", transport.Options{}, "ssh://host/localhost:1?config=/f", ""},
 		{"ssh", transport.Options{}, "ssh://me@host:2222/localhost:1337", ""},
 		{"empty command", transport.Options{}, "exec: ", "no command"},
 		{"stdio without any", transport.Options{}, "stdio:", "not to be had"},
@@ -337,7 +339,7 @@ func TestStdio(t *testing.T) {
 	if err := <-second; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("a second connection: %v", err)
 	}
-	if !transport.Single("stdio:") || transport.Single("127.0.0.1:1") || !transport.CanListen("stdio:") || transport.CanListen("ssh://h/h:1") {
+	if transport.Parallel("exec:x") || transport.Parallel("stdio:") || !transport.Parallel("127.0.0.1:1") || !transport.Parallel("ssh://h/h:1") || !transport.Single("stdio:") || transport.Single("127.0.0.1:1") || !transport.CanListen("stdio:") || transport.CanListen("ssh://h/h:1") {
 		t.Error("what can be done with addresses is said wrongly")
 	}
 }

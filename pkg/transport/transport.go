@@ -107,6 +107,9 @@ func CanListen(address string) bool {
 	return err == nil && s.listen != nil
 }
 
+// Parallel reports whether several connections to an address make sense at a time: not to one that is a program, started for it.
+func Parallel(address string) bool { return !Single(address) && !strings.HasPrefix(address, commandPrefix) }
+
 // Single reports whether an address is of one connection, which cannot be made a second time.
 func Single(address string) bool { return address == stdioAddress }
 
@@ -194,7 +197,7 @@ const forms = "HOST:PORT, or one of tcp, tls, psk, unix, ws, wss, quic and ssh w
 // split finds the scheme of an address.
 func split(address string) (scheme, string, error) {
 	name, rest, ok := strings.Cut(address, "://")
-	if command, isCommand := strings.CutPrefix(address, "exec:"); isCommand {
+	if command, isCommand := strings.CutPrefix(address, commandPrefix); isCommand {
 		name, rest, ok = "exec", command, true
 	} else if address == stdioAddress {
 		name, rest, ok = "stdio", "", true

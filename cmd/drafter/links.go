@@ -1,0 +1,207 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
+)
+
+// links are the addresses of other peers, and the flags that say how to get at them and who they may be.
+type links struct {
+	laddr, raddr string
+	transport.Options
+}
+
+// pskVariable is the environment variable of the key for psk. A flag for the key itself would show it to whoever lists processes.
+const pskVariable = "DRAFTER_PSK"
+
+// register adds the flags but for the addresses, whose meaning is the command's.
+func (l *links) register(flags *pflag.FlagSet) {
+	flags.StringVar(&l.Certificate, "tls-cert", "", "for tls, wss and quic: file of the certificate to show, PEM")
+	flags.StringVar(&l.PrivateKey, "tls-key", "", "for tls, wss and quic: file of its key, PEM")
+	flags.StringVar(&l.Authorities, "tls-ca", "", "for tls, wss and quic: file of the certificates that have to have signed the other peer's, PEM (empty: only keys that --allow-peer pins)")
+	flags.StringVar(&l.KeyFile, "psk-file", "", "for psk: file of the key, 32 bytes in hexadecimal or base64 (empty: $"+pskVariable+")")
+	flags.StringArrayVar(&l.Allow, "allow-peer", nil, "who the other peer may be, may be given again: spiffe://DOMAIN/PATH, a host's name or pin-sha256:BASE64 of its certificate, uid:NUMBER of a unix socket (default: as docs/transports.md says)")
+}
+
+// needs says what flags an address needs.
+func needs(address string) string {
+	switch scheme, _, _ := strings.Cut(address, ":"); scheme {
+	case "tls", "wss", "quic":
+		return "certificate"
+	case "psk":
+		return "key"
+	case "stdio":
+		return "stdio"
+	}
+	return ""
+}
+
+// check looks at the flags before anything is begun. Stdin and stdout are what stdio: is.
+func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (err error) {
+	needed := make(map[string]bool)
+	named := false
+	for _, address := range []string{l.laddr, l.raddr} {
+		needed[needs(address)] = true
+		named = named || needs(address) == "certificate" || strings.HasPrefix(address, "unix:")
+	}
+	// What has no effect may be a protection that somebody believes in.
+	for _, v := range []struct {
+		need  string
+		flags []string
+		kinds string
+	}{{"certificate", []string{"tls-cert", "tls-key", "tls-ca"}, "tls://, wss:// or quic://"}, {"key", []string{"psk-file"}, "psk://"}} {
+		for _, name := range v.flags {
+			if flags.Changed(name) && !needed[v.need] {
+				return usageErrorf("--%s has no effect: no address is %s…; %s", name, v.kinds, plainWarning)
+			}
+		}
+	}
+	if flags.Changed("allow-peer") && !named {
+		return usageErrorf("--allow-peer has no effect: only tls://, wss://, quic:// and unix:// peers prove a name; %s", plainWarning)
+	}
+	if needed["key"] && l.KeyFile == "" {
+		l.Key = os.Getenv(pskVariable)
+	}
+	if needed["stdio"] {
+		if l.laddr == l.raddr {
+			return usageErrorf("--laddr and --raddr are both stdio:, of which there is one")
+		}
+		if l.Stdio, err = openStdio(stdin, stdout); err != nil {
+			return usageErrorf("stdio: %w", err)
+		}
+	}
+	for _, v := range []struct{ flag, address string }{{"laddr", l.laddr}, {"raddr", l.raddr}} {
+		if v.address == "" {
+			continue
+		}
+		switch need := needs(v.address); {
+		case need == "certificate" && (l.Certificate == "" || l.PrivateKey == "" || l.Authorities == "" && len(l.Allow) == 0):
+			return usageErrorf("--%s %s needs --tls-cert and --tls-key, and --tls-ca or --allow-peer pin-sha256:BASE64", v.flag, v.address)
+		case need == "key" && l.KeyFile == "" && l.Key == "":
+			return usageErrorf("--%s %s needs --psk-file, or the key in $%s", v.flag, v.address, pskVariable)
+		}
+		if err := l.Check(v.address); err != nil {
+			return usageErrorf("--%s: %w", v.flag, err)
+		}
+		if v.flag == "laddr" && !transport.CanListen(v.address) {
+			return usageErrorf("--laddr %s: such addresses can only be dialled: listen on another (localhost:1337), which the other peer gets at by it", v.address)
+		}
+	}
+	return nil
+}
+
+const plainWarning = "as it is, what passes is neither authenticated nor encrypted"
+
+// listen listens at --laddr.
+func (l *links) listen(ctx context.Context) (net.Listener, error) {
+	if transport.Insecure(l.laddr) {
+		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "laddr", l.laddr)
+	}
+	o := l.Options
+	o.Logger = logger(ctx)
+	listener, err := o.Listen(ctx, l.laddr)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("--laddr: %w: end the program that uses it, or choose another port (0: any that is free)", err)
+	} else if err != nil {
+		return nil, fmt.Errorf("--laddr: %w", err)
+	}
+	return listener, nil
+}
+
+// serving is the address that others give to get at a listener.
+func (l *links) serving(a net.Addr) string {
+	scheme, rest, ok := strings.Cut(l.laddr, "://")
+	if !ok || scheme == "unix" {
+		if transport.Single(l.laddr) || scheme == "unix" {
+			return l.laddr
+		}
+		return a.String()
+	}
+	_, path, _ := strings.Cut(rest, "/")
+	return strings.TrimSuffix(scheme+"://"+a.String()+"/"+path, "/")
+}
+
+// streams is how many connections a migration has: one is for what somebody waits for.
+const streams = 3
+
+// dial dials the connections of a migration, at --raddr.
+func (l *links) dial(ctx context.Context) ([]io.ReadWriter, error) {
+	n := streams
+	if !transport.Parallel(l.raddr) {
+		n = 1
+	}
+	return peer.DialStreams(ctx, n, func(ctx context.Context) (net.Conn, error) { return l.Dial(ctx, l.raddr) })
+}
+
+// redial is dial for when a link was lost; nil where that cannot be.
+func (l *links) redial() func(context.Context) ([]io.ReadWriter, error) {
+	if l.raddr == "" || transport.Single(l.raddr) {
+		return nil
+	}
+	return l.dial
+}
+
+// dialFirst is dial with what a person wants to know when it does not work.
+func (l *links) dialFirst(ctx context.Context) ([]io.ReadWriter, error) {
+	if transport.Insecure(l.raddr) {
+		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "raddr", l.raddr)
+	}
+	conns, err := l.dial(ctx)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return nil, fmt.Errorf("--raddr: %w: start the peer that has the VM, with --laddr, or correct the address", err)
+	} else if err != nil {
+		return nil, fmt.Errorf("--raddr: %w", err)
+	}
+	return conns, nil
+}
+
+// stdio is this program's standard input and output.
+type stdio struct {
+	*os.File // in
+	out      *os.File
+}
+
+// openStdio makes a stream of standard input and output that can be interrupted.
+func openStdio(stdin io.Reader, stdout io.Writer) (io.ReadWriteCloser, error) {
+	in, ok := stdin.(*os.File)
+	out, too := stdout.(*os.File)
+	if !ok || !too {
+		return nil, errors.New("standard input and output are no files")
+	}
+	var s stdio
+	for _, v := range []struct {
+		from *os.File
+		to   **os.File
+		name string
+	}{{in, &s.File, "input"}, {out, &s.out, "output"}} {
+		if term.IsTerminal(int(v.from.Fd())) {
+			return nil, fmt.Errorf("standard %s is a terminal: connect it to the other peer, as by ssh HOST drafter peer --raddr stdio: …", v.name)
+		}
+		fd, err := unix.FcntlInt(v.from.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return nil, err
+		}
+		// Only then reads end when it is closed. What is at the other end of a pipe does not share that.
+		if err := unix.SetNonblock(fd, true); err != nil {
+			return nil, err
+		}
+		*v.to = os.NewFile(uintptr(fd), "standard "+v.name)
+	}
+	return s, nil
+}
+
+func (s stdio) Write(p []byte) (int, error) { return s.out.Write(p) }
+func (s stdio) Close() error                { return errors.Join(s.out.Close(), s.File.Close()) }

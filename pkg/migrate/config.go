@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -294,7 +295,7 @@ func checkHeartbeat(d time.Duration) error {
 }
 
 // check fills in defaults and finds mistakes.
-func (c *SourceConfig) check(streams int) error {
+func (c *SourceConfig) check() error {
 	if c.ID == "" {
 		c.ID = rand.Text()
 	}
@@ -338,13 +339,10 @@ func (c *SourceConfig) check(streams int) error {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	if err := checkHeartbeat(c.HeartbeatTimeout); err != nil {
-		return err
-	}
-	return checkStreams(streams)
+	return checkHeartbeat(c.HeartbeatTimeout)
 }
 
-func (c *DestinationConfig) check(streams int) error {
+func (c *DestinationConfig) check() error {
 	if c.Target == nil {
 		return fmt.Errorf("no target: set DestinationConfig.Target")
 	}
@@ -369,15 +367,23 @@ func (c *DestinationConfig) check(streams int) error {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
-	if err := checkHeartbeat(c.HeartbeatTimeout); err != nil {
-		return err
-	}
-	return checkStreams(streams)
+	return checkHeartbeat(c.HeartbeatTimeout)
 }
 
-func checkStreams(n int) error {
-	if n < 1 || n > wire.MaxStreams {
+// checkStreams refuses what cannot carry a migration.
+func checkStreams(streams []io.ReadWriter) error {
+	if n := len(streams); n < 1 || n > wire.MaxStreams {
 		return fmt.Errorf("%d streams: use 1 to %d", n, wire.MaxStreams)
+	}
+	for i, s := range streams {
+		conn, ok := s.(interface{ LocalAddr() net.Addr })
+		if !ok || conn.LocalAddr() == nil {
+			continue
+		}
+		switch network := conn.LocalAddr().Network(); network {
+		case "udp", "udp4", "udp6", "ip", "ip4", "ip6", "unixgram", "unixpacket":
+			return fmt.Errorf("stream %d carries %s datagrams, which can be lost and are cut to size: use a stream of bytes, as of QUIC (quic:// of package transport) where it is to be UDP", i, network)
+		}
 	}
 	return nil
 }

@@ -35,7 +35,11 @@ func Receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig
 
 // receive is Receive; running is called once the guest runs, by any goroutine.
 func receive(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, running func()) (*Report, error) {
-	if err := cfg.check(len(streams)); err != nil {
+	err := cfg.check()
+	if err == nil {
+		err = checkStreams(streams)
+	}
+	if err != nil {
 		interruptAll(streams)
 		err = fmt.Errorf("receive guest: %w", err)
 		return &Report{Role: wire.RoleDestination.String(), Outcome: DestinationDiscarded.String(), Error: err.Error(), Streams: len(streams)}, err

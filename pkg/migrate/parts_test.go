@@ -7,6 +7,8 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"net"
+	"path/filepath"
 	"reflect"
 	"runtime"
 	"slices"
@@ -401,4 +403,39 @@ func FuzzDestination(f *testing.F) {
 			t.Errorf("allocated %d bytes for %d received", grown, len(in))
 		}
 	})
+}
+
+// TestDatagramsRefused gives both sides a socket of datagrams.
+func TestDatagramsRefused(t *testing.T) {
+	for _, network := range []string{"udp", "unixgram", "unixpacket"} {
+		t.Run(network, func(t *testing.T) {
+			var conn io.ReadWriteCloser
+			var err error
+			switch network {
+			case "udp":
+				conn, err = net.Dial("udp", "127.0.0.1:9")
+			case "unixgram":
+				conn, err = net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unixgram"})
+			default:
+				l, e := net.ListenUnix("unixpacket", &net.UnixAddr{Name: filepath.Join(t.TempDir(), "s"), Net: "unixpacket"})
+				if e != nil {
+					t.Fatal(e)
+				}
+				defer l.Close()
+				conn, err = net.DialUnix("unixpacket", nil, l.Addr().(*net.UnixAddr))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_, sent := Send(t.Context(), []io.ReadWriter{conn}, SourceConfig{
+				Devices: []SourceDevice{{Name: "disk", Device: block.NewMemory(4096)}}, Guest: struct{ Guest }{}})
+			_, received := Receive(t.Context(), []io.ReadWriter{conn}, DestinationConfig{Target: struct{ Target }{}})
+			for _, err := range []error{sent, received} {
+				if err == nil || !strings.Contains(err.Error(), "quic://") || !strings.Contains(err.Error(), network) {
+					t.Errorf("error %v, want one that names %s and quic://", err, network)
+				}
+			}
+		})
+	}
 }

@@ -82,7 +82,7 @@ type ClaimDevice struct {
 // Cancelling ctx ends the search for the source, and has no effect while there is a link to it.
 func RejoinDestination(ctx context.Context, claim Claim, cfg DestinationConfig) (*Report, error) {
 	cfg.Target = claimed{}
-	err := cfg.check(1)
+	err := cfg.check()
 	switch {
 	case err != nil:
 	case cfg.Reconnect == nil:
@@ -157,7 +157,11 @@ type claimed struct{ Target }
 // recorded, and the source is refused. It returns the migration's id, if it came so far.
 func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, owned func(id string) bool) (id string, err error) {
 	cfg.Target = claimed{}
-	if err := cfg.check(len(streams)); err != nil {
+	err = cfg.check()
+	if err == nil {
+		err = checkStreams(streams)
+	}
+	if err != nil {
 		interruptAll(streams)
 		return "", fmt.Errorf("disclaim guest: %w", err)
 	}

@@ -61,9 +61,10 @@ func (k seeker) meet(ctx context.Context, lost error, session func(context.Conte
 	}
 	for {
 		streams, err := k.reconnect(ctx)
-		if err == nil && (len(streams) == 0 || len(streams) > wire.MaxStreams) {
-			interruptAll(streams)
-			err = checkStreams(len(streams))
+		if err == nil {
+			if err = checkStreams(streams); err != nil {
+				interruptAll(streams)
+			}
 		}
 		if err == nil {
 			var useful bool

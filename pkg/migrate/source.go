@@ -32,7 +32,11 @@ import (
 // Send takes the streams over: those that have a Close are closed when it returns, of others the deadline is set to the
 // past, and the goroutines that read and write those that have neither end when the caller closes them.
 func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Report, error) {
-	if err := cfg.check(len(streams)); err != nil {
+	err := cfg.check()
+	if err == nil {
+		err = checkStreams(streams)
+	}
+	if err != nil {
 		interruptAll(streams)
 		err = fmt.Errorf("send guest: %w", err)
 		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
@@ -47,7 +51,7 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 //
 // Cancelling ctx ends the search for the destination, and has no effect while there is a link to it.
 func RejoinSource(ctx context.Context, cfg SourceConfig) (*Report, error) {
-	err := cfg.check(1)
+	err := cfg.check()
 	if err == nil && cfg.Reconnect == nil {
 		err = errors.New("no way to reconnect: set SourceConfig.Reconnect")
 	}

@@ -108,7 +108,9 @@ func CanListen(address string) bool {
 }
 
 // Parallel reports whether several connections to an address make sense at a time: not to one that is a program, started for it.
-func Parallel(address string) bool { return !Single(address) && !strings.HasPrefix(address, commandPrefix) }
+func Parallel(address string) bool {
+	return !Single(address) && !strings.HasPrefix(address, commandPrefix)
+}
 
 // Single reports whether an address is of one connection, which cannot be made a second time.
 func Single(address string) bool { return address == stdioAddress }

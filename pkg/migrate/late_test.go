@@ -349,7 +349,7 @@ func TestCompleteHangs(t *testing.T) {
 	late := r.postCopy(1)
 	late.hang = make(chan struct{})
 	defer close(late.hang)
-	r.dest.CompleteTimeout = 10 * time.Millisecond
+	r.dest.CompleteTimeout = 500 * time.Millisecond // enough for the source to hear first that the guest runs, on a busy machine too
 	a, b := pipes(2)
 	o := r.move(t.Context(), a, b)
 	if !errors.Is(o.dstErr, ErrUnsettled) || !errors.Is(o.dstErr, os.ErrDeadlineExceeded) || o.dst.Outcome != "incomplete" {

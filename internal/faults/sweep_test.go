@@ -213,6 +213,28 @@ func TestEveryFrame(t *testing.T) {
 	}
 }
 
+// TestDamage changes one bit of what a destination takes in, mostly when its guest runs already: what is damaged must not reach it.
+func TestDamage(t *testing.T) {
+	m := Migration{ID: "m", Mode: PostCopy, Reconnect: true}
+	whole := passes(t, m)[ToDestination].Bytes
+	eachSeed(t, 60, 3000, func(t *testing.T, seed uint64) {
+		r := rand.New(rand.NewPCG(seed, 5))
+		m := m
+		m.Streams = 1 + 2*r.IntN(2)
+		at := Point{Bytes: whole/4 + r.Int64N(whole*3/4)}
+		if m.Streams > 1 {
+			at.Bytes = r.Int64N(whole)
+		}
+		m.Link = NewLink(Fault{Kind: Flip, Direction: ToDestination, Stream: r.IntN(m.Streams), At: at})
+		w, a, b := begin(t, seed)
+		result := w.Move(a, b, m)
+		w.settle(t, result, a, b)
+		if t.Failed() {
+			t.Logf("%v over %d streams", at, m.Streams)
+		}
+	})
+}
+
 // TestRandomFaults has one to three random faults on the streams of each migration, cuts while meeting again among them.
 func TestRandomFaults(t *testing.T) {
 	whole := map[Mode]map[Direction]int64{}

@@ -314,12 +314,12 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 	d.link, d.version, d.streams = l, l.version, len(l.streams)
 	var taking atomic.Pointer[content] // nil until the devices are ready
-	l.onBulk = func(h wire.Header, r *wire.Reader) error {
+	l.onBulk = func(h wire.Header, check wire.Check, r *wire.Reader) error {
 		c := taking.Load()
 		if c == nil {
 			return unexpectedFrame(h.Type, "nothing before accept")
 		}
-		return c.receive(h, r)
+		return c.receive(h, check, r)
 	}
 	ignoreCancel := l.start(ctx)
 	defer ignoreCancel()
@@ -546,12 +546,12 @@ func (d *destination) bases(m *wire.Manifest) ([]*BaseIndex, error) {
 
 // receive takes a content frame from a stream and passes it to a worker. When the devices are slower than the streams,
 // it waits, and so does the source.
-func (c *content) receive(h wire.Header, r *wire.Reader) error {
+func (c *content) receive(h wire.Header, check wire.Check, r *wire.Reader) error {
 	if int(h.Device) >= len(c.devices) {
 		return fmt.Errorf("%w: %v frame for device %d of %d", wire.ErrMalformed, h.Type, h.Device, len(c.devices))
 	}
 	b := wire.NewBuffer()
-	b.Header, b.N = h, int(h.Length)
+	b.Header, b.N, b.Check = h, int(h.Length), check
 	if err := r.Payload(b.Bytes()); err != nil {
 		b.Release()
 		return err
@@ -627,7 +627,13 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 	if err != nil {
 		return err
 	}
-	n := wire.HeaderSize + int64(b.N)
+	n := b.Check.Size() + wire.HeaderSize + int64(b.N)
+	if c.phase.Load() == contentLate {
+		// The guest may run on it at once: the digest at the end would come too late.
+		if err := b.Check.Verify(b.Header, b.Bytes()); err != nil {
+			return err
+		}
+	}
 	if b.Header.Flags&wire.FlagZstd != 0 {
 		plain := wire.NewBuffer()
 		defer plain.Release()

@@ -104,6 +104,14 @@ func FuzzLateDestination(f *testing.F) {
 			default:
 				h.Offset, h.Device, h.Flags = 0, 0, 0
 			}
+			if frame := wire.Append(nil, h, p); h.Type == wire.TypeData || h.Type == wire.TypeZero {
+				var check [wire.CheckFrameSize]byte
+				wire.PutCheck(check[:], frame)
+				check[wire.CheckFrameSize-1] ^= in[1] >> 7 // damaged
+				if in[1]&0x40 == 0 {
+					*out = append(*out, check[:]...)
+				}
+			}
 			*out = wire.Append(*out, h, p)
 			if h.Type == wire.TypeFinal {
 				out = &rest
@@ -112,7 +120,7 @@ func FuzzLateDestination(f *testing.F) {
 		return first, rest
 	}
 	// A whole post-copy: one page of zeros is missing, and comes late.
-	f.Add([]byte{2, 1, 0, 0, 0, 0, 3, 3, 0, 0, 1, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 6, 0, 0, 0, 1, 0, 9, 0, 0, 0, 0, 0})
+	f.Add([]byte{2, 1, 0, 0, 0, 0, 3, 3, 0, 0, 1, 0, 4, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 0, 6, 0, 0, 0, 2, 0, 9, 0, 0, 0, 0, 0})
 	f.Add([]byte{2, 1, 0, 0, 0, 0, 3, 3, 0, 0, 9, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 200, 1, 0})
 	f.Fuzz(func(t *testing.T, in []byte) {
 		r := newRig(nil)

@@ -408,10 +408,10 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	c := d.newContent(l, 4*ackEvery)
 	c.phase.Store(contentLate)
 	ready := make(chan struct{})
-	l.onBulk = func(h wire.Header, r *wire.Reader) error {
+	l.onBulk = func(h wire.Header, check wire.Check, r *wire.Reader) error {
 		select {
 		case <-ready: // content may overtake, on another stream, the word that it comes
-			return c.receive(h, r)
+			return c.receive(h, check, r)
 		case <-l.ctx.Done():
 			return nil
 		}

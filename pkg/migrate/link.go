@@ -51,7 +51,7 @@ type link struct {
 
 	// Called by readers, possibly several at a time; an error fails the link. Nil: such a frame is a protocol error.
 	// onBulk reads the payload itself.
-	onBulk   func(wire.Header, *wire.Reader) error
+	onBulk   func(wire.Header, wire.Check, *wire.Reader) error
 	onAck    func(device int, total int64) error
 	onDemand func(device int, r block.Range) error
 
@@ -381,6 +381,7 @@ func (s *stream) readFrames() error {
 	l := s.link
 	r := wire.NewReader(s)
 	var b background
+	var check wire.Check // of the frame that comes now
 	for {
 		if s.index > 0 && l.aside.Load() {
 			b.stepBack()
@@ -392,8 +393,22 @@ func (s *stream) readFrames() error {
 		if err := h.Check(l.version); err != nil {
 			return err
 		}
+		if check != (wire.Check{}) && h.Type != wire.TypeData && h.Type != wire.TypeZero {
+			return fmt.Errorf("%w: %v frame behind a check", wire.ErrMalformed, h.Type)
+		}
 		switch h.Type {
 		case wire.TypeHeartbeat:
+		case wire.TypeCheck:
+			var b [8]byte
+			if err := r.Payload(b[:]); err != nil {
+				return err
+			}
+			if check, err = wire.ParseCheck(b[:]); err != nil {
+				return err
+			}
+			if l.onBulk == nil {
+				return fmt.Errorf("%w: %v frame from the %v", wire.ErrMalformed, h.Type, l.peer())
+			}
 		case wire.TypeBye:
 			if s.index == 0 {
 				// What it had to say before is queued. If we still wait for more, it will not come.
@@ -419,10 +434,12 @@ func (s *stream) readFrames() error {
 			if l.onBulk == nil {
 				return fmt.Errorf("%w: %v frame from the %v", wire.ErrMalformed, h.Type, l.peer())
 			}
+			of := check
+			check = wire.Check{}
 			if l.ctx.Err() != nil {
 				continue // it no longer matters, but the peer may be waiting to get rid of it
 			}
-			if err := l.onBulk(h, r); err != nil {
+			if err := l.onBulk(h, of, r); err != nil {
 				return err
 			}
 		case wire.TypeAck:

@@ -102,7 +102,7 @@ func (s *source) work() {
 }
 
 func (s *source) pack(j *job) error {
-	p := packer{s: s, device: j.device}
+	p := packer{s: s, device: j.device, late: s.checking.Load()}
 	defer p.drop()
 	for _, r := range j.ranges[:j.n] {
 		if err := p.add(r); err != nil {
@@ -121,6 +121,7 @@ type packer struct {
 	s      *source
 	device *sourceDevice
 	urgent bool // somebody waits for it: it goes before all else
+	late   bool // the guest runs on it as soon as it is there: each frame has a check before it
 	buf    *wire.Buffer
 	spare  *wire.Buffer // what is compressed is put together in it
 	zero   block.Range  // a run of zeros that is noted and not yet in the buffer
@@ -135,12 +136,15 @@ func (p *packer) add(r block.Range) error {
 		}
 		// Frames end at w; pages are read to where they belong if they turn out to be data. There is always room for
 		// one more Zero frame than is noted, which flush may need.
-		w := p.buf.N
-		at := w + wire.HeaderSize
-		if p.zero.Length > 0 {
-			at += wire.ZeroFrameSize
+		w, check := p.buf.N, 0
+		if p.late {
+			check = wire.CheckFrameSize
 		}
-		room := (wire.BufferSize - at - wire.ZeroFrameSize) &^ (block.PageSize - 1)
+		at := w + check + wire.HeaderSize
+		if p.zero.Length > 0 {
+			at += check + wire.ZeroFrameSize
+		}
+		room := (wire.BufferSize - at - check - wire.ZeroFrameSize) &^ (block.PageSize - 1)
 		n := int(min(r.Length, wire.MaxPayload, int64(max(room, 0))))
 		if n == 0 {
 			if err := p.flush(); err != nil {
@@ -209,12 +213,29 @@ func (p *packer) putData(content []byte, at int, off int64) {
 			content, at = packed, -1 // elsewhere
 		}
 	}
-	h.Put(p.buf.B[p.buf.N:])
+	frame := p.begin()
 	p.buf.N += wire.HeaderSize
 	if p.buf.N != at {
 		copy(p.buf.B[p.buf.N:], content)
 	}
+	h.Put(p.buf.B[frame:]) // last: what is copied may have lain where it goes
 	p.buf.N += len(content)
+	p.end(frame)
+}
+
+// begin leaves room for the check of a frame, if it has one, and returns where the frame begins.
+func (p *packer) begin() int {
+	if p.late {
+		p.buf.N += wire.CheckFrameSize
+	}
+	return p.buf.N
+}
+
+// end puts the check before the frame that is whole now.
+func (p *packer) end(frame int) {
+	if p.late {
+		wire.PutCheck(p.buf.B[frame-wire.CheckFrameSize:], p.buf.B[frame:p.buf.N])
+	}
 }
 
 // putZero puts the noted run of zeros, if any, into the buffer.
@@ -222,8 +243,10 @@ func (p *packer) putZero() {
 	if p.zero.Length == 0 {
 		return
 	}
-	wire.PutZero(p.buf.B[p.buf.N:], uint16(p.device.index), p.zero.Offset, p.zero.Length)
+	frame := p.begin()
+	wire.PutZero(p.buf.B[frame:], uint16(p.device.index), p.zero.Offset, p.zero.Length)
 	p.buf.N += wire.ZeroFrameSize
+	p.end(frame)
 	p.zero = block.Range{}
 }
 

@@ -75,6 +75,7 @@ type want struct {
 // devices, the most likely one first; together they hold everything.
 func (s *source) newServing(missing [][]block.Range, likely ...[][]block.Range) *serving {
 	v := &serving{s: s, wake: make(chan struct{}, 1)}
+	s.checking.Store(true)
 	for i, d := range s.devices {
 		sd := servedDevice{sourceDevice: d}
 		if missing[i] != nil {
@@ -156,7 +157,7 @@ func (v *serving) answer() {
 // send sends pages somebody waits for, at once.
 func (v *serving) send(w want) error {
 	d := v.devices[w.device]
-	p := packer{s: v.s, device: d.sourceDevice, urgent: true}
+	p := packer{s: v.s, device: d.sourceDevice, urgent: true, late: true}
 	defer p.drop()
 	var run block.Range
 	var err error

@@ -157,6 +157,7 @@ type source struct {
 	wireBytes int64  // written to links that are gone
 	streams   int    // of the first session; 0 before it
 
+	checking   atomic.Bool            // what is sent from now on, the guest may run on as soon as it is there
 	acked      atomic.Pointer[window] // s.window, for the link's readers
 	serving    atomic.Pointer[serving]
 	delivered  atomic.Pointer[wire.Summary] // what was served, once all of it was

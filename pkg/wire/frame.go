@@ -9,6 +9,8 @@ import (
 	"strconv"
 	"sync"
 	"time"
+
+	"github.com/zeebo/xxh3"
 )
 
 const (
@@ -46,6 +48,7 @@ const (
 	TypeZero     Type = 0x21 // source: a run of zeros of a device
 	TypeRoundEnd Type = 0x22 // source: a device's round is complete when this many bytes have arrived
 	TypeAck      Type = 0x23 // destination: this many bytes of a device were processed
+	TypeCheck    Type = 0x24 // source, since version 2: the checksum of the Data or Zero frame that follows
 
 	// Handover, stream 0.
 	TypeState    Type = 0x30 // source: bytes of the device state of the VMM, in order
@@ -96,6 +99,7 @@ var rules = [256]rule{
 	TypeAbort:     {name: "abort", min: 2, max: 2 + MaxReason, flags: FlagNeverRan},
 	TypeManifest:  {name: "manifest", min: 2, max: MaxPayload},
 	TypeAccept:    {name: "accept", max: MaxPayload},
+	TypeCheck:     {name: "check", since: 2, min: 8, max: 8},
 	TypeData:      {name: "data", min: 1, max: MaxPayload, flags: FlagZstd, device: true, offset: true},
 	TypeZero:      {name: "zero", min: 8, max: 8, device: true, offset: true},
 	TypeRoundEnd:  {name: "round-end", min: 4, max: 4, device: true, offset: true},
@@ -196,6 +200,54 @@ func Append(b []byte, h Header, payload []byte) []byte {
 	return append(append(b, e[:]...), payload...)
 }
 
+// Check is what a Check frame says of the frame behind it. The zero value is of a frame that has none before it.
+type Check struct {
+	sum   uint64
+	there bool
+}
+
+// CheckFrameSize is the size of a Check frame in bytes.
+const CheckFrameSize = HeaderSize + 8
+
+// sumOf is the sum of a frame: xxh3-64 of its payload, seeded with that of its header.
+func sumOf(header, payload []byte) uint64 { return xxh3.HashSeed(payload, xxh3.Hash(header)) }
+
+// PutCheck encodes a Check frame for a frame, whole as it will be sent, into the first CheckFrameSize bytes of b.
+func PutCheck(b, frame []byte) {
+	_ = b[CheckFrameSize-1]
+	Header{Type: TypeCheck, Length: 8}.Put(b)
+	binary.BigEndian.PutUint64(b[HeaderSize:], sumOf(frame[:HeaderSize], frame[HeaderSize:]))
+}
+
+// ParseCheck decodes the payload of a Check frame.
+func ParseCheck(payload []byte) (Check, error) {
+	if len(payload) != 8 {
+		return Check{}, fmt.Errorf("%w: check of %d bytes", ErrMalformed, len(payload))
+	}
+	return Check{binary.BigEndian.Uint64(payload), true}, nil
+}
+
+// Size is how many bytes of the stream the check took.
+func (c Check) Size() int64 {
+	if c.there {
+		return CheckFrameSize
+	}
+	return 0
+}
+
+// Verify reports whether a received frame is the one that was checked, undamaged.
+func (c Check) Verify(h Header, payload []byte) error {
+	var b [HeaderSize]byte
+	h.Put(b[:])
+	switch {
+	case !c.there:
+		return fmt.Errorf("%w: %v frame without the check that is due before it", ErrMalformed, h.Type)
+	case sumOf(b[:], payload) != c.sum:
+		return fmt.Errorf("%w: %v frame that was damaged on its way: its checksum is another", ErrMalformed, h.Type)
+	}
+	return nil
+}
+
 // PutZero encodes a Zero frame into the first ZeroFrameSize bytes of b: n zeros of device at offset.
 func PutZero(b []byte, device uint16, offset, n int64) {
 	_ = b[ZeroFrameSize-1]
@@ -267,14 +319,15 @@ func unexpected(err error) error {
 }
 
 // BufferSize is the capacity of a Buffer: one largest frame, or one largest payload's worth of single pages, each in its
-// own frame, with a Zero frame to spare at the end.
-const BufferSize = MaxPayload + (MaxPayload/PageSize)*HeaderSize + 2*ZeroFrameSize
+// own frame, with a Zero frame to spare at the end, and all of them with checks.
+const BufferSize = MaxPayload + (MaxPayload/PageSize)*(CheckFrameSize+HeaderSize) + 2*(CheckFrameSize+ZeroFrameSize)
 
 // Buffer holds whole frames on their way to a stream, or a payload on its way from one. It comes from a pool: whoever
 // holds it last calls Release, and does not touch it again.
 type Buffer struct {
 	Header Header // of the payload, when the Buffer holds one that was received
 	N      int    // bytes in use
+	Check  Check  // that came before the payload
 	B      [BufferSize]byte
 }
 
@@ -283,7 +336,7 @@ var buffers = sync.Pool{New: func() any { return new(Buffer) }}
 // NewBuffer returns an empty buffer with arbitrary contents.
 func NewBuffer() *Buffer {
 	b := buffers.Get().(*Buffer)
-	b.Header, b.N = Header{}, 0
+	b.Header, b.N, b.Check = Header{}, 0, Check{}
 	return b
 }
 

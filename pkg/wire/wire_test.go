@@ -34,6 +34,11 @@ var golden = []struct {
 		"21 00 0003 00000008 0000000000002000 0000000000003000"},
 	{"round-end", Append(nil, Header{Type: TypeRoundEnd, Device: 3, Offset: 0x1234}, []byte{0, 0, 0, 7}), "22 00 0003 00000004 0000000000001234 00000007"},
 	{"ack", Append(nil, Header{Type: TypeAck, Device: 3, Offset: 0x1234}, nil), "23 00 0003 00000000 0000000000001234"},
+	{"check", func() []byte {
+		b := make([]byte, CheckFrameSize)
+		PutCheck(b, Append(nil, Header{Type: TypeData, Device: 3, Offset: 0x1000}, []byte{1, 2, 3}))
+		return b
+	}(), "24 00 0000 00000008 0000000000000000 6c90a3d938cd04c0"},
 	{"state", Append(nil, Header{Type: TypeState, Flags: FlagLast, Offset: 5}, []byte{9}), "30 01 0000 00000001 0000000000000005 09"},
 	{"final", Append(nil, Header{Type: TypeFinal}, (&Summary{State: Part{5, Digest{15: 1}}, Devices: []Part{{6, Digest{0: 2}}}}).Encode()),
 		"31 00 0000 00000030 0000000000000000 0000000000000005 00000000000000000000000000000001 0000000000000006 02000000000000000000000000000000"},
@@ -358,6 +363,9 @@ func FuzzMessages(f *testing.F) {
 			t.Errorf("run of %d", v)
 		}
 		_, _ = ParseRoundEnd(b)
+		if c, err := ParseCheck(b); err == nil && c.Verify(Header{Type: TypeCommit}, nil) == nil {
+			t.Errorf("%x is the check of an empty commit", b) // 1 in 2^64
+		}
 	})
 }
 
@@ -425,4 +433,39 @@ func (l *loop) Read(p []byte) (int, error) {
 	n := copy(p, l.b[l.at:])
 	l.at = (l.at + n) % len(l.b)
 	return n, nil
+}
+
+// TestCheck changes each bit of a frame that has a check, and the check.
+func TestCheck(t *testing.T) {
+	h := Header{Type: TypeData, Device: 3, Length: 5, Offset: 0x1000}
+	frame := Append(nil, h, []byte("hello"))
+	var b [CheckFrameSize]byte
+	PutCheck(b[:], frame)
+	c, err := ParseCheck(b[HeaderSize:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Verify(h, frame[HeaderSize:]); err != nil {
+		t.Fatal(err)
+	}
+	for bit := range 8 * len(frame) {
+		damaged := bytes.Clone(frame)
+		damaged[bit/8] ^= 1 << (bit % 8)
+		if h, err := ParseHeader(damaged); err == nil && c.Verify(h, damaged[HeaderSize:]) == nil {
+			t.Errorf("bit %d was changed, and nobody sees it", bit)
+		}
+	}
+	for bit := range 64 {
+		damaged := bytes.Clone(b[HeaderSize:])
+		damaged[bit/8] ^= 1 << (bit % 8)
+		if c, err := ParseCheck(damaged); err != nil || !errors.Is(c.Verify(h, frame[HeaderSize:]), ErrMalformed) {
+			t.Errorf("bit %d of the check was changed, and nobody sees it: %v", bit, err)
+		}
+	}
+	if err := (Check{}).Verify(h, frame[HeaderSize:]); !errors.Is(err, ErrMalformed) {
+		t.Errorf("a frame without a check passes: %v", err)
+	}
+	if c.Size() != CheckFrameSize || (Check{}).Size() != 0 {
+		t.Error("sizes are wrong")
+	}
 }

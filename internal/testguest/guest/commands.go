@@ -348,6 +348,11 @@ func aligned(n int64) []byte {
 	return p[skip : skip+uintptr(n)]
 }
 
+// isAligned reports whether memory is as aligned makes it, as what is large mostly is.
+func isAligned(p []byte) bool {
+	return len(p) > 0 && uintptr(unsafe.Pointer(&p[0]))&(pageSize-1) == 0
+}
+
 // directReader and directWriter give callers with ordinary memory a file opened with O_DIRECT.
 type (
 	directReader struct{ f *os.File }
@@ -355,12 +360,18 @@ type (
 )
 
 func (d directReader) ReadAt(p []byte, off int64) (int, error) {
+	if isAligned(p) {
+		return d.f.ReadAt(p, off)
+	}
 	q := aligned(int64(len(p)))
 	n, err := d.f.ReadAt(q, off)
 	return copy(p, q[:n]), err
 }
 
 func (d directWriter) WriteAt(p []byte, off int64) (int, error) {
+	if isAligned(p) {
+		return d.f.WriteAt(p, off)
+	}
 	q := aligned(int64(len(p)))
 	copy(q, p)
 	return d.f.WriteAt(q, off)

@@ -112,8 +112,13 @@ func (c *quicConn) Identity() Identity {
 	return certified(c.conn.ConnectionState().TLS.PeerCertificates[0]) // without one there is no connection
 }
 
-func (c *quicConn) LocalAddr() net.Addr  { return c.conn.LocalAddr() }
-func (c *quicConn) RemoteAddr() net.Addr { return c.conn.RemoteAddr() }
+func (c *quicConn) LocalAddr() net.Addr  { return quicAddr{c.conn.LocalAddr()} }
+func (c *quicConn) RemoteAddr() net.Addr { return quicAddr{c.conn.RemoteAddr()} }
+
+// quicAddr is of a stream, though it is carried by datagrams.
+type quicAddr struct{ net.Addr }
+
+func (quicAddr) Network() string { return "quic" }
 
 func (c *quicConn) Read(p []byte) (int, error) {
 	c.reading.Lock()

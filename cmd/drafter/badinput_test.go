@@ -443,7 +443,7 @@ func TestPeerRefuses(t *testing.T) {
 		{"names over tcp", nil, []string{"--laddr", "localhost:0", "--allow-peer", "host"}, 2, []string{"--allow-peer has no effect", "prove a name"}},
 		{"bad name", nil, []string{"--laddr", "unix:///tmp/x", "--allow-peer", "uid:root"}, 2, []string{"--laddr", `"uid:root"`, "no number"}},
 		{"ssh without target", nil, []string{"--raddr", "ssh://host"}, 2, []string{"--raddr", "no target", "localhost:1337"}},
-		{"one stdio for two", nil, []string{"--raddr", "stdio:", "--laddr", "stdio:"}, 2, []string{"--laddr and --raddr are both stdio:"}},
+		{"one stdio for two", nil, []string{"--raddr", "stdio:", "--laddr", "stdio:"}, 2, []string{"are both stdio:"}},
 		{"raddr without port", nil, []string{"--raddr", "localhost"}, 2, []string{"--raddr", `"localhost"`, "HOST:PORT"}},
 		{"raddr with a bad port", nil, []string{"--raddr", "localhost:x"}, 2, []string{"--raddr", `"x"`, "HOST:PORT"}},
 		{"raddr without listener", nil, []string{"--raddr", "localhost:1"}, 1, []string{"--raddr", `"localhost:1"`, "refused", "start the peer"}},

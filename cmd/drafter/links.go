@@ -21,6 +21,7 @@ import (
 // links are the addresses of other peers, and the flags that say how to get at them and who they may be.
 type links struct {
 	laddr, raddr string
+	accept       string // as laddr, for those who bring a VM
 	transport.Options
 }
 
@@ -53,7 +54,7 @@ func needs(address string) string {
 func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (err error) {
 	needed := make(map[string]bool)
 	named := false
-	for _, address := range []string{l.laddr, l.raddr} {
+	for _, address := range []string{l.laddr, l.raddr, l.accept} {
 		needed[needs(address)] = true
 		named = named || needs(address) == "certificate" || strings.HasPrefix(address, "unix:")
 	}
@@ -76,14 +77,14 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 		l.Key = os.Getenv(pskVariable)
 	}
 	if needed["stdio"] {
-		if l.laddr == l.raddr {
-			return usageErrorf("--laddr and --raddr are both stdio:, of which there is one")
+		if l.laddr == l.raddr || l.laddr == l.accept {
+			return usageErrorf("--laddr and --raddr, or --accept, are both stdio:, of which there is one")
 		}
 		if l.Stdio, err = openStdio(stdin, stdout); err != nil {
 			return usageErrorf("stdio: %w", err)
 		}
 	}
-	for _, v := range []struct{ flag, address string }{{"laddr", l.laddr}, {"raddr", l.raddr}} {
+	for _, v := range []struct{ flag, address string }{{"laddr", l.laddr}, {"raddr", l.raddr}, {"accept", l.accept}} {
 		if v.address == "" {
 			continue
 		}
@@ -96,8 +97,8 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 		if err := l.Check(v.address); err != nil {
 			return usageErrorf("--%s: %w", v.flag, err)
 		}
-		if v.flag == "laddr" && !transport.CanListen(v.address) {
-			return usageErrorf("--laddr %s: such addresses can only be dialled: listen on another (localhost:1337), which the other peer gets at by it", v.address)
+		if v.flag != "raddr" && !transport.CanListen(v.address) {
+			return usageErrorf("--%s %s: such addresses can only be dialled: listen on another (localhost:1337), which the other peer gets at by it", v.flag, v.address)
 		}
 	}
 	return nil
@@ -105,28 +106,31 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 
 const plainWarning = "as it is, what passes is neither authenticated nor encrypted"
 
-// listen listens at --laddr.
-func (l *links) listen(ctx context.Context) (net.Listener, error) {
-	if transport.Insecure(l.laddr) {
-		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "laddr", l.laddr)
+// listen listens at the address of a flag.
+func (l *links) listen(ctx context.Context, flag, address string) (net.Listener, error) {
+	if transport.Insecure(address) {
+		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", flag, address)
 	}
 	o := l.Options
 	o.Logger = logger(ctx)
-	listener, err := o.Listen(ctx, l.laddr)
+	listener, err := o.Listen(ctx, address)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("--laddr: %w: end the program that uses it, or choose another port (0: any that is free)", err)
+		return nil, fmt.Errorf("--%s: %w: end the program that uses it, or choose another port (0: any that is free)", flag, err)
 	} else if err != nil {
-		return nil, fmt.Errorf("--laddr: %w", err)
+		return nil, fmt.Errorf("--%s: %w", flag, err)
 	}
 	return listener, nil
 }
 
-// serving is the address that others give to get at a listener.
-func (l *links) serving(a net.Addr) string {
-	scheme, rest, ok := strings.Cut(l.laddr, "://")
+// serving is the address that others give to get at the listener of --laddr.
+func (l *links) serving(a net.Addr) string { return served(l.laddr, a) }
+
+// served is the address that others give to get at a listener on an address.
+func served(address string, a net.Addr) string {
+	scheme, rest, ok := strings.Cut(address, "://")
 	if !ok || scheme == "unix" {
-		if transport.Single(l.laddr) || scheme == "unix" {
-			return l.laddr
+		if transport.Single(address) || scheme == "unix" {
+			return address
 		}
 		return a.String()
 	}

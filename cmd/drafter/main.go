@@ -96,6 +96,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newTerminatorCommand(),
 		newMounterCommand(),
 		newServeCommand(),
+		newCtlCommand(),
 	)
 	return root
 }

@@ -103,7 +103,7 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 
 	var listener net.Listener
 	if opts.laddr != "" {
-		if listener, err = opts.listen(ctx); err != nil {
+		if listener, err = opts.listen(ctx, "laddr", opts.laddr); err != nil {
 			return err
 		}
 		defer listener.Close()

@@ -119,6 +119,7 @@ type peerOptions struct {
 	maxTotalTime  time.Duration
 	rescueTimeout time.Duration
 	metrics       string
+	control       string
 	report        string
 	boot          bool
 	forceOwner    bool
@@ -175,6 +176,8 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.DurationVar(&opts.maxTotalTime, "max-total-time", 0, "how long it may take to send the guest; what needs longer is given up (0: any time)")
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
+	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl, which this user and root can use (empty: none)")
+	flags.StringVar(&opts.accept, "accept", "", "address to wait at for a peer that sends an instance (drafter ctl migrate), instead of --raddr")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
@@ -203,6 +206,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	switch {
 	case opts.rollback && opts.raddr != "":
 		return usageErrorf("--rollback excludes --raddr %s: what returns to its commit point is here, and what is received has none yet; leave one out", opts.raddr)
+	case opts.accept != "" && opts.raddr != "":
+		return usageErrorf("--accept excludes --raddr: the one waits for a peer that brings an instance, the other asks a peer for its; choose one")
+	case opts.accept != "" && (opts.rollback || opts.boot):
+		return usageErrorf("--accept excludes --rollback and --boot: an instance that is received is neither rolled back nor booted")
 	case opts.rollback && opts.boot:
 		return usageErrorf("--rollback excludes --boot: the one discards the disk writes since the commit point, the other boots from them; choose one")
 	case opts.rollback && opts.forceOwner:
@@ -247,6 +254,11 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		}
 		opts.enableOutput = false
 	}
+	if opts.control != "" {
+		if err := transport.Check(controlAddress(opts.control)); err != nil {
+			return usageErrorf("--control: %w", err)
+		}
+	}
 	if opts.metrics != "" {
 		if err := transport.Check(opts.metrics); err != nil {
 			return usageErrorf("--metrics: %w", err)
@@ -287,11 +299,24 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	defer stopMetrics()
 	var listener net.Listener
 	if opts.laddr != "" {
-		if listener, err = opts.listen(ctx); err != nil {
+		if listener, err = opts.listen(ctx, "laddr", opts.laddr); err != nil {
 			return err
 		}
 		defer listener.Close()
 	}
+	var reception *peer.Lobby
+	if opts.accept != "" {
+		l, err := opts.listen(ctx, "accept", opts.accept)
+		if err != nil {
+			return err
+		}
+		reception = peer.NewReception(l, log)
+		defer reception.Close()
+		cfg.FindSource = reception.Rejoin
+	}
+	op := &operator{links: opts.links, watch: out, pushes: make(chan push)}
+	ctx, op.stop = context.WithCancel(ctx)
+	defer op.stop()
 	reports, err := openReports(opts.report)
 	if err != nil {
 		return fmt.Errorf("--report: %w", err)
@@ -300,10 +325,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	reports.tell = out.done
 
 	var lobby *peer.Lobby // opened when there is something to be had
-	if !transport.Single(opts.laddr) {
-		cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
+	if opts.control != "" || !transport.Single(opts.laddr) {
+		cfg.FindDestination = op.way.take
 	}
-	p, err := startPeer(ctx, cfg, opts, reports, out)
+	p, err := startPeer(ctx, cfg, opts, reception, reports, out)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
@@ -311,9 +336,22 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if listener != nil {
 		lobby = peer.NewLobby(listener, log)
 		defer lobby.Close()
-		fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
+		op.serving = opts.serving(lobby.Addr())
+		if !transport.Single(opts.laddr) {
+			op.home = lobby.Rejoin
+			op.way.set(op.home)
+		}
 	}
-	err = servePeer(ctx, p, lobby, reports, out)
+	op.p = p
+	stopControl, err := serveControl(ctx, opts.control, op)
+	if err != nil {
+		return errors.Join(err, closePeer(ctx, p, out))
+	}
+	if lobby != nil {
+		fmt.Fprintf(out, "Serving on %s\n", op.serving)
+	}
+	err = servePeer(ctx, op, lobby, reports, out)
+	stopControl()
 	if p.Running() {
 		out.metrics.State(control.Closing)
 	}
@@ -365,7 +403,7 @@ func refreshManifest(ctx context.Context, dir string) error {
 }
 
 // startPeer brings the instance up, in the way the options ask for.
-func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *reports, out io.Writer) (*peer.Peer, error) {
+func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception *peer.Lobby, reports *reports, out io.Writer) (*peer.Peer, error) {
 	if opts.rollback { // which is refused where a machine is alive
 		p, err := peer.Resume(ctx, cfg)
 		if err != nil {
@@ -393,13 +431,24 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		return nil, err
 	}
 	switch {
-	case opts.raddr != "" && !opts.boot:
+	case reception != nil, opts.raddr != "" && !opts.boot:
 		if err := peer.CheckVacant(cfg); err != nil {
 			return nil, err
 		}
-		conns, err := opts.dialFirst(ctx)
-		if err != nil {
-			return nil, err
+		from := opts.raddr
+		var conns []io.ReadWriter
+		if reception != nil {
+			fmt.Fprintf(out, "Waiting for a VM on %s\n", served(opts.accept, reception.Addr()))
+			a, err := welcome(ctx, reception)
+			if err != nil {
+				return nil, err
+			}
+			conns, from = a.Streams, a.From.String()
+		} else {
+			var err error
+			if conns, err = opts.dialFirst(ctx); err != nil {
+				return nil, err
+			}
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
@@ -417,7 +466,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 				closing()
 			}
 		})
-		p, report, err := receive(ctx, cfg, opts.redial(), conns)
+		p, report, err := receive(ctx, cfg, cfg.FindSource, conns)
 		stop()
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
@@ -425,7 +474,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reports *
 		if errors.Is(err, migrate.ErrUnsettled) {
 			return p, nil // and servePeer goes on to look
 		} else if err != nil {
-			return nil, fmt.Errorf("receive from %q: %w", opts.raddr, err)
+			return nil, fmt.Errorf("receive from %q: %w", from, err)
 		}
 		select {
 		case <-p.Done():
@@ -478,7 +527,8 @@ func receive(ctx context.Context, cfg peer.Config, redial func(context.Context) 
 
 // servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal. A nil lobby: nobody
 // can come for it.
-func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *reports, out io.Writer) error {
+func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *reports, out io.Writer) error {
+	p := o.p
 	var arrivals <-chan peer.Arrival
 	if lobby != nil {
 		arrivals = lobby.New
@@ -486,7 +536,7 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 	arrived := p.Arrived()
 	for {
 		if _, ok := p.InDoubt(); ok {
-			if gone, err := findDestination(ctx, p, lobby, reports, out); gone || err != nil {
+			if gone, err := findDestination(ctx, o, reports, out); gone || err != nil {
 				return err
 			}
 		}
@@ -520,34 +570,75 @@ func servePeer(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *re
 				logger(ctx).Warn("the VM is whole, but the peer that it came from could not be told: that one may be in doubt", "error", err)
 			}
 		case a := <-arrivals:
-			var report *migrate.Report
-			err := a.Err
-			if err == nil {
-				report, err = p.Send(ctx, a.Streams)
-				a.Close()
+			_, gone, err := give(ctx, p, a, reports, out)
+			if gone || err != nil {
+				return err
 			}
-			if errors.Is(err, peer.ErrStranger) {
-				// Anybody may knock: that is no migration, and has no report.
-				logger(ctx).Warn("refused a connection, the VM runs on here", "from", a.From, "reason", err)
-				continue
+		case a := <-o.pushes:
+			o.way.set(a.dial)
+			ours, cancel := context.WithCancel(a.ctx)
+			stop := context.AfterFunc(ctx, cancel)
+			r, gone, err := give(ours, p, a.Arrival, reports, out)
+			stop()
+			cancel()
+			a.end <- r
+			if gone || err != nil {
+				return err
 			}
-			if err := reports.write(report); err != nil {
-				logger(ctx).Error("could not write the report of a migration", "error", err)
+			if _, ok := p.InDoubt(); !ok {
+				o.way.set(o.home)
 			}
-			switch {
-			case err == nil && p.Running(): // a copy was asked for
-				fmt.Fprintf(out, "Sent a copy of the VM to %s: %s\n", a.From, summary(report))
-			case err == nil:
-				fmt.Fprintf(out, "Sent VM to %s: %s\n", a.From, summary(report))
-				return nil
-			case errors.Is(err, migrate.ErrInDoubt), errors.Is(err, migrate.ErrUnsettled):
-				fmt.Fprintf(out, "Send to %s: %v\n", a.From, err)
-			case !p.Running():
-				return fmt.Errorf("send to %s: %w; the VM is not running here any more", a.From, err)
-			default:
-				// The VM runs on here, as if nobody had asked.
-				fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", a.From, err)
+		}
+	}
+}
+
+// give sends the VM to a peer, and says what came of it. It reports whether the VM is gone from here; err says why it is lost here.
+func give(ctx context.Context, p *peer.Peer, a peer.Arrival, reports *reports, out io.Writer) (r pushed, gone bool, err error) {
+	r.err = a.Err
+	if r.err == nil {
+		r.report, r.err = p.Send(ctx, a.Streams)
+		a.Close()
+	}
+	switch {
+	case errors.Is(r.err, peer.ErrStranger):
+		// Anybody may knock: that is no migration, and has no report.
+		logger(ctx).Warn("refused a connection, the VM runs on here", "from", a.From, "reason", r.err)
+		return r, false, nil
+	case errors.Is(r.err, peer.ErrBusy), errors.Is(r.err, peer.ErrPaused), errors.Is(r.err, peer.ErrNotMigratable), errors.Is(r.err, peer.ErrUnauthorized):
+		logger(ctx).Warn("refused a peer that asked for the VM", "from", a.From, "reason", r.err)
+		return r, false, nil
+	}
+	if err := reports.write(r.report); err != nil {
+		logger(ctx).Error("could not write the report of a migration", "error", err)
+	}
+	switch {
+	case r.err == nil && p.Running(): // a copy was asked for
+		fmt.Fprintf(out, "Sent a copy of the VM to %s: %s\n", a.From, summary(r.report))
+	case r.err == nil:
+		fmt.Fprintf(out, "Sent VM to %s: %s\n", a.From, summary(r.report))
+		return r, true, nil
+	case errors.Is(r.err, migrate.ErrInDoubt), errors.Is(r.err, migrate.ErrUnsettled):
+		fmt.Fprintf(out, "Send to %s: %v\n", a.From, r.err)
+	case !p.Running():
+		return r, true, fmt.Errorf("send to %s: %w; the VM is not running here any more", a.From, r.err)
+	default:
+		// The VM runs on here, as if nobody had asked.
+		fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", a.From, r.err)
+	}
+	return r, false, nil
+}
+
+// welcome waits for a peer that brings a VM.
+func welcome(ctx context.Context, reception *peer.Lobby) (peer.Arrival, error) {
+	for {
+		select {
+		case a := <-reception.New:
+			if a.Err == nil {
+				return a, nil
 			}
+			logger(ctx).Warn("refused a connection", "from", a.From, "reason", a.Err)
+		case <-ctx.Done():
+			return peer.Arrival{}, fmt.Errorf("wait for a VM: %w", context.Cause(ctx))
 		}
 	}
 }
@@ -562,16 +653,19 @@ func orRollBack(p *peer.Peer) string {
 
 // findDestination waits for the peer to which the VM was given, which must say whether it runs it, and may need the rest of it.
 // It reports whether the VM is gone from here; if not, and without an error, it runs on here, or is to be closed.
-func findDestination(ctx context.Context, p *peer.Peer, lobby *peer.Lobby, reports *reports, out io.Writer) (gone bool, err error) {
+func findDestination(ctx context.Context, o *operator, reports *reports, out io.Writer) (gone bool, err error) {
+	p := o.p
 	id, _ := p.InDoubt()
 	fmt.Fprintf(out, "The VM is kept, paused, until the peer that it was given to is found again (migration %s); Ctrl-C saves it, marked as moved\n", id)
-	if lobby == nil {
-		fmt.Fprintf(out, "Nobody can find this peer without --laddr: start it again with the one that it had\n")
+	if known, changed := o.way.known(); !known {
+		fmt.Fprintf(out, "Nobody can find this peer without --laddr: start it again with the one that it had, or say where the other is (drafter ctl migrate ADDRESS)\n")
 		select {
+		case <-changed:
 		case <-ctx.Done():
+			return false, nil
 		case <-p.Done():
+			return false, nil
 		}
-		return false, nil
 	}
 	for {
 		report, err := p.Rejoin(ctx)

@@ -112,7 +112,7 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 			cfg.Devices = append(cfg.Devices, vmpackage.File{Name: d.Name, Path: d.Input})
 		}
 	}
-	listener, err := opts.listen(ctx)
+	listener, err := opts.listen(ctx, "laddr", opts.laddr)
 	if err != nil {
 		return err
 	}

@@ -97,6 +97,13 @@ func (w *watch) progress(p migrate.Progress) {
 	}
 }
 
+// latest is the newest that it was told of a migration; its role is empty if there was none.
+func (w *watch) latest() migrate.Progress {
+	w.news.Lock()
+	defer w.news.Unlock()
+	return w.news.Progress
+}
+
 // peerState is what a migration means for the peer.
 func peerState(p migrate.Progress) (control.State, bool) {
 	if p.Role == "destination" {

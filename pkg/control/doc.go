@@ -1,4 +1,9 @@
-// Package control lets others look at a peer: it serves numbers about it and its migrations to Prometheus.
+// Package control lets others look at a peer and control it: it serves numbers about it and its migrations to Prometheus, and an
+// API on a unix socket, with a client.
+//
+//	server := control.Serve(listener, control.NewHandler(controlled), nil) // JSON over HTTP: docs/control.md
+//	client := control.NewClient(dial)
+//	report, err := client.Migrate(ctx, "tls://host.example:1337")
 //
 //	metrics := control.NewMetrics(version)
 //	server := control.Serve(listener, metrics.Handler(), nil) // at /metrics
@@ -20,7 +25,7 @@
 //
 // # What it does not do
 //
-// It knows neither peers nor instances, but takes what it is told. It does not listen by itself, and neither authenticates
-// nor encrypts: give it a listener on an address that only those reach who may read. The numbers name no path, no guest
-// and no other host.
+// It knows neither peers nor instances, but takes what it is told, and calls a [Controlled]. It does not listen by itself, and neither
+// authenticates nor encrypts: give it a listener that only those reach who may read, or, for the API, who may do anything with the
+// VM. The numbers name no path, no guest and no other host.
 package control

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"net"
@@ -32,10 +33,18 @@ func Serve(l net.Listener, h http.Handler, log *slog.Logger) *Server {
 	return s
 }
 
-// Close closes the listener and all connections at once, and returns when no more are accepted. A handler that is at work
-// ends by itself.
+// closing is how long answers that are being given may take.
+const closing = time.Second
+
+// Close closes the listener, waits a moment for answers that are being given, closes all connections, and returns when no more are
+// accepted. A handler that is at work for longer ends by itself.
 func (s *Server) Close() error {
-	err := s.http.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), closing)
+	defer cancel()
+	err := s.http.Shutdown(ctx)
+	if err != nil { // somebody does not read his answer
+		err = s.http.Close()
+	}
 	s.done.Wait()
 	return err
 }

@@ -55,7 +55,7 @@ func (f Authorize) give(ctx context.Context, streams []io.ReadWriter) error {
 		err = f.decide(ctx, Request{Peer: who, Give: true})
 	}
 	if err != nil {
-		refuse(streams, wire.CodeRefused, "this peer is not allowed to have the VM")
+		refuse(streams, wire.RoleSource, wire.CodeRefused, "this peer is not allowed to have the VM")
 	}
 	return err
 }
@@ -92,15 +92,15 @@ func whoIs(streams []io.ReadWriter) (transport.Identity, error) {
 	return who, nil
 }
 
-// refuse tells the other side why nothing comes of it, and closes the streams.
-func refuse(streams []io.ReadWriter, code wire.Code, reason string) {
+// refuse tells the other side, in the role that is ours, why nothing comes of it, and closes the streams.
+func refuse(streams []io.ReadWriter, role wire.Role, code wire.Code, reason string) {
 	for n, s := range streams {
 		if conn, ok := s.(net.Conn); ok {
 			_ = conn.SetWriteDeadline(time.Now().Add(time.Second))
 		} else if _, ok := s.(io.Closer); !ok {
 			continue // what cannot be interrupted is not waited for
 		}
-		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource, Streams: uint8(len(streams)), Stream: uint8(n)}
+		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: role, Streams: uint8(len(streams)), Stream: uint8(n)}
 		_, _ = s.Write(wire.Append(ours.Append(nil), wire.Header{Type: wire.TypeAbort}, wire.Abort{Code: code, Reason: reason}.Encode()))
 	}
 	closeAll(streams)

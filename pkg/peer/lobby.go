@@ -33,10 +33,11 @@ func (a Arrival) Close() {
 	}
 }
 
-// Lobby accepts connections of peers that want to receive, and sorts out which belong together, and which of them go on with
+// Lobby accepts connections of peers that want to receive, or of those that bring a VM, and sorts out which belong together, and which of them go on with
 // a migration that was begun before. Its methods may be called concurrently.
 type Lobby struct {
 	listener net.Listener
+	role     wire.Role // of who comes
 	log      *slog.Logger
 	patience time.Duration // with each connection
 
@@ -88,13 +89,20 @@ type group struct {
 const handshakeTime = 10 * time.Second
 
 // NewLobby accepts connections of l until Close, which closes l. A nil logger means slog.Default().
-func NewLobby(l net.Listener, log *slog.Logger) *Lobby { return newLobby(l, log, handshakeTime) }
+func NewLobby(l net.Listener, log *slog.Logger) *Lobby {
+	return newLobby(l, wire.RoleDestination, log, handshakeTime)
+}
 
-func newLobby(l net.Listener, log *slog.Logger, patience time.Duration) *Lobby {
+// NewReception is NewLobby for peers that bring a VM, by dialling and calling Send, instead of waiting for one who wants it.
+func NewReception(l net.Listener, log *slog.Logger) *Lobby {
+	return newLobby(l, wire.RoleSource, log, handshakeTime)
+}
+
+func newLobby(l net.Listener, role wire.Role, log *slog.Logger, patience time.Duration) *Lobby {
 	if log == nil {
 		log = slog.Default()
 	}
-	b := &Lobby{listener: l, log: log, patience: patience, New: make(chan Arrival), rejoin: make(chan Arrival), groups: make(map[uint64]*group)}
+	b := &Lobby{listener: l, role: role, log: log, patience: patience, New: make(chan Arrival), rejoin: make(chan Arrival), groups: make(map[uint64]*group)}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	b.tasks.Go(b.accept)
 	return b
@@ -162,6 +170,14 @@ func (b *Lobby) accept() {
 	}
 }
 
+// opposite is the role of whoever meets a role.
+func opposite(r wire.Role) wire.Role {
+	if r == wire.RoleSource {
+		return wire.RoleDestination
+	}
+	return wire.RoleSource
+}
+
 // heard is a connection of which the first bytes were read already.
 type heard struct {
 	net.Conn
@@ -198,7 +214,7 @@ func (b *Lobby) meet(conn net.Conn) {
 	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
 	var said bytes.Buffer
 	p, err := wire.ReadPreface(io.TeeReader(conn, &said))
-	if err == nil && p.Role != wire.RoleDestination {
+	if err == nil && p.Role != b.role {
 		err = fmt.Errorf("it is a %s: %w", p.Role, wire.ErrMalformed)
 	}
 	if err == nil && (p.Streams > wire.MaxStreams || p.Streams > 0 && p.Stream >= p.Streams) {
@@ -209,7 +225,7 @@ func (b *Lobby) meet(conn net.Conn) {
 	}
 	if err != nil {
 		// Whoever it is may learn whom it has met.
-		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleSource}
+		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: opposite(b.role)}
 		_, _ = conn.Write(ours.Append(nil))
 		conn.Close()
 		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
@@ -294,7 +310,7 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 			a.Close()
 			return
 		}
-		refuse(a.Streams, wire.CodeCanceled, "another migration of this VM is under way here: try again when it is over")
+		refuse(a.Streams, opposite(b.role), wire.CodeCanceled, "another migration of this VM is under way here: try again when it is over")
 	case <-b.ctx.Done():
 		a.Close()
 	}

@@ -19,7 +19,7 @@ func newTestLobby(t *testing.T, patience time.Duration) *Lobby {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := newLobby(l, nil, patience)
+	b := newLobby(l, wire.RoleDestination, nil, patience)
 	t.Cleanup(func() { b.Close() })
 	return b
 }

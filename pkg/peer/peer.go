@@ -124,9 +124,11 @@ type Peer struct {
 	started atomic.Bool    // the instance is there
 
 	mu      sync.Mutex         // guards what follows
-	sending bool               // a Send runs
-	cancel  context.CancelFunc // of that Send
-	idle    chan struct{}      // closed when no Send runs
+	sending bool               // a Send runs, or what excludes one
+	cancel  context.CancelFunc // of that
+	idle    chan struct{}      // closed when there is none
+	paused  bool               // by Pause
+	stays   bool               // SetMigratable has forbidden to send it
 
 	rest *rest // what is still to come of an instance that was received; nil: nothing, as far as is known
 }
@@ -364,8 +366,15 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if err := p.cfg.CheckMigratable(); err != nil {
 		return &migrate.Report{}, err
 	}
+	return p.send(ctx, streams, true)
+}
+
+// send is Send, to a peer or, without asking whether that may be, to ourselves.
+func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*migrate.Report, error) {
 	ctx, done, err := p.begin(ctx)
 	if err != nil {
+		code, reason := busy(err)
+		refuse(streams, wire.RoleSource, code, reason)
 		return &migrate.Report{}, err
 	}
 	defer done()
@@ -373,8 +382,17 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if n := p.instance.Missing(); n > 0 {
 		return &migrate.Report{}, fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
 	}
-	if err := p.cfg.Authorize.give(ctx, streams); err != nil {
-		return &migrate.Report{}, err
+	if ask {
+		p.mu.Lock()
+		stays := p.stays
+		p.mu.Unlock()
+		if stays {
+			refuse(streams, wire.RoleSource, wire.CodeRefused, "this VM is not migratable now")
+			return &migrate.Report{}, ErrNotMigratable
+		}
+		if err := p.cfg.Authorize.give(ctx, streams); err != nil {
+			return &migrate.Report{}, err
+		}
 	}
 	sc, err := p.source()
 	if err != nil {
@@ -450,6 +468,9 @@ func (p *Peer) begin(ctx context.Context) (context.Context, func(), error) {
 	defer p.mu.Unlock()
 	if p.sending {
 		return nil, nil, ErrBusy
+	}
+	if p.paused {
+		return nil, nil, ErrPaused
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	p.sending, p.cancel, p.idle = true, cancel, make(chan struct{})

@@ -1,0 +1,216 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/control"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
+)
+
+// operator is what the control socket of a peer controls.
+type operator struct {
+	p       *peer.Peer
+	links   links
+	serving string // address at which the VM can be had
+	watch   *watch
+	stop    context.CancelFunc
+
+	pushes chan push
+	way    way
+	home   func(context.Context) ([]io.ReadWriter, error) // the way back of whoever asks for the VM; nil: nobody can
+}
+
+// push is a migration that somebody here has asked for.
+type push struct {
+	peer.Arrival
+	dial func(context.Context) ([]io.ReadWriter, error) // once more
+	ctx  context.Context                                // of who asks
+	end  chan<- pushed
+}
+
+type pushed struct {
+	report *migrate.Report
+	err    error
+}
+
+// way is how the other side of a migration is found again.
+type way struct {
+	mu    sync.Mutex // guards what follows
+	find  func(context.Context) ([]io.ReadWriter, error)
+	other chan struct{} // closed and replaced when find is replaced
+}
+
+// set replaces how the other side is found.
+func (w *way) set(find func(context.Context) ([]io.ReadWriter, error)) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.find = find
+	if w.other != nil {
+		close(w.other)
+		w.other = nil
+	}
+}
+
+// known reports whether there is a way, and changed is closed when there is another.
+func (w *way) known() (ok bool, changed <-chan struct{}) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.other == nil {
+		w.other = make(chan struct{})
+	}
+	return w.find != nil, w.other
+}
+
+// take is what migrate's Reconnect asks for.
+func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
+	w.mu.Lock()
+	find := w.find
+	w.mu.Unlock()
+	if find == nil {
+		return nil, errors.New("there is no address at which the other side could be found, or find this one")
+	}
+	return find(ctx)
+}
+
+var _ control.Controlled = (*operator)(nil)
+
+func (o *operator) Status(context.Context) (control.Status, error) {
+	s := control.Status{
+		State: "running", VMPath: o.p.VMPath(), PID: o.p.Instance().Machine().PID(), Migratable: o.serving != "" && o.p.Migratable(), Serving: o.serving,
+		Missing: o.p.Instance().Missing(), Busy: o.p.Busy(),
+	}
+	select {
+	case <-o.p.Done():
+		s.State = "ended"
+	default:
+		if id, ok := o.p.InDoubt(); ok {
+			s.State, s.InDoubt = "in_doubt", id
+		} else if o.p.Paused() {
+			s.State = "paused"
+		} else if !o.p.Running() {
+			s.State = "suspended"
+		}
+	}
+	if p := o.watch.latest(); p.Role != "" {
+		s.Migration = control.MigrationOf(p)
+	}
+	return s, nil
+}
+
+// now makes a conflict of what is one.
+func now(err error) error {
+	for _, is := range []error{peer.ErrBusy, peer.ErrPaused, peer.ErrNotMigratable} {
+		if errors.Is(err, is) {
+			return fmt.Errorf("%w: %w", control.ErrConflict, err)
+		}
+	}
+	return err
+}
+
+func (o *operator) Pause(ctx context.Context) error  { return now(o.p.Pause(ctx)) }
+func (o *operator) Resume(ctx context.Context) error { return now(o.p.Unpause(ctx)) }
+
+func (o *operator) SetMigratable(_ context.Context, may bool) error {
+	if may && o.serving == "" {
+		return fmt.Errorf("%w: the peer was started without --laddr: nobody could ask for the VM (drafter ctl migrate ADDRESS sends it)", control.ErrInvalid)
+	}
+	o.p.SetMigratable(may)
+	return nil
+}
+
+func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report, error) {
+	l := o.links
+	l.raddr = address
+	if err := l.Check(address); err != nil {
+		return nil, fmt.Errorf("%w: %w", control.ErrInvalid, err)
+	}
+	if transport.Single(address) {
+		return nil, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+	}
+	if id, ok := o.p.InDoubt(); ok {
+		o.way.set(l.dial)
+		return nil, fmt.Errorf("%w: the VM was given away already, and nobody has confirmed that (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
+	}
+	if o.p.Busy() {
+		return nil, now(peer.ErrBusy)
+	}
+	conns, err := l.dialFirst(ctx)
+	if err != nil {
+		return nil, err
+	}
+	end := make(chan pushed, 1)
+	p := push{peer.Arrival{Streams: conns, From: named(address)}, l.dial, ctx, end}
+	select {
+	case o.pushes <- p:
+	case <-time.After(time.Second):
+		p.Close()
+		return nil, now(peer.ErrBusy)
+	case <-ctx.Done():
+		p.Close()
+		return nil, context.Cause(ctx)
+	}
+	r := <-end
+	return r.report, now(r.err)
+}
+
+func (o *operator) Snapshot(ctx context.Context, dir string) (*migrate.Report, error) {
+	_, report, err := o.p.Snapshot(ctx, dir)
+	return report, now(err)
+}
+
+func (o *operator) Cancel(context.Context) error {
+	if !o.p.Cancel() {
+		return fmt.Errorf("%w: nothing is under way", control.ErrConflict)
+	}
+	return nil
+}
+
+func (o *operator) Stop(context.Context) error {
+	o.stop()
+	return nil
+}
+
+// named is an address as it was given.
+type named string
+
+func (named) Network() string  { return "" }
+func (a named) String() string { return string(a) }
+
+// serveControl serves the control socket at a path until the returned function is called. With no path it does nothing.
+func serveControl(ctx context.Context, path string, o *operator) (stop func(), err error) {
+	if path == "" {
+		return func() {}, nil
+	}
+	l, err := transport.Listen(ctx, controlAddress(path))
+	if err != nil {
+		return nil, fmt.Errorf("--control: %w", err)
+	}
+	s := control.Serve(&verified{l}, control.NewHandler(o), logger(ctx))
+	return func() { s.Close() }, nil
+}
+
+func controlAddress(path string) string { return "unix://" + path }
+
+// verified is a listener whose connections are known to be of who may connect.
+type verified struct{ net.Listener }
+
+func (l *verified) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if _, err := transport.Handshake(context.Background(), conn); err == nil { // at once, of a unix socket
+			return conn, nil
+		}
+		conn.Close()
+	}
+}

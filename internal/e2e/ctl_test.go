@@ -1,0 +1,161 @@
+package e2e
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/control"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+// ctl runs drafter ctl and returns what it prints, and what it says on stderr. The exit status must be rc.
+func (w *workshop) ctl(t *testing.T, rc int, args ...string) (out, said string) {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	cmd := exec.CommandContext(newContext(t), w.bin, append([]string{"ctl"}, args...)...)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	var status *exec.ExitError
+	if err != nil && !errors.As(err, &status) || cmd.ProcessState.ExitCode() != rc {
+		t.Fatalf("drafter ctl %q: %v, want exit status %d; it says %s", args, err, rc, &stderr)
+	}
+	return stdout.String(), stderr.String()
+}
+
+// TestCommandCtl controls a peer by its socket.
+func TestCommandCtl(t *testing.T) {
+	whole := t // of its parts, the peers outlive each
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	socket, other := w.path("a.sock"), w.path("b.sock")
+	status := func(t *testing.T, socket string) (s control.Status) {
+		t.Helper()
+		out, _ := w.ctl(t, 0, "--control", socket, "status")
+		if err := json.Unmarshal([]byte(out), &s); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return s
+	}
+	a := w.start(t, w.console, w.peer("package", "a", "--laddr", "127.0.0.1:0", "--control", socket)...)
+	serving := a.waitFor(t, "Serving on ")
+	w.do(t, "mem start 32")
+	refused := func(t *testing.T, want string) {
+		t.Helper()
+		said := w.start(t, nil, w.peer("package", "refused", "--raddr", serving)...).wait(t, 1)
+		if !strings.Contains(said, want) {
+			t.Errorf("who asks for the VM hears %s, want %q", said, want)
+		}
+	}
+
+	t.Run("status", func(t *testing.T) {
+		s := status(t, socket)
+		if s.State != "running" || !s.Migratable || s.Busy || s.Serving != serving || s.PID != machinePID(t, a) || s.Migration != nil {
+			t.Errorf("it is %+v", s)
+		}
+		if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("the socket is %v, %v", info.Mode(), err)
+		}
+	})
+	t.Run("pause", func(t *testing.T) {
+		w.ctl(t, 0, "--control", socket, "pause")
+		if s := status(t, socket); s.State != "paused" {
+			t.Errorf("it is %+v", s)
+		}
+		refused(t, "this VM is paused")
+		if _, said := w.ctl(t, 1, "--control", socket, "pause"); !strings.Contains(said, "paused") {
+			t.Errorf("it says %s", said)
+		}
+		if _, said := w.ctl(t, 1, "--control", socket, "snapshot", w.path("none")); !strings.Contains(said, "paused") {
+			t.Errorf("it says %s", said)
+		}
+		w.ctl(t, 0, "--control", socket, "resume")
+		w.ctl(t, 0, "--control", socket, "resume") // once more changes nothing
+		w.do(t, "echo awake")
+	})
+	t.Run("migratable", func(t *testing.T) {
+		w.ctl(t, 0, "--control", socket, "migratable", "off")
+		if s := status(t, socket); s.Migratable {
+			t.Errorf("it is %+v", s)
+		}
+		refused(t, "not migratable now")
+		w.ctl(t, 0, "--control", socket, "migratable", "on")
+		w.ctl(t, 2, "--control", socket, "migratable", "maybe")
+	})
+	t.Run("snapshot", func(t *testing.T) {
+		out, _ := w.ctl(t, 0, "--control", socket, "snapshot", w.path("copy"))
+		var r migrate.Report
+		if err := json.Unmarshal([]byte(out), &r); err != nil || r.Downtime <= 0 || len(r.Digests) == 0 {
+			t.Errorf("%v: %s", err, out)
+		}
+		t.Logf("the guest stood still for %v", r.Downtime)
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		w.do(t, "mem go")
+		if _, said := w.ctl(t, 1, "--control", socket, "snapshot", w.path("copy")); !strings.Contains(said, "nothing is overwritten") {
+			t.Errorf("it says %s", said)
+		}
+	})
+	t.Run("nothing to cancel, nobody there", func(t *testing.T) {
+		if _, said := w.ctl(t, 1, "--control", socket, "cancel"); !strings.Contains(said, "nothing is under way") {
+			t.Errorf("it says %s", said)
+		}
+		if _, said := w.ctl(t, 1, "--control", socket, "migrate", "127.0.0.1:1"); !strings.Contains(said, "127.0.0.1:1") || !strings.Contains(said, "refused") {
+			t.Errorf("it says %s", said)
+		}
+		if _, said := w.ctl(t, 1, "--control", socket, "migrate", "udp://127.0.0.1:1"); !strings.Contains(said, "quic://") {
+			t.Errorf("it says %s", said)
+		}
+		if _, said := w.ctl(t, 1, "--control", w.path("nobody.sock"), "status"); !strings.Contains(said, "no peer listens there") {
+			t.Errorf("it says %s", said)
+		}
+		w.ctl(t, 2, "status")
+		w.ctl(t, 2, "--control", socket)
+		w.ctl(t, 2, "--control", socket, "migrate")
+	})
+	var b *command
+	moved := t.Run("migrate", func(t *testing.T) {
+		b = w.start(whole, w.console, w.peer("package", "b", "--accept", "127.0.0.1:0", "--control", other)...)
+		address := b.waitFor(t, "Waiting for a VM on ")
+		out, _ := w.ctl(t, 0, "--control", socket, "migrate", address)
+		var r migrate.Report
+		if err := json.Unmarshal([]byte(out), &r); err != nil || r.Outcome != "moved" {
+			t.Errorf("%v: %s", err, out)
+		}
+		b.waitFor(t, "Received VM")
+		a.wait(t, 0)
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		if s := status(t, other); s.State != "running" || s.Migratable || s.Migration == nil || s.Migration.Role != "destination" || !s.Migration.Over {
+			t.Errorf("it is %+v", s)
+		}
+	})
+	if !moved {
+		return
+	}
+	t.Run("stop", func(t *testing.T) {
+		w.ctl(t, 0, "--control", other, "stop")
+		if said := b.wait(t, 0); !strings.Contains(said, "Closing") {
+			t.Errorf("it says %s", said)
+		}
+		w.checkClean(t)
+		for _, path := range []string{socket, other} {
+			if _, err := os.Stat(path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s is left", path)
+			}
+		}
+	})
+	t.Run("what was written down", func(t *testing.T) {
+		c := w.start(t, w.console, w.peer("copy", "of-copy")...)
+		c.waitFor(t, "Resumed VM")
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+	})
+}

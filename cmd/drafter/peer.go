@@ -119,6 +119,7 @@ type peerOptions struct {
 	maxTotalTime  time.Duration
 	rescueTimeout time.Duration
 	metrics       string
+	profiles      bool
 	control       string
 	report        string
 	boot          bool
@@ -176,6 +177,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.DurationVar(&opts.maxTotalTime, "max-total-time", 0, "how long it may take to send the guest; what needs longer is given up (0: any time)")
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
+	flags.BoolVar(&opts.profiles, "pprof", false, "with --metrics: also serve profiles of this process there, under /debug/pprof/")
 	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl, which this user and root can use (empty: none)")
 	flags.StringVar(&opts.accept, "accept", "", "address to wait at for a peer that sends an instance (drafter ctl migrate), instead of --raddr")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
@@ -216,6 +218,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--rollback excludes --force-owner: only an instance that belongs here can return to its commit point")
 	case opts.keepPoint && opts.boot:
 		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
+	}
+	if opts.profiles && opts.metrics == "" {
+		return usageErrorf("--pprof needs --metrics: the address at which profiles are served")
 	}
 	if opts.verify && opts.packagePath == "" {
 		return usageErrorf("--verify needs --package: digests are in a package's manifest")
@@ -292,7 +297,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		}
 	}
 	// The addresses to listen on are taken before anything is begun, so that a port in use costs nothing.
-	stopMetrics, err := out.serveMetrics(ctx, opts.metrics, log)
+	stopMetrics, err := out.serveMetrics(ctx, opts.metrics, opts.profiles, log)
 	if err != nil {
 		return err
 	}

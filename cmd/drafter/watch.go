@@ -258,9 +258,9 @@ func (w *watch) started(p *peer.Peer) {
 	})
 }
 
-// serveMetrics serves the metrics at the address of --metrics until the returned function is called. With no address it
+// serveMetrics serves the metrics, and profiles if they are wanted, at the address of --metrics until the returned function is called. With no address it
 // does nothing.
-func (w *watch) serveMetrics(ctx context.Context, address string, log *slog.Logger) (stop func(), err error) {
+func (w *watch) serveMetrics(ctx context.Context, address string, profiles bool, log *slog.Logger) (stop func(), err error) {
 	if address == "" {
 		return func() {}, nil
 	}
@@ -274,7 +274,11 @@ func (w *watch) serveMetrics(ctx context.Context, address string, log *slog.Logg
 		log.Warn("whoever reaches the metrics can read them", "metrics", address)
 	}
 	fmt.Fprintf(w, "Metrics on http://%s/metrics\n", listenAddress(l))
-	s := control.Serve(l, w.metrics.Handler(), log)
+	handler := w.metrics.Handler()
+	if profiles {
+		handler = withProfiles(handler)
+	}
+	s := control.Serve(l, handler, log)
 	return func() { s.Close() }, nil
 }
 

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"encoding/json"
 	"errors"
 	"flag"
 	"io"
@@ -8,12 +9,15 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
@@ -200,4 +204,45 @@ func TestConcurrent(t *testing.T) {
 		})
 	}
 	wg.Wait()
+}
+
+// TestDocumented holds docs/metrics.md and the dashboard against what is served.
+func TestDocumented(t *testing.T) {
+	m := NewMetrics("v")
+	served := map[string]bool{}
+	described := make(chan *prometheus.Desc)
+	go func() {
+		m.registry.Describe(described)
+		close(described)
+	}()
+	name := regexp.MustCompile(`fqName: "(drafter_[a-z_]+)"`)
+	for d := range described {
+		if found := name.FindStringSubmatch(d.String()); found != nil {
+			served[found[1]] = true
+		}
+	}
+	if len(served) < 20 {
+		t.Fatalf("only %d numbers are served", len(served))
+	}
+	for _, file := range []string{"metrics.md", "grafana.json"} {
+		text, err := os.ReadFile(filepath.Join("..", "..", "docs", file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		shown := map[string]bool{}
+		for _, n := range regexp.MustCompile(`drafter_[a-z_]+`).FindAllString(string(text), -1) {
+			n = strings.TrimSuffix(n, "_bucket")
+			if shown[n] = true; !served[n] {
+				t.Errorf("%s speaks of %s, which is not served", file, n)
+			}
+		}
+		for n := range served {
+			if file == "metrics.md" && !shown[n] {
+				t.Errorf("%s does not say what %s is", file, n)
+			}
+		}
+		if file == "grafana.json" && !json.Valid(text) {
+			t.Errorf("%s is no JSON", file)
+		}
+	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/agent/channel"
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
@@ -116,6 +117,9 @@ func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *
 	}
 	return g, nil
 }
+
+// VSockName is the socket in the VMPath at which programs of the host reach the guest's.
+const VSockName = socket.FileName
 
 // serve connects to the machine's guest channel and offers VMPath/vsock.sock.
 // A guest that was received does not notice before quiet is closed; nil: at once.

@@ -19,6 +19,9 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
+// VSockName is the name of the socket in a machine's VMPath at which programs of the host reach those in the guest.
+const VSockName = runner.VSockName
+
 // DefaultBootArgs are the kernel arguments of a machine whose configuration gives none.
 const DefaultBootArgs = "console=ttyS0 quiet panic=-1 net.ifnames=0 root=/dev/vda rw"
 

@@ -10,7 +10,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 
 # The tools that the one host binary also answers to, each as drafter-TOOL.
-TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry
+TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl
 
 # -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
 GOTESTFLAGS ?= -p 1 -count 1 -timeout 30m
@@ -36,11 +36,16 @@ build: ## Build bin/drafter and the static guest command bin/drafter-agent
 	ln -sf drafter-agent bin/drafter-liveness
 	for tool in $(TOOLS); do ln -sf drafter bin/drafter-$$tool; done
 
-install: build ## Install the commands, and drafter-TOOL links to them, below PREFIX (/usr/local)
+install: build ## Install the commands, drafter-TOOL links to them, manual pages and shell completion below PREFIX (/usr/local)
 	install -D -m 0755 bin/drafter $(DESTDIR)$(PREFIX)/bin/drafter
 	install -D -m 0755 bin/drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-agent
 	ln -sf drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-liveness
 	for tool in $(TOOLS); do ln -sf drafter $(DESTDIR)$(PREFIX)/bin/drafter-$$tool; done
+	bin/drafter man $(DESTDIR)$(PREFIX)/share/man/man1
+	mkdir -p $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	bin/drafter completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter
+	bin/drafter completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_drafter
+	bin/drafter completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter.fish
 
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	$(GO) test -race $(GOTESTFLAGS) ./...

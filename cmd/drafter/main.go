@@ -97,6 +97,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newMounterCommand(),
 		newServeCommand(),
 		newCtlCommand(),
+		newManCommand(),
 	)
 	return root
 }

@@ -1,0 +1,37 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/cobra/doc"
+
+	"github.com/drafter-vm/drafter/internal/version"
+)
+
+// newManCommand makes the command that writes the manual pages, for packagers and make install.
+func newManCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "man DIR", Short: "Write the manual pages of all tools into a folder, which is made if it does not exist", Hidden: true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) != 1 {
+				return usageErrorf("%d arguments were given: use drafter man DIR", len(args))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			root := cmd.Root()
+			root.DisableAutoGenTag = true // the same pages on every day
+			epoch := time.Unix(0, 0).UTC()
+			if err := doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "Drafter " + version.String(), Manual: "Drafter", Date: &epoch}, args[0]); err != nil {
+				return fmt.Errorf("write manual pages into %q: %w", args[0], err)
+			}
+			return nil
+		},
+	}
+}

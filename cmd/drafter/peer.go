@@ -414,9 +414,12 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		if err != nil {
 			return nil, err
 		}
-		if back := p.Instance().RolledBack(); back.Discarded > 0 {
+		switch back := p.Instance().RolledBack(); {
+		case back.Saved:
+			fmt.Fprintf(out, "Nothing was rolled back: the instance did not die, but was saved at %s, and goes on from there\n", back.Since.Format(time.RFC3339))
+		case back.Discarded > 0:
 			fmt.Fprintf(out, "Rolled back: %d bytes of disk writes since %s are discarded\n", back.Discarded, back.Since.Format(time.RFC3339))
-		} else {
+		default:
 			fmt.Fprintf(out, "Rolled back: no disk writes since %s had to be discarded\n", back.Since.Format(time.RFC3339))
 		}
 		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())

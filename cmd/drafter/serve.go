@@ -162,13 +162,20 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 	// Those who come back are served until the last has everything.
 	open, shut := context.WithCancel(context.WithoutCancel(ctx))
 	defer shut()
+	back := make(chan struct{}, opts.maxPeers) // as room, which they must not have to wait for
 	sessions.Go(func() {
 		for {
+			select {
+			case back <- struct{}{}:
+			case <-open.Done():
+				return
+			}
 			streams, err := lobby.Rejoin(open)
 			if err != nil {
 				return
 			}
 			sessions.Go(func() {
+				defer func() { <-back }()
 				report, err := server.Rejoin(ctx, streams)
 				tell("the rest of a VM", "a peer that came back", report, err)
 			})

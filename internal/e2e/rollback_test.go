@@ -129,8 +129,8 @@ func TestCommandRollback(t *testing.T) {
 
 	t.Run("saved", func(t *testing.T) {
 		c := start("here", "Resumed VM", back) // once there is nothing to discard
-		if said := c.said(); !strings.Contains(said, "no disk writes") {
-			t.Errorf("it does not say that nothing was discarded:\n%s", said)
+		if said := c.said(); !strings.Contains(said, "Nothing was rolled back") {
+			t.Errorf("it does not say that nothing was rolled back:\n%s", said)
 		}
 		at(point)
 		closed(c)

@@ -629,3 +629,60 @@ func TestTerminatorDisclaim(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestServerIdentity: a package is known by what is in it, wherever it lies, and not any more when a file of it was changed.
+func TestServerIdentity(t *testing.T) {
+	id := func(dir string) string {
+		t.Helper()
+		s := newServer(t, dir)
+		defer s.Close(t.Context())
+		return s.id
+	}
+	plain := newPackage(t)
+	first := id(plain)
+	if id(plain) != first {
+		t.Error("the same package has another id when it is served again")
+	}
+	var files []vmpackage.File
+	pkg, err := vmpackage.Open(plain)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range pkg.Devices {
+		files = append(files, vmpackage.File{Name: d.Name, Path: d.Path})
+	}
+	if _, err := vmpackage.WriteManifest(t.Context(), plain, files, vmpackage.ManifestOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	digested := id(plain)
+	if digested == first {
+		t.Error("digests do not count")
+	}
+	elsewhere := filepath.Join(t.TempDir(), "elsewhere")
+	if err := os.CopyFS(elsewhere, os.DirFS(plain)); err != nil {
+		t.Fatal(err)
+	}
+	now := time.Now()
+	if err := os.Chtimes(filepath.Join(elsewhere, vmpackage.ManifestFile), now, now); err != nil { // as whoever extracts it writes it last
+		t.Fatal(err)
+	}
+	if id(elsewhere) != digested {
+		t.Error("a copy of the package has another id")
+	}
+	disk := filepath.Join(elsewhere, vmpackage.DefaultFile("disk"))
+	w, err := os.OpenFile(disk, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.WriteAt([]byte("x"), 5000); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	later := now.Add(time.Second)
+	if err := os.Chtimes(disk, later, later); err != nil {
+		t.Fatal(err)
+	}
+	if id(elsewhere) == digested {
+		t.Error("a package that was changed has the same id")
+	}
+}

@@ -272,7 +272,7 @@ func (m *Mounter) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.R
 	}()
 	return send(ctx, streams, migrate.SourceConfig{
 		Devices: slices.Clone(m.exported), Spec: spec, Guest: mountSource{m}, Journal: mountSource{m}, Concurrency: m.cfg.Concurrency,
-		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.FindDestination, RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
+		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.Authorize.giveTo(m.cfg.FindDestination), RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
 	})
 }
 

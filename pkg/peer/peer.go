@@ -420,7 +420,7 @@ func (p *Peer) source() (migrate.SourceConfig, error) {
 	}
 	return migrate.SourceConfig{
 		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
-		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.FindDestination, RescueTimeout: p.cfg.RescueTimeout,
+		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.Authorize.giveTo(p.cfg.FindDestination), RescueTimeout: p.cfg.RescueTimeout,
 		Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	}, nil
 }

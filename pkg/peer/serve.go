@@ -9,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -143,7 +145,11 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 	identity := sha256.New()
 	fmt.Fprintf(identity, "%s\n%x\n", s.spec, sha256.Sum256(s.state))
 	for _, d := range s.still.devices {
-		fmt.Fprintf(identity, "%s %d\n", d.name, d.Size())
+		content, err := contentOf(cfg.Dir, d)
+		if err != nil {
+			return nil, err
+		}
+		fmt.Fprintf(identity, "%s %d %s\n", d.name, d.Size(), content)
 	}
 	s.id = fmt.Sprintf("package-%x", identity.Sum(nil)[:16])
 	for _, d := range s.still.devices {
@@ -153,6 +159,26 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 		}
 	}
 	return s, nil
+}
+
+// contentOf tells the content of a device from another: by the digest in the package's manifest, which is the same wherever the package is;
+// where there is none, or the file was written to since, by when that was.
+func contentOf(dir string, d *stillDevice) (string, error) {
+	info, err := os.Stat(d.path)
+	if err != nil {
+		return "", err
+	}
+	if dir != "" {
+		pkg, err := vmpackage.Open(dir)
+		if err != nil {
+			return "", err
+		}
+		manifest, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile))
+		if in, ok := pkg.Manifest.Device(d.name); err == nil && ok && in.SHA256 != "" && !info.ModTime().After(manifest.ModTime()) {
+			return in.SHA256, nil
+		}
+	}
+	return info.ModTime().UTC().Format(time.RFC3339Nano), nil
 }
 
 // switchTimeout is how long a peer may take that gets everything before it runs its guest: nobody stands still for it here.
@@ -194,6 +220,9 @@ func (s *Server) wait(me *session) {
 // Rejoin gives the peer at the other end of streams, which lost its link to this or another server of the package, what it lacks
 // (Lobby.Rejoin says who comes for that). It returns as Serve does.
 func (s *Server) Rejoin(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
+	if err := s.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
+	}
 	return s.session(ctx, streams, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
 		s.mu.Lock()
 		me.needed = true

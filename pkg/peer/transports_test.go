@@ -154,7 +154,8 @@ func TestTransports(t *testing.T) {
 					t.Skip("there is one connection of its kind")
 				}
 				m := w.meet(t)
-				sent := m.source(t, nil)
+				var asked atomic.Int32
+				sent := m.source(t, func(context.Context, Request) error { asked.Add(1); return nil })
 				streams, err := m.find(t.Context())
 				if err != nil {
 					t.Fatal(err)
@@ -172,6 +173,9 @@ func TestTransports(t *testing.T) {
 				}
 				if m.found.Load() != 2 {
 					t.Errorf("they have met %d times, want twice", m.found.Load())
+				}
+				if asked.Load() != 2 {
+					t.Errorf("the source was asked %d times whether it may give the VM to who is there, want each time", asked.Load())
 				}
 				sameVM(t, term.Dir, newPackage(t))
 			})

@@ -267,7 +267,7 @@ func (i *Instance) checkBootable(state *device) error {
 		return nil
 	case err != nil:
 		return err
-	case r.Status == Moved && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
+	case r.Status == Moved && !r.Settled && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
 		return nil
 	}
 	return fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
@@ -375,7 +375,7 @@ func vacant(state *device) error {
 		return err
 	case r.Status == Saved:
 		return fmt.Errorf("%w: the devices configured here hold an instance already, saved at %s: resume that, receive into other overlays, or delete these", ErrMismatch, r.Time.UTC().Format(time.RFC3339))
-	case r.Status == Moved && r.Length > 0, r.Status == Running, r.Status == ShutDown:
+	case r.Status == Moved && !r.Settled, r.Status == Running, r.Status == ShutDown:
 		return fmt.Errorf("%w: the devices configured here hold an instance already: %s; or receive into other overlays", ErrMismatch, r.remedy())
 	}
 	return nil

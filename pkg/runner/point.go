@@ -35,6 +35,7 @@ var ErrNoCommitPoint = errors.New("there is no commit point to return to")
 
 // RolledBack is what became of an instance that was returned to its commit point.
 type RolledBack struct {
+	Saved     bool      // it did not have to be: it was saved, by a Close or by a rollback that was cut short, and is resumed as it was
 	Since     time.Time // when the guest had begun to run from there
 	Discarded int64     // bytes of the disks, in pages, that it wrote since then
 }
@@ -307,7 +308,7 @@ func (i *Instance) rollBack(ctx context.Context) error {
 	}
 	switch {
 	case r.Status == Saved: // it is there, perhaps because a rollback before this one was cut short
-		i.point.back = &RolledBack{Since: r.Time}
+		i.point.back = &RolledBack{Since: r.Time, Saved: true}
 		return nil
 	case r.Status != Running || !r.Kept:
 		return fmt.Errorf("%w: %s", ErrNoCommitPoint, r.noPoint())

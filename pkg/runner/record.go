@@ -202,7 +202,7 @@ func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0) {
+	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled) {
 		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
 	}
 	return readState(dev, r)

@@ -21,6 +21,7 @@ func TestCheckVacant(t *testing.T) {
 		{"discarded", &Record{Status: Discarded, Migration: "m"}, ""},
 		{"moved and settled", &Record{Status: Moved, Settled: true}, ""},
 		{"moved and saved", &Record{Status: Moved, Length: 1}, "--force-owner"},
+		{"moved, and nobody has confirmed it", &Record{Status: Moved, Migration: "m"}, "--boot --force-owner"},
 		{"running", &Record{Status: Running}, "--boot"},
 		{"running, with a commit point", &Record{Status: Running, Length: 1, Kept: true}, "--rollback"},
 		{"shut down", &Record{Status: ShutDown}, "--boot"},
@@ -55,5 +56,30 @@ func TestCheckVacant(t *testing.T) {
 				t.Errorf("error %v, want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// TestCheckBootable: an operator can take back what nobody has confirmed, and nothing else.
+func TestCheckBootable(t *testing.T) {
+	for _, tt := range []struct {
+		record Record
+		force  bool
+		want   bool
+	}{
+		{Record{Status: Running}, false, true},
+		{Record{Status: Saved}, false, true},
+		{Record{Status: Moved, Migration: "m"}, false, false},
+		{Record{Status: Moved, Migration: "m"}, true, true},
+		{Record{Status: Moved, Migration: "m", Settled: true}, true, false},
+		{Record{Status: Receiving, Migration: "m"}, true, false},
+	} {
+		dev := block.NewMemory(StateDeviceSize)
+		if err := writeRecord(dev, tt.record); err != nil {
+			t.Fatal(err)
+		}
+		err := (&Instance{cfg: Config{ForceOwner: tt.force}}).checkBootable(&device{Device: dev})
+		if (err == nil) != tt.want {
+			t.Errorf("%v, settled %t, force %t: %v", tt.record.Status, tt.record.Settled, tt.force, err)
+		}
 	}
 }

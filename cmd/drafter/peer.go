@@ -443,20 +443,17 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		if err := peer.CheckVacant(cfg); err != nil {
 			return nil, err
 		}
-		from := opts.raddr
-		var conns []io.ReadWriter
+		from, dial, redial := opts.raddr, opts.dialFirst, opts.redial()
 		if reception != nil {
 			fmt.Fprintf(out, "Waiting for a VM on %s\n", served(opts.accept, reception.Addr()))
-			a, err := welcome(ctx, reception)
-			if err != nil {
-				return nil, err
-			}
-			conns, from = a.Streams, a.From.String()
-		} else {
-			var err error
-			if conns, err = opts.dialFirst(ctx); err != nil {
-				return nil, err
-			}
+			dial, redial = func(ctx context.Context) ([]io.ReadWriter, error) {
+				a, err := welcome(ctx, reception)
+				if err != nil {
+					return nil, err
+				}
+				from = a.From.String()
+				return a.Streams, nil
+			}, nil
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
@@ -474,8 +471,11 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 				closing()
 			}
 		})
-		p, report, err := receive(ctx, cfg, cfg.FindSource, conns)
+		p, report, err := receive(ctx, cfg, dial, redial)
 		stop()
+		if report == nil { // nobody was there
+			return nil, err
+		}
 		if err := reports.write(report); err != nil {
 			cfg.Logger.Error("could not write the report of a migration", "error", err)
 		}
@@ -509,28 +509,43 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 	}
 }
 
-// receive is peer.Receive. When it fails, the source may be waiting to hear what became of an earlier migration that this peer did
-// not live to finish: then it is told, and asked again.
-func receive(ctx context.Context, cfg peer.Config, redial func(context.Context) ([]io.ReadWriter, error), conns []io.ReadWriter) (*peer.Peer, *migrate.Report, error) {
-	unfinished := peer.Void(cfg)
-	p, report, err := peer.Receive(ctx, cfg, conns)
-	if err == nil || !unfinished || redial == nil || ctx.Err() != nil {
-		return p, report, err
-	}
-	asked, failure := redial(ctx)
-	if failure != nil {
-		return p, report, err
-	}
-	id, failure := peer.Disclaim(ctx, cfg, asked)
-	if failure != nil {
+// receive is peer.Receive from whom dial finds. When an earlier migration was not finished here, because this peer died, its source may
+// be waiting to hear so: then it is told, and asked again. It may be on its way to be there again itself, and is tried until the rescue
+// timeout is over. Redial is dial for that; nil: there is no other time. There is no report when nobody was there.
+func receive(ctx context.Context, cfg peer.Config, dial, redial func(context.Context) ([]io.ReadWriter, error)) (*peer.Peer, *migrate.Report, error) {
+	unfinished := redial != nil && peer.Void(cfg)
+	deadline := time.Now().Add(cfg.RescueTimeout)
+	for {
+		conns, err := dial(ctx)
+		var p *peer.Peer
+		var report *migrate.Report
+		if err == nil {
+			p, report, err = peer.Receive(ctx, cfg, conns)
+		}
+		if err == nil || !unfinished || ctx.Err() != nil || report != nil && report.ID != "" { // a source in doubt offers no VM
+			return p, report, err
+		}
+		failure := error(nil)
+		if asked, e := redial(ctx); e != nil {
+			failure = e
+		} else if id, e := peer.Disclaim(ctx, cfg, asked); e != nil {
+			failure = e
+		} else {
+			cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
+			unfinished = false
+			continue
+		}
 		cfg.Logger.Debug("the source does not ask for an earlier migration", "error", failure)
-		return p, report, err
+		if time.Now().After(deadline) {
+			return p, report, err
+		}
+		dial = redial // which says nothing that was said before
+		select {
+		case <-time.After(250 * time.Millisecond):
+		case <-ctx.Done():
+			return p, report, err
+		}
 	}
-	cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
-	if conns, err = redial(ctx); err != nil {
-		return p, report, err
-	}
-	return peer.Receive(ctx, cfg, conns)
 }
 
 // servePeer waits until the instance ends here: handed over, shut down by its guest, or closed by a signal. A nil lobby: nobody

@@ -203,8 +203,16 @@ type Target interface {
 	// [ErrNeverRan] for the way back.
 	Run(ctx context.Context) error
 
-	// Discard ends the VMM and drops what was received. It is called once, unless the guest was started or may have been.
+	// Discard ends the VMM and drops what was received, but for what Journal.Abort has put on record, if it was called: see
+	// [Forgetter]. It is called once, unless the guest was started or may have been.
 	Discard(ctx context.Context) error
+}
+
+// Forgetter is implemented by targets which keep, through Discard, the record that a guest never ran here and never will. While
+// the source may be in doubt, it is all that can end the doubt: by [Disclaim], in a process that was started again too.
+type Forgetter interface {
+	// Forget drops the record. It is called after Discard, once the source has been told.
+	Forget(ctx context.Context) error
 }
 
 // Postponer is a [Target] that can run its guest before all content is there.

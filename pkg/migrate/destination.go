@@ -290,6 +290,11 @@ func (d *destination) discard(cancelable context.Context, failure error) error {
 		d.standing = wire.NeverRan
 		d.tell(cancelable)
 		d.finish()
+		if f, ok := d.cfg.Target.(Forgetter); ok && d.told && d.prepared {
+			if err := f.Forget(ctx); err != nil {
+				d.log.Warn("cannot remove the record of a guest that never ran here", "error", err)
+			}
+		}
 	}
 	return failure
 }

@@ -559,9 +559,15 @@ func TestTerminatorSettle(t *testing.T) {
 	}
 }
 
-// TestTerminatorDisclaim gives a VM to a terminator that dies before its own commit.
+// TestTerminatorDisclaim gives a VM to a terminator that dies before its own commit, or does not get it.
 func TestTerminatorDisclaim(t *testing.T) {
 	needFUSE(t)
+	t.Run("killed", func(t *testing.T) { testDisclaim(t, true) })
+	t.Run("has given up", func(t *testing.T) { testDisclaim(t, false) })
+}
+
+// testDisclaim settles from what a terminator has left that was killed, or that could not tell the source what it has put on record.
+func testDisclaim(t *testing.T, killed bool) {
 	found := make(chan []io.ReadWriter, 1)
 	find := func(ctx context.Context) ([]io.ReadWriter, error) {
 		select {
@@ -615,6 +621,12 @@ func TestTerminatorDisclaim(t *testing.T) {
 	}
 	if here, err := stranger.Settle(t.Context()); err == nil {
 		t.Errorf("what is left of another migration settles this one: %t", here)
+	}
+	if files, err := os.ReadDir(term.Dir); err != nil || len(files) != 1 || files[0].Name() != "state.bin" {
+		t.Errorf("the terminator has left %v, %v: want its record, and nothing else", files, err)
+	}
+	if !killed {
+		left = term.Dir
 	}
 	if here, err := (Terminator{Dir: left, Logger: quiet, FindSource: ask}).Settle(t.Context()); err != nil || here {
 		t.Errorf("settle: %t, %v", here, err)

@@ -170,7 +170,7 @@ func ReceiveMounter(ctx context.Context, cfg MounterConfig, streams []io.ReadWri
 			return refuse(err)
 		}
 	}
-	r := &mountReceiver{&Mounter{cfg: cfg, gate: new(gate)}, streams}
+	r := &mountReceiver{Mounter: &Mounter{cfg: cfg, gate: new(gate)}, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: r, Journal: r, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: cfg.Progress, Logger: cfg.Logger,
 		Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
@@ -380,6 +380,7 @@ func (s mountSource) Done(_ context.Context, id string) error {
 type mountReceiver struct {
 	*Mounter
 	streams []io.ReadWriter
+	gone    *still // what was still, after Discard
 }
 
 func (r *mountReceiver) Prepare(ctx context.Context, m *wire.Manifest) (_ []block.Device, err error) {
@@ -471,17 +472,20 @@ func (r *mountReceiver) Run(context.Context) error {
 
 func (r *mountReceiver) Discard(context.Context) error {
 	s := r.still
-	r.still = nil
+	r.gone, r.still = s, nil
 	r.gate.open(true)
 	var err error
 	if r.mount != nil {
 		err = r.mount.Close()
 	}
-	if state := s.device(runner.StateDevice); !state.made {
+	if state := s.device(runner.StateDevice); !state.made && !s.forgotten {
 		err = errors.Join(err, runner.WriteRecord(state, runner.Record{Status: runner.Discarded}))
 	}
 	return errors.Join(err, s.discard())
 }
+
+// Forget implements migrate.Forgetter.
+func (r *mountReceiver) Forget(context.Context) error { return r.gone.dropRecord() }
 
 func (r *mountReceiver) Commit(_ context.Context, id string) error {
 	return runner.WriteReceived(r.still.device(runner.StateDevice), id, r.state)

@@ -676,6 +676,9 @@ func (t *target) Discard(ctx context.Context) error {
 	return t.instance.Discard(ctx)
 }
 
+// Forget implements migrate.Forgetter.
+func (t *target) Forget(context.Context) error { return t.instance.Forget() }
+
 // Commit ends the watch over the machine: one that ends from now on is the death of the guest, and not the migration's to undo.
 func (t *target) Commit(ctx context.Context, id string) error {
 	t.stopWatch()

@@ -22,6 +22,8 @@ type still struct {
 	devices []*stillDevice // "state" among them
 	made    []string       // files that were made for it, to remove if nothing comes of it
 	folders []string       // folders that were made for them, outermost first
+
+	forgotten bool // it is on record that nothing of it will ever run here, for a source that may want to know: discard keeps that
 }
 
 // stillDevice is a device of a still VM.
@@ -252,6 +254,7 @@ func (s *still) syncFolders() error {
 
 // forget puts on record, durably, that what is here will never run.
 func (s *still) forget(migration string) error {
+	s.forgotten = true
 	return runner.WriteRecord(s.device(runner.StateDevice), runner.Record{Status: runner.Discarded, Migration: migration})
 }
 
@@ -287,12 +290,24 @@ func (s *still) discard() error {
 	}
 	var errs []error
 	for _, path := range s.made {
+		if state := s.device(runner.StateDevice); s.forgotten && state != nil && path == state.path {
+			continue
+		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
-	runner.RemoveFolders(s.folders)
+	runner.RemoveFolders(s.folders) // which leaves those that are not empty
 	return errors.Join(errs...)
+}
+
+// dropRecord removes what discard has kept.
+func (s *still) dropRecord() error {
+	if s == nil || !s.forgotten {
+		return nil
+	}
+	s.forgotten = false
+	return s.discard()
 }
 
 // readState takes the device state that a migration brings.

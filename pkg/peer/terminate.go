@@ -273,6 +273,7 @@ type writer struct {
 	streams  []io.ReadWriter
 	id       string // of the migration
 	still    *still
+	gone     *still // what was still, after Discard
 	state    []byte
 	manifest *vmpackage.Manifest
 }
@@ -361,10 +362,12 @@ func (w *writer) Keep(ctx context.Context) error { return w.Commit(ctx, w.id) }
 
 // Discard implements [migrate.Target].
 func (w *writer) Discard(context.Context) error {
-	s := w.still
-	w.still = nil
-	return s.discard()
+	w.gone, w.still = w.still, nil
+	return w.gone.discard()
 }
+
+// Forget implements migrate.Forgetter.
+func (w *writer) Forget(context.Context) error { return w.gone.dropRecord() }
 
 // Commit implements [migrate.Journal]: from here on the files are a package.
 func (w *writer) Commit(_ context.Context, id string) error {

@@ -1184,7 +1184,7 @@ func (i *Instance) Kill() error {
 }
 
 // Discard ends an instance whose migration to here was given up: what arrived is marked void, and files that were made for
-// it are removed.
+// it are removed. After Refuse the record stays, and with it the state device, until Forget.
 func (i *Instance) Discard(ctx context.Context) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -1196,8 +1196,19 @@ func (i *Instance) Discard(ctx context.Context) error {
 		errs = append(errs, writeRecord(state, Record{Status: Discarded, Migration: i.migration}))
 	}
 	errs = append(errs, i.teardown())
-	errs = append(errs, i.discardDevices())
+	if i.refused {
+		errs = append(errs, i.discardDevices(StateDevice))
+	} else {
+		errs = append(errs, i.discardDevices())
+	}
 	return errors.Join(errs...)
+}
+
+// Forget removes what Discard has kept, once nobody needs to hear of it any more.
+func (i *Instance) Forget() error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.discardDevices()
 }
 
 // abandon takes down an instance that failed to start. One whose guest has run is killed, not saved: it never came up.
@@ -1322,11 +1333,15 @@ func (i *Instance) teardown() error {
 	return errors.Join(errs...)
 }
 
-// discardDevices discards all devices, the last one first: the first may have made the folder that all are in.
-func (i *Instance) discardDevices() error {
+// discardDevices discards all devices but those named, the last one first: the first may have made the folder that all are in.
+func (i *Instance) discardDevices(but ...string) error {
 	var errs []error
 	for _, d := range slices.Backward(i.devices) {
-		errs = append(errs, d.discard())
+		if slices.Contains(but, d.Name) {
+			errs = append(errs, d.close())
+		} else {
+			errs = append(errs, d.discard())
+		}
 	}
 	return errors.Join(errs...)
 }

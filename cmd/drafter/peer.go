@@ -680,6 +680,7 @@ func findDestination(ctx context.Context, o *operator, reports *reports, out io.
 	p := o.p
 	id, _ := p.InDoubt()
 	fmt.Fprintf(out, "The VM is kept, paused, until the peer that it was given to is found again (migration %s); Ctrl-C saves it, marked as moved\n", id)
+	urged := false // to end, and does not
 	if known, changed := o.way.known(); !known {
 		fmt.Fprintf(out, "Nobody can find this peer without --laddr: start it again with the one that it had, or say where the other is (drafter ctl migrate ADDRESS)\n")
 		select {
@@ -694,6 +695,14 @@ func findDestination(ctx context.Context, o *operator, reports *reports, out io.
 		report, err := p.Rejoin(ctx)
 		switch {
 		case errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled):
+			if ctx.Err() != nil && p.Instance().Confirmed() && !urged {
+				fmt.Fprintf(out, "Not closing yet: the VM runs at the other peer, which needs content that only this one has (migration %s). "+
+					"Another signal gives up; then that content is nowhere but in the files of this instance\n", id)
+				again, stop := signal.NotifyContext(context.WithoutCancel(ctx), os.Interrupt, syscall.SIGTERM)
+				defer stop()
+				ctx, urged = again, true
+				continue
+			}
 			if ctx.Err() != nil {
 				return false, nil
 			}

@@ -51,6 +51,13 @@ type Journal interface {
 	Done(ctx context.Context, id string) error
 }
 
+// Confirmer is implemented by a source's Journal that can record what it hears before all is over.
+type Confirmer interface {
+	// Confirm records that the destination has said that it runs the guest, though it still needs content from the source. It is
+	// not called where Done follows at once. An error is logged and changes nothing.
+	Confirm(ctx context.Context, id string) error
+}
+
 // SourceDevice is a device to be sent.
 type SourceDevice struct {
 	Name   string

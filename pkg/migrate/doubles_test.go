@@ -53,6 +53,7 @@ type journal struct {
 	mu                    sync.Mutex // guards what follows
 	record                string
 	commits, aborts       int
+	confirms              int
 	failCommit, failAbort error
 	onCommit              func(ctx context.Context)
 }
@@ -79,6 +80,16 @@ func (j *journal) Abort(_ context.Context, id string) error {
 		return j.failAbort
 	}
 	j.record = "abort " + id
+	return nil
+}
+
+// Confirm implements [Confirmer].
+func (j *journal) Confirm(_ context.Context, id string) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.confirms++; j.record != "commit "+id {
+		return fmt.Errorf("the record is %q", j.record)
+	}
 	return nil
 }
 
@@ -464,7 +475,7 @@ func (r *rig) verifyCopy(t testing.TB, o outcome) {
 	if !r.world.runs("source") || r.world.runs("destination") {
 		t.Errorf("source runs: %t, destination runs: %t", r.world.runs("source"), r.world.runs("destination"))
 	}
-	if r.guest.hooks != 0 || r.guest.resumes > 1 || r.src.commits+r.src.aborts+r.dst.commits+r.dst.aborts > 0 {
+	if r.guest.hooks != 0 || r.guest.resumes > 1 || r.src.commits+r.src.aborts+r.src.confirms+r.dst.commits+r.dst.aborts > 0 {
 		t.Errorf("%d hooks open, %d resumes, records %q and %q", r.guest.hooks, r.guest.resumes, r.src.record, r.dst.record)
 	}
 	if kept := r.copy.keeps > 0; kept != (o.dstErr == nil) || kept && r.target.discards > 0 || o.srcErr == nil && !kept {

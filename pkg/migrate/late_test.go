@@ -322,6 +322,9 @@ func TestPostCopy(t *testing.T) {
 				if o.src.Outcome != "moved" || o.dst.Outcome != "running" || !slices.Contains(dst, DestinationFilling) {
 					t.Errorf("outcomes %q, %q; states %v", o.src.Outcome, o.dst.Outcome, dst)
 				}
+				if r.src.confirms != 1 {
+					t.Errorf("it was put on record %d times that the guest runs, want once", r.src.confirms)
+				}
 				if late.postpones != 1 || late.completes != 1 || o.src.LateBytes == 0 || o.src.LateBytes != o.dst.LateBytes {
 					t.Errorf("postponed %d times, completed %d; %d bytes late, %d", late.postpones, late.completes, o.src.LateBytes, o.dst.LateBytes)
 				}

@@ -190,6 +190,7 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	if r.Standing == wire.Runs {
 		s.isRunning()
 		s.state.set(SourceServing)
+		s.noteRuns()
 	} else {
 		s.state.set(SourceCommitted)
 	}

@@ -309,6 +309,7 @@ func (s *source) serve(v *serving) error {
 			s.isRunning()
 			s.started()
 			s.state.set(SourceServing)
+			s.noteRuns()
 		case wire.TypeSettled:
 			ours := s.delivered.Load()
 			if !s.ran || ours == nil {
@@ -335,6 +336,18 @@ func (s *source) isRunning() {
 	if s.still {
 		s.still = false
 		s.downtime.end(PartResume)
+	}
+}
+
+// noteRuns puts on record that the guest runs at the destination, which has not got everything.
+func (s *source) noteRuns() {
+	c, ok := s.cfg.Journal.(Confirmer)
+	if !ok || s.confirmed {
+		return
+	}
+	s.confirmed = true
+	if err := c.Confirm(context.WithoutCancel(s.link.ctx), s.cfg.ID); err != nil {
+		s.log.Error("cannot put on record that the guest runs at the destination", "error", err)
 	}
 }
 

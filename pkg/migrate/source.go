@@ -147,6 +147,7 @@ type source struct {
 	ran        bool              // the destination said that it runs the guest
 	still      bool              // the guest stands still: downtime goes on
 	stuck      bool              // the guest could not be resumed after a copy
+	confirmed  bool              // it is on record that the guest runs at the destination
 	fresh      bool              // this process does not remember what was sent before; see wire.FlagFresh
 	started    func()            // ends the time limit for starting the guest
 	reconnects int

@@ -545,6 +545,8 @@ func (s source) Resume(ctx context.Context) error             { return s.Continu
 func (s source) Commit(ctx context.Context, id string) error { return s.Release(ctx, id) }
 func (s source) Abort(ctx context.Context, id string) error  { return s.Reclaim(ctx, id) }
 
+func (s source) Confirm(ctx context.Context, _ string) error { return s.Instance.Confirm(ctx) }
+
 func (s source) Done(context.Context, string) error {
 	s.Released()
 	return nil

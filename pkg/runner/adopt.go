@@ -179,7 +179,10 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			}
 			state = vmm.StatePaused
 		}
-		i.phase, i.migration = released, record.Migration
+		i.phase, i.migration, i.confirmed = released, record.Migration, record.Confirmed
+		if i.cfg.ForceOwner && record.Confirmed {
+			return fmt.Errorf("%w: %s", ErrNotSaved, record.remedy())
+		}
 		if !i.cfg.ForceOwner {
 			return nil
 		}

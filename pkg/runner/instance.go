@@ -88,6 +88,7 @@ type Instance struct {
 	phase     phase
 	migration string // that the instance was released to, or comes by
 	refused   bool   // it is on record that what was received will never run
+	confirmed bool   // whom it was released to has said that it runs it
 
 	resumeDuration time.Duration
 
@@ -267,7 +268,7 @@ func (i *Instance) checkBootable(state *device) error {
 		return nil
 	case err != nil:
 		return err
-	case r.Status == Moved && !r.Settled && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
+	case r.Status == Moved && !r.Settled && !r.Confirmed && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
 		return nil
 	}
 	return fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
@@ -950,6 +951,25 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered()})
 }
 
+// Confirm puts on record that whom the instance was given to runs it, and may still need content from here: nobody can take it
+// back any more.
+func (i *Instance) Confirm(context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != released {
+		return fmt.Errorf("confirm instance: %w: it is %s", ErrPhase, i.phase)
+	}
+	i.confirmed = true
+	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Confirmed: true, Layered: i.layered()})
+}
+
+// Confirmed reports whether whom the instance was given to has said that it runs it, and may still need content from here.
+func (i *Instance) Confirmed() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.phase == released && i.confirmed
+}
+
 // Released says that whom the instance was given to runs it: nothing here is of use any more.
 func (i *Instance) Released() {
 	i.mu.Lock()
@@ -1281,7 +1301,7 @@ func (i *Instance) save(ctx context.Context) error {
 	}
 	record := Record{Status: Saved}
 	if i.phase == released {
-		record = Record{Status: Moved, Migration: i.migration}
+		record = Record{Status: Moved, Migration: i.migration, Confirmed: i.confirmed}
 	}
 	if err := writeState(state, record, buf.b); err != nil {
 		return fmt.Errorf("save instance: %w", err)

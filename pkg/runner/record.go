@@ -23,7 +23,7 @@ const StateDeviceSize = 16 << 20
 //	            ┌──────── Close ────────┐
 //	            ▼                       │
 //	Saved ─ resume ─► Running ──────────┘
-//	                  Running ─ commit of a migration ─► Moved
+//	                  Running ─ commit of a migration ─► Moved, then Confirmed, then Settled
 //	                  Running ─ the guest shuts down ─► ShutDown ─ boot ─► Running
 //	                  Running, with Kept ─ rollback of a dead instance ─► Saved
 //	(any) ─ receive ─► Receiving ─ commit arrives ─► Running
@@ -82,6 +82,10 @@ type Record struct {
 	// Settled says of an instance that moved that the other peer runs it, and needs nothing of this one.
 	Settled bool
 
+	// Confirmed says of an instance that moved that the other peer has said that it runs it. Until it is Settled, that one may need
+	// content which is only here.
+	Confirmed bool
+
 	// Kept says of an instance that runs that it can return to its commit point: the device state that follows, memory as it is
 	// in its device, and the disks without their layers.
 	Kept bool
@@ -94,7 +98,7 @@ type Record struct {
 //
 //	  0  8  magic "DRFTSTA1"
 //	  8  4  status
-//	 12  4  flags; bit 0: settled, bit 1: kept, bit 2: layered
+//	 12  4  flags; bit 0: settled, bit 1: kept, bit 2: layered, bit 3: confirmed
 //	 16  8  time, Unix nanoseconds
 //	 24  8  length of the device state, which begins at recordSize
 //	 32  8  xxh3-64 of the device state
@@ -113,7 +117,7 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
-	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1|btoi(r.Layered)<<2))
+	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1|btoi(r.Layered)<<2|btoi(r.Confirmed)<<3))
 	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
 	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
 	binary.LittleEndian.PutUint64(b[32:], r.Sum)
@@ -137,6 +141,7 @@ func decodeRecord(b []byte) (Record, error) {
 		Settled:   binary.LittleEndian.Uint32(b[12:])&1 != 0,
 		Kept:      binary.LittleEndian.Uint32(b[12:])&2 != 0,
 		Layered:   binary.LittleEndian.Uint32(b[12:])&4 != 0,
+		Confirmed: binary.LittleEndian.Uint32(b[12:])&8 != 0,
 		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
 		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
 		Sum:       binary.LittleEndian.Uint64(b[32:]),
@@ -202,7 +207,7 @@ func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled) {
+	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled && !r.Confirmed) {
 		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
 	}
 	return readState(dev, r)
@@ -238,6 +243,8 @@ func (r Record) remedy() string {
 		switch {
 		case r.Settled:
 			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+		case r.Confirmed:
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: keep these files, as what is missing there is nowhere else", at, r.Migration)
 		case r.Length > 0:
 			return given + ": if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays"
 		}

@@ -28,6 +28,11 @@ func TestRecordGolden(t *testing.T) {
 			t.Errorf("a flag is lost: %+v, %v", got, err)
 		}
 	}
+	confirmed := r
+	confirmed.Confirmed = true
+	if got, err := decodeRecord(confirmed.encode()); err != nil || !got.Confirmed || got.Settled || back.Confirmed {
+		t.Errorf("what is confirmed is lost: %+v, %v", got, err)
+	}
 	r.Settled = true
 	if settled, err := decodeRecord(r.encode()); err != nil || !settled.Settled || back.Settled {
 		t.Errorf("what is settled is lost (%v)", err)
@@ -82,6 +87,12 @@ func TestForceOwner(t *testing.T) {
 	}
 	if got, err := ReadSaved(dev, true); err != nil || string(got) != "state" {
 		t.Errorf("forced: read %q, %v", got, err)
+	}
+	if err := writeState(dev, Record{Status: Moved, Migration: "M1", Confirmed: true}, []byte("state")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSaved(dev, true); !errors.Is(err, ErrNotSaved) || !strings.Contains(err.Error(), "runs it") {
+		t.Errorf("forced after the other has confirmed: error %v, want ErrNotSaved", err)
 	}
 	// An instance whose new owner has confirmed has nothing left to force.
 	if err := writeRecord(dev, Record{Status: Moved, Migration: "M1"}); err != nil {

@@ -22,6 +22,7 @@ func TestCheckVacant(t *testing.T) {
 		{"moved and settled", &Record{Status: Moved, Settled: true}, ""},
 		{"moved and saved", &Record{Status: Moved, Length: 1}, "--force-owner"},
 		{"moved, and nobody has confirmed it", &Record{Status: Moved, Migration: "m"}, "--boot --force-owner"},
+		{"moved, confirmed, and not settled", &Record{Status: Moved, Migration: "m", Confirmed: true}, "keep these files"},
 		{"running", &Record{Status: Running}, "--boot"},
 		{"running, with a commit point", &Record{Status: Running, Length: 1, Kept: true}, "--rollback"},
 		{"shut down", &Record{Status: ShutDown}, "--boot"},
@@ -71,6 +72,7 @@ func TestCheckBootable(t *testing.T) {
 		{Record{Status: Moved, Migration: "m"}, false, false},
 		{Record{Status: Moved, Migration: "m"}, true, true},
 		{Record{Status: Moved, Migration: "m", Settled: true}, true, false},
+		{Record{Status: Moved, Migration: "m", Confirmed: true}, true, false},
 		{Record{Status: Receiving, Migration: "m"}, true, false},
 	} {
 		dev := block.NewMemory(StateDeviceSize)

@@ -62,6 +62,19 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			closed(t, resumed(t, there))
 		}},
+		{"source interrupted without a destination", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+			dst.Process.Kill()
+			dst.wait(t, -1)
+			src.Process.Signal(syscall.SIGTERM)
+			src.waitFor(t, "Not closing yet")
+			link.rate.Store(fast)
+			dst = w.start(t, w.console, w.peer("package", there, "--raddr", link.addr)...)
+			dst.waitFor(t, "Received VM")
+			sent(t, src)
+			w.do(t, "mem stop")
+			w.do(t, "mem verify")
+			closed(t, dst)
+		}},
 		{"guest shuts down", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
 			machine := machinePID(t, dst)
 			link.rate.Store(2 << 20)

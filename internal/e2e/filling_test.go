@@ -63,6 +63,8 @@ func TestCommandFilling(t *testing.T) {
 			closed(t, resumed(t, there))
 		}},
 		{"source interrupted without a destination", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+			link.rate.Store(1 << 20)
+			src.waitFor(t, "Sending, the VM runs there") // it has heard so
 			dst.Process.Kill()
 			dst.wait(t, -1)
 			src.Process.Signal(syscall.SIGTERM)

@@ -119,19 +119,46 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	if !transport.Single(opts.laddr) {
 		cfg.FindDestination = func(ctx context.Context) ([]io.ReadWriter, error) { return lobby.Rejoin(ctx) }
 	}
-	m, err := startMounter(ctx, cfg, &opts.links, reports, out)
-	if err != nil {
-		return interrupted(cmd, err)
+	open := func() {
+		if listener != nil && lobby == nil {
+			lobby = peer.NewLobby(listener, log)
+			fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
+		}
 	}
-	fmt.Fprintf(out, "Mounted %s at %s\n", strings.Join(m.Names(), ", "), m.Dir())
-	var arrivals <-chan peer.Arrival
-	if listener != nil {
-		lobby = peer.NewLobby(listener, log)
-		defer lobby.Close()
-		arrivals = lobby.New
-		fmt.Fprintf(out, "Serving on %s\n", opts.serving(lobby.Addr()))
+	defer func() {
+		if lobby != nil {
+			lobby.Close()
+		}
+	}()
+	for {
+		// One that was given away, here or by a mounter that died, is the other's to ask for.
+		if g, err := cfg.OpenGiven(ctx); err == nil && (listener == nil || cfg.FindDestination == nil) {
+			g.Close() // startMounter says what can be done
+		} else if err == nil {
+			open()
+			if gone, err := serveGiven(ctx, g, reports, out); gone || err != nil {
+				return interrupted(cmd, err)
+			}
+			opts.raddr = "" // it is here
+		}
+		m, err := startMounter(ctx, cfg, &opts.links, reports, out)
+		if err != nil {
+			return interrupted(cmd, err)
+		}
+		fmt.Fprintf(out, "Mounted %s at %s\n", strings.Join(m.Names(), ", "), m.Dir())
+		open()
+		var arrivals <-chan peer.Arrival
+		if lobby != nil {
+			arrivals = lobby.New
+		}
+		err = serveMounter(ctx, m, arrivals, reports, out)
+		doubt := errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled)
+		err = errors.Join(err, m.Close())
+		if !doubt || cfg.FindDestination == nil || ctx.Err() != nil {
+			return err
+		}
+		fmt.Fprintf(out, "%v\n", err)
 	}
-	return errors.Join(serveMounter(ctx, m, arrivals, reports, out), m.Close())
 }
 
 // cond is v if it is wanted.

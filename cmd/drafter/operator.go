@@ -127,6 +127,9 @@ func (o *operator) SetMigratable(_ context.Context, may bool) error {
 }
 
 func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report, error) {
+	if id, ok := o.p.InDoubt(); ok {
+		return nil, lookAt(o.links, &o.way, id, address)
+	}
 	l := o.links
 	l.raddr = address
 	if err := l.Check(address); err != nil {
@@ -134,10 +137,6 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 	}
 	if transport.Single(address) {
 		return nil, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
-	}
-	if id, ok := o.p.InDoubt(); ok {
-		o.way.set(l.dial)
-		return nil, fmt.Errorf("%w: the VM was given away already, and nobody has confirmed that (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
 	}
 	if o.p.Busy() {
 		return nil, now(peer.ErrBusy)
@@ -185,7 +184,7 @@ func (named) Network() string  { return "" }
 func (a named) String() string { return string(a) }
 
 // serveControl serves the control socket at a path until the returned function is called. With no path it does nothing.
-func serveControl(ctx context.Context, path string, o *operator) (stop func(), err error) {
+func serveControl(ctx context.Context, path string, o control.Controlled) (stop func(), err error) {
 	if path == "" {
 		return func() {}, nil
 	}

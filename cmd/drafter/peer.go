@@ -329,24 +329,39 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	defer reports.close()
 	reports.tell = out.done
 
-	var lobby *peer.Lobby // opened when there is something to be had
 	if opts.control != "" || !transport.Single(opts.laddr) {
 		cfg.FindDestination = op.way.take
 	}
-	p, err := startPeer(ctx, cfg, opts, reception, reports, out)
-	if err != nil {
-		return interrupted(cmd, err)
-	}
-	out.started(p)
-	if listener != nil {
+	var lobby *peer.Lobby
+	open := func() { // when there is something to be had
+		if listener == nil || lobby != nil {
+			return
+		}
 		lobby = peer.NewLobby(listener, log)
-		defer lobby.Close()
 		op.serving = opts.serving(lobby.Addr())
 		if !transport.Single(opts.laddr) {
 			op.home = lobby.Rejoin
 			op.way.set(op.home)
 		}
 	}
+	defer func() {
+		if lobby != nil {
+			lobby.Close()
+		}
+	}()
+	p, err := startPeer(ctx, cfg, opts, reception, reports, out)
+	if errors.Is(err, runner.ErrGiven) && !opts.forceOwner && (opts.control != "" || listener != nil && !transport.Single(opts.laddr)) {
+		open()
+		if gone, err := awaitTaker(ctx, cfg, op, opts.control, reports, out); gone || err != nil {
+			return interrupted(cmd, err)
+		}
+		p, err = startPeer(ctx, cfg, opts, reception, reports, out)
+	}
+	if err != nil {
+		return interrupted(cmd, err)
+	}
+	out.started(p)
+	open()
 	op.p = p
 	stopControl, err := serveControl(ctx, opts.control, op)
 	if err != nil {
@@ -368,6 +383,25 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return refreshManifest(context.WithoutCancel(ctx), opts.packagePath)
 	}
 	return nil
+}
+
+// awaitTaker is serveGiven for the instance of a peer, under the control of its socket.
+func awaitTaker(ctx context.Context, cfg peer.Config, o *operator, socket string, reports *reports, out io.Writer) (gone bool, err error) {
+	g, err := peer.OpenGiven(ctx, cfg)
+	if err != nil {
+		return false, err
+	}
+	stop, err := serveControl(ctx, socket, givenOperator{g.Migration(), o.links, &o.way, o.stop})
+	if err != nil {
+		return false, errors.Join(err, g.Close())
+	}
+	defer stop()
+	if known, _ := o.way.known(); known {
+		fmt.Fprintf(out, "Serving on %s\n", o.serving)
+	} else {
+		fmt.Fprintf(out, "Nobody can find this peer without --laddr: say where the other is (drafter ctl migrate ADDRESS)\n")
+	}
+	return serveGiven(ctx, g, reports, out)
 }
 
 // retryInterval is the time between attempts to save an instance.
@@ -447,7 +481,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		if reception != nil {
 			fmt.Fprintf(out, "Waiting for a VM on %s\n", served(opts.accept, reception.Addr()))
 			dial, redial = func(ctx context.Context) ([]io.ReadWriter, error) {
-				a, err := welcome(ctx, reception)
+				a, err := welcome(ctx, cfg, reception)
 				if err != nil {
 					return nil, err
 				}
@@ -651,8 +685,29 @@ func give(ctx context.Context, p *peer.Peer, a peer.Arrival, reports *reports, o
 	return r, false, nil
 }
 
-// welcome waits for a peer that brings a VM.
-func welcome(ctx context.Context, reception *peer.Lobby) (peer.Arrival, error) {
+// welcome waits for a peer that brings a VM. One that asks for an earlier migration, which was not finished here because this peer
+// died, is told so meanwhile.
+func welcome(ctx context.Context, cfg peer.Config, reception *peer.Lobby) (peer.Arrival, error) {
+	if peer.Void(cfg) {
+		asked, stop := context.WithCancel(ctx)
+		var told sync.WaitGroup
+		told.Go(func() {
+			for {
+				streams, err := reception.Rejoin(asked)
+				if err != nil {
+					return
+				}
+				id, err := peer.Disclaim(ctx, cfg, streams)
+				if err == nil {
+					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
+					return
+				}
+				cfg.Logger.Warn("a source that asked for an earlier migration could not be told that it was not completed here", "migration", id, "error", err)
+			}
+		})
+		defer told.Wait() // what is received takes the devices
+		defer stop()
+	}
 	for {
 		select {
 		case a := <-reception.New:

@@ -72,6 +72,10 @@ type SourceDevice struct {
 	// Changed, if set, returns the first range at or after off in which Device may differ from Base, and io.EOF when there
 	// is none, as [block.Overlay.NextChange] does. What lies between is not even read.
 	Changed func(off int64) (block.Range, error)
+
+	// Lost, if set, is why Device does not hold what it held at the commit. A destination that misses some of that is refused
+	// with these words, so they name no paths. Only for [RejoinSource].
+	Lost error
 }
 
 // SourceConfig configures [Send]. Devices and Guest are required.

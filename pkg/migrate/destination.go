@@ -687,11 +687,15 @@ func (d *destination) deviceError(what string, dev *targetDevice, off int64, err
 	return tell(wire.CodeDevice, fmt.Errorf("%s device %q at %d: %w", what, dev.name, off, err), "%s", text)
 }
 
-// acknowledge tells the source what was processed.
+// acknowledge tells the source what was processed: when it is worth a frame, and after a while in any case, as a source to which
+// nothing is acknowledged gives up.
 func (d *destination) acknowledge(c *content) {
+	tick := time.NewTicker(ackTimeout / 4)
+	defer tick.Stop()
 	for {
 		select {
 		case <-c.tally.signal:
+		case <-tick.C:
 		case <-c.link.ctx.Done():
 			return
 		}

@@ -369,7 +369,7 @@ func (d *destination) leaveSession(why error) {
 	if d.link == nil {
 		return
 	}
-	d.link.drop(why)
+	d.link.part(why)
 	d.workers.Wait()
 	d.wireBytes += d.link.read.Load()
 	d.link = nil
@@ -387,6 +387,7 @@ func (d *destination) reconnect(ctx context.Context, lost error) error {
 		c, err := d.rejoin(ctx, streams)
 		if err != nil {
 			d.log.Debug("the source was not met", "error", err)
+			d.leaveSession(err)
 			return false, err
 		}
 		d.unmet = false

@@ -667,6 +667,17 @@ func (l *link) drop(err error) {
 	}
 }
 
+// part is drop, but for an error that was made for the other side to hear.
+func (l *link) part(err error) {
+	var t *told
+	if l.ctx == nil || !errors.As(err, &t) || t.code == wire.CodeTimeout { // who let the time pass does not listen
+		l.drop(err)
+		return
+	}
+	l.goodbye(err, false)
+	l.close()
+}
+
 // waitFor waits for wg, but no longer than d. It reports whether wg is done.
 func waitFor(wg *sync.WaitGroup, d time.Duration) bool {
 	done := make(chan struct{})

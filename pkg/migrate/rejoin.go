@@ -111,6 +111,7 @@ func (s *source) reconnect(ctx context.Context, lost error) error {
 		useful := err == nil || s.met || errors.As(err, &peer) && peer.NeverRan
 		if !useful {
 			s.log.Debug("the destination was not met", "error", err)
+			s.leaveSession(err)
 		}
 		return useful, err
 	})
@@ -121,7 +122,7 @@ func (s *source) leaveSession(why error) {
 	if s.link == nil {
 		return
 	}
-	s.link.drop(why)
+	s.link.part(why)
 	s.endSession()
 	s.wireBytes += s.link.written.Load()
 	s.link = nil
@@ -213,6 +214,8 @@ func (s *source) adopt(l *link, r *wire.Rejoin) ([][]block.Range, error) {
 		case d.size != want.Size:
 			return nil, tell(wire.CodeRefused, fmt.Errorf("device %q has %d bytes here and %d at the destination", want.Name, d.size, want.Size),
 				"device %q has %d bytes here", want.Name, d.size)
+		case d.Lost != nil && want.Missing:
+			return nil, tell(wire.CodeRefused, fmt.Errorf("destination asks for device %q: %w", want.Name, d.Lost), "device %q: %v", want.Name, d.Lost)
 		}
 	}
 	for i, want := range r.Devices {

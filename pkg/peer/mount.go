@@ -106,15 +106,9 @@ func OpenMounter(ctx context.Context, cfg MounterConfig) (_ *Mounter, err error)
 	if cfg, err = cfg.withDefaults(); err != nil {
 		return nil, err
 	}
-	devices := cfg.Devices
-	if cfg.Dir != "" {
-		pkg, err := vmpackage.Open(cfg.Dir)
-		if err != nil {
-			return nil, err
-		}
-		for _, d := range pkg.Devices {
-			devices = append(devices, Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}})
-		}
+	devices, err := cfg.devices()
+	if err != nil {
+		return nil, err
 	}
 	s, err := openStill(devices, nil)
 	if err != nil {
@@ -356,6 +350,12 @@ func (s mountSource) record(id string, status runner.Status, settled bool) error
 }
 
 func (s mountSource) Commit(_ context.Context, id string) error {
+	// Should this process die, what the other side lacks is in the files: see [OpenGiven].
+	for _, d := range s.still.devices {
+		if err := d.Flush(); err != nil {
+			return fmt.Errorf("flush device %q: %w", d.name, err)
+		}
+	}
 	s.mu.Lock()
 	s.sent = true
 	s.mu.Unlock()

@@ -271,7 +271,7 @@ func (i *Instance) checkBootable(state *device) error {
 	case r.Status == Moved && !r.Settled && !r.Confirmed && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
 		return nil
 	}
-	return fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
+	return r.mark(fmt.Errorf("%w: %s", ErrNotSaved, r.remedy()))
 }
 
 // Incoming is a device that a migration will bring.
@@ -377,7 +377,7 @@ func vacant(state *device) error {
 	case r.Status == Saved:
 		return fmt.Errorf("%w: the devices configured here hold an instance already, saved at %s: resume that, receive into other overlays, or delete these", ErrMismatch, r.Time.UTC().Format(time.RFC3339))
 	case r.Status == Moved && !r.Settled, r.Status == Running, r.Status == ShutDown:
-		return fmt.Errorf("%w: the devices configured here hold an instance already: %s; or receive into other overlays", ErrMismatch, r.remedy())
+		return r.mark(fmt.Errorf("%w: the devices configured here hold an instance already: %s; or receive into other overlays", ErrMismatch, r.remedy()))
 	}
 	return nil
 }

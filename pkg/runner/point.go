@@ -311,7 +311,7 @@ func (i *Instance) rollBack(ctx context.Context) error {
 		i.point.back = &RolledBack{Since: r.Time, Saved: true}
 		return nil
 	case r.Status != Running || !r.Kept:
-		return fmt.Errorf("%w: %s", ErrNoCommitPoint, r.noPoint())
+		return r.mark(fmt.Errorf("%w: %s", ErrNoCommitPoint, r.noPoint()))
 	}
 	saved := r
 	saved.Status, saved.Kept, saved.Layered, saved.Time = Saved, false, false, time.Time{}

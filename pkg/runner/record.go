@@ -208,7 +208,7 @@ func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 		return nil, err
 	}
 	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled && !r.Confirmed) {
-		return nil, fmt.Errorf("%w: %s", ErrNotSaved, r.remedy())
+		return nil, r.mark(fmt.Errorf("%w: %s", ErrNotSaved, r.remedy()))
 	}
 	return readState(dev, r)
 }
@@ -244,11 +244,11 @@ func (r Record) remedy() string {
 		case r.Settled:
 			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
 		case r.Confirmed:
-			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: keep these files, as what is missing there is nowhere else", at, r.Migration)
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the --laddr that it had, which serves that from these files; it is nowhere else", at, r.Migration)
 		case r.Length > 0:
-			return given + ": if you know that it does not and never will, take it back with --force-owner; if it does, delete these overlays"
+			return given + ": start it again with the --laddr that it had, which asks the other; or if you know that it does not run it and never will, take it back with drafter peer --force-owner"
 		}
-		return given + ", and its memory here is lost: if you know that the other does not run it and never will, boot it from its disks with --boot --force-owner; if it does, delete these overlays"
+		return given + ", and its memory here is lost: start it again with the --laddr that it had, which asks the other; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
 	}
 	return r.Status.String()
 }

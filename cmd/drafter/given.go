@@ -1,0 +1,95 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/drafter-vm/drafter/pkg/control"
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
+)
+
+// serveGiven waits for the peer that the VM was given to, and serves it what only the files here have. It reports whether the VM is
+// gone from here; if not, and without an error, it belongs here again, and nothing of it is open.
+func serveGiven(ctx context.Context, g *peer.Given, reports *reports, out io.Writer) (gone bool, err error) {
+	defer func() { err = errors.Join(err, g.Close()) }()
+	what := "has not confirmed that it runs it"
+	if g.Confirmed() {
+		what = "runs it, and may need content that only the files here have"
+	}
+	if !g.Saved() {
+		what += "; its memory here is lost with its machine"
+	}
+	fmt.Fprintf(out, "The VM was given to another peer, which %s (migration %s). Waiting for that one; Ctrl-C leaves the files as they are\n", what, g.Migration())
+	for {
+		report, err := g.Rejoin(ctx)
+		switch {
+		case errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled):
+			if ctx.Err() != nil {
+				return false, fmt.Errorf("%w: the peer that the VM was given to was not found: its files are as they were", context.Cause(ctx))
+			}
+			logger(ctx).Warn("the peer that the VM was given to was not found yet", "migration", g.Migration(), "reason", err)
+			continue
+		case err == nil:
+			fmt.Fprintf(out, "Sent VM: %s\n", summary(report))
+		default:
+			fmt.Fprintf(out, "The VM never ran there, and belongs here again: %v\n", err)
+		}
+		if err := reports.write(report); err != nil {
+			logger(ctx).Error("could not write the report of a migration", "error", err)
+		}
+		return err == nil, nil
+	}
+}
+
+// givenOperator is what the control socket of a peer controls while its VM is given away, and has no machine here.
+type givenOperator struct {
+	id    string // of the migration
+	links links
+	way   *way
+	stop  context.CancelFunc
+}
+
+var _ control.Controlled = givenOperator{}
+
+func (o givenOperator) Status(context.Context) (control.Status, error) {
+	return control.Status{State: "in_doubt", InDoubt: o.id}, nil
+}
+
+func (o givenOperator) refuse() error {
+	return fmt.Errorf("%w: the VM was given away, and has no machine here (migration %s)", control.ErrConflict, o.id)
+}
+
+func (o givenOperator) Pause(context.Context) error               { return o.refuse() }
+func (o givenOperator) Resume(context.Context) error              { return o.refuse() }
+func (o givenOperator) SetMigratable(context.Context, bool) error { return o.refuse() }
+func (o givenOperator) Cancel(context.Context) error              { return o.refuse() }
+
+func (o givenOperator) Snapshot(context.Context, string) (*migrate.Report, error) {
+	return nil, o.refuse()
+}
+
+func (o givenOperator) Migrate(_ context.Context, address string) (*migrate.Report, error) {
+	return nil, lookAt(o.links, o.way, o.id, address)
+}
+
+func (o givenOperator) Stop(context.Context) error {
+	o.stop()
+	return nil
+}
+
+// lookAt has whoever a VM was given to looked for at an address, and says so in its error.
+func lookAt(l links, w *way, id, address string) error {
+	l.raddr = address
+	if err := l.Check(address); err != nil {
+		return fmt.Errorf("%w: %w", control.ErrInvalid, err)
+	}
+	if transport.Single(address) {
+		return fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+	}
+	w.set(l.dial)
+	return fmt.Errorf("%w: the VM was given away already, and nobody has confirmed that (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
+}

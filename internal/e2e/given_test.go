@@ -1,0 +1,200 @@
+package e2e
+
+import (
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// TestCommandGiven ends sources that have given their VM away before the other side needs nothing more of them, and starts them
+// again: what their files hold is served, and what never ran elsewhere comes back.
+func TestCommandGiven(t *testing.T) {
+	w := newWorkshop(t)
+	w.loaded(t, "ready")
+	addr := freePort(t)
+
+	copied := func(t *testing.T, to string) {
+		t.Helper()
+		if out, err := exec.Command("cp", "-a", "--sparse=always", w.path("ready"), w.path(to)).CombinedOutput(); err != nil {
+			t.Fatalf("copy the instance: %v\n%s", err, out)
+		}
+	}
+	verify := func(t *testing.T) {
+		t.Helper()
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		w.do(t, "disk disk verify")
+	}
+	closed := func(t *testing.T, c *command) {
+		t.Helper()
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+		w.checkClean(t)
+	}
+	said := func(t *testing.T, c *command, words ...string) {
+		t.Helper()
+		for _, want := range words {
+			if !strings.Contains(c.said(), want) {
+				t.Errorf("it is not said that %q:\n%s", want, c.said())
+			}
+		}
+	}
+
+	t.Run("closed in doubt", func(t *testing.T) {
+		copied(t, "doubt-here")
+		victim := make(chan *command, 1)
+		link := commitThief(t, addr, func() {
+			c := <-victim
+			c.Process.Signal(syscall.SIGKILL)
+			<-c.done
+		})
+		source := func() *command { return w.start(t, w.console, w.peer("package", "doubt-here", "--laddr", addr)...) }
+		destination := func() *command { return w.start(t, nil, w.peer("package", "doubt-there", "--raddr", link)...) }
+		src := source()
+		src.waitFor(t, "Serving on ")
+		dst := destination()
+		victim <- dst
+		dst.wait(t, -1)
+		src.waitFor(t, "trying to meet again")
+		src.Process.Signal(syscall.SIGTERM)
+		src.wait(t, 0)
+		w.checkClean(t)
+
+		unreachable := w.start(t, nil, w.peer("package", "doubt-here")...)
+		unreachable.wait(t, 1)
+		said(t, unreachable, "--laddr that it had", "--force-owner")
+
+		src = source()
+		src.waitFor(t, "has not confirmed that it runs it")
+		src.Process.Signal(syscall.SIGINT) // which changes nothing
+		src.wait(t, 130)
+
+		src = source()
+		src.waitFor(t, "Serving on ")
+		dst = destination()
+		src.waitFor(t, "belongs here again")
+		src.waitFor(t, "Resumed VM")
+		dst.waitFor(t, "Received VM")
+		src.wait(t, 0)
+		closed(t, dst)
+
+		c := w.start(t, w.console, w.peer("package", "doubt-there")...)
+		c.waitFor(t, "Resumed VM")
+		verify(t)
+		closed(t, c)
+	})
+
+	t.Run("closed while it is needed", func(t *testing.T) {
+		copied(t, "needed-here")
+		source := func() *command {
+			return w.start(t, w.console, w.peer("package", "needed-here", "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
+		}
+		src := source()
+		src.waitFor(t, "Serving on ")
+		link := newSlowLink(t, addr, 8<<20)
+		destination := func() *command {
+			return w.start(t, w.console, w.peer("package", "needed-there", "--raddr", link.addr)...)
+		}
+		dst := destination()
+		dst.waitFor(t, "VM runs here")
+		link.rate.Store(1 << 20)
+		src.waitFor(t, "Sending, the VM runs there") // it has heard so
+		dst.Process.Kill()
+		dst.wait(t, -1)
+		src.Process.Signal(syscall.SIGTERM)
+		src.waitFor(t, "Not closing yet")
+		src.Process.Signal(syscall.SIGTERM)
+		src.wait(t, 0)
+
+		refused := w.start(t, nil, w.peer("package", "needed-here", "--force-owner")...)
+		refused.wait(t, 1)
+		said(t, refused, "which runs it", "serves that from these files")
+
+		src = source()
+		src.waitFor(t, "may need content that only the files here have")
+		link.rate.Store(256 << 20)
+		dst = destination()
+		dst.waitFor(t, "Received VM")
+		src.wait(t, 0)
+		said(t, src, "Sent VM")
+		verify(t)
+		closed(t, dst)
+
+		gone := w.start(t, nil, w.peer("package", "needed-here", "--laddr", addr)...)
+		gone.wait(t, 1)
+		said(t, gone, "which owns it")
+	})
+
+	t.Run("killed with its machine", func(t *testing.T) {
+		copied(t, "killed-here")
+		source := func(more ...string) *command {
+			return w.start(t, w.console, w.peer("package", "killed-here", append([]string{"--enable-input=false", "--laddr", addr, "--max-total-time", "8s"}, more...)...)...)
+		}
+		src := source("--keep-commit-point") // then what the guest wrote to its disk since is beside the disk
+		src.waitFor(t, "Serving on ")
+		link := newSlowLink(t, addr, 8<<20)
+		dst := w.start(t, w.console, w.peer("package", "killed-there", "--raddr", link.addr, "--rescue-timeout", "3s")...)
+		dst.waitFor(t, "VM runs here")
+		flushed := w.do(t, "disk disk status")
+		link.rate.Store(1 << 20)
+		src.waitFor(t, "Sending, the VM runs there")
+		machine := machinePID(t, src)
+		src.Process.Kill()
+		syscall.Kill(machine, syscall.SIGKILL)
+		src.wait(t, -1)
+
+		src = source("--rescue-timeout", "3s")
+		src.waitFor(t, "its memory here is lost")
+		link.rate.Store(256 << 20)
+		dst.waitFor(t, "boot it from its disks") // as it hears from there
+		dst.Process.Signal(syscall.SIGTERM)
+		dst.waitFor(t, "Ctrl-C gives the VM up")
+		dst.Process.Signal(syscall.SIGTERM)
+		dst.wait(t, 1)
+
+		dst = w.start(t, w.console, w.peer("package", "killed-there", "--boot", "--resume-timeout", "2s", "--raddr", link.addr)...)
+		dst.waitFor(t, "Booted VM")
+		if err := w.console.Ready(newContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		src.wait(t, 0)
+		said(t, src, "Sent VM")
+		w.do(t, "disk disk start 4096 "+flushed)
+		w.do(t, "disk disk verify")
+		closed(t, dst)
+	})
+
+	t.Run("mounter", func(t *testing.T) {
+		copied(t, "mounter-here")
+		victim := make(chan *command, 1)
+		link := commitThief(t, addr, func() {
+			c := <-victim
+			c.Process.Signal(syscall.SIGKILL)
+			<-c.done
+		})
+		source := func() *command {
+			return w.start(t, nil, "mounter", "--package", w.path("package"), "--instance", w.path("mounter-here"), "--mount", w.path("mnt"), "--laddr", addr)
+		}
+		destination := func() *command { return w.start(t, w.console, w.peer("package", "mounter-there", "--raddr", link)...) }
+		src := source()
+		src.waitFor(t, "Serving on ")
+		dst := destination()
+		victim <- dst
+		dst.wait(t, -1)
+		src.Process.Kill()
+		src.wait(t, -1)
+		exec.Command("umount", "-l", w.path("mnt")).Run() // which a killed process leaves
+
+		src = source()
+		src.waitFor(t, "has not confirmed that it runs it")
+		dst = destination()
+		src.waitFor(t, "belongs here again")
+		src.waitFor(t, "Mounted ")
+		dst.waitFor(t, "Received VM")
+		src.wait(t, 0)
+		said(t, src, "Sent VM")
+		verify(t)
+		closed(t, dst)
+	})
+}

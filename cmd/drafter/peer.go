@@ -751,10 +751,10 @@ func findDestination(ctx context.Context, o *operator, reports *reports, out io.
 		switch {
 		case errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled):
 			if ctx.Err() != nil && p.Instance().Confirmed() && !urged {
-				fmt.Fprintf(out, "Not closing yet: the VM runs at the other peer, which needs content that only this one has (migration %s). "+
-					"Another signal gives up; then that content is nowhere but in the files of this instance\n", id)
 				again, stop := signal.NotifyContext(context.WithoutCancel(ctx), os.Interrupt, syscall.SIGTERM)
 				defer stop()
+				fmt.Fprintf(out, "Not closing yet: the VM runs at the other peer, which needs content that only this one has (migration %s). "+
+					"Another signal gives up; then start this peer again, with the command line that it had, to serve that from its files\n", id)
 				ctx, urged = again, true
 				continue
 			}

@@ -188,6 +188,8 @@ func describe(p migrate.Progress) string {
 		s, moving = "Sending, the VM runs there", true
 	case migrate.DestinationFilling.String():
 		s, moving = "Receiving, the VM runs here", true
+	case migrate.SourceSeeking.String(), migrate.SourceRejoining.String(), migrate.DestinationRejoining.String():
+		s = "Looking for the other peer"
 	default:
 		s += ", " + p.State
 	}

@@ -776,7 +776,7 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 	var passed atomic.Int64
 	reached := sync.OnceFunc(func() { close(p.reached) })
 	// A migration has several connections.
-	forward(l, source, &wg, func(down, up net.Conn) {
+	forward(l, source, false, &wg, func(down, up net.Conn) {
 		for {
 			n, err := io.CopyN(down, up, 4<<10)
 			if passed.Add(n) >= limit {
@@ -793,27 +793,31 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 
 // forward accepts connections of l until it is closed, and makes one to source for each. What comes from source is passed on by
 // pass, which ends the connection when it returns; the other direction passes as it is. wg counts all that goes on.
-func forward(l net.Listener, source string, wg *sync.WaitGroup, pass func(down, up net.Conn)) {
+func forward(l net.Listener, peer string, pushes bool, wg *sync.WaitGroup, pass func(to, from net.Conn)) {
 	wg.Go(func() {
 		for {
 			down, err := l.Accept()
 			if err != nil {
 				return
 			}
-			up, err := net.Dial("tcp", source)
+			up, err := net.Dial("tcp", peer)
 			if err != nil {
-				down.Close() // the source is not there now
+				down.Close() // it is not there now
 				continue
 			}
+			to, from := down, up
+			if pushes {
+				to, from = up, down
+			}
 			wg.Go(func() {
-				io.Copy(up, down)
-				up.Close() // with one direction the connection ends
-				down.Close()
+				io.Copy(from, to)
+				from.Close() // with one direction the connection ends
+				to.Close()
 			})
 			wg.Go(func() {
-				defer up.Close()
-				defer down.Close()
-				pass(down, up)
+				defer from.Close()
+				defer to.Close()
+				pass(to, from)
 			})
 		}
 	})

@@ -11,8 +11,9 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// commitThief is a proxy to a source that swallows the first commit frame, and calls stolen instead of passing it on.
-func commitThief(t *testing.T, source string, stolen func()) (addr string) {
+// commitThief is a proxy to a peer that swallows the first commit frame, and calls stolen instead of passing it on. With pushes,
+// it is the source that comes; otherwise the peer is.
+func commitThief(t *testing.T, peer string, pushes bool, stolen func()) (addr string) {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -21,11 +22,11 @@ func commitThief(t *testing.T, source string, stolen func()) (addr string) {
 	var once sync.Once
 	var wg sync.WaitGroup
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	forward(l, source, &wg, func(down, up net.Conn) {
-		if _, err := io.CopyN(down, up, wire.PrefaceSize); err != nil {
+	forward(l, peer, pushes, &wg, func(to, from net.Conn) {
+		if _, err := io.CopyN(to, from, wire.PrefaceSize); err != nil {
 			return
 		}
-		for r := wire.NewReader(up); ; {
+		for r := wire.NewReader(from); ; {
 			h, err := r.Next()
 			if err != nil {
 				return
@@ -42,7 +43,7 @@ func commitThief(t *testing.T, source string, stolen func()) (addr string) {
 				stolen()
 				return
 			}
-			if _, err := down.Write(wire.Append(nil, h, payload)); err != nil {
+			if _, err := to.Write(wire.Append(nil, h, payload)); err != nil {
 				return
 			}
 		}
@@ -62,7 +63,7 @@ func TestCommandDoubt(t *testing.T) {
 	w.do(t, "disk disk start 4096")
 
 	victim := make(chan *command, 1)
-	link := commitThief(t, addr, func() {
+	link := commitThief(t, addr, false, func() {
 		c := <-victim
 		c.Process.Signal(syscall.SIGKILL)
 		<-c.done

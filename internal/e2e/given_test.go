@@ -44,7 +44,7 @@ func TestCommandGiven(t *testing.T) {
 	t.Run("closed in doubt", func(t *testing.T) {
 		copied(t, "doubt-here")
 		victim := make(chan *command, 1)
-		link := commitThief(t, addr, func() {
+		link := commitThief(t, addr, false, func() {
 			c := <-victim
 			c.Process.Signal(syscall.SIGKILL)
 			<-c.done
@@ -83,6 +83,65 @@ func TestCommandGiven(t *testing.T) {
 		c.waitFor(t, "Resumed VM")
 		verify(t)
 		closed(t, c)
+	})
+
+	t.Run("killed after it was sent", func(t *testing.T) {
+		copied(t, "sent-here")
+		victim := make(chan *command, 1)
+		link := commitThief(t, addr, true, func() {
+			c := <-victim
+			c.Process.Signal(syscall.SIGKILL)
+			<-c.done
+		})
+		socket := w.path("sent.sock")
+		source := func() *command {
+			return w.start(t, w.console, w.peer("package", "sent-here", "--control", socket)...)
+		}
+		destination := func() *command {
+			return w.start(t, w.console, w.peer("package", "sent-there", "--accept", addr)...)
+		}
+		src := source()
+		src.waitFor(t, "Resumed VM")
+		dst := destination()
+		dst.waitFor(t, "Waiting for a VM")
+		victim <- dst
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			w.ctl(t, 1, "--control", socket, "migrate", link)
+		}()
+		dst.wait(t, -1)
+		machine := machinePID(t, src)
+		src.Process.Kill()
+		syscall.Kill(machine, syscall.SIGKILL)
+		src.wait(t, -1)
+		<-sent
+
+		src = source()
+		src.waitFor(t, "say where the other is")
+		if out, _ := w.ctl(t, 0, "--control", socket, "status"); !strings.Contains(out, "in_doubt") {
+			t.Errorf("its status is %s", out)
+		}
+		w.ctl(t, 1, "--control", socket, "pause")
+		if _, said := w.ctl(t, 1, "--control", socket, "migrate", link); !strings.Contains(said, "is looked for at") {
+			t.Errorf("it says %s", said)
+		}
+		dst = destination()
+		dst.waitFor(t, "was not completed here")
+		src.waitFor(t, "belongs here again")
+		src.wait(t, 1)
+		said(t, src, "--boot") // its memory went with its machine
+
+		src = w.start(t, w.console, w.peer("package", "sent-here", "--boot", "--resume-timeout", "2s", "--control", socket)...)
+		src.waitFor(t, "Booted VM")
+		if err := w.console.Ready(newContext(t)); err != nil {
+			t.Fatal(err)
+		}
+		src.Process.Signal(syscall.SIGTERM)
+		src.wait(t, 0)
+		dst.Process.Signal(syscall.SIGTERM)
+		dst.wait(t, 130)
+		w.checkClean(t)
 	})
 
 	t.Run("closed while it is needed", func(t *testing.T) {
@@ -134,7 +193,7 @@ func TestCommandGiven(t *testing.T) {
 		src := source("--keep-commit-point") // then what the guest wrote to its disk since is beside the disk
 		src.waitFor(t, "Serving on ")
 		link := newSlowLink(t, addr, 8<<20)
-		dst := w.start(t, w.console, w.peer("package", "killed-there", "--raddr", link.addr, "--rescue-timeout", "3s")...)
+		dst := w.start(t, w.console, w.peer("package", "killed-there", "--raddr", link.addr, "--rescue-timeout", "3s", "--resume-timeout", "5s")...)
 		dst.waitFor(t, "VM runs here")
 		flushed := w.do(t, "disk disk status")
 		link.rate.Store(1 << 20)
@@ -168,7 +227,7 @@ func TestCommandGiven(t *testing.T) {
 	t.Run("mounter", func(t *testing.T) {
 		copied(t, "mounter-here")
 		victim := make(chan *command, 1)
-		link := commitThief(t, addr, func() {
+		link := commitThief(t, addr, false, func() {
 			c := <-victim
 			c.Process.Signal(syscall.SIGKILL)
 			<-c.done

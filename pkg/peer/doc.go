@@ -26,6 +26,9 @@
 // or takes the guest back if the destination has promised never to run it. One that had received its instance looks
 // for the source by itself ([Peer.Arrived]). A [Lobby] tells the connections of all that apart.
 //
+// One that had given its instance away and was closed, or died with its machine, has files that the other peer may need:
+// [OpenGiven] serves them.
+//
 // # Other ends
 //
 // What takes a VM or hands it over need not run it. A [Terminator] writes it down as a package; a [Mounter] shows its devices as

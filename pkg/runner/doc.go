@@ -40,6 +40,9 @@
 //
 // A folder of which nobody holds the lock is of a machine that has ended, and is removed when another one is made beside it.
 //
+// An instance that was given away when its machine ended has no machine to take over, and another host may need what its files hold:
+// [OpenGiven].
+//
 // # When the guest runs before all of it has arrived
 //
 // Between Prepare and Load, [Instance.Postpone] says what of memory and disks is not here yet. What the guest touches of that

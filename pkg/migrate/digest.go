@@ -56,10 +56,17 @@ func (s *termSum) replace(old, by xxh3.Uint128) {
 	s.Hi, _ = bits.Add64(s.Hi, by.Hi, carry)
 }
 
-// chunkPages pages share a piece of the table, allocated when the first of them holds data.
-const chunkPages = 4096
+// The table is a tree, of which there is what leads to pages that hold data: a chunk has leaves, a leaf has terms. A page that
+// lies alone, as a hostile source may send them, costs as much as it has itself, and 16 bytes where it has neighbours.
+const (
+	leafPages  = 256
+	chunkPages = 16 * leafPages
+)
 
-type chunk [chunkPages]pageTerm
+type (
+	chunk [chunkPages / leafPages]atomic.Pointer[leaf]
+	leaf  [leafPages]pageTerm
+)
 
 // pageTerm holds its halves in atomics only because a peer may break the rules; see above.
 type pageTerm struct{ lo, hi atomic.Uint64 }
@@ -89,12 +96,11 @@ func (d *digest) note(off int64, data []byte, sum *termSum) pageKind {
 	if !block.IsZero(data) {
 		kind, h = pageData, termOf(page, data)
 	}
-	c := d.chunks[page/chunkPages].Load()
-	if c == nil && kind != pageZero {
-		c = d.allocate(page / chunkPages)
+	e := d.term(page)
+	if e == nil && kind != pageZero {
+		e = d.grow(page)
 	}
-	if c != nil {
-		e := &c[page%chunkPages]
+	if e != nil {
 		old = xxh3.Uint128{Lo: e.lo.Swap(h.Lo), Hi: e.hi.Swap(h.Hi)}
 		sum.replace(old, h)
 	}
@@ -128,10 +134,15 @@ func (d *digest) isZero(off, n int64) bool {
 func (d *digest) each(off, n int64, f func(*pageTerm) bool) {
 	page, end := off/block.PageSize, (off+n+block.PageSize-1)/block.PageSize
 	for page < end {
-		next := min(end, (page/chunkPages+1)*chunkPages)
-		if c := d.chunks[page/chunkPages].Load(); c != nil {
+		c := d.chunks[page/chunkPages].Load()
+		if c == nil {
+			page = (page/chunkPages + 1) * chunkPages
+			continue
+		}
+		next := min(end, (page/leafPages+1)*leafPages)
+		if l := c[page%chunkPages/leafPages].Load(); l != nil {
 			for ; page < next; page++ {
-				if !f(&c[page%chunkPages]) {
+				if !f(&l[page%leafPages]) {
 					return
 				}
 			}
@@ -164,12 +175,30 @@ func (d *digest) nonZero(off, n int64, f func(block.Range) error) error {
 	return f(run)
 }
 
-func (d *digest) allocate(i int64) *chunk {
-	c := new(chunk)
-	if d.chunks[i].CompareAndSwap(nil, c) {
-		return c
+// term is the entry of a page, nil if there is none.
+func (d *digest) term(page int64) *pageTerm {
+	c := d.chunks[page/chunkPages].Load()
+	if c == nil {
+		return nil
 	}
-	return d.chunks[i].Load()
+	l := c[page%chunkPages/leafPages].Load()
+	if l == nil {
+		return nil
+	}
+	return &l[page%leafPages]
+}
+
+// grow is term that makes the entry.
+func (d *digest) grow(page int64) *pageTerm {
+	c := &d.chunks[page/chunkPages]
+	if c.Load() == nil {
+		c.CompareAndSwap(nil, new(chunk))
+	}
+	l := &c.Load()[page%chunkPages/leafPages]
+	if l.Load() == nil {
+		l.CompareAndSwap(nil, new(leaf))
+	}
+	return &l.Load()[page%leafPages]
 }
 
 func (d *digest) add(sum termSum) {

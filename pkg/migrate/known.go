@@ -189,14 +189,16 @@ func writeBaseIndex(w io.Writer, of fileIdentity, x *BaseIndex) error {
 	}
 	b := make([]byte, indexChunkSize)
 	for i := range x.pages.chunks {
-		c := x.pages.chunks[i].Load()
-		if c == nil {
+		if x.pages.chunks[i].Load() == nil {
 			continue
 		}
+		clear(b)
 		binary.BigEndian.PutUint64(b, uint64(i))
-		for j := range c {
-			binary.BigEndian.PutUint64(b[8+16*j:], c[j].hi.Load())
-			binary.BigEndian.PutUint64(b[16+16*j:], c[j].lo.Load())
+		for j := range int64(chunkPages) {
+			if e := x.pages.term(int64(i)*chunkPages + j); e != nil {
+				binary.BigEndian.PutUint64(b[8+16*j:], e.hi.Load())
+				binary.BigEndian.PutUint64(b[16+16*j:], e.lo.Load())
+			}
 		}
 		if _, err := both.Write(b); err != nil {
 			return err
@@ -231,11 +233,14 @@ func readBaseIndex(r io.Reader, of fileIdentity) (*BaseIndex, error) {
 			return nil, fmt.Errorf("chunk %d of %d, at least %d was due", i, len(d.chunks), next)
 		}
 		next = i + 1
-		c := d.allocate(int64(i))
-		for j := range c {
+		for j := range int64(chunkPages) {
 			term := xxh3.Uint128{Hi: binary.BigEndian.Uint64(b[8+16*j:]), Lo: binary.BigEndian.Uint64(b[16+16*j:])}
-			c[j].hi.Store(term.Hi)
-			c[j].lo.Store(term.Lo)
+			if term == (xxh3.Uint128{}) {
+				continue
+			}
+			e := d.grow(int64(i)*chunkPages + j)
+			e.hi.Store(term.Hi)
+			e.lo.Store(term.Lo)
 			sum.replace(xxh3.Uint128{}, term)
 		}
 	}
@@ -281,14 +286,15 @@ func saveBaseIndex(path string, of fileIdentity, x *BaseIndex) (err error) {
 func (d *digest) clone() *digest {
 	c := newDigest(d.size)
 	for i := range d.chunks {
-		from := d.chunks[i].Load()
-		if from == nil {
+		if d.chunks[i].Load() == nil {
 			continue
 		}
-		to := c.allocate(int64(i))
-		for j := range from {
-			to[j].hi.Store(from[j].hi.Load())
-			to[j].lo.Store(from[j].lo.Load())
+		for page := int64(i) * chunkPages; page < int64(i+1)*chunkPages; page++ {
+			if from := d.term(page); from != nil {
+				to := c.grow(page)
+				to.hi.Store(from.hi.Load())
+				to.lo.Store(from.lo.Load())
+			}
 		}
 	}
 	d.mu.Lock()

@@ -174,6 +174,27 @@ func TestRanges(t *testing.T) {
 	}
 }
 
+// What a digest costs is bounded by what comes, also of pages that lie far from each other in a device of any size.
+func TestDigestSparse(t *testing.T) {
+	const pages, apart = 1000, chunkPages * block.PageSize
+	d := newDigest(pages * apart)
+	data := bytes.Repeat([]byte{1}, block.PageSize)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for n := range int64(pages) {
+		d.write(n*apart, data)
+	}
+	runtime.ReadMemStats(&after)
+	if each := (after.TotalAlloc - before.TotalAlloc) / pages; each > 5<<10 {
+		t.Errorf("a page that lies alone costs %d bytes", each)
+	}
+	for n := range int64(pages) {
+		if d.isZero(n*apart, block.PageSize) || !d.isZero(n*apart+block.PageSize, apart-block.PageSize) {
+			t.Fatalf("what is noted around %d is something else", n*apart)
+		}
+	}
+}
+
 // The running digest is the one block finds by reading everything.
 func TestDigest(t *testing.T) {
 	for _, size := range []int64{0, 1, 4096, 100_000, chunkPages*block.PageSize + 5000} {

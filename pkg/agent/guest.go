@@ -4,17 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"sync"
 	"time"
 
-	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
-	"github.com/sirupsen/logrus"
 
 	"github.com/drafter-vm/drafter/pkg/agent/agentpb"
+	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
@@ -134,9 +132,7 @@ func newService(ctx context.Context, g *Guest) *service {
 
 // serve serves one connection until it ends, and reports whether the host has called at all.
 func (s *service) serve(ctx context.Context, conn net.Conn) (called bool) {
-	c := &servedConn{Conn: conn, closed: make(chan struct{})}
-	defer c.Close()
-	defer context.AfterFunc(ctx, func() { c.Close() })()
+	defer conn.Close()
 	server, err := ttrpc.NewServer()
 	if err != nil {
 		s.logger.Error("create ttrpc server", "err", err)
@@ -145,49 +141,9 @@ func (s *service) serve(ctx context.Context, conn net.Conn) (called bool) {
 	defer server.Close()
 	calls := &calls{service: s}
 	agentpb.RegisterAgentService(server, calls)
-	// ttrpc writes to the process's logger unless told otherwise; what it would say is seen here anyway.
-	silent := logrus.New()
-	silent.SetOutput(io.Discard)
-	server.Serve(log.WithLogger(ctx, logrus.NewEntry(silent)), &oneConn{conn: c})
+	serve.Conn(ctx, server, conn)
 	return calls.any()
 }
-
-// servedConn ends a connection in the one way that ttrpc's server answers by ending, too: every error of Read is io.EOF.
-type servedConn struct {
-	net.Conn
-	once   sync.Once
-	closed chan struct{}
-}
-
-func (c *servedConn) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
-	if err != nil {
-		err = io.EOF
-	}
-	return n, err
-}
-
-func (c *servedConn) Close() error {
-	c.once.Do(func() { close(c.closed) })
-	return c.Conn.Close()
-}
-
-// oneConn is a listener with one connection, which fails when that has ended.
-type oneConn struct {
-	conn  *servedConn
-	taken bool // Accept is called by one goroutine
-}
-
-func (l *oneConn) Accept() (net.Conn, error) {
-	if !l.taken {
-		l.taken = true
-		return l.conn, nil
-	}
-	<-l.conn.closed
-	return nil, net.ErrClosed
-}
-func (l *oneConn) Close() error   { return l.conn.Close() }
-func (l *oneConn) Addr() net.Addr { return l.conn.LocalAddr() }
 
 // calls are the calls that arrive by one connection.
 type calls struct {

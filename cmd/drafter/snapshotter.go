@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"net"
 	"os"
 	"path/filepath"
@@ -31,7 +32,7 @@ type snapshotterOptions struct {
 	bootArgs     string
 	mac          string
 	livenessPort uint32
-	agentPort    uint32
+	agentPorts   []uint
 }
 
 func newSnapshotterCommand() *cobra.Command {
@@ -68,7 +69,7 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags.Lookup("interface").Usage = "tap interface in the network namespace (empty: a guest without network)"
 	flags.StringVar(&opts.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
 	flags.Uint32Var(&opts.livenessPort, "liveness-vsock-port", snapshot.DefaultLivenessVSockPort, "port on which the guest says that it is up (0: it does not)")
-	flags.Uint32Var(&opts.agentPort, "agent-vsock-port", snapshot.DefaultAgentVSockPort, "port of the guest's agent (0: it has none)")
+	flags.UintSliceVar(&opts.agentPorts, "agent-vsock-port", []uint{snapshot.DefaultAgentVSockPort}, "ports of the guest's agents (0: it has none)")
 	return cmd
 }
 
@@ -102,6 +103,19 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	} else if mac[0]&1 != 0 {
 		return usageErrorf("--mac %q is a multicast address, which no interface can have: make its first number even", opts.mac)
 	}
+	var agents []uint32
+	for _, port := range opts.agentPorts {
+		if port > math.MaxUint32 {
+			return usageErrorf("--agent-vsock-port %d: a port is at most %d", port, uint32(math.MaxUint32))
+		}
+		agents = append(agents, uint32(port))
+	}
+	if len(agents) == 0 {
+		agents = []uint32{0}
+	}
+	if err := (runner.Description{LivenessVSockPort: opts.livenessPort, AgentVSockPort: agents[0], MoreAgents: agents[1:]}).CheckPorts(); err != nil {
+		return usageErrorf("--liveness-vsock-port and --agent-vsock-port: %w", err)
+	}
 	if err := opts.check(); err != nil {
 		return err
 	}
@@ -113,7 +127,7 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	result, err := snapshot.Create(cmd.Context(), snapshot.Config{
 		Backend: backend, Devices: devices, Host: opts.host(cmd),
 		CPUCount: opts.cpuCount, MemorySize: opts.memorySize << 20, CPUTemplate: opts.cpuTemplate, Accel: opts.accel,
-		BootArgs: opts.bootArgs, MAC: opts.mac, LivenessVSockPort: opts.livenessPort, AgentVSockPort: opts.agentPort,
+		BootArgs: opts.bootArgs, MAC: opts.mac, LivenessVSockPort: opts.livenessPort, AgentVSockPort: agents[0], MoreAgents: agents[1:],
 		ResumeTimeout: opts.resumeTimeout, Logger: logger(cmd.Context()),
 		Progress: func(stage string) { logger(cmd.Context()).Info("snapshot", "stage", stage) },
 	})

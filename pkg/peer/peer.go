@@ -70,8 +70,10 @@ type Config struct {
 
 	// Progress is told how a migration goes. Nil is allowed.
 	Progress func(migrate.Progress)
-	// OnState is called at each change of state of a Send, before anything is done in it. Nil is allowed.
-	OnState func(migrate.SourceState)
+	// OnState is called at each change of state of a Send, OnReceive at each of a Receive, before anything is done in it. Nil is
+	// allowed.
+	OnState   func(migrate.SourceState)
+	OnReceive func(migrate.DestinationState)
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
@@ -322,7 +324,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	defer t.stopWatch()
 	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, OwnThreads: cfg.OwnThreads, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
-		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
+		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout, OnState: cfg.OnReceive,
 	})
 	switch {
 	case err == nil:

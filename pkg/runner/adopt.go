@@ -145,6 +145,9 @@ func (i *Instance) adopt(ctx context.Context) error {
 		}
 		i.guest.recall()
 	}
+	if err := i.callMade(); err != nil {
+		return err
+	}
 	if err := i.guest.serve(nil); err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package runner
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -35,9 +36,44 @@ func IsDisk(name string) bool {
 // its services.
 type Description struct {
 	vmm.Spec
-	AgentVSockPort    uint32 `json:"agentVSockPort,omitempty"`    // 0: the guest has no agent
-	LivenessVSockPort uint32 `json:"livenessVSockPort,omitempty"` // 0: the guest does not say when it is up
-	AgentHook         bool   `json:"agentHook,omitempty"`         // of an instance that runs: its agent has a hook for the resume
+	AgentVSockPort uint32 `json:"agentVSockPort,omitempty"` // 0: the guest has no agent
+	// MoreAgents are the ports of further agents in the guest, which are told of the same.
+	MoreAgents        []uint32 `json:"moreAgentVSockPorts,omitempty"`
+	LivenessVSockPort uint32   `json:"livenessVSockPort,omitempty"` // 0: the guest does not say when it is up
+	AgentHook         bool     `json:"agentHook,omitempty"`         // of an instance that runs: its agent has a hook for the resume
+}
+
+// maxAgents bounds how many agents a guest may have.
+const maxAgents = 16
+
+// agentPorts are the ports of all agents.
+func (d Description) agentPorts() []uint32 {
+	if d.AgentVSockPort == 0 && len(d.MoreAgents) == 0 {
+		return nil
+	}
+	return append([]uint32{d.AgentVSockPort}, d.MoreAgents...)
+}
+
+// CheckPorts reports the first thing that is wrong with the ports of the guest's services.
+func (d Description) CheckPorts() error {
+	taken := make(map[uint32]string)
+	if d.LivenessVSockPort != 0 {
+		taken[d.LivenessVSockPort] = "the guest's liveness"
+	}
+	ports := d.agentPorts()
+	if len(ports) > maxAgents {
+		return fmt.Errorf("%d agents: a guest has at most %d", len(ports), maxAgents)
+	}
+	for _, port := range ports {
+		if port == 0 {
+			return errors.New("port 0 means that there is no agent: leave it out among others")
+		}
+		if by, ok := taken[port]; ok {
+			return fmt.Errorf("port %d is for %s and for an agent: each needs a port of its own", port, by)
+		}
+		taken[port] = "another agent"
+	}
+	return nil
 }
 
 // maxDescription bounds a config device, in bytes.
@@ -68,6 +104,9 @@ func ParseDescription(b []byte) (Description, error) {
 		return Description{}, fmt.Errorf("decode config device: memory size %d is not a multiple of 1 MiB", d.MemorySize)
 	case d.CPUCount <= 0:
 		return Description{}, fmt.Errorf("decode config device: CPU count %d", d.CPUCount)
+	}
+	if err := d.CheckPorts(); err != nil {
+		return Description{}, fmt.Errorf("decode config device: %w", err)
 	}
 	return d, nil
 }
@@ -125,10 +164,16 @@ type Host struct {
 // Hooks are called by an instance as it goes through its life. Each may be nil. They are called by the goroutine that works
 // on the instance, so they must not call the instance.
 type Hooks struct {
+	// Made is called when the instance's VMPath is there and its guest is not let run yet, or again after an adoption: what listens
+	// there (socket.ListenHost, service.ListenHost) is found by the guest at once. The start fails with its error. It is called for
+	// a received instance, too, which may never come to run.
+	Made func(vmPath string) error
+
 	BeforeSuspend func() // the guest is about to be told that it will be suspended
 	Suspended     func() // all vCPUs have stopped
 	Resumed       func() // the vCPUs run (again)
 	AfterResume   func() // the agent has finished its work after a resume
+	Closed        func() // the machine and its VMPath are gone from here, or left to the next owner; only after Made
 }
 
 // Config is an instance on this host.

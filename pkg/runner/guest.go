@@ -22,7 +22,7 @@ type guest struct {
 	path     string
 	log      *slog.Logger
 	channel  *channel.Host   // nil until serve
-	agent    *agent.Host     // nil if the guest has no agent
+	agents   agents          // none if the guest has no agent
 	liveness *agent.Liveness // nil unless the guest boots and will say when it is up
 
 	told telling // that the guest will be suspended; of one goroutine at a time
@@ -70,7 +70,7 @@ func (g *guest) remember(n callNote) {
 // recall finds out what a former owner of the machine has told the agent.
 func (g *guest) recall() {
 	text, err := os.ReadFile(filepath.Join(filepath.Dir(g.path), callFile))
-	if err != nil || g.agent == nil {
+	if err != nil || len(g.agents) == 0 {
 		return
 	}
 	if json.Unmarshal(text, &g.note) == nil && g.note.Suspend != "" {
@@ -83,7 +83,7 @@ func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
 // noteResume notes, before a guest runs that was saved or sent, that its agent is to be told.
 func (g *guest) noteResume() {
-	if g != nil && g.agent != nil {
+	if g != nil && len(g.agents) > 0 {
 		g.remember(callNote{Resume: rand.Text()})
 	}
 }
@@ -105,10 +105,8 @@ func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *
 			g.close()
 		}
 	}()
-	if desc.AgentVSockPort != 0 {
-		if g.agent, err = agent.ListenAgent(path, desc.AgentVSockPort, log); err != nil {
-			return nil, err
-		}
+	if g.agents, err = listenAgents(path, desc.agentPorts(), log); err != nil {
+		return nil, err
 	}
 	if boots && desc.LivenessVSockPort != 0 {
 		if g.liveness, err = agent.ListenLiveness(path, desc.LivenessVSockPort); err != nil {
@@ -146,9 +144,7 @@ func (g *guest) close() error {
 		return nil
 	}
 	var errs []error
-	if g.agent != nil {
-		errs = append(errs, g.agent.Close())
-	}
+	errs = append(errs, g.agents.Close())
 	if g.liveness != nil {
 		errs = append(errs, g.liveness.Close())
 	}
@@ -168,21 +164,21 @@ func (g *guest) waitAlive(ctx context.Context, m vmm.Machine, timeout time.Durat
 
 // waitAgent waits until the guest's agent is connected.
 func (g *guest) waitAgent(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
-	if g == nil || g.agent == nil {
+	if g == nil || len(g.agents) == 0 {
 		return nil
 	}
 	return bounded(ctx, m, timeout, "the guest's agent did not connect", func(ctx context.Context) error {
-		version, err := g.agent.Wait(ctx)
+		version, err := g.agents.Wait(ctx)
 		g.log.Debug("agent is connected", "version", version)
 		return err
 	})
 }
 
 // hasHook reports whether the guest's agent has something of its own to do after a resume.
-func (g *guest) hasHook() bool { return g != nil && g.agent != nil && g.agent.HasHook() }
+func (g *guest) hasHook() bool { return g != nil && g.agents.HasHook() }
 
 func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
-	if g == nil || g.agent == nil {
+	if g == nil || len(g.agents) == 0 {
 		return nil
 	}
 	if ctx.Err() != nil {
@@ -191,10 +187,10 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 	if g.told != uncertain || g.note.Suspend == "" {
 		g.remember(callNote{Suspend: rand.Text()})
 	}
-	g.agent.RepeatSuspend(g.note.Suspend)
+	g.agents.RepeatSuspend(g.note.Suspend)
 	g.told = uncertain
 	return bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", func(ctx context.Context) error {
-		err := g.agent.BeforeSuspend(ctx)
+		err := g.agents.BeforeSuspend(ctx)
 		if err == nil || ctx.Err() == nil { // it did, or said why it does not
 			g.told = told
 		}
@@ -216,7 +212,7 @@ func (g *guest) undoSuspend(ctx context.Context, m vmm.Machine, timeout time.Dur
 }
 
 func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
-	if g == nil || g.agent == nil {
+	if g == nil || len(g.agents) == 0 {
 		return nil
 	}
 	g.told = untold
@@ -224,7 +220,7 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 		g.remember(callNote{Resume: rand.Text()})
 	}
 	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-		err := g.agent.AfterResume(ctx, agent.AfterResumeRequest{ID: g.note.Resume, Entropy: agent.NewEntropy()})
+		err := g.agents.AfterResume(ctx, g.note.Resume)
 		if err == nil || ctx.Err() == nil {
 			g.remember(callNote{})
 		}

@@ -72,6 +72,7 @@ type Instance struct {
 	folder  *os.File  // holds the lock on root: see machineFile
 	orphan  *orphan   // the machine of an owner that died, until it is adopted
 	adopted bool
+	made    bool // the hook of that name was called
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
@@ -742,7 +743,22 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if caps := i.memory.Capabilities(); caps.Rung != ram.Full {
 		i.log.Warn("this host offers less than the best way to handle guest memory", "capabilities", caps.String())
 	}
+	if err := i.callMade(); err != nil {
+		return err
+	}
 	return i.guest.serve(i.quiet)
+}
+
+// callMade calls the hook of that name.
+func (i *Instance) callMade() error {
+	if i.cfg.Hooks.Made == nil {
+		return nil
+	}
+	if err := i.cfg.Hooks.Made(i.path); err != nil {
+		return fmt.Errorf("hook Made: %w", err)
+	}
+	i.made = true
+	return nil
 }
 
 // inherited are the files that the machine holds for its next owner.
@@ -1350,6 +1366,10 @@ func (i *Instance) teardown() error {
 		RemoveFolders(i.folders)
 	}
 	closeFiles(i.owner, i.folder) // last: until then the folder is not anybody's to remove
+	if i.made {
+		i.made = false
+		call(i.cfg.Hooks.Closed)
+	}
 	return errors.Join(errs...)
 }
 

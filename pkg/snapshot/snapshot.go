@@ -61,6 +61,8 @@ type Config struct {
 	// LivenessVSockPort and AgentVSockPort are the ports on which the guest reports that it is up, and on which its agent
 	// is reached. 0 means that the guest has no such service; without liveness the machine runs for SettleTime instead.
 	LivenessVSockPort, AgentVSockPort uint32
+	// MoreAgents are the ports of further agents in the guest, all of which must answer.
+	MoreAgents []uint32
 	// SettleTime is how long a guest without liveness is given to boot. Default: 30 s.
 	SettleTime time.Duration
 
@@ -314,7 +316,7 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 		if d.Name != runner.ConfigDevice {
 			continue
 		}
-		b, err := runner.Description{Spec: *spec, AgentVSockPort: cfg.AgentVSockPort, LivenessVSockPort: cfg.LivenessVSockPort}.Encode()
+		b, err := runner.Description{Spec: *spec, AgentVSockPort: cfg.AgentVSockPort, MoreAgents: cfg.MoreAgents, LivenessVSockPort: cfg.LivenessVSockPort}.Encode()
 		if err == nil {
 			err = os.WriteFile(d.Base, b, 0o600)
 		}

@@ -2,6 +2,7 @@
 //
 //	guest listen PORT      echo what programs on the host send to that port
 //	guest say PORT TEXT    send TEXT to that port of the host
+//	guest serve PORT       count, for the host, and ask it back: see [serve]
 //	guest -c WORD          append WORD to /hooks: the shell of the agent's hooks
 package main
 
@@ -12,8 +13,13 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"time"
 
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/drafter-vm/drafter/pkg/agent/service"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
@@ -35,7 +41,7 @@ func run(args []string) error {
 		return err
 	}
 	if len(args) < 2 {
-		return fmt.Errorf("usage: guest listen PORT | say PORT TEXT | -c WORD")
+		return fmt.Errorf("usage: guest listen PORT | say PORT TEXT | serve PORT | -c WORD")
 	}
 	n, err := strconv.ParseUint(args[1], 10, 32)
 	if err != nil {
@@ -55,6 +61,8 @@ func run(args []string) error {
 			}
 			go echo(conn)
 		}
+	case args[0] == "serve" && len(args) == 2:
+		return serve(port)
 	case args[0] == "say" && len(args) == 3:
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
@@ -67,6 +75,30 @@ func run(args []string) error {
 		return err
 	}
 	return fmt.Errorf("unknown command %q", args)
+}
+
+// serve is a service in the guest: Next counts its calls, Ask asks the host for its name by its method Name.
+func serve(port uint32) error {
+	var count atomic.Int64
+	var host *service.Endpoint
+	ready := make(chan struct{})
+	host, err := service.StartGuest(service.Config{Port: port, Name: "e2e", Version: 2, Oldest: 1, Register: func(s *ttrpc.Server) {
+		s.RegisterService("e2e.v1.Guest", &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
+			"Next": func(context.Context, func(any) error) (any, error) { return wrapperspb.Int64(count.Add(1)), nil },
+			"Ask": func(ctx context.Context, _ func(any) error) (any, error) {
+				<-ready
+				name := new(wrapperspb.StringValue)
+				return name, host.Retry(ctx, func(ctx context.Context, c *ttrpc.Client) error {
+					return c.Call(ctx, "e2e.v1.Host", "Name", new(wrapperspb.StringValue), name)
+				})
+			},
+		}})
+	}})
+	if err != nil {
+		return err
+	}
+	close(ready)
+	select {} // for as long as the guest runs
 }
 
 func echo(conn net.Conn) {

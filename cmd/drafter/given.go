@@ -6,21 +6,34 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/spf13/cobra"
+
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
 
-// serveGiven waits for the peer that the VM was given to, and serves it what only the files here have. It reports whether the VM is
-// gone from here; if not, and without an error, it belongs here again, and nothing of it is open.
-func serveGiven(ctx context.Context, g *peer.Given, reports *reports, out io.Writer) (gone bool, err error) {
+// givenEnd is what became of a VM that was given away.
+type givenEnd int
+
+const (
+	givenAway  givenEnd = iota // it is gone from here
+	givenLost                  // it belongs here again, without its memory
+	givenSaved                 // it belongs here again, and can be resumed
+	givenLeft                  // somebody has asked for the end, and the files are as they were
+)
+
+// serveGiven waits for the peer that the VM was given to, and serves it what only the files here have. Nothing of the VM is open when
+// it returns.
+func serveGiven(ctx context.Context, g *peer.Given, reports *reports, out io.Writer) (end givenEnd, err error) {
 	defer func() { err = errors.Join(err, g.Close()) }()
 	what := "has not confirmed that it runs it"
 	if g.Confirmed() {
 		what = "runs it, and may need content that only the files here have"
 	}
-	if !g.Saved() {
+	saved := g.Saved()
+	if !saved {
 		what += "; its memory here is lost with its machine"
 	}
 	fmt.Fprintf(out, "The VM was given to another peer, which %s (migration %s). Waiting for that one; Ctrl-C leaves the files as they are\n", what, g.Migration())
@@ -29,25 +42,37 @@ func serveGiven(ctx context.Context, g *peer.Given, reports *reports, out io.Wri
 		switch {
 		case errors.Is(err, migrate.ErrInDoubt) || errors.Is(err, migrate.ErrUnsettled):
 			if ctx.Err() != nil {
-				return false, fmt.Errorf("%w: the peer that the VM was given to was not found: its files are as they were", context.Cause(ctx))
+				fmt.Fprintf(out, "Closing: the files are as they were, and may be needed; start this peer again\n")
+				return givenLeft, nil
 			}
-			logger(ctx).Warn("the peer that the VM was given to was not found yet", "migration", g.Migration(), "reason", err)
+			logger(ctx).Warn("the peer that the VM was given to has not got what it needs yet", "migration", g.Migration(), "reason", err)
 			continue
 		case err == nil:
 			fmt.Fprintf(out, "Sent VM: %s\n", summary(report))
 		default:
 			fmt.Fprintf(out, "The VM never ran there, and belongs here again: %v\n", err)
+			if end = givenLost; saved {
+				end = givenSaved
+			}
 		}
 		if err := reports.write(report); err != nil {
 			logger(ctx).Error("could not write the report of a migration", "error", err)
 		}
-		return err == nil, nil
+		return end, nil
 	}
+}
+
+// leave is the error of a command whose VM stays given away at its end: that of a signal, if there was one.
+func leave(cmd *cobra.Command) error {
+	if cmd.Context().Err() != nil {
+		return errInterrupted
+	}
+	return nil
 }
 
 // givenOperator is what the control socket of a peer controls while its VM is given away, and has no machine here.
 type givenOperator struct {
-	id    string // of the migration
+	given *peer.Given
 	links links
 	way   *way
 	stop  context.CancelFunc
@@ -56,11 +81,11 @@ type givenOperator struct {
 var _ control.Controlled = givenOperator{}
 
 func (o givenOperator) Status(context.Context) (control.Status, error) {
-	return control.Status{State: "in_doubt", InDoubt: o.id}, nil
+	return control.Status{State: "in_doubt", InDoubt: o.given.Migration()}, nil
 }
 
 func (o givenOperator) refuse() error {
-	return fmt.Errorf("%w: the VM was given away, and has no machine here (migration %s)", control.ErrConflict, o.id)
+	return fmt.Errorf("%w: the VM was given away, and has no machine here (migration %s)", control.ErrConflict, o.given.Migration())
 }
 
 func (o givenOperator) Pause(context.Context) error               { return o.refuse() }
@@ -73,7 +98,7 @@ func (o givenOperator) Snapshot(context.Context, string) (*migrate.Report, error
 }
 
 func (o givenOperator) Migrate(_ context.Context, address string) (*migrate.Report, error) {
-	return nil, lookAt(o.links, o.way, o.id, address)
+	return nil, lookAt(o.links, o.way, o.given.Migration(), address)
 }
 
 func (o givenOperator) Stop(context.Context) error {
@@ -91,5 +116,5 @@ func lookAt(l links, w *way, id, address string) error {
 		return fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
 	}
 	w.set(l.dial)
-	return fmt.Errorf("%w: the VM was given away already, and nobody has confirmed that (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
+	return fmt.Errorf("%w: the VM was given away already (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
 }

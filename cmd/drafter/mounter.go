@@ -132,14 +132,21 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	}()
 	for {
 		// One that was given away, here or by a mounter that died, is the other's to ask for.
-		if g, err := cfg.OpenGiven(ctx); err == nil && (listener == nil || cfg.FindDestination == nil) {
-			g.Close() // startMounter says what can be done
-		} else if err == nil {
+		switch g, err := cfg.OpenGiven(ctx); {
+		case err == nil && (listener == nil || cfg.FindDestination == nil):
+			g.Close()
+			opts.raddr = "" // startMounter says what can be done
+		case err == nil:
 			open()
-			if gone, err := serveGiven(ctx, g, reports, out); gone || err != nil {
+			switch end, err := serveGiven(ctx, g, reports, out); {
+			case end == givenAway || err != nil:
 				return interrupted(cmd, err)
+			case end == givenLeft:
+				return leave(cmd)
 			}
 			opts.raddr = "" // it is here
+		case !errors.Is(err, runner.ErrNotGiven):
+			return interrupted(cmd, err)
 		}
 		m, err := startMounter(ctx, cfg, &opts.links, reports, out)
 		if err != nil {

@@ -71,12 +71,22 @@ func (w *way) known() (ok bool, changed <-chan struct{}) {
 
 // take is what migrate's Reconnect asks for.
 func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
+	_, changed := w.known()
 	w.mu.Lock()
 	find := w.find
 	w.mu.Unlock()
 	if find == nil {
 		return nil, errors.New("there is no address at which the other side could be found, or find this one")
 	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() { // until one of the two
+		select {
+		case <-changed:
+			cancel(errors.New("the other side is looked for elsewhere now"))
+		case <-ctx.Done():
+		}
+	}()
 	return find(ctx)
 }
 

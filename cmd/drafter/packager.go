@@ -149,7 +149,7 @@ func inFolder(dir string, devices []vmpackage.File) bool {
 
 // interrupted turns an error that a signal caused into errInterrupted.
 func interrupted(cmd *cobra.Command, err error) error {
-	if cmd.Context().Err() != nil {
+	if err != nil && cmd.Context().Err() != nil {
 		return fmt.Errorf("%w: %w", errInterrupted, err)
 	}
 	return err

@@ -24,6 +24,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 // peerDevice is an element of the peer's --devices. Durations are nanoseconds.
@@ -352,9 +353,17 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	p, err := startPeer(ctx, cfg, opts, reception, reports, out)
 	if errors.Is(err, runner.ErrGiven) && !opts.forceOwner && (opts.control != "" || listener != nil && !transport.Single(opts.laddr)) {
 		open()
-		if gone, err := awaitTaker(ctx, cfg, op, opts.control, reports, out); gone || err != nil {
+		var end givenEnd
+		end, err = awaitTaker(ctx, cfg, op, opts.control, reports, out)
+		switch {
+		case end == givenAway || err != nil:
 			return interrupted(cmd, err)
+		case end == givenLeft:
+			return leave(cmd)
 		}
+		// It is here, whatever it was that this peer was started for.
+		opts.raddr, opts.accept, reception = "", "", nil
+		opts.boot = opts.boot && end != givenSaved
 		p, err = startPeer(ctx, cfg, opts, reception, reports, out)
 	}
 	if err != nil {
@@ -386,20 +395,21 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 }
 
 // awaitTaker is serveGiven for the instance of a peer, under the control of its socket.
-func awaitTaker(ctx context.Context, cfg peer.Config, o *operator, socket string, reports *reports, out io.Writer) (gone bool, err error) {
+func awaitTaker(ctx context.Context, cfg peer.Config, o *operator, socket string, reports *reports, out io.Writer) (givenEnd, error) {
 	g, err := peer.OpenGiven(ctx, cfg)
 	if err != nil {
-		return false, err
+		return givenAway, err
 	}
-	stop, err := serveControl(ctx, socket, givenOperator{g.Migration(), o.links, &o.way, o.stop})
+	stop, err := serveControl(ctx, socket, givenOperator{g, o.links, &o.way, o.stop})
 	if err != nil {
-		return false, errors.Join(err, g.Close())
+		return givenAway, errors.Join(err, g.Close())
 	}
 	defer stop()
 	if known, _ := o.way.known(); known {
 		fmt.Fprintf(out, "Serving on %s\n", o.serving)
-	} else {
-		fmt.Fprintf(out, "Nobody can find this peer without --laddr: say where the other is (drafter ctl migrate ADDRESS)\n")
+	}
+	if socket != "" {
+		fmt.Fprintf(out, "If the other peer waits to be found (--accept), say where it is: drafter ctl migrate ADDRESS\n")
 	}
 	return serveGiven(ctx, g, reports, out)
 }
@@ -618,6 +628,10 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 					logger(ctx).Error("could not write the report of a migration", "error", err)
 				}
 				fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
+			case p.Instance().Missing() > 0 && refusal(err) != "":
+				fmt.Fprintf(out, "The VM is frozen: the peer that has the rest of its content refuses it: %s. This one goes on asking\n", refusal(err))
+				p.Search()
+				arrived = p.Arrived()
 			case p.Instance().Missing() > 0:
 				fmt.Fprintf(out, "The VM is frozen, and nothing of it is lost: the peer that has the rest of its content was not found (%v). "+
 					"Start that peer again, with the command line that it had: this one goes on looking for it\n", err)
@@ -647,6 +661,15 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			}
 		}
 	}
+}
+
+// refusal is what the other side says where err is that it refuses; empty otherwise.
+func refusal(err error) string {
+	var other *migrate.PeerError
+	if errors.As(err, &other) && other.Code == wire.CodeRefused {
+		return other.Reason
+	}
+	return ""
 }
 
 // give sends the VM to a peer, and says what came of it. It reports whether the VM is gone from here; err says why it is lost here.

@@ -63,12 +63,13 @@ func TestCommandGiven(t *testing.T) {
 
 		unreachable := w.start(t, nil, w.peer("package", "doubt-here")...)
 		unreachable.wait(t, 1)
-		said(t, unreachable, "--laddr that it had", "--force-owner")
+		said(t, unreachable, "the command line that it had", "--force-owner")
 
 		src = source()
 		src.waitFor(t, "has not confirmed that it runs it")
 		src.Process.Signal(syscall.SIGINT) // which changes nothing
 		src.wait(t, 130)
+		said(t, src, "may be needed")
 
 		src = source()
 		src.waitFor(t, "Serving on ")
@@ -118,7 +119,7 @@ func TestCommandGiven(t *testing.T) {
 		<-sent
 
 		src = source()
-		src.waitFor(t, "say where the other is")
+		src.waitFor(t, "say where it is")
 		if out, _ := w.ctl(t, 0, "--control", socket, "status"); !strings.Contains(out, "in_doubt") {
 			t.Errorf("its status is %s", out)
 		}
@@ -168,7 +169,7 @@ func TestCommandGiven(t *testing.T) {
 
 		refused := w.start(t, nil, w.peer("package", "needed-here", "--force-owner")...)
 		refused.wait(t, 1)
-		said(t, refused, "which runs it", "serves that from these files")
+		said(t, refused, "which runs it", "so that the other finds these files")
 
 		src = source()
 		src.waitFor(t, "may need content that only the files here have")

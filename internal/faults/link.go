@@ -366,6 +366,16 @@ func (c *conduit) deliver() {
 
 // sleep reports whether the link goes on after it.
 func (c *conduit) sleep(d time.Duration) bool {
+	if d <= 0 {
+		// Not by a timer that is due at once: two goroutines of a bubble that run such timers at the same time crash the race
+		// detector (runtime.timer.unlockAndRun of Go 1.26 shares one of its contexts among them without a lock).
+		select {
+		case <-c.link.closed:
+			return false
+		default:
+			return true
+		}
+	}
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {

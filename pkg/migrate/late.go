@@ -434,6 +434,9 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	serve := d.standing == wire.Owned || d.standing == wire.Runs
 	if serve {
 		for _, dev := range d.devices {
+			if dev.late != nil {
+				dev.forgo()
+			}
 			say.Devices = append(say.Devices, wire.RejoinDevice{Device: wire.Device{Name: dev.name, Size: dev.size}, Missing: dev.late != nil})
 		}
 	}
@@ -480,6 +483,13 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 		d.state.set(DestinationFilling)
 	}
 	return c, nil
+}
+
+// forgo asks for nothing more of a device that nobody needs any more, as memory whose machine has ended.
+func (t *targetDevice) forgo() {
+	if _, err := t.late.NextMissing(0); errors.Is(err, io.EOF) {
+		t.lacking.each(block.Range{Length: t.size}, func(page int64) { t.lacking.take(page) })
+	}
 }
 
 // tell makes sure that the source learns how the migration ended here: it waits for the source's last word, and meets it

@@ -59,7 +59,7 @@ func (k seeker) meet(ctx context.Context, lost error, session func(context.Conte
 	case <-ctx.Done():
 		return fmt.Errorf("%w (after: %w)", context.Cause(ctx), lost)
 	}
-	for {
+	for said := error(nil); ; {
 		streams, err := k.reconnect(ctx)
 		if err == nil {
 			if err = checkStreams(streams); err != nil {
@@ -72,6 +72,13 @@ func (k seeker) meet(ctx context.Context, lost error, session func(context.Conte
 			if useful {
 				return err
 			}
+		}
+		// What the other side says tells more than that it was not there the next time.
+		var peer *PeerError
+		if errors.As(err, &peer) {
+			said = err
+		} else if said != nil && ctx.Err() != nil {
+			err = said
 		}
 		if ctx.Err() == nil {
 			t := time.NewTimer(wait)
@@ -163,6 +170,9 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 		s.isRunning()
 		return nil
 	}
+	if r.Standing == wire.Runs { // whatever comes of this session
+		s.noteRuns()
+	}
 	missing, err := s.adopt(l, r)
 	if err != nil {
 		return err
@@ -191,7 +201,6 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	if r.Standing == wire.Runs {
 		s.isRunning()
 		s.state.set(SourceServing)
-		s.noteRuns()
 	} else {
 		s.state.set(SourceCommitted)
 	}
@@ -214,8 +223,6 @@ func (s *source) adopt(l *link, r *wire.Rejoin) ([][]block.Range, error) {
 		case d.size != want.Size:
 			return nil, tell(wire.CodeRefused, fmt.Errorf("device %q has %d bytes here and %d at the destination", want.Name, d.size, want.Size),
 				"device %q has %d bytes here", want.Name, d.size)
-		case d.Lost != nil && want.Missing:
-			return nil, tell(wire.CodeRefused, fmt.Errorf("destination asks for device %q: %w", want.Name, d.Lost), "device %q: %v", want.Name, d.Lost)
 		}
 	}
 	for i, want := range r.Devices {
@@ -237,6 +244,9 @@ func (s *source) adopt(l *link, r *wire.Rejoin) ([][]block.Range, error) {
 			last = m.Flags&wire.FlagLast != 0
 		}
 		missing[i] = set.ranges()
+		if lost := devices[i].Lost; lost != nil && len(missing[i]) > 0 {
+			return nil, tell(wire.CodeRefused, fmt.Errorf("destination asks for device %q: %w", want.Name, lost), "device %q: %v", want.Name, lost)
+		}
 	}
 	s.devices = devices
 	for i, d := range devices {

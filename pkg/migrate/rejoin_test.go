@@ -8,6 +8,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -241,6 +242,77 @@ func TestRejoinSource(t *testing.T) {
 		}
 		r.verify(t, o)
 	})
+}
+
+// A source process that dies with its machine: what was in memory is nowhere any more.
+func TestRejoinSourceLost(t *testing.T) {
+	noLeak(t)
+	for _, needed := range []bool{true, false} {
+		t.Run(fmt.Sprintf("needed=%t", needed), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(smallShape)
+				late := r.postCopy(3)
+				late.holdBack()
+				late.uses, late.loads = 0, 0
+				x := newExchange(2, nil)
+				r.connect(x)
+				r.source.Reconnect = nil // it dies
+				a, b := x.pair()
+				again := make(chan error, 1)
+				r.source.OnState = func(now SourceState) {
+					if now == SourceServing {
+						interruptAll(a)
+						r.releaseSoon()
+					}
+					if now == SourceUnsettled {
+						// Whichever it is: this one stands for memory.
+						lost := slices.IndexFunc(late.late, func(l *lateDevice) bool { return l != nil && l.missing.count.Load() > 0 })
+						if lost < 0 {
+							t.Error("nothing is missing: nothing is tested")
+							again <- nil
+							return
+						}
+						for page := range late.late[lost].missing.pages {
+							if !needed { // as when the machine there has ended
+								late.late[lost].missing.take(page)
+							}
+						}
+						cfg := r.source
+						cfg.OnState, cfg.Reconnect, cfg.RescueTimeout = nil, x.dial, 30*time.Second
+						cfg.Devices = append([]SourceDevice(nil), cfg.Devices...)
+						for n := range cfg.Devices {
+							if cfg.Devices[n].Name == late.names[lost] {
+								cfg.Devices[n].Lost = errors.New("gone with the wind")
+							}
+						}
+						r.src.confirms = 0
+						go func() {
+							_, err := RejoinSource(context.Background(), cfg)
+							again <- err
+						}()
+					}
+				}
+				o := r.move(t.Context(), a, b)
+				err := <-again
+				if r.src.confirms == 0 && needed {
+					t.Error("it was heard that the guest runs there, and is not on record")
+				}
+				if !needed {
+					if err != nil || o.dstErr != nil {
+						t.Errorf("nobody lacks any memory: %v; %v", err, o.dstErr)
+					}
+					return
+				}
+				if !errors.Is(err, ErrInDoubt) {
+					t.Errorf("source: %v", err)
+				}
+				var told *PeerError
+				if !errors.Is(o.dstErr, ErrUnsettled) || !errors.As(o.dstErr, &told) || !strings.Contains(told.Reason, "gone with the wind") {
+					t.Errorf("destination: %v", o.dstErr)
+				}
+			})
+		})
+	}
 }
 
 // A destination process that dies while pages are missing, and is started again.

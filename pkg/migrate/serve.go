@@ -345,10 +345,11 @@ func (s *source) noteRuns() {
 	if !ok || s.confirmed {
 		return
 	}
-	s.confirmed = true
 	if err := c.Confirm(context.WithoutCancel(s.link.ctx), s.cfg.ID); err != nil {
 		s.log.Error("cannot put on record that the guest runs at the destination", "error", err)
+		return // and try again in the next session
 	}
+	s.confirmed = true
 }
 
 // describe lists the devices as the manifest does.

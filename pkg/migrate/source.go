@@ -246,14 +246,21 @@ func (s *source) rollBack(ctx context.Context, failure error) error {
 	defer cancel()
 	s.state.set(SourceRollingBack)
 	if s.link != nil {
-		s.link.goodbye(failure, false)
+		s.link.fail(failure)
 	}
+	told := true
 	if s.recorded {
 		// The commit frame never left, or the destination promised never to run the guest: the guest is ours whether or
-		// not this can be written. If it cannot, a crash from here on leaves a journal that says otherwise.
+		// not this can be written. If it cannot, a crash from here on leaves a journal that says otherwise; then the destination hears
+		// no last word, and keeps its promise on record for whoever asks again.
 		if err := s.cfg.Journal.Abort(ctx, s.cfg.ID); err != nil {
-			failure = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err)
+			failure, told = fmt.Errorf("%w (and its end could not be recorded: %w)", failure, err), false
 		}
+	}
+	if s.link != nil && told {
+		s.link.goodbye(failure, false)
+	} else {
+		s.leaveSession(errUntold)
 	}
 	if err := s.unthrottle(ctx); err != nil {
 		failure = fmt.Errorf("%w (and the guest is still held back: %w)", failure, err)

@@ -40,8 +40,8 @@ func (c MounterConfig) OpenGiven(ctx context.Context) (*Given, error) {
 		return nil, err
 	}
 	devices, err := c.devices()
-	if err != nil {
-		return nil, err
+	if err != nil { // there is no package, and so nothing that was given away
+		return nil, fmt.Errorf("%w: %w", runner.ErrNotGiven, err)
 	}
 	return OpenGiven(ctx, Config{
 		Devices: devices, Concurrency: c.Concurrency, RescueTimeout: c.RescueTimeout, FindDestination: c.FindDestination, Authorize: c.Authorize,
@@ -77,13 +77,26 @@ func (g *Given) Confirmed() bool { return g.given.Confirmed() }
 func (g *Given) Saved() bool { return g.given.Saved() }
 
 // errMemoryLost is told to a destination that misses memory.
-var errMemoryLost = errors.New("it is lost, as the source's machine ended with its peer: give the VM up there, and boot it from its disks (--boot), which this peer completes (--raddr)")
+var errMemoryLost = errors.New("it is lost, as the source's machine ended with its peer: give the VM up there, and boot it from its disks with --boot, and --raddr to this peer, which completes them")
 
 // Rejoin looks for the other peer by Config.FindDestination, within Config.RescueTimeout, and serves what it lacks. It returns as
 // migrate.RejoinSource does: nil when the other runs the instance and needs nothing more; ErrInDoubt or ErrUnsettled when it is
 // not known yet, and Rejoin may be called again; any other error when it will never run there. Then the instance belongs
 // here: Close, and it can be started, by Resume if its memory was saved and by Boot otherwise.
+//
+// Cancelling ctx ends it at any time, also while there is a link: the files are as they were.
 func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
+	find := g.cfg.Authorize.giveTo(g.cfg.FindDestination)
+	if find == nil {
+		return &migrate.Report{}, fmt.Errorf("%w: no way to find the other peer: set Config.FindDestination", migrate.ErrInDoubt)
+	}
+	reconnect := func(within context.Context) ([]io.ReadWriter, error) {
+		streams, err := find(within)
+		if err == nil {
+			context.AfterFunc(ctx, func() { closeAll(streams) })
+		}
+		return streams, err
+	}
 	var devices []migrate.SourceDevice
 	stationary := make(map[string]bool)
 	for _, d := range g.cfg.Devices {
@@ -99,11 +112,15 @@ func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
 		}
 		devices = append(devices, device)
 	}
-	return migrate.RejoinSource(ctx, migrate.SourceConfig{
+	report, err := migrate.RejoinSource(ctx, migrate.SourceConfig{
 		ID: g.Migration(), Devices: devices, Guest: givenSource{g.given}, Journal: givenSource{g.given}, Concurrency: g.cfg.Concurrency,
-		ResumeTimeout: g.cfg.RescueTimeout, Reconnect: g.cfg.Authorize.giveTo(g.cfg.FindDestination), RescueTimeout: g.cfg.RescueTimeout,
+		ResumeTimeout: g.cfg.RescueTimeout, Reconnect: reconnect, RescueTimeout: g.cfg.RescueTimeout,
 		Progress: g.cfg.Progress, OnState: g.cfg.OnState, Logger: g.cfg.Logger,
 	})
+	if err != nil && g.given.Kept() && !errors.Is(err, migrate.ErrUnsettled) && !errors.Is(err, migrate.ErrInDoubt) {
+		err = fmt.Errorf("%w: %w", migrate.ErrInDoubt, err) // as that could not be put on record
+	}
+	return report, err
 }
 
 // Close lets go of the files.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 )
 
 // ErrGiven is wrapped by the errors of Resume, Boot, Prepare and CheckVacant which say that the instance was given to another
@@ -42,7 +43,8 @@ type Given struct {
 	record Record
 }
 
-// OpenGiven opens an instance that was given away. Of cfg, the devices and the logger are used. Where there is none the
+// OpenGiven opens an instance that was given away. Of cfg, the devices and the logger are used, and the backend, which may be nil, to
+// remove what its machine has left. Where there is none the
 // error wraps ErrNotGiven; where it has a living machine, which Adopt takes over, ErrAlive.
 func OpenGiven(ctx context.Context, cfg Config) (_ *Given, err error) {
 	cfg = cfg.withDefaults()
@@ -83,10 +85,13 @@ func OpenGiven(ctx context.Context, cfg Config) (_ *Given, err error) {
 			return nil, err
 		}
 	}
+	if cfg.Backend != nil {
+		g.at.reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()))
+	}
+	if err := g.at.foldLayers(ctx); err != nil {
+		return nil, err
+	}
 	if g.record.Layered {
-		if err := g.at.foldLayers(ctx); err != nil {
-			return nil, err
-		}
 		g.record.Layered = false
 		if err := writeRecord(g.state(), g.record); err != nil {
 			return nil, err
@@ -109,6 +114,9 @@ func (g *Given) open(c DeviceConfig) error {
 }
 
 func (g *Given) state() *device { return g.at.device(StateDevice) }
+
+// Kept reports whether the other peer may have the instance still: it is false after Settle and Reclaim.
+func (g *Given) Kept() bool { return g.record.given() }
 
 // Migration is the migration that the instance was given away by.
 func (g *Given) Migration() string { return g.record.Migration }

@@ -964,6 +964,17 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.phase, i.migration = released, migration
+	// Whatever becomes of this host, what the other lacks of the disks is in the files. The machine has flushed them when it was
+	// paused, or should have.
+	var work errgroup.Group
+	for _, d := range i.devices {
+		if d.served != nil {
+			work.Go(d.front().Flush)
+		}
+	}
+	if err := work.Wait(); err != nil {
+		return fmt.Errorf("release instance: flush its disks: %w", err)
+	}
 	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered()})
 }
 

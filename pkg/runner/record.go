@@ -24,6 +24,7 @@ const StateDeviceSize = 16 << 20
 //	            ▼                       │
 //	Saved ─ resume ─► Running ──────────┘
 //	                  Running ─ commit of a migration ─► Moved, then Confirmed, then Settled
+//	                                                     Moved ─ it never ran there ─► Running, or Saved if it was closed
 //	                  Running ─ the guest shuts down ─► ShutDown ─ boot ─► Running
 //	                  Running, with Kept ─ rollback of a dead instance ─► Saved
 //	(any) ─ receive ─► Receiving ─ commit arrives ─► Running
@@ -244,11 +245,11 @@ func (r Record) remedy() string {
 		case r.Settled:
 			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
 		case r.Confirmed:
-			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the --laddr that it had, which serves that from these files; it is nowhere else", at, r.Migration)
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other finds these files; what it lacks is nowhere else", at, r.Migration)
 		case r.Length > 0:
-			return given + ": start it again with the --laddr that it had, which asks the other; or if you know that it does not run it and never will, take it back with drafter peer --force-owner"
+			return given + ": start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, take it back with drafter peer --force-owner"
 		}
-		return given + ", and its memory here is lost: start it again with the --laddr that it had, which asks the other; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
+		return given + ", and its memory here is lost: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
 	}
 	return r.Status.String()
 }

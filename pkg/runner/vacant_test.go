@@ -22,7 +22,7 @@ func TestCheckVacant(t *testing.T) {
 		{"moved and settled", &Record{Status: Moved, Settled: true}, ""},
 		{"moved and saved", &Record{Status: Moved, Length: 1}, "--force-owner"},
 		{"moved, and nobody has confirmed it", &Record{Status: Moved, Migration: "m"}, "--boot --force-owner"},
-		{"moved, confirmed, and not settled", &Record{Status: Moved, Migration: "m", Confirmed: true}, "serves that from these files"},
+		{"moved, confirmed, and not settled", &Record{Status: Moved, Migration: "m", Confirmed: true}, "so that the other finds these files"},
 		{"running", &Record{Status: Running}, "--boot"},
 		{"running, with a commit point", &Record{Status: Running, Length: 1, Kept: true}, "--rollback"},
 		{"shut down", &Record{Status: ShutDown}, "--boot"},

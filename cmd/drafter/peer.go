@@ -128,6 +128,7 @@ type peerOptions struct {
 	keepPoint     bool
 	rollback      bool
 	verify        bool
+	clone         bool
 }
 
 func newPeerCommand() *cobra.Command {
@@ -184,6 +185,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
+	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state (hooks see DRAFTER_CLONE=true)")
 	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
 	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
@@ -217,6 +219,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--rollback excludes --boot: the one discards the disk writes since the commit point, the other boots from them; choose one")
 	case opts.rollback && opts.forceOwner:
 		return usageErrorf("--rollback excludes --force-owner: only an instance that belongs here can return to its commit point")
+	case opts.clone && (opts.raddr != "" || opts.accept != "" || opts.boot):
+		return usageErrorf("--clone excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots shares no state with others")
 	case opts.keepPoint && opts.boot:
 		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
 	}
@@ -288,7 +292,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, Clone: opts.clone, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 
@@ -832,10 +836,9 @@ func peerDevices(opts peerOptions) ([]peer.Device, error) {
 	return devices, nil
 }
 
-// packageDevices fills in the devices of a package, with overlays in the instance's folder if there is one: for all of them,
-// as a migration to here writes to each.
+// packageDevices is peer.PackageDevices for what --package and --instance say.
 func packageDevices(path, instance string) ([]peer.Device, error) {
-	pkg, err := vmpackage.Open(path)
+	_, err := vmpackage.Open(path)
 	if isFile(path) {
 		return nil, fmt.Errorf("--package %q is a file, and a folder is needed: extract it (mkdir out/package && tar -xf %s -C out/package)", path, path)
 	}
@@ -847,16 +850,7 @@ func packageDevices(path, instance string) ([]peer.Device, error) {
 	if instance != "" && sameFile(path, instance) {
 		return nil, usageErrorf("--instance %q is the folder of the package itself: give a folder of its own for what this instance changes, or leave --instance out to change the package", instance)
 	}
-	var devices []peer.Device
-	for _, d := range pkg.Devices {
-		device := peer.Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}, Policy: defaultPolicy}
-		if instance != "" {
-			device.Overlay = filepath.Join(instance, "overlay", filepath.Base(d.Path))
-			device.State = filepath.Join(instance, "state", filepath.Base(d.Path))
-		}
-		devices = append(devices, device)
-	}
-	return devices, nil
+	return peer.PackageDevices(path, instance)
 }
 
 // sameFile reports whether two paths lead to the same file or folder, by whatever links.
@@ -868,9 +862,6 @@ func sameFile(a, b string) bool {
 	y, err := os.Stat(b)
 	return err == nil && os.SameFile(x, y)
 }
-
-// defaultPolicy leaves it to --max-downtime and --max-total-time.
-var defaultPolicy = migrate.Policy{ByGoal: true}
 
 // defaultPeerDevices are the devices of out/package with overlays beside it, as documented for --devices.
 func defaultPeerDevices() string {

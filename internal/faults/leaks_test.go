@@ -269,7 +269,12 @@ func (r *room) program(t *testing.T, name string, attr *syscall.SysProcAttr, fil
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait() // it was killed
 	})
-	return cmd.Process.Pid
+	// The kernel lets us go on before it shows the program's environment.
+	for environ := fmt.Sprintf("/proc/%d/environ", cmd.Process.Pid); ; time.Sleep(time.Millisecond) {
+		if text, err := os.ReadFile(environ); err != nil || strings.Contains(string(text), r.mark) {
+			return cmd.Process.Pid
+		}
+	}
 }
 
 // TestTwoOwnersAreFound shows that machines which execute at the same time are counted, and one that does nothing is not.

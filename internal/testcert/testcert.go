@@ -16,11 +16,17 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"testing"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
+
+// TB is the part of testing.TB that this takes, so that examples can have certificates, too.
+type TB interface {
+	Helper()
+	Fatal(args ...any)
+	TempDir() string
+}
 
 // Authority signs certificates.
 type Authority struct {
@@ -29,7 +35,7 @@ type Authority struct {
 	File string // its certificate, PEM
 }
 
-func writePEM(t testing.TB, path, kind string, der []byte) {
+func writePEM(t TB, path, kind string, der []byte) {
 	t.Helper()
 	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
 		t.Fatal(err)
@@ -37,7 +43,7 @@ func writePEM(t testing.TB, path, kind string, der []byte) {
 }
 
 // New makes an authority that lives as long as the test.
-func New(t testing.TB) *Authority {
+func New(t TB) *Authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -62,7 +68,7 @@ func New(t testing.TB) *Authority {
 
 // Issue returns options with a certificate of the authority, and the pin of its key. Names are URIs, addresses and hosts. Change, if
 // not nil, changes the certificate before it is signed.
-func (a *Authority) Issue(t testing.TB, change func(*x509.Certificate), names ...string) (o transport.Options, pin string) {
+func (a *Authority) Issue(t TB, change func(*x509.Certificate), names ...string) (o transport.Options, pin string) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {

@@ -37,8 +37,8 @@ type Config struct {
 	Host    runner.Host
 	Hooks   runner.Hooks
 
-	// ForceOwner is runner.Config.ForceOwner.
-	ForceOwner bool
+	// ForceOwner and Clone are those of runner.Config.
+	ForceOwner, Clone bool
 
 	// KeepCommitPoint and Rollback are those of runner.Config.
 	KeepCommitPoint, Rollback bool
@@ -82,7 +82,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)

@@ -78,9 +78,9 @@ func (a agents) BeforeSuspend(ctx context.Context) error {
 }
 
 // AfterResume gives each agent entropy of its own.
-func (a agents) AfterResume(ctx context.Context, id string) error {
+func (a agents) AfterResume(ctx context.Context, id string, clone bool) error {
 	return a.each(func(_ int, h *agent.Host) error {
-		return h.AfterResume(ctx, agent.AfterResumeRequest{ID: id, Entropy: agent.NewEntropy()})
+		return h.AfterResume(ctx, agent.AfterResumeRequest{ID: id, Entropy: agent.NewEntropy(), Clone: clone})
 	})
 }
 

@@ -191,6 +191,10 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
+	// Clone tells the guest's agents, when Resume has resumed it, that other VMs run from the same state, or may: they change what
+	// must be unique. Without it they hear that the guest goes on.
+	Clone bool
+
 	// KeepCommitPoint has the instance keep what it takes to return to what it is when it begins to run here: by Resume, or after
 	// Prepare when all of it has arrived. Disks are written to layers then, which are folded in when the instance is saved.
 	// Memory that is received is written to its device as it comes, too. Boot knows no commit point.

@@ -35,6 +35,7 @@ type guest struct {
 type callNote struct {
 	Suspend string `json:"suspend,omitempty"` // id of a BeforeSuspend that no AfterResume has followed
 	Resume  string `json:"resume,omitempty"`  // id of an AfterResume that has not been answered
+	Clone   bool   `json:"clone,omitempty"`   // that says that there are others
 }
 
 // callFile is the name of that file.
@@ -81,10 +82,10 @@ func (g *guest) recall() {
 // owed reports whether the agent is to be told that the guest runs.
 func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
-// noteResume notes, before a guest runs that was saved or sent, that its agent is to be told.
-func (g *guest) noteResume() {
+// noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, and whether it is a clone.
+func (g *guest) noteResume(clone bool) {
 	if g != nil && len(g.agents) > 0 {
-		g.remember(callNote{Resume: rand.Text()})
+		g.remember(callNote{Resume: rand.Text(), Clone: clone})
 	}
 }
 
@@ -220,7 +221,7 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 		g.remember(callNote{Resume: rand.Text()})
 	}
 	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-		err := g.agents.AfterResume(ctx, g.note.Resume)
+		err := g.agents.AfterResume(ctx, g.note.Resume, g.note.Clone)
 		if err == nil || ctx.Err() == nil {
 			g.remember(callNote{})
 		}

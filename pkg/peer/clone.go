@@ -1,0 +1,66 @@
+package peer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+// PackageDevices are the devices of the package in folder dir, for an instance of it: what that changes goes to overlays in the
+// folder instance, which is made when it is needed. All devices have one, as a migration writes to each. With an empty instance
+// there are no overlays, and the package itself changes. Migration policies are left to Config.Goal.
+func PackageDevices(dir, instance string) ([]Device, error) {
+	pkg, err := vmpackage.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	var devices []Device
+	for _, d := range pkg.Devices {
+		device := Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}, Policy: migrate.Policy{ByGoal: true}}
+		if instance != "" {
+			device.Overlay = filepath.Join(instance, "overlay", filepath.Base(d.Path))
+			device.State = filepath.Join(instance, "state", filepath.Base(d.Path))
+		}
+		devices = append(devices, device)
+	}
+	return devices, nil
+}
+
+// Clone makes a second VM of this one, which runs on: it is written down as a package in dir/package, as by [Peer.Snapshot], and
+// resumed from there with overlays in dir/instance. dir must not exist, and belongs to the clone from then on. Of cfg, Devices is set
+// here, and Clone, which tells the guest's agents of it; its Host must differ where the two would meet: in Netns, or Interface. When
+// it fails nothing is left of it.
+//
+// For many clones of one state take one Snapshot, and Resume each from that.
+func (p *Peer) Clone(ctx context.Context, dir string, cfg Config) (clone *Peer, err error) {
+	made, err := runner.MakeFolders(dir, 0o700)
+	if err == nil && len(made) == 0 {
+		err = fmt.Errorf("%q exists: nothing is overwritten: choose another folder", dir)
+	}
+	defer func() {
+		if err != nil {
+			if len(made) > 0 {
+				err = errors.Join(err, os.RemoveAll(dir))
+			}
+			runner.RemoveFolders(made)
+			err = fmt.Errorf("clone VM: %w", err)
+		}
+	}()
+	if err != nil {
+		return nil, err
+	}
+	if _, _, err := p.Snapshot(ctx, filepath.Join(dir, "package")); err != nil {
+		return nil, err
+	}
+	if cfg.Devices, err = PackageDevices(filepath.Join(dir, "package"), filepath.Join(dir, "instance")); err != nil {
+		return nil, err
+	}
+	cfg.Clone = true
+	return Resume(ctx, cfg)
+}

@@ -78,6 +78,9 @@ func summary(r *migrate.Report) string {
 	if len(r.Digests) > 0 {
 		verified = fmt.Sprintf("verified: the digests of %s agree", count(len(r.Digests), "device"))
 	}
+	if len(r.Shared) > 0 {
+		verified = strings.Join(r.Shared, ", ") + " handed over, " + verified
+	}
 	s := fmt.Sprintf("%s\n  %s over %s, %s", times, bytes, count(r.Streams, "stream"), verified)
 	if len(r.Parts) > 0 {
 		s += "\n  " + downtimeParts(r)

@@ -8,6 +8,7 @@
 //	vm                 a VM with a loaded Valkey server, beside QEMU's own pre-copy and post-copy of the same guest
 //	postcopy/engine    what a thread waits for a page that has not arrived, while everything else is streamed
 //	postcopy/vm        the same in a real machine
+//	handover           a move within one host, memory handed over, beside TCP
 //	resume             from a package to the guest's first instruction, 128 MiB to 4 GiB
 //	slowdown           how fast a guest works at a peer that does not migrate, beside plain QEMU; and while it migrates
 //

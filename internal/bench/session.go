@@ -13,6 +13,7 @@ import (
 	"github.com/drafter-vm/drafter/internal/testguest"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
 )
 
@@ -76,28 +77,42 @@ func (s *tinySession) start(ctx context.Context, change func(*peer.Config)) erro
 
 // move hands the guest over to a new peer, over TCP.
 func (s *tinySession) move(ctx context.Context) (*peer.Peer, error) {
+	to, _, err := s.moveOver(ctx, "tcp")
+	return to, err
+}
+
+// moveOver is move over "tcp" or "unix", with the source's report.
+func (s *tinySession) moveOver(ctx context.Context, network string) (*peer.Peer, *migrate.Report, error) {
 	cfg, err := s.config(nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, guestWait)
 	defer cancel()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address := "tcp://127.0.0.1:0"
+	if network == "unix" {
+		address = "unix://" + filepath.Join(s.folder, "socket")
+	}
+	l, err := transport.Listen(ctx, address)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer l.Close()
-	there, err := dialStreams(ctx, l.Addr().String(), engineStreams)
+	if network == "tcp" {
+		address = "tcp://" + l.Addr().String()
+	}
+	there, err := peer.DialStreams(ctx, engineStreams, func(ctx context.Context) (net.Conn, error) { return transport.Dial(ctx, address) })
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	here, err := acceptStreams(l, engineStreams)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var wg sync.WaitGroup
+	var sent *migrate.Report
 	var sendErr error
-	wg.Go(func() { _, sendErr = s.peers[len(s.peers)-1].Send(ctx, here) })
+	wg.Go(func() { sent, sendErr = s.peers[len(s.peers)-1].Send(ctx, here) })
 	to, _, err := peer.Receive(ctx, cfg, there)
 	wg.Wait()
 	for _, stream := range append(here, there...) {
@@ -106,5 +121,5 @@ func (s *tinySession) move(ctx context.Context) (*peer.Peer, error) {
 	if to != nil {
 		s.peers = append(s.peers, to)
 	}
-	return to, errors.Join(err, sendErr)
+	return to, sent, errors.Join(err, sendErr)
 }

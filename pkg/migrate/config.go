@@ -73,6 +73,10 @@ type SourceDevice struct {
 	// is none, as [block.Overlay.NextChange] does. What lies between is not even read.
 	Changed func(off int64) (block.Range, error)
 
+	// Handle, if set, is by which a destination on this host can have the device itself, with all that is written to it until the guest
+	// is paused: see [SharedTarget]. At most wire.MaxHandle bytes.
+	Handle string
+
 	// Lost, if set, is why Device does not hold what it held at the commit. A destination that misses some of that is refused
 	// with these words, so they name no paths. Only for [RejoinSource].
 	Lost error
@@ -276,6 +280,16 @@ type ArrivalTarget interface {
 	// Arriving is called once, between Prepare and Load, unless the migration fails before. It holds the migration up. The
 	// guest may yet go on at the source.
 	Arriving()
+}
+
+// SharedTarget is a Target that can have a device of the source's itself, as the memory of a guest on the same host.
+type SharedTarget interface {
+	Target
+
+	// Shared says, after Prepare, for each device of the manifest, whether the target has what its handle names. Nothing of it comes, and
+	// what Prepare returned for it is not used. What the guest writes until it is paused is in it; so nobody may write to it before
+	// [Target.Run], and it must be the source's as it was until then. A copy has none.
+	Shared() []bool
 }
 
 // BaseTarget is a Target whose devices may hold, when Prepare returns them, the contents of a base that the source's were

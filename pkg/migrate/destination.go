@@ -186,6 +186,7 @@ type targetDevice struct {
 	// not be written. Free RAM then costs nothing.
 	blank    bool
 	based    bool // it started as the base that the manifest names
+	shared   bool // it is the source's device itself, for which this stands
 	flushing atomic.Bool
 
 	// What is missing when the guest is started; nil where nothing is. A page leaves lacking when it was delivered.
@@ -418,6 +419,11 @@ func (d *destination) offer(n int) ([]byte, error) {
 		return nil, nil
 	}
 	a.Copy = d.cfg.Copy
+	if slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.shared }) {
+		for _, dev := range d.devices {
+			a.Shared = append(a.Shared, dev.shared)
+		}
+	}
 	if slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.based }) {
 		for _, dev := range d.devices {
 			a.Based = append(a.Based, dev.based)
@@ -506,15 +512,26 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 		return nil, fmt.Errorf("prepare: %w", err)
 	}
 	d.prepared = true
-	bases, err := d.bases(m)
-	if err != nil {
-		return nil, err
-	}
 	if len(devices) != len(m.Devices) {
 		return nil, fmt.Errorf("prepare: target made %d devices for a manifest of %d", len(devices), len(m.Devices))
 	}
+	shared := make([]bool, len(devices))
+	if t, ok := d.cfg.Target.(SharedTarget); ok && d.link.version >= 2 && !d.cfg.Copy {
+		if shared = t.Shared(); len(shared) != len(devices) {
+			return nil, fmt.Errorf("prepare: target shares of %d devices, the manifest has %d", len(shared), len(devices))
+		}
+	}
+	bases, err := d.bases(m, shared)
+	if err != nil {
+		return nil, err
+	}
 	for i, dev := range devices {
 		want := m.Devices[i]
+		if shared[i] {
+			d.devices = append(d.devices, &targetDevice{Device: blank(want.Size), name: want.Name, size: want.Size, digest: newDigest(want.Size), blank: true, shared: true})
+			d.size.Add(want.Size)
+			continue
+		}
 		if dev.Size() != want.Size {
 			err := fmt.Errorf("device %q has %d bytes here and %d at the source", want.Name, dev.Size(), want.Size)
 			return nil, tell(wire.CodeRefused, err, "%v", err)
@@ -532,9 +549,18 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 	return d.newContent(d.link, m.Window), nil
 }
 
-// bases asks the target which devices hold a base, if the source wants to know.
-func (d *destination) bases(m *wire.Manifest) ([]*BaseIndex, error) {
+// bases asks the target which devices hold a base, if the source wants to know. What is shared does not become one: the source's guest
+// uses it.
+func (d *destination) bases(m *wire.Manifest, shared []bool) ([]*BaseIndex, error) {
 	none := make([]*BaseIndex, len(m.Devices))
+	asked := *m
+	asked.Devices = slices.Clone(m.Devices)
+	for i := range asked.Devices {
+		if shared[i] {
+			asked.Devices[i].Base = ""
+		}
+	}
+	m = &asked
 	t, ok := d.cfg.Target.(BaseTarget)
 	if !ok || d.link.version < 2 || !slices.ContainsFunc(m.Devices, func(d wire.Device) bool { return d.Base != "" }) {
 		return none, nil
@@ -847,10 +873,15 @@ func (d *destination) report(streams int, err error) *Report {
 	if err != nil {
 		r.Error = err.Error()
 	}
+	for _, dev := range d.devices {
+		if dev.shared {
+			r.Shared = append(r.Shared, dev.name)
+		}
+	}
 	if d.manifest != nil {
 		r.ID = d.manifest.ID
 		if d.summary != nil && !d.fresh {
-			r.Digests = digestsOf(d.manifest.Devices, d.summary)
+			r.Digests = digestsOf(d.manifest.Devices, d.summary, r.Shared)
 		}
 	}
 	r.WireBytes, r.LateBytes, r.Reconnects = d.wireBytes, d.lateBytes, d.reconnects

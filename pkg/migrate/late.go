@@ -430,13 +430,15 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	if id != d.manifest.ID {
 		return nil, tell(wire.CodeRefused, fmt.Errorf("source speaks of migration %q, not of %q", id, d.manifest.ID), "this is another migration")
 	}
-	say := wire.Rejoin{ID: id, Standing: d.standing, Fresh: d.fresh}
 	serve := d.standing == wire.Owned || d.standing == wire.Runs
 	if serve {
 		for _, dev := range d.devices {
-			if dev.late != nil {
-				dev.forgo()
-			}
+			d.forgo(dev)
+		}
+	}
+	say := wire.Rejoin{ID: id, Standing: d.standing, Fresh: d.fresh}
+	if serve {
+		for _, dev := range d.devices {
 			say.Devices = append(say.Devices, wire.RejoinDevice{Device: wire.Device{Name: dev.name, Size: dev.size}, Missing: dev.late != nil})
 		}
 	}
@@ -485,10 +487,19 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	return c, nil
 }
 
-// forgo asks for nothing more of a device that nobody needs any more, as memory whose machine has ended.
-func (t *targetDevice) forgo() {
-	if _, err := t.late.NextMissing(0); errors.Is(err, io.EOF) {
-		t.lacking.each(block.Range{Length: t.size}, func(page int64) { t.lacking.take(page) })
+// Forgoer is a [Late] of which what is missing may come to be needed by nobody, as memory whose machine has ended.
+type Forgoer interface {
+	Late
+	// Forgone reports whether it has. It stays so.
+	Forgone() bool
+}
+
+// forgo asks for nothing more of a device that nobody needs any more. What the source has sent of it on its way here is in the
+// source's digest and not in ours: both begin anew.
+func (d *destination) forgo(dev *targetDevice) {
+	if f, ok := dev.late.(Forgoer); ok && f.Forgone() && dev.lacking.count.Load() > 0 {
+		dev.lacking.each(block.Range{Length: dev.size}, func(page int64) { dev.lacking.take(page) })
+		d.fresh = true
 	}
 }
 

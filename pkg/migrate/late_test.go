@@ -33,7 +33,11 @@ type lateDevice struct {
 	model   map[int64][]byte // pages the guest wrote here
 	waits   int
 	hold    chan struct{} // the first page is not filled before this is closed
+
+	forgone atomic.Bool // nobody needs what is missing
 }
+
+func (l *lateDevice) Forgone() bool { return l.forgone.Load() }
 
 func newLateDevice(d block.Device, position int, missing []block.Range, ask func(int, block.Range)) *lateDevice {
 	l := &lateDevice{Device: d, position: position, ask: ask, missing: newPageSetOf(d.Size(), missing), wanted: map[int64]bool{}, model: map[int64][]byte{}}

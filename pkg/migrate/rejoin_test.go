@@ -272,8 +272,9 @@ func TestRejoinSourceLost(t *testing.T) {
 							again <- nil
 							return
 						}
+						late.late[lost].forgone.Store(!needed) // as when the machine there has ended
 						for page := range late.late[lost].missing.pages {
-							if !needed { // as when the machine there has ended
+							if !needed {
 								late.late[lost].missing.take(page)
 							}
 						}

@@ -3,6 +3,7 @@ package migrate
 import (
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"strconv"
 	"time"
 
@@ -62,6 +63,8 @@ type Report struct {
 
 	Digests map[string]string `json:"digests,omitempty"` // per device, in hexadecimal, once compared
 
+	Shared []string `json:"shared,omitempty"` // devices that the destination, on the same host, has taken as they are
+
 	LateBytes  int64 `json:"late_bytes,omitempty"` // missing at the destination when the guest was given to it
 	Demands    int64 `json:"demands,omitempty"`    // how often the destination asked for content that somebody waited for
 	Reconnects int   `json:"reconnects,omitempty"` // how often the two sides met again after the link had died
@@ -119,9 +122,13 @@ func size(n int64) string {
 	return fmt.Sprintf("%d B", n)
 }
 
-func digestsOf(devices []wire.Device, s *wire.Summary) map[string]string {
+// digestsOf are the digests of all devices but those that were shared, of which nothing was sent.
+func digestsOf(devices []wire.Device, s *wire.Summary, shared []string) map[string]string {
 	out := make(map[string]string, len(devices))
 	for i, d := range devices {
+		if slices.Contains(shared, d.Name) {
+			continue
+		}
 		out[d.Name] = hex.EncodeToString(s.Devices[i].Digest[:])
 	}
 	return out

@@ -360,6 +360,7 @@ func (s *source) describe() []wire.Device {
 		if d.Base != nil {
 			out[i].Base = d.Base.Digest().String()
 		}
+		out[i].Handle = d.Handle
 	}
 	return out
 }

@@ -144,6 +144,7 @@ type source struct {
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
 	late       []bool            // per device, whether it may be incomplete when the guest runs there
+	shared     []string          // devices that the destination has itself
 	ran        bool              // the destination said that it runs the guest
 	still      bool              // the guest stands still: downtime goes on
 	stuck      bool              // the guest could not be resumed after a copy
@@ -387,6 +388,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 		if len(accept.Based) > 0 && accept.Based[i] && d.Base == nil {
 			return fmt.Errorf("%w: accept says that device %q starts as a base that was not named", wire.ErrMalformed, d.Name)
 		}
+		if len(accept.Shared) > 0 && accept.Shared[i] && (d.Handle == "" || accept.Copy) {
+			return fmt.Errorf("%w: accept says that the destination has device %q itself, which was not offered", wire.ErrMalformed, d.Name)
+		}
 	}
 	done()
 	s.agree(accept)
@@ -488,6 +492,13 @@ func (s *source) agree(accept *wire.Accept) {
 		s.goal.PostCopy = false
 	}
 	for i, d := range s.devices {
+		if len(accept.Shared) > 0 && accept.Shared[i] {
+			// To all that follows it is a device of zeros, and the other side has it.
+			s.shared = append(s.shared, d.Name)
+			d.Device, d.Tracker, d.Base, d.Changed, d.digest = blank(d.size), nil, nil, nil, newDigest(d.size)
+			d.digest.shared.Store(true)
+			continue
+		}
 		s.late[i] = len(accept.Postpone) > 0 && accept.Postpone[i]
 		if !s.late[i] && d.Tracker != nil {
 			s.goal.PostCopy = false // it would have to be sent while the guest is paused, whatever is postponed
@@ -496,6 +507,9 @@ func (s *source) agree(accept *wire.Accept) {
 	for i, d := range s.devices {
 		if s.goal.PostCopy && !s.late[i] && !d.Policy.precopies() {
 			d.Policy.MaxDirtyBlocks = d.size // copied once
+		}
+		if slices.Contains(s.shared, d.Name) {
+			continue
 		}
 		d.digest = newDigest(d.size)
 		if len(accept.Based) > 0 && accept.Based[i] {
@@ -1173,8 +1187,9 @@ func (s *source) report(streams int, err error) *Report {
 		r.WireBytes += s.link.written.Load()
 	}
 	r.LateBytes, r.Demands, r.Reconnects = s.lateBytes, s.demands.Load(), s.reconnects
+	r.Shared = s.shared
 	if s.summary != nil && !s.fresh {
-		r.Digests = digestsOf(s.describe(), s.summary)
+		r.Digests = digestsOf(s.describe(), s.summary, s.shared)
 	}
 	return r
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -401,7 +402,25 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*mi
 		return &migrate.Report{}, err
 	}
 	p.addBases(ctx, &sc)
+	p.offerMemory(streams, &sc)
 	return send(ctx, streams, sc)
+}
+
+// offerMemory has a destination on this host take the memory as it is.
+func (p *Peer) offerMemory(streams []io.ReadWriter, sc *migrate.SourceConfig) {
+	if who, err := whoIs(streams); err != nil || who.Process == 0 {
+		return
+	}
+	handle, err := p.instance.Handle()
+	if err != nil {
+		p.cfg.Logger.Debug("memory is sent, not handed over", "reason", err)
+		return
+	}
+	for n := range sc.Devices {
+		if sc.Devices[n].Name == runner.MemoryDevice {
+			sc.Devices[n].Handle = handle
+		}
+	}
 }
 
 // source is the instance as a source of migrations.
@@ -559,6 +578,7 @@ type target struct {
 	cfg      Config
 	instance *runner.Instance
 	names    []string // of the devices, as the manifest has them
+	shared   []bool   // of these, which are the source's own
 
 	streams []io.ReadWriter
 	fail    context.CancelCauseFunc // ends the migration, as long as it can end
@@ -582,6 +602,10 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	for n, d := range m.Devices {
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
 		t.names = append(t.names, d.Name)
+		if d.Name == runner.MemoryDevice && d.Handle != "" && !t.cfg.KeepCommitPoint {
+			incoming[n].Memory = t.takeMemory(d)
+		}
+		t.shared = append(t.shared, incoming[n].Memory != nil)
 	}
 	i, err := runner.Prepare(ctx, t.cfg.runner(), m.ID, desc, incoming)
 	if errors.Is(err, runner.ErrMismatch) {
@@ -600,6 +624,25 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	}
 	return devices, nil
 }
+
+// takeMemory opens the memory of a source on this host; nil if it has to be sent.
+func (t *target) takeMemory(d wire.Device) *os.File {
+	who, err := whoIs(t.streams)
+	if err == nil && who.Process == 0 {
+		return nil
+	}
+	var memory *os.File
+	if err == nil {
+		memory, err = runner.OpenMemory(who.Process, d.Handle, d.Size)
+	}
+	if err != nil {
+		t.cfg.Logger.Warn("the source's memory cannot be taken as it is, and is sent", "error", err)
+	}
+	return memory
+}
+
+// Shared implements migrate.SharedTarget.
+func (t *target) Shared() []bool { return t.shared }
 
 // Arriving implements migrate.ArrivalTarget.
 func (t *target) Arriving() { t.instance.Announce() }

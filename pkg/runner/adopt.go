@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -102,9 +103,10 @@ func (i *Instance) adopt(ctx context.Context) error {
 	i.cfg.Host.UID, i.cfg.Host.GID, i.cfg.Host.CgroupVersion = o.info.UID, o.info.GID, o.info.CgroupVersion
 	i.cfg.Host.Netns, i.cfg.Host.Interface, i.cfg.Host.IOEngineSync = o.info.Netns, o.info.Interface, o.info.IOEngineSync
 
-	file := o.claim(memoryName(i.root))
+	name := cmp.Or(o.info.Memory, memoryName(i.root))
+	file := o.claim(name)
 	if file == nil {
-		return fmt.Errorf("process %d does not hold its memory %q", o.pid, memoryName(i.root))
+		return fmt.Errorf("process %d does not hold its memory %q", o.pid, name)
 	}
 	if i.memory, err = ram.Open(file); err != nil {
 		return err

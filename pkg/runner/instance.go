@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -72,7 +73,9 @@ type Instance struct {
 	folder  *os.File  // holds the lock on root: see machineFile
 	orphan  *orphan   // the machine of an owner that died, until it is adopted
 	adopted bool
-	made    bool // the hook of that name was called
+	made    bool     // the hook of that name was called
+	handed  *os.File // the memory of a source on this host, until the machine is started with it
+	foreign bool     // the memory is that of a source on this host, whose guest uses it until this instance is ours
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
 	disks   []*expose.Server
@@ -279,16 +282,28 @@ func (i *Instance) checkBootable(state *device) error {
 type Incoming struct {
 	Name string
 	Size int64 // bytes
+
+	// Memory, for the device of memory, is the memfd of the source's machine on this host, with all that is in it: nothing of it
+	// comes. Prepare takes it over. Not with Config.KeepCommitPoint.
+	Memory *os.File
 }
 
 // Prepare opens devices to receive a migration into, and starts the machine that waits for it. The incoming devices and the
 // configured ones must match by name, except those configured devices that exist here and do not travel; local names them.
 // [Instance.Devices] gives the devices to write to; then come Load and Run, or Discard. The migration's id goes on record.
 func Prepare(ctx context.Context, cfg Config, migration string, desc Description, incoming []Incoming) (_ *Instance, err error) {
+	var handed *os.File
+	for _, in := range incoming {
+		if in.Memory != nil {
+			handed = in.Memory
+		}
+	}
 	i, err := open(ctx, cfg, openReceive, &reception{desc: desc, incoming: incoming})
 	if err != nil {
+		closeFiles(handed)
 		return nil, err
 	}
+	i.handed = handed
 	defer func() {
 		switch {
 		case err == nil:
@@ -653,6 +668,26 @@ func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// memfdName is the name that a memfd was made with.
+func memfdName(f *os.File) (string, error) {
+	target, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	name, ok := strings.CutPrefix(strings.TrimSuffix(target, " (deleted)"), "/memfd:")
+	if err == nil && !ok {
+		err = fmt.Errorf("%q is no memfd", target)
+	}
+	return name, err
+}
+
+// Handle names the memory for a destination on this host that knows our process id, so that it can have the memory itself: see
+// [Incoming]. There is none while the memory is being filled.
+func (i *Instance) Handle() (string, error) { return i.memory.Handle() }
+
+// OpenMemory opens, for [Incoming], the memory of size bytes that process pid of this host has named with a handle. Only whoever trusts that
+// process may: it can go on reading and writing the memory.
+func OpenMemory(pid int, handle string, size int64) (*os.File, error) {
+	return ram.OpenHandle(pid, handle, size)
+}
+
 // makeFolder makes the VMPath.
 func (i *Instance) makeFolder() (err error) {
 	if i.path != "" {
@@ -680,8 +715,14 @@ func (i *Instance) makeFolder() (err error) {
 		}
 	}
 	host := i.cfg.Host
+	memory := ""
+	if i.handed != nil {
+		if memory, err = memfdName(i.handed); err != nil {
+			return fmt.Errorf("make folder of machine: %w", err)
+		}
+	}
 	i.folder, err = machineNote{
-		Hypervisor: i.cfg.Backend.Name(), Netns: host.Netns, Interface: host.Interface, UID: host.UID, GID: host.GID,
+		Memory: memory, Hypervisor: i.cfg.Backend.Name(), Netns: host.Netns, Interface: host.Interface, UID: host.UID, GID: host.GID,
 		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Description: i.desc,
 	}.make(i.root)
 	if err == nil {
@@ -704,7 +745,13 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if err := i.makeFolder(); err != nil {
 		return err
 	}
-	if i.memory, err = ram.Create(memoryName(i.root), i.desc.MemorySize); err != nil {
+	if i.handed != nil {
+		i.memory, err = ram.Open(i.handed)
+		i.handed, i.foreign = nil, true
+	} else {
+		i.memory, err = ram.Create(memoryName(i.root), i.desc.MemorySize)
+	}
+	if err != nil {
 		return err
 	}
 	cfg := i.machineConfig(boot)
@@ -1117,6 +1164,17 @@ type Changes interface {
 	NextChange(off int64) (block.Range, error)
 }
 
+// foreignMemory is memory that another machine's guest uses: it is looked at here, and not touched.
+type foreignMemory struct{ block.Device }
+
+func (foreignMemory) WriteAt(p []byte, off int64) (int, error) {
+	return 0, fmt.Errorf("write %d bytes at %d of memory that is the source's still: %w", len(p), off, os.ErrPermission)
+}
+
+func (foreignMemory) Discard(off, n int64) error {
+	return fmt.Errorf("discard %d bytes at %d of memory that is the source's still: %w", n, off, os.ErrPermission)
+}
+
 // Devices are the devices that make the instance, memory included, device state not: it exists only while suspended.
 func (i *Instance) Devices() []Device {
 	var out []Device
@@ -1130,6 +1188,9 @@ func (i *Instance) Devices() []Device {
 			continue
 		case d.Name == MemoryDevice:
 			dev.Block, dev.Tracker, dev.Overlay = i.memory.Device(), i.memory.Tracker(), nil
+			if i.foreign && !i.point.front.Load() {
+				dev.Block = foreignMemory{dev.Block}
+			}
 			if i.point.memory != nil && !i.point.front.Load() {
 				dev.Block = &keptMemory{Device: dev.Block, kept: i.point.memory}
 			}
@@ -1376,6 +1437,8 @@ func (i *Instance) teardown() error {
 		i.reapFolders(filepath.Dir(i.root))
 		RemoveFolders(i.folders)
 	}
+	closeFiles(i.handed)
+	i.handed = nil
 	closeFiles(i.owner, i.folder) // last: until then the folder is not anybody's to remove
 	if i.made {
 		i.made = false

@@ -107,8 +107,12 @@ func unneeded(err error) error {
 
 func (m lateMemory) Fill(off int64, data []byte) error { return unneeded(m.f.Deliver(off, data)) }
 func (m lateMemory) FillZero(off, n int64) error       { return unneeded(m.f.DeliverZeros(off, n)) }
+
+// Forgone implements migrate.Forgoer.
+func (m lateMemory) Forgone() bool { return errors.Is(m.f.Err(), ram.ErrProcessEnded) }
+
 func (m lateMemory) NextMissing(off int64) (block.Range, error) {
-	if errors.Is(m.f.Err(), ram.ErrProcessEnded) {
+	if m.Forgone() {
 		return block.Range{}, io.EOF
 	}
 	return m.f.NextMissing(off)

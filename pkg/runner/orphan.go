@@ -25,6 +25,7 @@ const machineFile = "machine.json"
 // machineNote is the content of a machineFile. Which process the machine is is not in it: that is asked of the kernel.
 type machineNote struct {
 	Hypervisor    string      `json:"hypervisor"`
+	Memory        string      `json:"memory,omitempty"` // name of the memfd, if it was another machine's
 	Netns         string      `json:"netns,omitempty"`
 	Interface     string      `json:"interface,omitempty"`
 	UID           int         `json:"uid,omitempty"`

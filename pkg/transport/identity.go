@@ -16,6 +16,9 @@ import (
 type Identity struct {
 	Method string   // how it was proven: "tls", "psk" or "unix"; empty if nothing was
 	Names  []string // by which it can be allowed; none over psk, which proves no more than the key
+
+	// Process is the id of the process at the other end, over unix sockets of this host when it is this user's or root's; 0 otherwise.
+	Process int
 }
 
 // String is for people and logs.

@@ -43,7 +43,11 @@ func (c unixConn) credentials() (*unix.Ucred, Identity, error) {
 	if e := raw.Control(func(fd uintptr) { cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); e != nil || err != nil {
 		return nil, Identity{}, errors.Join(e, err)
 	}
-	return cred, Identity{Method: "unix", Names: []string{fmt.Sprintf("uid:%d", cred.Uid), fmt.Sprintf("gid:%d", cred.Gid)}}, nil
+	is := Identity{Method: "unix", Names: []string{fmt.Sprintf("uid:%d", cred.Uid), fmt.Sprintf("gid:%d", cred.Gid)}}
+	if cred.Uid == uint32(os.Geteuid()) || cred.Uid == 0 {
+		is.Process = int(cred.Pid)
+	}
+	return cred, is, nil
 }
 
 // Identity is for IdentityOf.

@@ -18,6 +18,9 @@ type Accept struct {
 	// Based says, for each device of the manifest, whether it holds the base that the manifest names for it, so that only
 	// what differs from it need come. Empty: none.
 	Based []bool `json:"based,omitempty"`
+	// Shared says, for each device of the manifest, whether the destination has it itself, by its handle: nothing of it comes. Empty:
+	// none.
+	Shared []bool `json:"shared,omitempty"`
 }
 
 // Encode returns the payload of an Accept frame.
@@ -44,8 +47,10 @@ func DecodeAccept(b []byte, n int) (*Accept, error) {
 	if err := json.Unmarshal(b, a); err != nil {
 		return nil, fmt.Errorf("%w: accept: %w", ErrMalformed, err)
 	}
-	if len(a.Postpone) != 0 && len(a.Postpone) != n || len(a.Based) != 0 && len(a.Based) != n {
-		return nil, fmt.Errorf("%w: accept speaks of %d devices, the manifest of %d", ErrMalformed, len(a.Postpone), n)
+	for _, list := range [][]bool{a.Postpone, a.Based, a.Shared} {
+		if len(list) != 0 && len(list) != n {
+			return nil, fmt.Errorf("%w: accept speaks of %d devices, the manifest of %d", ErrMalformed, len(list), n)
+		}
 	}
 	return a, nil
 }

@@ -42,7 +42,13 @@ type Device struct {
 	// Base is the digest, in hexadecimal, of the base that the device was made from, if there is one that the destination
 	// may hold too.
 	Base string `json:"base,omitempty"`
+
+	// Handle, if set, is by which a destination on the source's host can have the device itself. Its form is the two ends' own.
+	Handle string `json:"handle,omitempty"`
 }
+
+// MaxHandle is the most bytes of a Handle.
+const MaxHandle = 64
 
 // Manifest says what a migration will bring. A device is known by its position from then on.
 type Manifest struct {
@@ -76,6 +82,9 @@ func (m *Manifest) check() error {
 		}
 		if d.Base != "" && !digestPattern.MatchString(d.Base) {
 			return fmt.Errorf("device %q: base %q is not a digest", d.Name, clip(printable(d.Base), 2*len(Digest{})))
+		}
+		if len(d.Handle) > MaxHandle || d.Handle != printable(d.Handle) {
+			return fmt.Errorf("device %q: handle %q: at most %d printable bytes are allowed", d.Name, clip(printable(d.Handle), MaxHandle), MaxHandle)
 		}
 	}
 	return nil

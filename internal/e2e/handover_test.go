@@ -1,0 +1,115 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/migrate"
+)
+
+// TestCommandHandOver moves a VM between peers of one host over unix sockets: its memory is handed over, not copied.
+func TestCommandHandOver(t *testing.T) {
+	w := newWorkshop(t)
+	w.snapshot(t, "package").wait(t, 0)
+	socket := func(name string) string { return "unix://" + w.path(name+".sock") }
+	check := func(t *testing.T) {
+		t.Helper()
+		w.do(t, "mem stop")
+		w.do(t, "mem verify")
+		w.do(t, "mem go")
+	}
+	reportOf := func(t *testing.T, name string) (r migrate.Report) {
+		t.Helper()
+		text, err := os.ReadFile(w.path(name + ".json"))
+		if err == nil {
+			lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+			err = json.Unmarshal([]byte(lines[len(lines)-1]), &r)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	// start is the peer that takes the VM over from the one named, if any.
+	start := func(t *testing.T, name, from string, more ...string) *command {
+		args := []string{"--laddr", socket(name), "--report", w.path(name + ".json")}
+		if from != "" {
+			args = append(args, "--raddr", socket(from))
+		}
+		return w.start(t, w.console, w.peer("package", name, append(args, more...)...)...)
+	}
+
+	a := start(t, "a", "")
+	a.waitFor(t, "Resumed VM")
+	w.do(t, "mem start 64 random")
+	w.do(t, "disk disk start 4096")
+	b := start(t, "b", "a")
+	b.waitFor(t, "Received VM")
+	a.wait(t, 0)
+	check(t)
+	for _, name := range []string{"a", "b"} {
+		r := reportOf(t, name)
+		if !slices.Equal(r.Shared, []string{"memory"}) || r.Digests["disk"] == "" || r.Digests["memory"] != "" || r.WireBytes > 40<<20 {
+			t.Errorf("%s reports that it shared %q, %d bytes, digests %v", name, r.Shared, r.WireBytes, r.Digests)
+		}
+	}
+
+	// The memory outlives the peer of the machine that has it now, as any other does.
+	b.Process.Kill()
+	b.wait(t, -1)
+	b = start(t, "b", "a")
+	b.waitFor(t, "Adopted VM on ")
+	check(t)
+	c := start(t, "c", "b")
+	c.waitFor(t, "Received VM")
+	b.wait(t, 0)
+	check(t)
+	if r := reportOf(t, "c"); !slices.Equal(r.Shared, []string{"memory"}) {
+		t.Errorf("from the adopted machine it was not handed over: %q", r.Shared)
+	}
+
+	// A destination that dies with its machine before it has the VM leaves the memory as it was, whenever that is.
+	for n := range 4 {
+		victim := w.start(t, nil, w.peer("package", "victim", "--raddr", socket("c"))...)
+		for folder := w.path("victim"); ; w.pass(victim, 1) { // until there is a machine, or its end
+			if _, err := os.Stat(folder); err == nil {
+				break
+			}
+		}
+		w.pass(victim, time.Duration(40*n))
+		victim.Process.Kill()
+		victim.wait(t, -1, 0)
+		if strings.Contains(c.said(), "Sent VM") {
+			t.Skip("it was there too soon") // and the rest is not tried
+		}
+		c.waitForCount(t, "the VM runs on here", n+1)
+		check(t)
+	}
+
+	// Who wants to keep what comes has it sent; so has a copy.
+	w.start(t, nil, "terminator", "--raddr", socket("c"), "--copy", "--package", w.path("copy")).wait(t, 0)
+	d := start(t, "d", "c", "--keep-commit-point")
+	d.waitFor(t, "Received VM")
+	c.wait(t, 0)
+	check(t)
+	if r := reportOf(t, "d"); len(r.Shared) > 0 || r.Digests["memory"] == "" {
+		t.Errorf("it shared %q", r.Shared)
+	}
+
+	// Closed and resumed it is what it was.
+	d.Process.Signal(syscall.SIGTERM)
+	d.wait(t, 0)
+	w.checkClean(t)
+	e := w.start(t, w.console, w.peer("package", "d")...)
+	e.waitFor(t, "Resumed VM")
+	check(t)
+	w.do(t, "disk disk verify")
+	e.Process.Signal(syscall.SIGTERM)
+	e.wait(t, 0)
+	w.checkClean(t)
+}

@@ -93,7 +93,7 @@ func TestCommandCtl(t *testing.T) {
 		if err := json.Unmarshal([]byte(out), &r); err != nil || r.Downtime <= 0 || len(r.Digests) == 0 {
 			t.Errorf("%v: %s", err, out)
 		}
-		t.Logf("the guest stood still for %v", r.Downtime)
+		t.Logf("the guest stood still for %v: %v", r.Downtime, r.Parts)
 		w.do(t, "mem stop")
 		w.do(t, "mem verify")
 		w.do(t, "mem go")

@@ -230,6 +230,12 @@ type Forgetter interface {
 	Forget(ctx context.Context) error
 }
 
+// Runner is a [Guest] that knows when its vCPUs ran again, where Resume goes on to tell an agent of it.
+type Runner interface {
+	// RunsSince is called after Resume.
+	RunsSince() time.Time
+}
+
 // Postponer is a [Target] that can run its guest before all content is there.
 type Postponer interface {
 	Target

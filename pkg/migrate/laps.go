@@ -21,6 +21,7 @@ const (
 	PartPause     = "pause"      // source: Guest.Pause
 	PartFinalList = "final list" // source: the last look at what was written
 	PartState     = "state save" // source: Guest.State; it is sent as it is written
+	PartAside     = "put aside"  // source, for a copy: the rest is copied in memory, to be sent when the guest runs on
 	PartTransfer  = "transfer"   // source: sending the rest; destination: receiving it and the device state
 	PartLoad      = "load"       // source: all the destination does until it is prepared; destination: Target.Load
 	PartVerify    = "verify"     // destination: comparing digests

@@ -144,6 +144,7 @@ type source struct {
 	reasons    map[string]string // per device, why the policy asked for the switch
 	summary    *wire.Summary     // once compared
 	late       []bool            // per device, whether it may be incomplete when the guest runs there
+	copies     bool              // the destination wants a copy
 	shared     []string          // devices that the destination has itself
 	ran        bool              // the destination said that it runs the guest
 	still      bool              // the guest stands still: downtime goes on
@@ -277,7 +278,7 @@ func (s *source) rollBack(ctx context.Context, failure error) error {
 		}
 	}
 	if s.still {
-		s.downtime.end(PartRollback)
+		s.downtime.endAt(PartRollback, s.runsSince())
 	}
 	s.stopTracking()
 	s.finish()
@@ -432,11 +433,11 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err := l.send(wire.Header{Type: wire.TypeState}, nil); err != nil {
 		return err
 	}
-	ours, serving, err := s.switchOver()
+	ours, serving, err := s.switchOver(done)
 	if err != nil {
 		return err
 	}
-	if accept.Copy {
+	if s.copies {
 		return s.leaveCopy(ctx, ours, done)
 	}
 
@@ -488,7 +489,7 @@ func (s *source) hand(v *serving) error {
 // agree settles what can be had of the goal, after the destination has said what it can do and wants.
 func (s *source) agree(accept *wire.Accept) {
 	s.late = make([]bool, len(s.devices))
-	if accept.Copy {
+	if s.copies = accept.Copy; s.copies {
 		s.goal.PostCopy = false
 	}
 	for i, d := range s.devices {
@@ -539,8 +540,8 @@ func (s *source) confirm(ours *wire.Summary) error {
 	return nil
 }
 
-// leaveCopy lets the guest run on, all of whose content has left, and waits until the copy of it is safe.
-func (s *source) leaveCopy(cancelable context.Context, ours *wire.Summary, done func()) error {
+// resumeCopied lets the guest run on of which a copy is made.
+func (s *source) resumeCopied() error {
 	s.state.set(SourceResuming)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.link.ctx), s.cfg.ResumeTimeout)
 	defer cancel()
@@ -549,12 +550,34 @@ func (s *source) leaveCopy(cancelable context.Context, ours *wire.Summary, done 
 		s.log.Warn("the guest is still held back", "error", err)
 	}
 	err := s.cfg.Guest.Resume(ctx)
-	s.downtime.end(PartResume)
+	s.downtime.endAt(PartResume, s.runsSince())
 	s.still = false
 	s.stopTracking()
 	if err != nil {
 		s.stuck = true
 		return fmt.Errorf("resume guest: %w", err)
+	}
+	return nil
+}
+
+// runsSince is when the guest ran after Resume, which does more than that.
+func (s *source) runsSince() time.Time {
+	if g, ok := s.cfg.Guest.(Runner); ok {
+		if t := g.RunsSince(); t.After(s.downtime.at) {
+			return t
+		}
+	}
+	return time.Now()
+}
+
+// leaveCopy lets the guest run on, if it does not yet, all of whose content has left, and waits until the copy of it is safe.
+func (s *source) leaveCopy(cancelable context.Context, ours *wire.Summary, done func()) error {
+	if s.still {
+		if err := s.resumeCopied(); err != nil {
+			return err
+		}
+	} else {
+		done = s.link.limit(s.cfg.SwitchTimeout, "the destination's check of the copy")
 	}
 
 	s.state.set(SourceChecking)
@@ -569,7 +592,7 @@ func (s *source) leaveCopy(cancelable context.Context, ours *wire.Summary, done 
 	if err := s.link.send(wire.Header{Type: wire.TypeCopied}, nil); err != nil {
 		return err
 	}
-	_, err = s.link.expect(wire.TypeSettled)
+	_, err := s.link.expect(wire.TypeSettled)
 	return err
 }
 
@@ -1004,8 +1027,9 @@ func (s *source) planPending(d *sourceDevice, p *planner) (Dirty, error) {
 }
 
 // switchOver sends the rest of a paused guest: content and device state at the same time, then the account of all. What
-// would take too long is listed instead, and the returned serving sends it; nil when nothing is listed.
-func (s *source) switchOver() (*wire.Summary, *serving, error) {
+// would take too long is listed instead, and the returned serving sends it; nil when nothing is listed. A guest of which a copy is
+// made runs on as soon as that can be; then the limit on its pause is done with.
+func (s *source) switchOver(done func()) (*wire.Summary, *serving, error) {
 	ctx := s.link.ctx
 	s.round.Add(1)
 	s.dirty.Store(0)
@@ -1035,6 +1059,15 @@ func (s *source) switchOver() (*wire.Summary, *serving, error) {
 	case s.postCopy(rest):
 		serving, err = s.announce(rest)
 	default:
+		if s.copies {
+			if err = s.goOn(rest, span{PartFinalList, began, listed}, g.Wait); err != nil {
+				break
+			}
+			if !s.still {
+				done()
+				defer s.watchAcks()()
+			}
+		}
 		err = s.each(rest, func(d *sourceDevice) error {
 			plan := s.planPending
 			if len(d.rounds) == 0 {
@@ -1055,13 +1088,30 @@ func (s *source) switchOver() (*wire.Summary, *serving, error) {
 		}
 		return nil, nil, err
 	}
-	s.downtime.endAll(span{PartFinalList, began, listed}, s.stateSaved, span{PartTransfer, listed, ended})
+	if s.still {
+		s.downtime.endAll(span{PartFinalList, began, listed}, s.stateSaved, span{PartTransfer, listed, ended})
+	}
 	sum := s.account()
 	sum.State = state
 	if serving != nil {
 		serving.start() // loading the device state may touch what is missing
 	}
 	return sum, serving, s.link.send(wire.Header{Type: wire.TypeFinal}, sum.Encode())
+}
+
+// goOn lets a guest run on whose rest could be put aside, once its device state is saved. s.still says whether it does not.
+func (s *source) goOn(rest []*sourceDevice, listing span, saved func() error) error {
+	began := time.Now()
+	ok, err := s.putAside(rest)
+	if err != nil || !ok {
+		return err
+	}
+	ended := time.Now()
+	if err := saved(); err != nil {
+		return err
+	}
+	s.downtime.endAll(listing, s.stateSaved, span{PartAside, began, ended})
+	return s.resumeCopied()
 }
 
 // sendState sends the device state.

@@ -32,7 +32,7 @@ const (
 	SourceSuspending                     // the guest's agent prepares for the pause; the guest runs
 	SourcePausing                        // the guest is being paused: downtime begins
 	SourceSwitching                      // paused: last round or lists of what will be missing, device state
-	SourceResuming                       // for a copy: all of it has left, the guest is being resumed here
+	SourceResuming                       // for a copy: the guest is being resumed here; what was put aside for that is sent
 	SourceChecking                       // for a copy: the guest runs here, the destination checks and keeps the copy
 	SourceConfirming                     // paused: all is sent, the destination checks and loads it
 	SourceCommitting                     // paused: the decision is being made durable; canceling is too late

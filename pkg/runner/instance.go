@@ -90,9 +90,10 @@ type Instance struct {
 
 	mu        sync.Mutex // held through every change of phase; guards what follows
 	phase     phase
-	migration string // that the instance was released to, or comes by
-	refused   bool   // it is on record that what was received will never run
-	confirmed bool   // whom it was released to has said that it runs it
+	migration string    // that the instance was released to, or comes by
+	refused   bool      // it is on record that what was received will never run
+	confirmed bool      // whom it was released to has said that it runs it
+	runsSince time.Time // when the vCPUs ran again
 
 	resumeDuration time.Duration
 
@@ -867,9 +868,16 @@ func (i *Instance) run(ctx context.Context) error {
 	if err := i.machine.Resume(ctx); err != nil {
 		return err
 	}
-	i.phase = running
+	i.phase, i.runsSince = running, time.Now()
 	call(i.cfg.Hooks.Resumed)
 	return nil
+}
+
+// RunsSince is when the vCPUs ran again, last.
+func (i *Instance) RunsSince() time.Time {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.runsSince
 }
 
 // afterResume has the agent set the clock, reseed and run its hook.

@@ -77,9 +77,9 @@ type State int
 const (
 	StateBroken  State = iota // in none of the others: only Close is left
 	StateWaiting              // for Load; the guest has never run
-	StateRunning
-	StatePaused // vCPUs stopped
-	StateClosed // the process has ended
+	StateRunning              // the vCPUs run
+	StatePaused               // vCPUs stopped
+	StateClosed               // the process has ended
 )
 
 func (s State) String() string {

@@ -10,9 +10,9 @@ import (
 )
 
 const (
-	// Version is the newest version of the protocol this package speaks, OldestVersion the oldest. A release that
-	// introduces version n keeps n−1.
-	Version       = 2
+	// Version is the newest version of the protocol this package speaks. A release that introduces version n keeps n−1.
+	Version = 2
+	// OldestVersion is the oldest.
 	OldestVersion = 1
 
 	// Magic opens every stream, in both directions.

@@ -295,6 +295,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		ForceOwner: opts.forceOwner, Clone: opts.clone, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
+	if opts.metrics != "" {
+		cfg.Hooks.Flushed = out.metrics.Flushed
+	}
 
 	if opts.laddr != "" {
 		if err := cfg.CheckMigratable(); err != nil {

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
@@ -42,7 +44,8 @@ func TestCommandCtl(t *testing.T) {
 		}
 		return s
 	}
-	a := w.start(t, w.console, w.peer("package", "a", "--laddr", "127.0.0.1:0", "--control", socket)...)
+	a := w.start(t, w.console, w.peer("package", "a", "--laddr", "127.0.0.1:0", "--control", socket, "--metrics", "127.0.0.1:0")...)
+	metrics := a.waitFor(t, "Metrics on ")
 	serving := a.waitFor(t, "Serving on ")
 	w.do(t, "mem start 32")
 	refused := func(t *testing.T, want string) {
@@ -60,6 +63,26 @@ func TestCommandCtl(t *testing.T) {
 		}
 		if info, err := os.Stat(socket); err != nil || info.Mode().Perm() != 0o600 {
 			t.Errorf("the socket is %v, %v", info.Mode(), err)
+		}
+	})
+	t.Run("metrics", func(t *testing.T) {
+		w.do(t, "disk disk write 0 4096 1") // which it flushes
+		answer, err := http.Get(metrics)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer answer.Body.Close()
+		text, err := io.ReadAll(answer.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{`drafter_peer_state{state="running"} 1`, `drafter_disk_flush_failures_total{disk="disk"} 0`} {
+			if !strings.Contains(string(text), want) {
+				t.Errorf("%q is not among the metrics", want)
+			}
+		}
+		if strings.Contains(string(text), `drafter_disk_flush_seconds_count{disk="disk"} 0`) {
+			t.Error("no flush was counted")
 		}
 	})
 	t.Run("pause", func(t *testing.T) {

@@ -53,6 +53,8 @@ type Memory struct {
 //	drafter_memory_faults_total                            page faults of the guest that were served
 //	drafter_memory_fill_failures_total                     attempts to fill that failed
 //	drafter_memory_fault_latency_seconds{rank}             rank: p50, p99, max
+//	drafter_disk_flush_seconds{disk}                       histogram of the guest's flushes
+//	drafter_disk_flush_failures_total{disk}                flushes that failed
 //	drafter_migration_state{role,state}                    1 for the state of the migration under way, or the last
 //	drafter_migration_round                                number of the round, from 0
 //	drafter_migration_size_bytes{role}                     of all devices
@@ -81,7 +83,8 @@ type Metrics struct {
 	rounds, demands                                             prometheus.Counter
 	peerState, state, size, rest, dirty, bandwidth, part, agent *prometheus.GaugeVec
 	migrations, bytes, late, reconnects                         *prometheus.CounterVec
-	duration, downtime                                          *prometheus.HistogramVec
+	duration, downtime, flush                                   *prometheus.HistogramVec
+	flushFailures                                               *prometheus.CounterVec
 
 	mu     sync.Mutex // guards what follows, and changes of state
 	last   migrate.Progress
@@ -102,8 +105,8 @@ func NewMetrics(version string) *Metrics {
 		m.registry.MustRegister(c)
 		return c
 	}
-	histogram := func(name, help string, buckets []float64) *prometheus.HistogramVec {
-		h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "drafter_" + name, Help: help, Buckets: buckets}, []string{"role"})
+	histogram := func(name, help, label string, buckets []float64) *prometheus.HistogramVec {
+		h := prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "drafter_" + name, Help: help, Buckets: buckets}, []string{label})
 		m.registry.MustRegister(h)
 		return h
 	}
@@ -126,8 +129,10 @@ func NewMetrics(version string) *Metrics {
 	m.late = counters("migration_late_bytes_total", "Bytes that were missing when guests were started at their destination, by migrations that ended.", "role")
 	m.demands = counters("migration_demands_total", "Requests of destinations for bytes that somebody waited for, by migrations that ended.").WithLabelValues()
 	m.reconnects = counters("migration_reconnects_total", "Times that peers met again after their link had died, by migrations that ended.", "role")
-	m.duration = histogram("migration_duration_seconds", "Time migrations took, from begin to end.", prometheus.ExponentialBuckets(0.1, 2, 14))
-	m.downtime = histogram("migration_downtime_seconds", "Time the guest did not run; at the destination, the part that it sees.", prometheus.ExponentialBuckets(0.001, 2, 15))
+	m.flush = histogram("disk_flush_seconds", "Time the guest's flushes of its disks took.", "disk", prometheus.ExponentialBuckets(0.0001, 2, 16))
+	m.flushFailures = counters("disk_flush_failures_total", "Flushes of the guest's disks that failed.", "disk")
+	m.duration = histogram("migration_duration_seconds", "Time migrations took, from begin to end.", "role", prometheus.ExponentialBuckets(0.1, 2, 14))
+	m.downtime = histogram("migration_downtime_seconds", "Time the guest did not run; at the destination, the part that it sees.", "role", prometheus.ExponentialBuckets(0.001, 2, 15))
 	m.part = gauges("migration_downtime_part_seconds", "Parts of the downtime of the last migration, which add up to it.", "role", "part")
 	m.agent = gauges("migration_agent_seconds", "Time the guest's agent took before the pause and after the resume of the last migration.", "moment")
 	m.State(Starting)
@@ -226,6 +231,16 @@ func (m *Metrics) Done(r *migrate.Report) {
 	}
 	m.agent.WithLabelValues("before").Set(time.Duration(r.AgentBefore).Seconds())
 	m.agent.WithLabelValues("after").Set(time.Duration(r.AgentAfter).Seconds())
+}
+
+// Flushed is told of each flush of a disk by the guest.
+func (m *Metrics) Flushed(disk string, took time.Duration, err error) {
+	m.flush.WithLabelValues(disk).Observe(took.Seconds())
+	if err != nil {
+		m.flushFailures.WithLabelValues(disk).Inc()
+	} else {
+		m.flushFailures.WithLabelValues(disk) // so that 0 is seen
+	}
 }
 
 // Handler serves the metrics at /metrics.

@@ -73,6 +73,8 @@ func story(m *Metrics) {
 	m.Memory(func() (Memory, bool) {
 		return Memory{Faults: 7, Failures: 1, Demanded: 4096, Background: 1 << 20, Zero: 8192, Missing: 512, P50: 9 * time.Microsecond, P99: 35 * time.Microsecond, Max: time.Millisecond}, true
 	})
+	m.Flushed("disk", 2*time.Millisecond, nil)
+	m.Flushed("disk", 300*time.Millisecond, errors.New("no space"))
 	m.Done(nil)
 	m.Done(&migrate.Report{})
 
@@ -231,7 +233,7 @@ func TestDocumented(t *testing.T) {
 		}
 		shown := map[string]bool{}
 		for _, n := range regexp.MustCompile(`drafter_[a-z_]+`).FindAllString(string(text), -1) {
-			n = strings.TrimSuffix(n, "_bucket")
+			n = strings.TrimSuffix(strings.TrimSuffix(n, "_bucket"), "_count")
 			if shown[n] = true; !served[n] {
 				t.Errorf("%s speaks of %s, which is not served", file, n)
 			}

@@ -169,11 +169,12 @@ type Hooks struct {
 	// a received instance, too, which may never come to run.
 	Made func(vmPath string) error
 
-	BeforeSuspend func() // the guest is about to be told that it will be suspended
-	Suspended     func() // all vCPUs have stopped
-	Resumed       func() // the vCPUs run (again)
-	AfterResume   func() // the agent has finished its work after a resume
-	Closed        func() // the machine and its VMPath are gone from here, or left to the next owner; only after Made
+	BeforeSuspend func()                                           // the guest is about to be told that it will be suspended
+	Suspended     func()                                           // all vCPUs have stopped
+	Resumed       func()                                           // the vCPUs run (again)
+	AfterResume   func()                                           // the agent has finished its work after a resume
+	Flushed       func(disk string, took time.Duration, err error) // a disk was made durable, as the guest had asked; by any goroutine
+	Closed        func()                                           // the machine and its VMPath are gone from here, or left to the next owner; only after Made
 }
 
 // Config is an instance on this host.

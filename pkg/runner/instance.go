@@ -855,6 +855,9 @@ func (i *Instance) serveDisk(disk vmm.Disk) (vmm.Attachment, error) {
 	}
 	i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
 	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).front(), ReadOnly: disk.ReadOnly}
+	if flushed := i.cfg.Hooks.Flushed; flushed != nil {
+		export.Device = timedFlush{export.Device, func(took time.Duration, err error) { flushed(disk.Name, took, err) }}
+	}
 	server, err := expose.ListenNBD(socket, []expose.Export{export}, opts)
 	if err != nil {
 		return vmm.Attachment{}, fmt.Errorf("expose disk %q: %w", disk.Name, err)

@@ -122,9 +122,14 @@ func (r *relay) move(ctx context.Context, p *peer.Peer, n int) (*peer.Peer, *mig
 		report *migrate.Report
 		err    error
 	}
-	source := make(chan sent, 1)
+	source, gone := make(chan sent, 1), make(chan struct{})
 	go func() { // waited for below
-		a := <-lobby.New
+		var a peer.Arrival
+		select {
+		case a = <-lobby.New:
+		case <-gone:
+			a.Err = errors.New("nobody came")
+		}
 		if a.Err != nil {
 			source <- sent{nil, a.Err}
 			return
@@ -136,11 +141,16 @@ func (r *relay) move(ctx context.Context, p *peer.Peer, n int) (*peer.Peer, *mig
 		return r.secure.Dial(ctx, fmt.Sprintf("psk://localhost:%d", l.Addr().(*net.TCPAddr).Port))
 	})
 	if err != nil {
+		close(gone)
+		<-source
 		return nil, nil, err
 	}
 	next, _, err := peer.Receive(ctx, cfg, streams)
 	s := <-source
-	return next, s.report, errors.Join(err, s.err)
+	if err = errors.Join(err, s.err); err != nil && next != nil {
+		err = errors.Join(err, next.Close(ctx))
+	}
+	return next, s.report, err
 }
 
 func (r *relay) serve(w http.ResponseWriter, _ *http.Request) {

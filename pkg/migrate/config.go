@@ -230,6 +230,12 @@ type Forgetter interface {
 	Forget(ctx context.Context) error
 }
 
+// Lender is a [Guest] that wants to know whether the destination has devices of it itself: see SourceDevice.Handle.
+type Lender interface {
+	// Lend is called when the destination has said so, before the guest is paused, with the names of those devices.
+	Lend(devices []string)
+}
+
 // Runner is a [Guest] that knows when its vCPUs ran again, where Resume goes on to tell an agent of it.
 type Runner interface {
 	// RunsSince is called after Resume.

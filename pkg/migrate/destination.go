@@ -272,7 +272,9 @@ func (d *destination) discard(cancelable context.Context, failure error) error {
 			neverRan = true
 		}
 	}
-	if d.link != nil && !neverRan {
+	// A guest whose devices are here goes on at the source only when nothing here can touch them any more.
+	shared := slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.shared })
+	if d.link != nil && !neverRan && !shared {
 		d.link.goodbye(failure, false)
 	}
 	d.workers.Wait()
@@ -282,8 +284,8 @@ func (d *destination) discard(cancelable context.Context, failure error) error {
 			d.log.Error("cannot discard what was received", "error", err)
 		}
 	}
-	if d.link != nil && neverRan {
-		d.link.goodbye(failure, true)
+	if d.link != nil && (neverRan || shared) {
+		d.link.goodbye(failure, neverRan)
 	}
 	d.finish()
 	d.state.set(DestinationDiscarded)
@@ -435,6 +437,7 @@ func (d *destination) offer(n int) ([]byte, error) {
 			return nil, fmt.Errorf("target speaks of %d devices to postpone, the manifest has %d", len(a.Postpone), n)
 		}
 		for i, dev := range d.devices {
+			a.Postpone[i] = a.Postpone[i] && !dev.shared
 			if a.Postpone[i] {
 				dev.lacking, dev.asked = newPageSet(dev.size), newPageSet(dev.size)
 			}

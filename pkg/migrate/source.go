@@ -395,6 +395,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 	done()
 	s.agree(accept)
+	if g, ok := s.cfg.Guest.(Lender); ok {
+		g.Lend(s.shared)
+	}
 
 	s.state.set(SourceCopying)
 	watched := s.watchAcks()

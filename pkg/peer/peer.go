@@ -560,6 +560,7 @@ func (p *Peer) Close(ctx context.Context) error {
 // source is an instance as migrate.Send sees it.
 type source struct{ *runner.Instance }
 
+func (s source) Lend(devices []string)                        { s.Instance.Lend(len(devices) > 0) }
 func (s source) State(ctx context.Context, w io.Writer) error { return s.SaveState(ctx, w) }
 func (s source) Resume(ctx context.Context) error             { return s.Continue(ctx) }
 
@@ -602,7 +603,7 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	for n, d := range m.Devices {
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
 		t.names = append(t.names, d.Name)
-		if d.Name == runner.MemoryDevice && d.Handle != "" && !t.cfg.KeepCommitPoint {
+		if d.Name == runner.MemoryDevice && d.Handle != "" && d.Size == desc.MemorySize && !t.cfg.KeepCommitPoint {
 			incoming[n].Memory = t.takeMemory(d)
 		}
 		t.shared = append(t.shared, incoming[n].Memory != nil)

@@ -22,7 +22,18 @@ var handlePattern = regexp.MustCompile(`^([0-9]{1,9}):([0-9]{1,20})$`)
 // inode, by which the other makes sure that it has found what was meant. It is valid until Close. Memory that is not filled yet has
 // none: its holes are pages that have not arrived.
 func (m *Memory) Handle() (string, error) {
-	if m.Unfilled() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	whole := !m.unfilled.Load()
+	if f := m.filler.Load(); f != nil {
+		select {
+		case <-f.Done():
+			whole = whole && f.Err() == nil
+		default: // what it has not brought yet is a hole, which would be zeros to the other
+			whole = false
+		}
+	}
+	if !whole {
 		return "", fmt.Errorf("%w: not all of memory %q is there", ErrShared, m.name)
 	}
 	var handle string

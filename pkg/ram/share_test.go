@@ -40,6 +40,33 @@ func TestHandle(t *testing.T) {
 	}
 }
 
+// Memory of which something has not arrived has no handle: to another process its holes would be zeros.
+func TestHandleUnfilled(t *testing.T) {
+	m, err := Create("handle-test", 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	check := func(when string, want bool) {
+		t.Helper()
+		if _, err := m.Handle(); (err == nil) != want || err != nil && !errors.Is(err, ErrShared) {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	f := &Filler{done: make(chan struct{})}
+	m.filler.Store(f)
+	check("it is being filled", false)
+	close(f.done)
+	check("it was filled", true)
+	f.err = os.ErrClosed
+	check("filling has failed", false)
+	m.filler.Store(nil)
+	check("nothing is to come", true)
+	m.unfilled.Store(true)
+	check("an ended process has left it unfilled", false)
+	m.unfilled.Store(false)
+}
+
 // What a handle leads to is not opened unless it is what it has to be.
 func TestOpenHandleRefuses(t *testing.T) {
 	const size = 1 << 20

@@ -184,8 +184,8 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			}
 			state = vmm.StatePaused
 		}
-		i.phase, i.migration, i.confirmed = released, record.Migration, record.Confirmed
-		if i.cfg.ForceOwner && record.Confirmed {
+		i.phase, i.migration, i.confirmed, i.lent = released, record.Migration, record.Confirmed, record.Shared
+		if i.cfg.ForceOwner && (record.Confirmed || record.Shared) {
 			return fmt.Errorf("%w: %s", ErrNotSaved, record.remedy())
 		}
 		if !i.cfg.ForceOwner {

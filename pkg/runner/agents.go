@@ -77,13 +77,6 @@ func (a agents) BeforeSuspend(ctx context.Context) error {
 	return a.each(func(_ int, h *agent.Host) error { return h.BeforeSuspend(ctx) })
 }
 
-// AfterResume gives each agent entropy of its own.
-func (a agents) AfterResume(ctx context.Context, id string, clone bool) error {
-	return a.each(func(_ int, h *agent.Host) error {
-		return h.AfterResume(ctx, agent.AfterResumeRequest{ID: id, Entropy: agent.NewEntropy(), Clone: clone})
-	})
-}
-
 func (a agents) Close() error {
 	return a.each(func(_ int, h *agent.Host) error { return h.Close() })
 }

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/agent"
@@ -31,7 +32,7 @@ type guest struct {
 
 // callNote says which call to the agent was begun last and is not known to be over. It is kept in a file beside the VMPath,
 // so that who adopts the machine of a process that died repeats that call, which the guest does not execute twice, and
-// makes the one that must follow it. At most one of the two is set.
+// makes the one that must follow it.
 type callNote struct {
 	Suspend string `json:"suspend,omitempty"` // id of a BeforeSuspend that no AfterResume has followed
 	Resume  string `json:"resume,omitempty"`  // id of an AfterResume that has not been answered
@@ -186,7 +187,7 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 		return context.Cause(ctx) // and the guest knows nothing
 	}
 	if g.told != uncertain || g.note.Suspend == "" {
-		g.remember(callNote{Suspend: rand.Text()})
+		g.remember(callNote{Suspend: rand.Text(), Clone: g.note.Clone})
 	}
 	g.agents.RepeatSuspend(g.note.Suspend)
 	g.told = uncertain
@@ -200,16 +201,18 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 }
 
 // undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of
-// the suspend. Where that is uncertain the call is repeated first, which the guest does not execute twice.
+// the suspend. Where that is uncertain the call is repeated first, which the guest does not execute twice. Each agent is told by
+// itself: one that does not answer keeps no other waiting.
 func (g *guest) undoSuspend(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
 	if g == nil || g.told == untold && !g.owed() {
 		return nil
 	}
-	var err error
-	if g.told == uncertain {
-		err = g.beforeSuspend(ctx, m, timeout)
+	again := g.told == uncertain
+	g.told = untold
+	if g.note.Resume == "" {
+		g.remember(callNote{Suspend: g.note.Suspend, Resume: rand.Text(), Clone: g.note.Clone})
 	}
-	return errors.Join(err, g.afterResume(ctx, m, timeout))
+	return g.tellResumed(ctx, m, timeout, again)
 }
 
 func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Duration) error {
@@ -218,15 +221,35 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 	}
 	g.told = untold
 	if g.note.Resume == "" {
-		g.remember(callNote{Resume: rand.Text()})
+		g.remember(callNote{Resume: rand.Text(), Clone: g.note.Clone})
 	}
-	return bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-		err := g.agents.AfterResume(ctx, g.note.Resume, g.note.Clone)
-		if err == nil || ctx.Err() == nil {
-			g.remember(callNote{})
+	return g.tellResumed(ctx, m, timeout, false)
+}
+
+// tellResumed tells all agents, by g.note, that the guest runs; with again, first once more of the suspend that came before.
+func (g *guest) tellResumed(ctx context.Context, m vmm.Machine, timeout time.Duration, again bool) error {
+	note := g.note
+	if again {
+		g.agents.RepeatSuspend(note.Suspend)
+	}
+	var silent atomic.Bool // one of them has not answered
+	err := g.agents.each(func(_ int, h *agent.Host) error {
+		var errs []error
+		if again {
+			errs = append(errs, bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", h.BeforeSuspend))
 		}
-		return err
+		return errors.Join(append(errs, bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
+			err := h.AfterResume(ctx, agent.AfterResumeRequest{ID: note.Resume, Entropy: agent.NewEntropy(), Clone: note.Clone})
+			if err != nil && ctx.Err() != nil {
+				silent.Store(true)
+			}
+			return err
+		}))...)
 	})
+	if !silent.Load() {
+		g.remember(callNote{})
+	}
+	return err
 }
 
 // bounded calls f with a context that ends after timeout, and when the machine ends.

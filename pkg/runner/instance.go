@@ -92,6 +92,7 @@ type Instance struct {
 	phase     phase
 	migration string    // that the instance was released to, or comes by
 	refused   bool      // it is on record that what was received will never run
+	lent      bool      // whom it is given to has its memory
 	confirmed bool      // whom it was released to has said that it runs it
 	runsSince time.Time // when the vCPUs ran again
 
@@ -794,6 +795,9 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if err := i.callMade(); err != nil {
 		return err
 	}
+	if i.foreign { // the hypervisor says in the guest's memory who is connected: see Own
+		return nil
+	}
 	return i.guest.serve(i.quiet)
 }
 
@@ -1033,7 +1037,7 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	if err := work.Wait(); err != nil {
 		return fmt.Errorf("release instance: flush its disks: %w", err)
 	}
-	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered()})
+	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered(), Shared: i.lent})
 }
 
 // Confirm puts on record that whom the instance was given to runs it, and may still need content from here: nobody can take it
@@ -1045,7 +1049,7 @@ func (i *Instance) Confirm(context.Context) error {
 		return fmt.Errorf("confirm instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.confirmed = true
-	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Confirmed: true, Layered: i.layered()})
+	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Confirmed: true, Layered: i.layered(), Shared: i.lent})
 }
 
 // Confirmed reports whether whom the instance was given to has said that it runs it, and may still need content from here.
@@ -1077,8 +1081,16 @@ func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 	if i.phase != released && i.phase != suspended {
 		return fmt.Errorf("reclaim instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.phase = suspended
+	i.phase, i.lent = suspended, false
 	return writeRecord(i.device(StateDevice), i.runningRecord(""))
+}
+
+// Lend notes whether whom the instance is about to be given to has its memory itself: see [Instance.Handle]. It holds until the instance
+// is ours again.
+func (i *Instance) Lend(lent bool) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.lent = lent
 }
 
 // Load gives the waiting machine its device state. Everything the devices need must have arrived.
@@ -1111,6 +1123,11 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 	}
 	if i.point.record.Length > 0 {
 		i.point.record.Time = time.Now()
+	}
+	if i.foreign {
+		if err := i.guest.serve(i.quiet); err != nil {
+			return err
+		}
 	}
 	if err := i.leash.release(); err != nil {
 		return err
@@ -1400,7 +1417,7 @@ func (i *Instance) save(ctx context.Context) error {
 	}
 	record := Record{Status: Saved}
 	if i.phase == released {
-		record = Record{Status: Moved, Migration: i.migration, Confirmed: i.confirmed}
+		record = Record{Status: Moved, Migration: i.migration, Confirmed: i.confirmed, Shared: i.lent}
 	}
 	if err := writeState(state, record, buf.b); err != nil {
 		return fmt.Errorf("save instance: %w", err)

@@ -87,6 +87,10 @@ type Record struct {
 	// content which is only here.
 	Confirmed bool
 
+	// Shared says of an instance that moved that the other peer, on this host, was given its memory itself: what was saved of it here is
+	// what the other has made of it, unless it never ran there.
+	Shared bool
+
 	// Kept says of an instance that runs that it can return to its commit point: the device state that follows, memory as it is
 	// in its device, and the disks without their layers.
 	Kept bool
@@ -99,7 +103,7 @@ type Record struct {
 //
 //	  0  8  magic "DRFTSTA1"
 //	  8  4  status
-//	 12  4  flags; bit 0: settled, bit 1: kept, bit 2: layered, bit 3: confirmed
+//	 12  4  flags; bit 0: settled, bit 1: kept, bit 2: layered, bit 3: confirmed, bit 4: shared
 //	 16  8  time, Unix nanoseconds
 //	 24  8  length of the device state, which begins at recordSize
 //	 32  8  xxh3-64 of the device state
@@ -118,7 +122,7 @@ func (r Record) encode() []byte {
 	b := make([]byte, recordSize)
 	copy(b, recordMagic)
 	binary.LittleEndian.PutUint32(b[8:], uint32(r.Status))
-	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1|btoi(r.Layered)<<2|btoi(r.Confirmed)<<3))
+	binary.LittleEndian.PutUint32(b[12:], uint32(btoi(r.Settled)|btoi(r.Kept)<<1|btoi(r.Layered)<<2|btoi(r.Confirmed)<<3|btoi(r.Shared)<<4))
 	binary.LittleEndian.PutUint64(b[16:], uint64(r.Time.UnixNano()))
 	binary.LittleEndian.PutUint64(b[24:], uint64(r.Length))
 	binary.LittleEndian.PutUint64(b[32:], r.Sum)
@@ -143,6 +147,7 @@ func decodeRecord(b []byte) (Record, error) {
 		Kept:      binary.LittleEndian.Uint32(b[12:])&2 != 0,
 		Layered:   binary.LittleEndian.Uint32(b[12:])&4 != 0,
 		Confirmed: binary.LittleEndian.Uint32(b[12:])&8 != 0,
+		Shared:    binary.LittleEndian.Uint32(b[12:])&16 != 0,
 		Time:      time.Unix(0, int64(binary.LittleEndian.Uint64(b[16:]))),
 		Length:    int64(binary.LittleEndian.Uint64(b[24:])),
 		Sum:       binary.LittleEndian.Uint64(b[32:]),
@@ -208,7 +213,7 @@ func ReadSaved(dev block.Device, force bool) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled && !r.Confirmed) {
+	if r.Status != Saved && !(force && r.Status == Moved && r.Length > 0 && !r.Settled && !r.Confirmed && !r.Shared) {
 		return nil, r.mark(fmt.Errorf("%w: %s", ErrNotSaved, r.remedy()))
 	}
 	return readState(dev, r)
@@ -246,6 +251,8 @@ func (r Record) remedy() string {
 			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
 		case r.Confirmed:
 			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other finds these files; what it lacks is nowhere else", at, r.Migration)
+		case r.Shared:
+			return given + ", and has its memory, which it may have changed: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
 		case r.Length > 0:
 			return given + ": start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, take it back with drafter peer --force-owner"
 		}

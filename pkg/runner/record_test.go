@@ -29,8 +29,8 @@ func TestRecordGolden(t *testing.T) {
 		}
 	}
 	confirmed := r
-	confirmed.Confirmed = true
-	if got, err := decodeRecord(confirmed.encode()); err != nil || !got.Confirmed || got.Settled || back.Confirmed {
+	confirmed.Confirmed, confirmed.Shared = true, true
+	if got, err := decodeRecord(confirmed.encode()); err != nil || !got.Confirmed || !got.Shared || got.Settled || back.Confirmed {
 		t.Errorf("what is confirmed is lost: %+v, %v", got, err)
 	}
 	r.Settled = true
@@ -93,6 +93,13 @@ func TestForceOwner(t *testing.T) {
 	}
 	if _, err := ReadSaved(dev, true); !errors.Is(err, ErrNotSaved) || !strings.Contains(err.Error(), "runs it") {
 		t.Errorf("forced after the other has confirmed: error %v, want ErrNotSaved", err)
+	}
+	// Memory that the other had itself is what the other has made of it.
+	if err := writeState(dev, Record{Status: Moved, Migration: "M1", Shared: true}, []byte("state")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadSaved(dev, true); !errors.Is(err, ErrNotSaved) || !errors.Is(err, ErrGiven) || !strings.Contains(err.Error(), "--boot --force-owner") {
+		t.Errorf("forced with memory that is shared: error %v, want ErrNotSaved with the way out", err)
 	}
 	// An instance whose new owner has confirmed has nothing left to force.
 	if err := writeRecord(dev, Record{Status: Moved, Migration: "M1"}); err != nil {

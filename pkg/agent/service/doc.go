@@ -37,7 +37,7 @@
 // # Time
 //
 // The other side may be dead, slow or hostile. Every call ends with its context, or after Config.Timeout if that has no deadline; the
-// one who executes it sees the deadline in its own context.
+// one who executes it sees the deadline in its own context. No more than 256 calls of the other side are executed at a time.
 //
 // # What it does not do
 //

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
@@ -87,6 +89,15 @@ const (
 	// maxIntroductions bounds how many connections of a host may be in that phase; more are closed.
 	maxIntroductions = 8
 
+	// maxCalls is how many calls of the other side are executed at a time.
+	maxCalls = 256
+
+	// lasting is how long a connection must last for the next to be made at once: of two that displace each other neither does.
+	lasting = time.Second
+
+	// complaint is how often it is logged that the other side is refused, at most.
+	complaint = time.Minute
+
 	// stuck is how long a call may take to return once its context is done, before its connection is ended for that.
 	stuck = time.Second
 )
@@ -148,6 +159,7 @@ type Endpoint struct {
 	cfg      Config
 	listener net.Listener  // of a host; nil: a guest
 	server   *ttrpc.Server // of all connections on which this side serves
+	places   chan struct{} // for calls that are executed
 	ctx      context.Context
 	cancel   context.CancelFunc
 	wg       sync.WaitGroup // everything that goes on
@@ -157,6 +169,7 @@ type Endpoint struct {
 	changed chan struct{} // closed and replaced when there is another
 	serving net.Conn      // by which a host serves
 	refused error         // why there is none, as far as is known
+	told    time.Time     // when that was logged
 }
 
 // link is a connection by which this side calls.
@@ -200,7 +213,8 @@ func newEndpoint(cfg Config) (*Endpoint, error) {
 		return nil, err
 	}
 	e := &Endpoint{cfg: cfg, changed: make(chan struct{})}
-	if e.server, err = ttrpc.NewServer(); err != nil {
+	e.places = make(chan struct{}, maxCalls)
+	if e.server, err = ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(e.execute)); err != nil {
 		return nil, err
 	}
 	if cfg.Register != nil {
@@ -210,9 +224,37 @@ func newEndpoint(cfg Config) (*Endpoint, error) {
 	return e, nil
 }
 
-// Close ends all connections and waits for everything that goes on. Calls fail. It is idempotent.
+// execute executes a call of the other side: no longer than Config.Timeout if that side gave no deadline, and with no more than maxCalls
+// others.
+func (e *Endpoint) execute(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+	select {
+	case e.places <- struct{}{}:
+		defer func() { <-e.places }()
+	default:
+		return nil, status.Errorf(codes.ResourceExhausted, "service %q: %d calls are being executed, the most there may be at a time: call again later", e.cfg.Name, maxCalls)
+	}
+	e.mu.Lock()
+	closed := e.ctx.Err() != nil
+	if !closed {
+		e.wg.Add(1)
+	}
+	e.mu.Unlock()
+	if closed {
+		return nil, status.Error(codes.Unavailable, "the service is closed")
+	}
+	defer e.wg.Done()
+	ctx, cancel := e.limit(ctx)
+	defer cancel()
+	defer context.AfterFunc(e.ctx, cancel)()
+	return method(ctx, unmarshal)
+}
+
+// Close ends all connections and waits for everything that goes on: calls of this side fail, and those of the other side that are being
+// executed see the end of their contexts. It is idempotent.
 func (e *Endpoint) Close() error {
+	e.mu.Lock()
 	e.cancel()
+	e.mu.Unlock()
 	if e.listener != nil {
 		e.listener.Close()
 	}
@@ -244,10 +286,15 @@ func (e *Endpoint) Call(ctx context.Context, f func(context.Context, *ttrpc.Clie
 func (e *Endpoint) Retry(ctx context.Context, f func(context.Context, *ttrpc.Client) error) error {
 	ctx, cancel := e.limit(ctx)
 	defer cancel()
-	for {
+	for lost := error(nil); ; {
 		err, cut := e.call(ctx, f)
-		if !cut || ctx.Err() != nil || e.ctx.Err() != nil {
-			return err
+		switch {
+		case cut && ctx.Err() == nil && e.ctx.Err() == nil:
+			lost = err
+		case err == nil || lost == nil || status.Code(err) != codes.Unknown || errors.Is(err, ErrUnknown):
+			return err // an answer, or what the attempts before did not change
+		default:
+			return fmt.Errorf("%w (before: %w)", err, lost)
 		}
 	}
 }
@@ -290,7 +337,8 @@ func (e *Endpoint) call(ctx context.Context, f func(context.Context, *ttrpc.Clie
 
 // severed reports whether err is of a connection, not of a call.
 func severed(err error) bool {
-	for _, is := range []error{ttrpc.ErrClosed, ttrpc.ErrStreamClosed, io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe, net.ErrClosed, syscall.EPIPE, syscall.ECONNRESET} {
+	for _, is := range []error{ttrpc.ErrClosed, ttrpc.ErrStreamClosed, io.EOF, io.ErrUnexpectedEOF, io.ErrClosedPipe, net.ErrClosed, ttrpc.ErrProtocol, ttrpc.ErrStreamFull,
+		syscall.EPIPE, syscall.ECONNRESET, syscall.ENOTCONN, syscall.ETIMEDOUT, syscall.ECONNABORTED} {
 		if errors.Is(err, is) {
 			return true
 		}
@@ -336,10 +384,13 @@ func (e *Endpoint) drop(l *link) {
 // refuse notes why a connection came to nothing.
 func (e *Endpoint) refuse(err error) {
 	e.mu.Lock()
-	same := e.refused != nil && err != nil && e.refused.Error() == err.Error()
 	e.refused = err
+	again := time.Since(e.told) >= complaint
+	if again {
+		e.told = time.Now()
+	}
 	e.mu.Unlock()
-	if err != nil && !same {
+	if again {
 		e.cfg.Logger.Warn("a service cannot be used", "error", err)
 	}
 }
@@ -435,7 +486,7 @@ func (e *Endpoint) dial(calls bool) {
 		attempt, cancel := context.WithTimeout(e.ctx, introduction)
 		conn, err := e.cfg.Dial(attempt, e.cfg.Port)
 		cancel()
-		if err == nil && e.join(conn, calls) {
+		if met := time.Now(); err == nil && e.join(conn, calls) && time.Since(met) >= lasting {
 			pause, lost = firstPause, time.Now()
 		}
 		select {

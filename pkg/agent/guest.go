@@ -67,7 +67,7 @@ type Guest struct {
 // are then cancelled, and waited for.
 func (g *Guest) Serve(ctx context.Context) error {
 	s := newService(ctx, g)
-	defer s.wg.Wait()
+	defer s.finish()
 	dial, port, timeout := g.Dial, g.Port, g.DialTimeout
 	if dial == nil {
 		dial = socket.Dial
@@ -111,6 +111,9 @@ type service struct {
 	ctx    context.Context // of executions: it outlives connections
 	wg     sync.WaitGroup  // executions
 	turn   chan struct{}   // capacity 1: held by the execution that runs
+
+	mu       sync.Mutex // guards finished, and that nothing is added to wg once it is
+	finished bool
 
 	suspends, resumes record
 }
@@ -278,6 +281,15 @@ func (s *service) execute(ctx context.Context, r *record, id string, f func(cont
 		cancel()
 		run, cancel = context.WithTimeout(s.ctx, time.Until(deadline)/10*9)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.finished { // a call that arrived with the last breath of its connection
+		cancel()
+		e.err = context.Cause(s.ctx)
+		close(e.done)
+		<-s.turn
+		return e
+	}
 	s.wg.Go(func() {
 		defer cancel()
 		e.step, e.err = f(run)
@@ -285,6 +297,14 @@ func (s *service) execute(ctx context.Context, r *record, id string, f func(cont
 		<-s.turn
 	})
 	return e
+}
+
+// finish waits for executions, after which there are none.
+func (s *service) finish() {
+	s.mu.Lock()
+	s.finished = true
+	s.mu.Unlock()
+	s.wg.Wait()
 }
 
 var _ agentpb.AgentService = (*calls)(nil)

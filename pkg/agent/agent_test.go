@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
@@ -266,7 +267,7 @@ func TestDeadAgents(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			w := newWorld(t)
 			h := w.host()
-			for range 2 * maxIntroductions {
+			for range 2 * serve.MaxIntroductions {
 				conn, err := w.dial(t.Context(), DefaultPort)
 				if err != nil {
 					t.Fatal(err)

@@ -19,15 +19,6 @@ import (
 // DialFunc connects to a port of the host.
 type DialFunc func(ctx context.Context, port uint32) (net.Conn, error)
 
-// How long a guest waits before it dials again: from firstPause to shortPause for as long as quickly, since after a
-// resume the host waits for it; then up to longPause, since a host may never listen.
-const (
-	firstPause = time.Millisecond
-	shortPause = 25 * time.Millisecond
-	longPause  = 250 * time.Millisecond
-	quickly    = 10 * time.Second
-)
-
 // maxEntropy bounds what a host may send, in bytes.
 const maxEntropy = 512
 
@@ -78,30 +69,19 @@ func (g *Guest) Serve(ctx context.Context) error {
 	if timeout == 0 {
 		timeout = time.Minute
 	}
-	pause, lost := firstPause, time.Now()
-	for {
+	serve.Again(ctx, func() (called bool) {
 		attempt, cancel := context.WithTimeout(ctx, timeout)
 		conn, err := dial(attempt, port)
 		cancel()
-		if err == nil {
-			s.logger.Debug("connected to the host", "port", port)
-			called := s.serve(ctx, conn)
-			s.logger.Debug("disconnected from the host", "port", port)
-			if called {
-				pause, lost = firstPause, time.Now()
-			}
+		if err != nil {
+			return false
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(pause):
-		}
-		limit := shortPause
-		if time.Since(lost) > quickly {
-			limit = longPause
-		}
-		pause = min(2*pause, limit)
-	}
+		s.logger.Debug("connected to the host", "port", port)
+		called = s.serve(ctx, conn)
+		s.logger.Debug("disconnected from the host", "port", port)
+		return called
+	})
+	return context.Cause(ctx)
 }
 
 // service executes the calls of one guest.

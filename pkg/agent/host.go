@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/drafter-vm/drafter/pkg/agent/agentpb"
+	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
@@ -26,12 +27,8 @@ const (
 	DefaultLivenessPort = 25
 )
 
-const (
-	// introduction is how long a guest that connects may take to answer the first call.
-	introduction = 10 * time.Second
-	// maxIntroductions bounds how many connections may be in that phase at a time; more are closed.
-	maxIntroductions = 8
-)
+// introduction is how long a guest that connects may take to answer the first call.
+const introduction = 10 * time.Second
 
 // Host is the host's side of the agent of one guest. BeforeSuspend and AfterResume are for one goroutine at a time; Wait
 // and Close may be called at any time by anyone.
@@ -262,31 +259,7 @@ func (h *Host) drop(p *peer) {
 
 // accept takes the agent's connections.
 func (h *Host) accept() {
-	places := make(chan struct{}, maxIntroductions)
-	pause := time.Millisecond
-	for {
-		conn, err := h.listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil { // too many open files
-			h.logger.Warn("accept agent connection", "err", err)
-			select {
-			case <-time.After(pause):
-			case <-h.ctx.Done():
-				return
-			}
-			pause = min(2*pause, time.Second)
-			continue
-		}
-		pause = time.Millisecond
-		select {
-		case places <- struct{}{}:
-			h.wg.Go(func() { h.serve(conn, func() { <-places }) })
-		default:
-			conn.Close()
-		}
-	}
+	serve.Accept(h.ctx, h.listener, h.wg.Go, func(err error) { h.logger.Warn("accept agent connection", "err", err) }, h.serve)
 }
 
 // serve makes conn the present agent, for as long as it lasts, once it has introduced itself.

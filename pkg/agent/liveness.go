@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
@@ -79,7 +80,7 @@ func SayAlive(ctx context.Context, port uint32, dial DialFunc) error {
 	if dial == nil {
 		dial = socket.Dial
 	}
-	for pause := firstPause; ; pause = min(2*pause, longPause) {
+	for pause := serve.FirstPause; ; pause = min(2*pause, serve.LongPause) {
 		conn, err := dial(ctx, port)
 		if err == nil {
 			return conn.Close()

@@ -86,8 +86,6 @@ const (
 
 	// introduction is how long a hello may take to be answered.
 	introduction = 10 * time.Second
-	// maxIntroductions bounds how many connections of a host may be in that phase; more are closed.
-	maxIntroductions = 8
 
 	// maxCalls is how many calls of the other side are executed at a time.
 	maxCalls = 256
@@ -100,14 +98,6 @@ const (
 
 	// stuck is how long a call may take to return once its context is done, before its connection is ended for that.
 	stuck = time.Second
-)
-
-// How long a guest waits before it dials again: see package agent.
-const (
-	firstPause = time.Millisecond
-	shortPause = 25 * time.Millisecond
-	longPause  = 250 * time.Millisecond
-	quickly    = 10 * time.Second
 )
 
 // hello is the line by which each side begins a connection, the guest first.
@@ -417,31 +407,7 @@ func (e *Endpoint) calling(conn net.Conn, version int) {
 
 // accept takes the connections of the guest.
 func (e *Endpoint) accept() {
-	places := make(chan struct{}, maxIntroductions)
-	pause := time.Millisecond
-	for {
-		conn, err := e.listener.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil { // too many open files
-			e.cfg.Logger.Warn("accept connection to a service", "error", err)
-			select {
-			case <-time.After(pause):
-			case <-e.ctx.Done():
-				return
-			}
-			pause = min(2*pause, time.Second)
-			continue
-		}
-		pause = time.Millisecond
-		select {
-		case places <- struct{}{}:
-			e.wg.Go(func() { e.welcome(conn, func() { <-places }) })
-		default:
-			conn.Close()
-		}
-	}
+	serve.Accept(e.ctx, e.listener, e.wg.Go, func(err error) { e.cfg.Logger.Warn("accept connection to a service", "error", err) }, e.welcome)
 }
 
 // welcome is a host's side of a connection.
@@ -481,24 +447,13 @@ func (e *Endpoint) welcome(conn net.Conn, introduced func()) {
 
 // dial is a guest's side of connections on which it calls, or serves: one after the other, until Close.
 func (e *Endpoint) dial(calls bool) {
-	pause, lost := firstPause, time.Now()
-	for e.ctx.Err() == nil {
+	serve.Again(e.ctx, func() bool {
 		attempt, cancel := context.WithTimeout(e.ctx, introduction)
 		conn, err := e.cfg.Dial(attempt, e.cfg.Port)
 		cancel()
-		if met := time.Now(); err == nil && e.join(conn, calls) && time.Since(met) >= lasting {
-			pause, lost = firstPause, time.Now()
-		}
-		select {
-		case <-e.ctx.Done():
-		case <-time.After(pause):
-		}
-		limit := shortPause
-		if time.Since(lost) > quickly {
-			limit = longPause
-		}
-		pause = min(2*pause, limit)
-	}
+		met := time.Now()
+		return err == nil && e.join(conn, calls) && time.Since(met) >= lasting
+	})
 }
 
 // join is a guest's side of a connection. It reports whether the two came to terms.

@@ -1,4 +1,3 @@
-// Package serve serves ttrpc calls on one connection, which ttrpc itself, made for listeners, has no call for.
 package serve
 
 import (

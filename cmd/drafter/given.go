@@ -11,7 +11,6 @@ import (
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
-	"github.com/drafter-vm/drafter/pkg/transport"
 )
 
 // givenEnd is what became of a VM that was given away.
@@ -108,12 +107,9 @@ func (o givenOperator) Stop(context.Context) error {
 
 // lookAt has whoever a VM was given to looked for at an address, and says so in its error.
 func lookAt(l links, w *way, id, address string) error {
-	l.raddr = address
-	if err := l.Check(address); err != nil {
-		return fmt.Errorf("%w: %w", control.ErrInvalid, err)
-	}
-	if transport.Single(address) {
-		return fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+	l, err := l.to(address)
+	if err != nil {
+		return err
 	}
 	w.set(l.dial)
 	return fmt.Errorf("%w: the VM was given away already (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)

@@ -136,17 +136,25 @@ func (o *operator) SetMigratable(_ context.Context, may bool) error {
 	return nil
 }
 
+// to is the way to an address that an operator names.
+func (l links) to(address string) (links, error) {
+	l.raddr = address
+	if err := l.Check(address); err != nil {
+		return l, fmt.Errorf("%w: %w", control.ErrInvalid, err)
+	}
+	if transport.Single(address) {
+		return l, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+	}
+	return l, nil
+}
+
 func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report, error) {
 	if id, ok := o.p.InDoubt(); ok {
 		return nil, lookAt(o.links, &o.way, id, address)
 	}
-	l := o.links
-	l.raddr = address
-	if err := l.Check(address); err != nil {
-		return nil, fmt.Errorf("%w: %w", control.ErrInvalid, err)
-	}
-	if transport.Single(address) {
-		return nil, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+	l, err := o.links.to(address)
+	if err != nil {
+		return nil, err
 	}
 	if o.p.Busy() {
 		return nil, now(peer.ErrBusy)

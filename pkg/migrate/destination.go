@@ -273,7 +273,7 @@ func (d *destination) discard(cancelable context.Context, failure error) error {
 		}
 	}
 	// A guest whose devices are here goes on at the source only when nothing here can touch them any more.
-	shared := slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.shared })
+	shared := len(d.shared()) > 0
 	if d.link != nil && !neverRan && !shared {
 		d.link.goodbye(failure, false)
 	}
@@ -410,6 +410,16 @@ func (d *destination) open(ctx context.Context, purpose wire.Purpose, streams []
 	return l, nil
 }
 
+// shared names the devices that are the source's own.
+func (d *destination) shared() (names []string) {
+	for _, dev := range d.devices {
+		if dev.shared {
+			names = append(names, dev.name)
+		}
+	}
+	return names
+}
+
 // offer is what accept says to a manifest of n devices: what can be done here.
 func (d *destination) offer(n int) ([]byte, error) {
 	var a wire.Accept
@@ -421,7 +431,7 @@ func (d *destination) offer(n int) ([]byte, error) {
 		return nil, nil
 	}
 	a.Copy = d.cfg.Copy
-	if slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.shared }) {
+	if len(d.shared()) > 0 {
 		for _, dev := range d.devices {
 			a.Shared = append(a.Shared, dev.shared)
 		}
@@ -876,11 +886,7 @@ func (d *destination) report(streams int, err error) *Report {
 	if err != nil {
 		r.Error = err.Error()
 	}
-	for _, dev := range d.devices {
-		if dev.shared {
-			r.Shared = append(r.Shared, dev.name)
-		}
-	}
+	r.Shared = d.shared()
 	if d.manifest != nil {
 		r.ID = d.manifest.ID
 		if d.summary != nil && !d.fresh {

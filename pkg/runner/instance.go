@@ -14,7 +14,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -673,7 +672,7 @@ func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
 // memfdName is the name that a memfd was made with.
 func memfdName(f *os.File) (string, error) {
 	target, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
-	name, ok := strings.CutPrefix(strings.TrimSuffix(target, " (deleted)"), "/memfd:")
+	name, ok := memfdOf(target)
 	if err == nil && !ok {
 		err = fmt.Errorf("%q is no memfd", target)
 	}
@@ -1025,7 +1024,7 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	if i.phase != suspended {
 		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.phase, i.migration = released, migration
+	i.phase, i.migration, i.confirmed = released, migration, false
 	// Whatever becomes of this host, what the other lacks of the disks is in the files. The machine has flushed them when it was
 	// paused, or should have.
 	var work errgroup.Group
@@ -1037,7 +1036,12 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	if err := work.Wait(); err != nil {
 		return fmt.Errorf("release instance: flush its disks: %w", err)
 	}
-	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: migration, Layered: i.layered(), Shared: i.lent})
+	return writeRecord(i.device(StateDevice), i.movedRecord())
+}
+
+// movedRecord is the record of an instance that was released.
+func (i *Instance) movedRecord() Record {
+	return Record{Status: Moved, Migration: i.migration, Confirmed: i.confirmed, Layered: i.layered(), Shared: i.lent}
 }
 
 // Confirm puts on record that whom the instance was given to runs it, and may still need content from here: nobody can take it
@@ -1049,7 +1053,7 @@ func (i *Instance) Confirm(context.Context) error {
 		return fmt.Errorf("confirm instance: %w: it is %s", ErrPhase, i.phase)
 	}
 	i.confirmed = true
-	return writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Confirmed: true, Layered: i.layered(), Shared: i.lent})
+	return writeRecord(i.device(StateDevice), i.movedRecord())
 }
 
 // Confirmed reports whether whom the instance was given to has said that it runs it, and may still need content from here.
@@ -1417,7 +1421,8 @@ func (i *Instance) save(ctx context.Context) error {
 	}
 	record := Record{Status: Saved}
 	if i.phase == released {
-		record = Record{Status: Moved, Migration: i.migration, Confirmed: i.confirmed, Shared: i.lent}
+		record = i.movedRecord()
+		record.Layered = false // they were folded
 	}
 	if err := writeState(state, record, buf.b); err != nil {
 		return fmt.Errorf("save instance: %w", err)

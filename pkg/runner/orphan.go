@@ -201,8 +201,7 @@ func holdOrphan(pid, fd int, path string) (_ *orphan, err error) {
 		return nil, errNoOrphan // it has the file open, and not the lock
 	}
 	for fd, target := range descriptorsOf(pid) {
-		if name, ok := strings.CutPrefix(target, "/memfd:"); ok {
-			name = strings.TrimSuffix(name, " (deleted)")
+		if name, ok := memfdOf(target); ok {
 			if o.live[name] == nil && strings.HasPrefix(name, memfdPrefix) {
 				if o.live[name], err = o.take(fd, target); err != nil {
 					return nil, err
@@ -229,6 +228,11 @@ func holdOrphan(pid, fd int, path string) (_ *orphan, err error) {
 
 // memfdPrefix begins the names of the memfds that a machine is given: its RAM, and what is known of its disks.
 const memfdPrefix = "drafter-"
+
+// memfdOf is the name of the memfd that a descriptor is of, where /proc shows that it is of target (proc_pid_fd(5)).
+func memfdOf(target string) (name string, ok bool) {
+	return strings.CutPrefix(strings.TrimSuffix(target, " (deleted)"), "/memfd:")
+}
 
 // take duplicates a descriptor of the process. With errNoOrphan the process has ended, or closed it, since it was listed.
 func (o *orphan) take(fd int, name string) (*os.File, error) {

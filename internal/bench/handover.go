@@ -10,20 +10,7 @@ import (
 )
 
 func handoverCase() benchCase {
-	const name = "handover"
-	return benchCase{
-		name: name, about: "a VM that writes all over its memory moves between two peers of one host: memory handed over, beside TCP",
-		run: func(ctx context.Context, b *bench) ([]Row, error) {
-			if err := needRoot(); err != nil {
-				return nil, err
-			}
-			pkg, err := tinyPackage(ctx, b, slowdownMemory)
-			if err != nil {
-				return nil, err
-			}
-			return benchHandover(ctx, b, name, pkg)
-		},
-	}
+	return tinyCase("handover", "a VM that writes all over its memory moves between two peers of one host: memory handed over, beside TCP", benchHandover)
 }
 
 func benchHandover(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {

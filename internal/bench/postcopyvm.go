@@ -11,20 +11,7 @@ import (
 )
 
 func postcopyVMCase() benchCase {
-	const name = "postcopy/vm"
-	return benchCase{
-		name: name, about: "what a real machine waits for a page, when nothing was sent before the switch and everything is streamed",
-		run: func(ctx context.Context, b *bench) ([]Row, error) {
-			if err := needRoot(); err != nil {
-				return nil, err
-			}
-			pkg, err := tinyPackage(ctx, b, slowdownMemory)
-			if err != nil {
-				return nil, err
-			}
-			return benchPostcopyVM(ctx, b, name, pkg)
-		},
-	}
+	return tinyCase("postcopy/vm", "what a real machine waits for a page, when nothing was sent before the switch and everything is streamed", benchPostcopyVM)
 }
 
 func benchPostcopyVM(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {

@@ -47,10 +47,8 @@ func (s *tinySession) close() error {
 // config is an instance of its own for each peer.
 func (s *tinySession) config(change func(*peer.Config)) (peer.Config, error) {
 	cfg := peer.Config{Backend: qemu.New(qemu.Options{}), Host: s.b.tinyHost(s.console), ResumeTimeout: guestWait, Logger: quiet}
-	devices, err := overlays(s.pkg, filepath.Join(s.folder, fmt.Sprint(len(s.peers))))
-	for _, d := range devices {
-		cfg.Devices = append(cfg.Devices, peer.Device{DeviceConfig: d, Policy: migrate.Policy{ByGoal: true}})
-	}
+	var err error
+	cfg.Devices, err = peer.PackageDevices(s.pkg, filepath.Join(s.folder, fmt.Sprint(len(s.peers))))
 	if change != nil {
 		change(&cfg)
 	}

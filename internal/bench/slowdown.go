@@ -19,25 +19,15 @@ import (
 )
 
 func slowdownCase() benchCase {
-	const name = "slowdown"
-	return benchCase{
-		name: name, about: "a guest's loop over its memory, at a peer that does not migrate beside plain QEMU, and while it migrates",
-		run: func(ctx context.Context, b *bench) ([]Row, error) {
-			if err := needRoot(); err != nil {
-				return nil, err
-			}
-			pkg, err := tinyPackage(ctx, b, slowdownMemory)
-			if err != nil {
-				return nil, err
-			}
+	return tinyCase("slowdown", "a guest's loop over its memory, at a peer that does not migrate beside plain QEMU, and while it migrates",
+		func(ctx context.Context, b *bench, name, pkg string) ([]Row, error) {
 			resting, err := benchResting(ctx, b, name, pkg)
 			if err != nil {
 				return resting, err
 			}
 			moving, err := benchMoving(ctx, b, name, pkg)
 			return append(resting, moving...), err
-		},
-	}
+		})
 }
 
 const (

@@ -35,6 +35,20 @@ func needRoot() error {
 	return nil
 }
 
+// tinyCase is a case that needs a package of the tiny guest.
+func tinyCase(name, about string, f func(ctx context.Context, b *bench, name, pkg string) ([]Row, error)) benchCase {
+	return benchCase{name: name, about: about, run: func(ctx context.Context, b *bench) ([]Row, error) {
+		if err := needRoot(); err != nil {
+			return nil, err
+		}
+		pkg, err := tinyPackage(ctx, b, slowdownMemory)
+		if err != nil {
+			return nil, err
+		}
+		return f(ctx, b, name, pkg)
+	}}
+}
+
 // tinyPackage returns the folder of a package of the tiny guest with so much memory. What is up to date is kept.
 func tinyPackage(ctx context.Context, b *bench, memory int64) (string, error) {
 	dir := b.path("bench", fmt.Sprintf("tiny-%d", memory/mib))

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/internal/testpackage"
 	"github.com/drafter-vm/drafter/pkg/agent/socket"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
@@ -107,10 +108,8 @@ func newConsole(t *testing.T) *testguest.Console {
 func build(t *testing.T, pkg string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", path, pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("build %s: %v\n%s", pkg, err, out)
+	if err := testpackage.Build(t.Context(), ".", pkg, path); err != nil {
+		t.Fatal(err)
 	}
 	return path
 }

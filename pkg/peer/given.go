@@ -8,7 +8,6 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
-	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
 // Given is an instance that was given to another peer, and whose machine here is gone: see [runner.Given]. Start it in place of
@@ -54,15 +53,7 @@ func (c MounterConfig) devices() ([]Device, error) {
 	if c.Dir == "" {
 		return c.Devices, nil
 	}
-	pkg, err := vmpackage.Open(c.Dir)
-	if err != nil {
-		return nil, err
-	}
-	var devices []Device
-	for _, d := range pkg.Devices {
-		devices = append(devices, Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}})
-	}
-	return devices, nil
+	return PackageDevices(c.Dir, "")
 }
 
 // Migration is the migration that the instance was given away by.

@@ -19,6 +19,7 @@ import (
 
 	"github.com/zeebo/xxh3"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/expose"
@@ -701,19 +702,25 @@ func (i *Instance) makeFolder() (err error) {
 	if len(i.path) > maxPath {
 		return fmt.Errorf("folder %q has %d characters, too long for the unix sockets in it: choose a shorter --chroot-base-dir (at most %d)", i.path, len(i.path), maxPath)
 	}
+	parent := filepath.Dir(i.root)
 	// The end of another machine may remove the empty folder between the two calls.
 	for try := 0; ; try++ {
-		made, err := MakeFolders(filepath.Dir(i.root), 0o755)
+		made, err := MakeFolders(parent, 0o755)
 		i.folders = append(i.folders, made...)
 		if err != nil {
 			return fmt.Errorf("make folder of machines: %w", err)
 		}
-		if err = os.Mkdir(i.root, 0o700); err == nil {
+		making, err := lockFolder(parent, unix.LOCK_SH)
+		if err == nil {
+			defer making.Close()
 			break
 		}
 		if !errors.Is(err, os.ErrNotExist) || try == 10 {
 			return fmt.Errorf("make folder of machine: %w", err)
 		}
+	}
+	if err := os.Mkdir(i.root, 0o700); err != nil {
+		return fmt.Errorf("make folder of machine: %w", err)
 	}
 	host := i.cfg.Host
 	memory := ""

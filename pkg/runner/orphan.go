@@ -91,7 +91,46 @@ func (i *Instance) reapFolders(dir string) {
 		}
 		f.Close()
 	}
-	os.Remove(dir) // fails, rightly, when it is not empty
+	making, err := lockFolder(dir, unix.LOCK_EX|unix.LOCK_NB)
+	if err != nil {
+		return // one is being made
+	}
+	defer making.Close()
+	for _, e := range entries {
+		root := filepath.Join(dir, e.Name())
+		if _, err := os.Lstat(filepath.Join(root, machineFile)); errors.Is(err, os.ErrNotExist) {
+			os.Remove(filepath.Join(root, machineFile+".new")) // who was making it was killed
+			os.Remove(root)                                    // fails, rightly, when it has anything else
+		}
+	}
+	os.Remove(dir) // the same
+}
+
+// lockFolder locks the folder dir of machines by flock(2): shared by who makes a machine's folder in it, until its note is there,
+// exclusively by who removes those that nobody is making any more, and dir itself. It is unlocked when it is closed.
+func lockFolder(dir string, how int) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for err = unix.EINTR; errors.Is(err, unix.EINTR); {
+		err = unix.Flock(int(f.Fd()), how)
+	}
+	var ours, its os.FileInfo
+	if err == nil {
+		ours, err = f.Stat()
+	}
+	if err == nil {
+		its, err = os.Stat(dir)
+	}
+	if err == nil && !os.SameFile(ours, its) {
+		err = fmt.Errorf("lock %q: %w: it was removed, and made anew", dir, os.ErrNotExist)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
 }
 
 // reap removes what an ended machine has left. Its note is locked by us.

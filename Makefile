@@ -41,11 +41,15 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 	install -D -m 0755 bin/drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-agent
 	ln -sf drafter-agent $(DESTDIR)$(PREFIX)/bin/drafter-liveness
 	for tool in $(TOOLS); do ln -sf drafter $(DESTDIR)$(PREFIX)/bin/drafter-$$tool; done
-	bin/drafter man $(DESTDIR)$(PREFIX)/share/man/man1
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct 2>/dev/null || date +%s) bin/drafter man $(DESTDIR)$(PREFIX)/share/man/man1
 	mkdir -p $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 	bin/drafter completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter
 	bin/drafter completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_drafter
 	bin/drafter completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter.fish
+	for tool in $(TOOLS); do \
+		ln -sf drafter $(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter-$$tool; \
+		ln -sf drafter.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter-$$tool.fish; \
+	done
 
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	$(GO) test -race $(GOTESTFLAGS) ./...

@@ -796,3 +796,27 @@ func TestPackagerRefusesPackage(t *testing.T) {
 		})
 	}
 }
+
+// TestStdioForOne takes stdio: for one address, beside one that is empty.
+func TestStdioForOne(t *testing.T) {
+	for _, tt := range []struct {
+		links links
+		want  string // part of the error
+	}{
+		{links{raddr: "stdio:"}, ""},
+		{links{laddr: "stdio:", accept: "localhost:1"}, ""},
+		{links{raddr: "stdio:", accept: "stdio:"}, "--raddr and --accept are both stdio:"},
+	} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Close()
+		defer w.Close()
+		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+		tt.links.register(flags)
+		if err := tt.links.check(flags, r, w); tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%+v: %v, want %q", tt.links, err, tt.want)
+		}
+	}
+}

@@ -19,6 +19,7 @@ import (
 
 // newCtlCommand makes the command that controls a peer.
 func newCtlCommand() *cobra.Command {
+	const verbs = "status, pause, resume, migratable on|off, migrate ADDRESS, snapshot DIR, cancel or stop"
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "ctl",
@@ -30,9 +31,14 @@ cancels what they began, as long as that can be.`,
 		Example: `  drafter peer --package out/package --instance out/instance-0 --control out/control.sock
   drafter ctl --control out/control.sock status
   drafter ctl --control out/control.sock migrate tls://b.example:1337`,
-		Args: noArgs,
+		Args: func(_ *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usageErrorf("unknown command %q: use %s", args[0], verbs)
+			}
+			return nil
+		},
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usageErrorf("say what to do: status, pause, resume, migratable on|off, migrate ADDRESS, snapshot DIR, cancel or stop")
+			return usageErrorf("say what to do: %s", verbs)
 		},
 	}
 	cmd.PersistentFlags().StringVar(&socket, "control", "", "the peer's control socket")
@@ -81,6 +87,8 @@ cancels what they began, as long as that can be.`,
 		}
 		return nil, c.SetMigratable(ctx, on)
 	})
+	migratable, _, _ := cmd.Find([]string{"migratable"})
+	migratable.ValidArgsFunction = cobra.FixedCompletions([]string{"on", "off"}, cobra.ShellCompDirectiveNoFileComp)
 	report := func(r *migrate.Report, err error) (any, error) { return r, err }
 	add("migrate ADDRESS", "Send the VM to a peer that waits for one (drafter peer --accept)", 1, func(ctx context.Context, c *control.Client, args []string) (any, error) {
 		return report(c.Migrate(ctx, args[0]))

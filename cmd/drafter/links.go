@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"strings"
@@ -77,8 +78,14 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 		l.Key = os.Getenv(pskVariable)
 	}
 	if needed["stdio"] {
-		if l.laddr == l.raddr || l.laddr == l.accept {
-			return usageErrorf("--laddr and --raddr, or --accept, are both stdio:, of which there is one")
+		var those []string
+		for _, v := range []struct{ flag, address string }{{"--laddr", l.laddr}, {"--raddr", l.raddr}, {"--accept", l.accept}} {
+			if needs(v.address) == "stdio" {
+				those = append(those, v.flag)
+			}
+		}
+		if len(those) > 1 {
+			return usageErrorf("%s are both stdio:, of which there is one", strings.Join(those, " and "))
 		}
 		if l.Stdio, err = openStdio(stdin, stdout); err != nil {
 			return usageErrorf("stdio: %w", err)
@@ -158,18 +165,26 @@ func (l *links) redial() func(context.Context) ([]io.ReadWriter, error) {
 	return l.dial
 }
 
-// dialFirst is dial with what a person wants to know when it does not work.
+// dialFirst is dial of --raddr with what a person wants to know when it does not work.
 func (l *links) dialFirst(ctx context.Context) ([]io.ReadWriter, error) {
+	conns, err := l.dialOr(ctx, "start the peer that has the VM, with --laddr")
+	if err != nil {
+		return nil, fmt.Errorf("--raddr: %w", err)
+	}
+	return conns, nil
+}
+
+// dialOr is dial for the first time, with the remedy where nobody listens.
+func (l *links) dialOr(ctx context.Context, remedy string) ([]io.ReadWriter, error) {
 	if transport.Insecure(l.raddr) {
 		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "raddr", l.raddr)
 	}
 	conns, err := l.dial(ctx)
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("--raddr: %w: start the peer that has the VM, with --laddr, or correct the address", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--raddr: %w", err)
+	var dialled *net.OpError // of a unix socket that is not there; a certificate's file is another matter
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) && errors.As(err, &dialled) {
+		return nil, fmt.Errorf("%w: %s, or correct the address", err, remedy)
 	}
-	return conns, nil
+	return conns, err
 }
 
 // stdio is this program's standard input and output.

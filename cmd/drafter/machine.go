@@ -55,6 +55,13 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	m.flags = flags
 }
 
+// offerMachine has shells complete the values of a machine's flags.
+func offerMachine(cmd *cobra.Command) {
+	offer(cmd, "hypervisor", "auto", "qemu")
+	offer(cmd, "accel", "auto", "kvm", "tcg")
+	offer(cmd, "cgroup-version", "0", "1", "2")
+}
+
 // check refuses values that no machine on this host could have, before anything is begun. A default that this host cannot
 // honour is none; a value that was asked for is honoured or refused.
 func (m *machineFlags) check() error {

@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -39,11 +38,7 @@ func main() {
 // run executes one command line, args[0] included, and prints its error. It leaves nothing behind when ctx is cancelled.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	root := newRootCommand()
-	line := args[1:]
-	if tool, ok := strings.CutPrefix(filepath.Base(args[0]), "drafter-"); ok {
-		line = append([]string{tool}, line...)
-	}
-	root.SetArgs(line)
+	root.SetArgs(commandLine(filepath.Base(args[0]), args[1:]))
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
@@ -79,6 +74,7 @@ Each tool also answers to the name drafter-TOOL.`,
 	}
 	var level string
 	root.PersistentFlags().StringVar(&level, "log-level", "info", "least severe events to log on stderr: debug, info, warn or error")
+	offer(root, "log-level", "debug", "info", "warn", "error")
 	root.PersistentPreRunE = func(cmd *cobra.Command, args []string) error {
 		var l slog.Level
 		if err := l.UnmarshalText([]byte(level)); err != nil {
@@ -98,8 +94,16 @@ Each tool also answers to the name drafter-TOOL.`,
 		newServeCommand(),
 		newCtlCommand(),
 		newManCommand(),
+		newCompletionCommand(),
 	)
 	return root
+}
+
+// offer has shells complete the value of a flag.
+func offer(cmd *cobra.Command, flag string, values ...string) {
+	if err := cmd.RegisterFlagCompletionFunc(flag, cobra.FixedCompletions(values, cobra.ShellCompDirectiveNoFileComp)); err != nil {
+		panic(err) // the program names a flag that it does not have
+	}
 }
 
 // noArgs refuses positional arguments with the exit status of a usage error.

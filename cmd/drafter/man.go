@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"os"
-	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/cobra/doc"
@@ -26,9 +25,9 @@ func newManCommand() *cobra.Command {
 				return err
 			}
 			root := cmd.Root()
-			root.DisableAutoGenTag = true // the same pages on every day
-			epoch := time.Unix(0, 0).UTC()
-			if err := doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "Drafter " + version.String(), Manual: "Drafter", Date: &epoch}, args[0]); err != nil {
+			root.DisableAutoGenTag = true // it would say the day
+			// Their date is that of $SOURCE_DATE_EPOCH, as packagers set it, else today's.
+			if err := doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "Drafter " + version.String(), Manual: "Drafter"}, args[0]); err != nil {
 				return fmt.Errorf("write manual pages into %q: %w", args[0], err)
 			}
 			return nil

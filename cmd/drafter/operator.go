@@ -159,7 +159,7 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 	if o.p.Busy() {
 		return nil, now(peer.ErrBusy)
 	}
-	conns, err := l.dialFirst(ctx)
+	conns, err := l.dialOr(ctx, "start the peer that is to have the VM, with --accept")
 	if err != nil {
 		return nil, err
 	}

@@ -167,6 +167,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	}
 	flags := cmd.Flags()
 	opts.machineFlags.register(flags)
+	offerMachine(cmd)
 	opts.links.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")

@@ -61,6 +61,7 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	}
 	flags := cmd.Flags()
 	opts.register(flags)
+	offerMachine(cmd)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the package, a JSON array (default: out/blueprint/* to out/package/*)")
 	flags.IntVar(&opts.cpuCount, "cpu-count", 1, "virtual CPUs")
 	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")

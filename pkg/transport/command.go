@@ -154,7 +154,10 @@ func (c *command) Read(p []byte) (int, error) {
 		select {
 		case <-c.done:
 			if words := c.said.String(); words != "" || !c.cmd.ProcessState.Success() {
-				err = fmt.Errorf("%s ended (%s): %s: %w", c.cmd.Args[0], c.cmd.ProcessState, words, io.ErrUnexpectedEOF)
+				if words != "" {
+					words += ": "
+				}
+				err = fmt.Errorf("%s ended (%s): %s%w", c.cmd.Args[0], c.cmd.ProcessState, words, io.ErrUnexpectedEOF)
 			}
 		case <-time.After(time.Second): // it has closed its output, and lives
 		}

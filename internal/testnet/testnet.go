@@ -236,16 +236,7 @@ func (n *Network) buildClient() error {
 	if err := sysctl("net/ipv6/conf/br0/disable_ipv6", "0"); err != nil {
 		return err
 	}
-	for _, prefix := range []netip.Prefix{GatewayIPv4, GatewayIPv6} {
-		addr := &netlink.Addr{IPNet: &net.IPNet{IP: prefix.Addr().AsSlice(), Mask: net.CIDRMask(prefix.Bits(), prefix.Addr().BitLen())}}
-		if prefix.Addr().Is6() {
-			addr.Flags = unix.IFA_F_NODAD // usable at once
-		}
-		if err := netlink.AddrAdd(bridge, addr); err != nil {
-			return fmt.Errorf("add address %v: %w", prefix, err)
-		}
-	}
-	return nil
+	return addAddresses(bridge, GatewayIPv4, GatewayIPv6)
 }
 
 // buildPeer makes the namespace of peer number i and joins it to the client's.
@@ -388,7 +379,7 @@ func removeNamespace(name string) error {
 	}
 	err := Do(name, func() error {
 		var errs []error
-		for _, name := range []string{"up0", Interface, "br0"} {
+		for _, name := range []string{"up0", "eth0", Interface, "br0"} {
 			link, err := netlink.LinkByName(name)
 			if err != nil {
 				continue

@@ -139,7 +139,7 @@ func moments() map[Direction][]string {
 
 // randomMigration is one with none, one or more things that go wrong. Story tells it; end is called after it.
 func randomMigration(r *rand.Rand, n int, from, to *Host) (m Migration, story string, end func()) {
-	m = Migration{ID: fmt.Sprintf("m%d", n), Mode: Modes()[r.IntN(int(numModes))], Streams: 1 + r.IntN(3), Reconnect: r.IntN(4) > 0, Restart: r.IntN(2) == 0}
+	m = Migration{ID: fmt.Sprintf("m%d.s%d", n, n), Mode: Modes()[r.IntN(int(numModes))], Streams: 1 + r.IntN(3), Reconnect: r.IntN(4) > 0, Restart: r.IntN(2) == 0}
 	if m.Mode == Copying && r.IntN(2) == 0 {
 		m.Mode = PostCopy
 	}

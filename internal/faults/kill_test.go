@@ -121,7 +121,7 @@ func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string
 	moments = map[Direction][]string{}
 	synctest.Test(t, func(t *testing.T) {
 		w, from, to := begin(t, 1)
-		m := Migration{ID: "m", Mode: mode, Reconnect: true, Restart: true, Link: NewLink(s.faults...)}
+		m := Migration{ID: "m.s", Mode: mode, Reconnect: true, Restart: true, Link: NewLink(s.faults...)}
 		s.plan(&m)
 		source, stopSource := context.WithCancel(t.Context())
 		defer stopSource()

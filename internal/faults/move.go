@@ -362,7 +362,7 @@ func (w *World) disclaim(h *Host, m Migration, meet *meeting) error {
 	}
 	cfg := w.destinationConfig(t, m, meet)
 	cfg.Journal = deaf{}
-	_, err = migrate.Disclaim(t.ctx, streams, cfg, func(id string) bool { return other.Record() == Record{Running, id} })
+	_, err = migrate.Disclaim(t.ctx, streams, cfg, m.ID)
 	return err
 }
 

@@ -138,7 +138,7 @@ func TestMove(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					w, a, b := begin(t, 1)
 					for n := range 4 {
-						r := w.Move(a, b, Migration{ID: fmt.Sprint(n), Mode: mode, Streams: streams})
+						r := w.Move(a, b, Migration{ID: fmt.Sprintf("%d.s", n), Mode: mode, Streams: streams})
 						if mode == Copying {
 							if owner := w.settle(t, r, a, b); owner != a {
 								t.Fatalf("after the copy the guest is on %v: %v", owner, r)

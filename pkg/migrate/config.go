@@ -2,7 +2,6 @@ package migrate
 
 import (
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -84,7 +83,8 @@ type SourceDevice struct {
 
 // SourceConfig configures [Send]. Devices and Guest are required.
 type SourceConfig struct {
-	// ID names the migration in both journals and logs. Empty: a random one.
+	// ID names the migration in both journals, and in logs by its public part ([wire.PublicID]): what follows a dot is a secret by which
+	// the two sides know each other again when the link was cut. Empty: a random one.
 	ID string
 
 	// Devices are sent in one migration, under one authority. The destination must have each name.
@@ -342,7 +342,7 @@ func checkHeartbeat(d time.Duration) error {
 // check fills in defaults and finds mistakes.
 func (c *SourceConfig) check() error {
 	if c.ID == "" {
-		c.ID = rand.Text()
+		c.ID = wire.NewID()
 	}
 	if c.Guest == nil {
 		return fmt.Errorf("no guest: set SourceConfig.Guest")

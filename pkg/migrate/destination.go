@@ -83,7 +83,7 @@ func (d *destination) receive(streams int, f func() error) (*Report, error) {
 	}
 	if err != nil {
 		if d.manifest != nil {
-			err = fmt.Errorf("receive guest, migration %s: %w", d.manifest.ID, err)
+			err = fmt.Errorf("receive guest, migration %s: %w", wire.PublicID(d.manifest.ID), err)
 		} else {
 			err = fmt.Errorf("receive guest: %w", err)
 		}
@@ -344,7 +344,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 		return err
 	}
 	d.manifest = m
-	d.log = d.log.With("migration", m.ID)
+	d.log = d.log.With("migration", wire.PublicID(m.ID))
 
 	d.state.set(DestinationPreparing)
 	c, err := d.prepare(m)
@@ -888,7 +888,7 @@ func (d *destination) report(streams int, err error) *Report {
 	}
 	r.Shared = d.shared()
 	if d.manifest != nil {
-		r.ID = d.manifest.ID
+		r.ID = wire.PublicID(d.manifest.ID)
 		if d.summary != nil && !d.fresh {
 			r.Digests = digestsOf(d.manifest.Devices, d.summary, r.Shared)
 		}

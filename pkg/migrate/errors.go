@@ -16,6 +16,10 @@ var (
 	// neither run it nor durably promise never to.
 	ErrInDoubt = errors.New("ownership of the guest is in doubt")
 
+	// ErrUnproven is wrapped by what is logged, and at the end returned, of somebody who came when the link was cut, and could not prove to
+	// be the other side of the migration. He has learned nothing but its public id, and changed nothing.
+	ErrUnproven = errors.New("the other side has not proven to be that of this migration")
+
 	// ErrUnsettled is wrapped by the error of [Send] when the guest runs at the destination and content that it needs is still
 	// only here: keep the devices, and meet the destination again ([RejoinSource]). [Receive] wraps it when the guest runs
 	// here and lacks content: it should be paused until the source is found again ([RejoinDestination]).

@@ -423,12 +423,9 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	if err != nil {
 		return nil, err
 	}
-	id, err := wire.ParseSeek(m.payload)
+	id, err := l.sought(m, d.manifest.ID)
 	if err != nil {
 		return nil, err
-	}
-	if id != d.manifest.ID {
-		return nil, tell(wire.CodeRefused, fmt.Errorf("source speaks of migration %q, not of %q", id, d.manifest.ID), "this is another migration")
 	}
 	serve := d.standing == wire.Owned || d.standing == wire.Runs
 	if serve {
@@ -436,7 +433,7 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 			d.forgo(dev)
 		}
 	}
-	say := wire.Rejoin{ID: id, Standing: d.standing, Fresh: d.fresh}
+	say := wire.Rejoin{ID: id, Proof: wire.Proof(d.manifest.ID, wire.RoleDestination, l.sessions), Standing: d.standing, Fresh: d.fresh}
 	if serve {
 		for _, dev := range d.devices {
 			say.Devices = append(say.Devices, wire.RejoinDevice{Device: wire.Device{Name: dev.name, Size: dev.size}, Missing: dev.late != nil})

@@ -37,9 +37,10 @@ const (
 // All writers take from one bulk queue, which spreads content over the streams as fast as each takes it. A reader never
 // waits for a writer, so that two sides which write at the same time cannot block each other.
 type link struct {
-	role    wire.Role // ours
-	version uint16    // of the protocol, that both sides speak
-	log     *slog.Logger
+	sessions wire.Sessions // what a proof in this session is made of
+	role     wire.Role     // ours
+	version  uint16        // of the protocol, that both sides speak
+	log      *slog.Logger
 
 	// ctx ends when the migration has failed or is over; its cause is why.
 	ctx  context.Context
@@ -239,7 +240,10 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	if lone >= 0 {
 		rws, theirs = rws[lone:lone+1], theirs[lone:lone+1]
 	}
-	l := &link{role: role, version: version, control: make(chan message, 8), closing: make(chan struct{})}
+	l := &link{role: role, version: version, sessions: wire.Sessions{Source: session, Destination: theirs[0].Session}, control: make(chan message, 8), closing: make(chan struct{})}
+	if role == wire.RoleDestination {
+		l.sessions = wire.Sessions{Source: theirs[0].Session, Destination: session}
+	}
 	for i, rw := range rws {
 		s := &stream{rw: rw, index: i, urgent: make(chan *wire.Buffer, 16), readerDone: make(chan struct{}), link: l}
 		if role == wire.RoleDestination {

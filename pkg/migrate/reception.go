@@ -92,11 +92,11 @@ func RejoinDestination(ctx context.Context, claim Claim, cfg DestinationConfig) 
 	}
 	if err != nil {
 		err = fmt.Errorf("rejoin migration: %w", err)
-		return &Report{ID: claim.ID, Role: wire.RoleDestination.String(), Outcome: DestinationIncomplete.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrUnsettled, err)
+		return &Report{ID: wire.PublicID(claim.ID), Role: wire.RoleDestination.String(), Outcome: DestinationIncomplete.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrUnsettled, err)
 	}
 	d := newDestination(cfg, DestinationRejoining, func() {})
 	d.manifest = &wire.Manifest{ID: claim.ID}
-	d.log = d.log.With("migration", claim.ID)
+	d.log = d.log.With("migration", wire.PublicID(claim.ID))
 	d.version, d.fresh, d.standing, d.complete = 2, true, wire.Runs, claim.Complete
 	return d.receive(0, func() error {
 		d.state.begin()
@@ -151,11 +151,11 @@ func (d *destination) reclaim(ctx context.Context, claim Claim) error {
 // claimed stands in for the Target of a claim.
 type claimed struct{ Target }
 
-// Disclaim answers a source that asks, over streams that it dialed or that were dialed, what has become of a migration that this
-// host knows nothing of, or knows to be discarded: that the guest never ran here and never will. cfg.Journal records that
-// first, so that it stays true. owned says whether the guest of a migration may belong to this host after all; then nothing is
-// recorded, and the source is refused. It returns the migration's id, if it came so far.
-func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, owned func(id string) bool) (id string, err error) {
+// Disclaim answers a source that asks, over streams that it dialed or that were dialed, what has become of the migration id, which this
+// host knows not to have been completed here: that the guest never ran here and never will. cfg.Journal records that first, so that it
+// stays true. A source that asks for another migration, or that cannot prove that this is its own, is refused, and nothing is recorded.
+// It returns the public part of the id that was asked for, if it came so far.
+func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, id string) (asked string, err error) {
 	cfg.Target = claimed{}
 	err = cfg.check()
 	if err == nil {
@@ -166,18 +166,18 @@ func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfi
 		return "", fmt.Errorf("disclaim guest: %w", err)
 	}
 	d := newDestination(cfg, DestinationDiscarded, func() {})
-	id, err = d.disclaim(ctx, streams, owned)
+	asked, err = d.disclaim(ctx, streams, id)
 	if d.link != nil {
 		d.link.goodbye(err, false)
 		d.finish()
 	}
 	if err != nil {
-		return id, fmt.Errorf("disclaim guest: %w", err)
+		return asked, fmt.Errorf("disclaim guest: %w", err)
 	}
-	return id, nil
+	return asked, nil
 }
 
-func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, owned func(string) bool) (string, error) {
+func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, id string) (asked string, err error) {
 	l, err := d.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
 		return "", err
@@ -189,27 +189,36 @@ func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, own
 	if err != nil {
 		return "", err
 	}
-	id, err := wire.ParseSeek(m.payload)
+	asked, err = l.sought(m, id)
 	if err != nil {
-		return "", err
-	}
-	if owned(id) {
-		err := fmt.Errorf("migration %q may be owned here", id)
-		return id, tell(wire.CodeRefused, err, "the guest may be here: ask again")
+		return asked, err
 	}
 	if err := d.cfg.Journal.Abort(context.WithoutCancel(ctx), id); err != nil {
-		return id, fmt.Errorf("record that the guest of migration %q never ran: %w", id, err)
+		return asked, fmt.Errorf("record that the guest of migration %q never ran: %w", asked, err)
 	}
-	say := wire.Rejoin{ID: id, Standing: wire.NeverRan}
+	say := wire.Rejoin{ID: asked, Proof: wire.Proof(id, wire.RoleDestination, l.sessions), Standing: wire.NeverRan}
 	payload, err := say.Encode()
 	if err != nil {
-		return id, err
+		return asked, err
 	}
 	if err := l.send(wire.Header{Type: wire.TypeRejoin}, payload); err != nil {
-		return id, err
+		return asked, err
 	}
 	if _, err := l.next(); !errors.Is(err, errBye) {
-		return id, fmt.Errorf("the source did not confirm: %w", err)
+		return asked, fmt.Errorf("the source did not confirm: %w", err)
 	}
-	return id, nil
+	return asked, nil
+}
+
+// sought reads what a source asks for, which must be the migration id, and must be its own.
+func (l *link) sought(m message, id string) (asked string, err error) {
+	asked, proof, err := wire.ParseSeek(m.payload)
+	switch {
+	case err != nil:
+	case asked != wire.PublicID(id):
+		err = tell(wire.CodeRefused, fmt.Errorf("source speaks of migration %q, not of %q", asked, wire.PublicID(id)), "this is another migration")
+	case !wire.Proves(proof, id, wire.RoleSource, l.sessions):
+		err = tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the source of migration %q", ErrUnproven, asked), "this is not the source of that migration")
+	}
+	return asked, err
 }

@@ -144,19 +144,25 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	}
 	s.begin(context.WithoutCancel(ctx), l)
 	done := l.limit(s.cfg.HandshakeTimeout, "saying where the guest stands")
-	if err := l.send(wire.Header{Type: wire.TypeSeek}, []byte(s.cfg.ID)); err != nil {
+	if err := l.send(wire.Header{Type: wire.TypeSeek}, wire.EncodeSeek(s.cfg.ID, l.sessions)); err != nil {
 		return err
 	}
 	m, err := l.expect(wire.TypeRejoin)
-	if err != nil {
+	if peer := (*PeerError)(nil); errors.As(err, &peer) && peer.NeverRan {
+		return fmt.Errorf("%w: it says that the guest never ran there", ErrUnproven)
+	} else if err != nil {
 		return err
 	}
 	r, err := wire.DecodeRejoin(m.payload)
 	if err != nil {
 		return err
 	}
-	if r.ID != s.cfg.ID {
-		return tell(wire.CodeRefused, fmt.Errorf("destination speaks of migration %q, not of %q", r.ID, s.cfg.ID), "this is another migration")
+	switch public := wire.PublicID(s.cfg.ID); {
+	case r.ID != public:
+		return tell(wire.CodeRefused, fmt.Errorf("destination speaks of migration %q, not of %q", r.ID, public), "this is another migration")
+	case !wire.Proves(r.Proof, s.cfg.ID, wire.RoleDestination, l.sessions):
+		s.log.Warn("refused a peer that calls itself the destination and cannot prove it", "standing", r.Standing)
+		return tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the destination of migration %q", ErrUnproven, public), "this is not the destination of that migration")
 	}
 	s.log.Info("met the destination again", "standing", r.Standing)
 	switch r.Standing {

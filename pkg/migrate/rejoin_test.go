@@ -414,7 +414,11 @@ func TestDisclaim(t *testing.T) {
 				if err != nil {
 					return "", err
 				}
-				return Disclaim(context.Background(), s, cfg, func(string) bool { return owned })
+				id := "test"
+				if owned {
+					id = "other"
+				}
+				return Disclaim(context.Background(), s, cfg, id)
 			}
 			_, refused = ask(true)
 			id, err := ask(false)
@@ -425,8 +429,8 @@ func TestDisclaim(t *testing.T) {
 		}()
 		o := r.move(t.Context(), a, b)
 		<-done
-		if refused == nil || !strings.Contains(refused.Error(), "may be owned here") {
-			t.Errorf("owned guest was disclaimed: %v", refused)
+		if refused == nil || !strings.Contains(refused.Error(), "not of \"other\"") {
+			t.Errorf("the guest of another migration was disclaimed: %v", refused)
 		}
 		if len(ids) != 1 || ids[0] != "test" || fresh.record != "abort test" {
 			t.Errorf("ids %q, record %q", ids, fresh.record)

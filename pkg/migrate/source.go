@@ -39,7 +39,7 @@ func Send(ctx context.Context, streams []io.ReadWriter, cfg SourceConfig) (*Repo
 	if err != nil {
 		interruptAll(streams)
 		err = fmt.Errorf("send guest: %w", err)
-		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
+		return &Report{ID: wire.PublicID(cfg.ID), Role: wire.RoleSource.String(), Outcome: SourceKept.String(), Error: err.Error(), Streams: len(streams)}, err
 	}
 	return newSource(cfg, SourceConnecting).send(len(streams), func(s *source) error { return s.run(ctx, streams) })
 }
@@ -57,7 +57,7 @@ func RejoinSource(ctx context.Context, cfg SourceConfig) (*Report, error) {
 	}
 	if err != nil {
 		err = fmt.Errorf("rejoin migration: %w", err)
-		return &Report{ID: cfg.ID, Role: wire.RoleSource.String(), Outcome: SourceInDoubt.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrInDoubt, err)
+		return &Report{ID: wire.PublicID(cfg.ID), Role: wire.RoleSource.String(), Outcome: SourceInDoubt.String(), Error: err.Error()}, fmt.Errorf("%w: %w", ErrInDoubt, err)
 	}
 	return newSource(cfg, SourceSeeking).send(0, func(s *source) error {
 		s.disturbed, s.recorded, s.fresh, s.version = true, true, true, 2
@@ -69,7 +69,7 @@ func RejoinSource(ctx context.Context, cfg SourceConfig) (*Report, error) {
 
 // newSource has a configuration that was checked.
 func newSource(cfg SourceConfig, first SourceState) *source {
-	s := &source{cfg: cfg, log: cfg.Logger.With("migration", cfg.ID, "role", "source"), reasons: make(map[string]string)}
+	s := &source{cfg: cfg, log: cfg.Logger.With("migration", wire.PublicID(cfg.ID), "role", "source"), reasons: make(map[string]string)}
 	s.goal = cfg.Goal
 	if _, ok := cfg.Guest.(Throttler); !ok {
 		s.goal.Throttle = false
@@ -112,7 +112,7 @@ func (s *source) send(streams int, f func(*source) error) (*Report, error) {
 		s.release()
 	}
 	if err != nil {
-		err = fmt.Errorf("send guest, migration %s: %w", s.cfg.ID, err)
+		err = fmt.Errorf("send guest, migration %s: %w", wire.PublicID(s.cfg.ID), err)
 	}
 	return s.report(streams, err), err
 }
@@ -1221,7 +1221,7 @@ func (w *stateWriter) Write(p []byte) (int, error) {
 
 func (s *source) report(streams int, err error) *Report {
 	r := &Report{
-		ID: s.cfg.ID, Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: cmp.Or(s.streams, streams),
+		ID: wire.PublicID(s.cfg.ID), Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: cmp.Or(s.streams, streams),
 		Total: Millis(time.Since(s.began)), Downtime: s.downtime.total(), Parts: s.downtime.parts, AgentBefore: Millis(s.agent), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
 		SameBytes: s.sameBytes.Load(), SavedBytes: s.savedBytes.Load(),

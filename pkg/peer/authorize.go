@@ -23,9 +23,14 @@ type Request struct {
 	// rest says which.
 	Give bool
 
-	Migration   string             // its id, by which both sides log it
+	// Migration is the public part of its id, by which both sides log it; empty where a VM is to be given that was not before.
+	Migration   string
 	Description runner.Description // of the machine
 	Devices     []string           // that travel
+
+	// Rejoin is set where a link was cut, and that peer wants to go on with Migration: it has not proven yet to be the one that this peer
+	// had to do with, which it must before anything comes of it. Description and Devices are empty.
+	Rejoin bool
 }
 
 // Authorize decides about requests, before the other side has learned anything of the VM, and before anything was made here for one
@@ -50,25 +55,33 @@ func (f Authorize) decide(ctx context.Context, r Request) error {
 // give decides whether the VM here may be given to who is at the other end of streams. Who is refused is told so, and its streams
 // are closed.
 func (f Authorize) give(ctx context.Context, streams []io.ReadWriter) error {
-	who, err := whoIs(streams)
-	if err == nil {
-		err = f.decide(ctx, Request{Peer: who, Give: true})
+	return f.meet(ctx, streams, Request{Give: true})
+}
+
+// meet decides about who is at the other end of streams, before anything was said there.
+func (f Authorize) meet(ctx context.Context, streams []io.ReadWriter, r Request) (err error) {
+	role, reason := wire.RoleDestination, "this peer takes no VM from there"
+	if r.Give {
+		role, reason = wire.RoleSource, "this peer is not allowed to have the VM"
+	}
+	if r.Peer, err = whoIs(streams); err == nil {
+		err = f.decide(ctx, r)
 	}
 	if err != nil {
-		refuse(streams, wire.RoleSource, wire.CodeRefused, "this peer is not allowed to have the VM")
+		refuse(streams, role, wire.CodeRefused, reason)
 	}
 	return err
 }
 
-// giveTo is find, but whom it finds is asked about: that somebody says that he was given the VM before proves nothing.
-func (f Authorize) giveTo(find func(context.Context) ([]io.ReadWriter, error)) func(context.Context) ([]io.ReadWriter, error) {
+// again is find, of the other side of a migration whose link was cut, but whom it finds is asked about.
+func (f Authorize) again(give bool, migration func() string, find func(context.Context) ([]io.ReadWriter, error)) func(context.Context) ([]io.ReadWriter, error) {
 	if f == nil || find == nil {
 		return find
 	}
 	return func(ctx context.Context) ([]io.ReadWriter, error) {
 		streams, err := find(ctx)
 		if err == nil {
-			err = f.give(ctx, streams)
+			err = f.meet(ctx, streams, Request{Give: give, Migration: wire.PublicID(migration()), Rejoin: true})
 		}
 		if err != nil {
 			return nil, err
@@ -81,7 +94,7 @@ func (f Authorize) giveTo(find func(context.Context) ([]io.ReadWriter, error)) f
 func (f Authorize) take(ctx context.Context, streams []io.ReadWriter, m *wire.Manifest) error {
 	who, err := whoIs(streams)
 	if f != nil && err == nil {
-		r := Request{Peer: who, Migration: m.ID}
+		r := Request{Peer: who, Migration: wire.PublicID(m.ID)}
 		if r.Description, err = runner.ParseDescription(m.Spec); err != nil {
 			return migrate.Refuse("machine description: %v", err)
 		}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 // Disclaim tells the peer at the other end of streams, which is in doubt about an instance that it gave away to here, that the
@@ -20,8 +21,10 @@ func Disclaim(ctx context.Context, cfg Config, streams []io.ReadWriter) (migrati
 		return "", err
 	}
 	defer v.Close()
-	return migrate.Disclaim(ctx, streams, migrate.DestinationConfig{Journal: voidJournal{v}, Logger: cfg.Logger},
-		func(id string) bool { return id != v.Migration() })
+	if err := cfg.Authorize.meet(ctx, streams, Request{Migration: wire.PublicID(v.Migration()), Rejoin: true}); err != nil {
+		return "", err
+	}
+	return migrate.Disclaim(ctx, streams, migrate.DestinationConfig{Journal: voidJournal{v}, Logger: cfg.Logger}, v.Migration())
 }
 
 // CheckVacant reports, as an error that says what can be done, that the devices of cfg hold an instance already, so that Receive

@@ -8,6 +8,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 // Given is an instance that was given to another peer, and whose machine here is gone: see [runner.Given]. Start it in place of
@@ -56,8 +57,8 @@ func (c MounterConfig) devices() ([]Device, error) {
 	return PackageDevices(c.Dir, "")
 }
 
-// Migration is the migration that the instance was given away by.
-func (g *Given) Migration() string { return g.given.Migration() }
+// Migration is the public part of the id of the migration that the instance was given away by.
+func (g *Given) Migration() string { return wire.PublicID(g.given.Migration()) }
 
 // Confirmed reports whether the other peer has said that it runs the instance: then it lacks content that only these files
 // have, as far as is known here.
@@ -77,7 +78,7 @@ var errMemoryLost = errors.New("it is lost, as the source's machine ended with i
 //
 // Cancelling ctx ends it at any time, also while there is a link: the files are as they were.
 func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
-	find := g.cfg.Authorize.giveTo(g.cfg.FindDestination)
+	find := g.cfg.Authorize.again(true, g.given.Migration, g.cfg.FindDestination)
 	if find == nil {
 		return &migrate.Report{}, fmt.Errorf("%w: no way to find the other peer: set Config.FindDestination", migrate.ErrInDoubt)
 	}
@@ -104,7 +105,7 @@ func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
 		devices = append(devices, device)
 	}
 	report, err := migrate.RejoinSource(ctx, migrate.SourceConfig{
-		ID: g.Migration(), Devices: devices, Guest: givenSource{g.given}, Journal: givenSource{g.given}, Concurrency: g.cfg.Concurrency,
+		ID: g.given.Migration(), Devices: devices, Guest: givenSource{g.given}, Journal: givenSource{g.given}, Concurrency: g.cfg.Concurrency,
 		ResumeTimeout: g.cfg.RescueTimeout, Reconnect: reconnect, RescueTimeout: g.cfg.RescueTimeout,
 		Progress: g.cfg.Progress, OnState: g.cfg.OnState, Logger: g.cfg.Logger,
 	})

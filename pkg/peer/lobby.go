@@ -310,7 +310,7 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 			a.Close()
 			return
 		}
-		refuse(a.Streams, opposite(b.role), wire.CodeCanceled, "another migration of this VM is under way here: try again when it is over")
+		refuse(a.Streams, opposite(b.role), wire.CodeCanceled, "this peer is busy: try again later") // who has not been asked about learns no more
 	case <-b.ctx.Done():
 		a.Close()
 	}

@@ -116,7 +116,7 @@ func TestLobbyBusy(t *testing.T) {
 	}
 	defer Arrival{Streams: streams}.Close()
 	_, err = migrate.Receive(t.Context(), streams, migrate.DestinationConfig{Target: &target{}})
-	if err == nil || !strings.Contains(err.Error(), "another migration of this VM is under way here: try again") {
+	if err == nil || !strings.Contains(err.Error(), "this peer is busy: try again") {
 		t.Errorf("it was told: %v", err)
 	}
 }

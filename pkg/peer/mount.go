@@ -167,7 +167,7 @@ func ReceiveMounter(ctx context.Context, cfg MounterConfig, streams []io.ReadWri
 	r := &mountReceiver{Mounter: &Mounter{cfg: cfg, gate: new(gate)}, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: r, Journal: r, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: cfg.Progress, Logger: cfg.Logger,
-		Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout,
+		Reconnect: cfg.Authorize.again(false, func() string { return r.id }, cfg.FindSource), RescueTimeout: cfg.RescueTimeout,
 	})
 	if err != nil {
 		if r.still != nil {
@@ -246,15 +246,15 @@ func (m *Mounter) Sent() bool {
 // VM is another's; after any other error, ErrStranger among them, they go on. The streams are closed when it returns. The
 // report is there in any case.
 func (m *Mounter) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
+	if err := m.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
+	}
 	ctx, done, err := m.begin(ctx)
 	if err != nil {
 		closeAll(streams)
 		return &migrate.Report{}, err
 	}
 	defer done()
-	if err := m.cfg.Authorize.give(ctx, streams); err != nil {
-		return &migrate.Report{}, err
-	}
 	spec, err := json.Marshal(m.still.desc)
 	if err != nil {
 		return &migrate.Report{}, fmt.Errorf("describe machine: %w", err)
@@ -264,9 +264,10 @@ func (m *Mounter) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.R
 			m.gate.open(true) // in doubt, too: who waits is told that nothing is written any more
 		}
 	}()
+	id := wire.NewID()
 	return send(ctx, streams, migrate.SourceConfig{
-		Devices: slices.Clone(m.exported), Spec: spec, Guest: mountSource{m}, Journal: mountSource{m}, Concurrency: m.cfg.Concurrency,
-		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.Authorize.giveTo(m.cfg.FindDestination), RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
+		ID: id, Devices: slices.Clone(m.exported), Spec: spec, Guest: mountSource{m}, Journal: mountSource{m}, Concurrency: m.cfg.Concurrency,
+		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.Authorize.again(true, func() string { return id }, m.cfg.FindDestination), RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
 	})
 }
 
@@ -380,6 +381,7 @@ func (s mountSource) Done(_ context.Context, id string) error {
 type mountReceiver struct {
 	*Mounter
 	streams []io.ReadWriter
+	id      string // of the migration, once there is a manifest
 	gone    *still // what was still, after Discard
 }
 
@@ -387,6 +389,7 @@ func (r *mountReceiver) Prepare(ctx context.Context, m *wire.Manifest) (_ []bloc
 	if err := r.cfg.Authorize.take(ctx, r.streams, m); err != nil {
 		return nil, err
 	}
+	r.id = m.ID
 	if r.cfg.Dir != "" {
 		r.still, err = createStill(ctx, m, func(name string) (string, bool) {
 			return filepath.Join(r.cfg.Dir, vmpackage.DefaultFile(name)), true

@@ -230,8 +230,9 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &rest{claim: claim, cancel: cancel, done: make(chan struct{})}
 	cfg := migrate.DestinationConfig{
-		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, OwnThreads: p.cfg.OwnThreads, Reconnect: p.cfg.FindSource, RescueTimeout: p.cfg.RescueTimeout,
-		Progress: p.cfg.Progress, Logger: p.cfg.Logger,
+		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, OwnThreads: p.cfg.OwnThreads, RescueTimeout: p.cfg.RescueTimeout,
+		Reconnect: p.cfg.Authorize.again(false, func() string { return claim.ID }, p.cfg.FindSource),
+		Progress:  p.cfg.Progress, Logger: p.cfg.Logger,
 		OnState: func(s migrate.DestinationState) {
 			if s == migrate.DestinationFilling {
 				p.thaw(i)
@@ -325,7 +326,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	defer t.stopWatch()
 	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, OwnThreads: cfg.OwnThreads, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
-		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, RescueTimeout: cfg.RescueTimeout, OnState: cfg.OnReceive,
+		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.Authorize.again(false, t.migration, cfg.FindSource), RescueTimeout: cfg.RescueTimeout, OnState: cfg.OnReceive,
 	})
 	switch {
 	case err == nil:
@@ -367,6 +368,7 @@ func endsSoon(m vmm.Machine) bool {
 // ErrStranger among them, it runs on. The streams are closed when it returns. The report is there in any case.
 func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
 	if err := p.cfg.CheckMigratable(); err != nil {
+		closeAll(streams)
 		return &migrate.Report{}, err
 	}
 	return p.send(ctx, streams, true)
@@ -374,6 +376,11 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 
 // send is Send, to a peer or, without asking whether that may be, to ourselves.
 func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*migrate.Report, error) {
+	if ask { // before anything is said of the VM, as that it is busy
+		if err := p.cfg.Authorize.give(ctx, streams); err != nil {
+			return &migrate.Report{}, err
+		}
+	}
 	ctx, done, err := p.begin(ctx)
 	if err != nil {
 		code, reason := busy(err)
@@ -383,6 +390,8 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*mi
 	defer done()
 
 	if n := p.instance.Missing(); n > 0 {
+		code, reason := busy(ErrBusy)
+		refuse(streams, wire.RoleSource, code, reason)
 		return &migrate.Report{}, fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
 	}
 	if ask {
@@ -392,9 +401,6 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*mi
 		if stays {
 			refuse(streams, wire.RoleSource, wire.CodeRefused, "this VM is not migratable now")
 			return &migrate.Report{}, ErrNotMigratable
-		}
-		if err := p.cfg.Authorize.give(ctx, streams); err != nil {
-			return &migrate.Report{}, err
 		}
 	}
 	sc, err := p.source()
@@ -439,9 +445,13 @@ func (p *Peer) source() (migrate.SourceConfig, error) {
 			devices = append(devices, migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy})
 		}
 	}
+	id := wire.NewID()
+	if given, ok := p.instance.InDoubt(); ok {
+		id = given // it is gone on with
+	}
 	return migrate.SourceConfig{
-		Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
-		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.Authorize.giveTo(p.cfg.FindDestination), RescueTimeout: p.cfg.RescueTimeout,
+		ID: id, Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
+		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.Authorize.again(true, func() string { return id }, p.cfg.FindDestination), RescueTimeout: p.cfg.RescueTimeout,
 		Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	}, nil
 }
@@ -466,8 +476,7 @@ func send(ctx context.Context, streams []io.ReadWriter, cfg migrate.SourceConfig
 // in a peer that has adopted such an instance. It looks for the other side by Config.FindDestination until it is found, or
 // Config.RescueTimeout is over, and returns as Send does.
 func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
-	id, ok := p.InDoubt()
-	if !ok {
+	if _, ok := p.InDoubt(); !ok {
 		return &migrate.Report{}, errors.New("the instance was not given away")
 	}
 	ctx, done, err := p.begin(ctx)
@@ -479,7 +488,6 @@ func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
 	if err != nil {
 		return &migrate.Report{}, err
 	}
-	sc.ID = id
 	return migrate.RejoinSource(ctx, sc)
 }
 
@@ -529,9 +537,12 @@ func (p *Peer) Kill() error {
 // Adopted reports whether the instance was taken over from a peer that had died.
 func (p *Peer) Adopted() bool { return p.instance.Adopted() }
 
-// InDoubt returns the migration by which the instance was given away and which nobody has confirmed, if there is one. The
-// guest is paused here, and may run there.
-func (p *Peer) InDoubt() (migration string, ok bool) { return p.instance.InDoubt() }
+// InDoubt returns the migration, by the public part of its id, by which the instance was given away and which nobody has confirmed, if
+// there is one. The guest is paused here, and may run there.
+func (p *Peer) InDoubt() (migration string, ok bool) {
+	migration, ok = p.instance.InDoubt()
+	return wire.PublicID(migration), ok
+}
 
 // Running reports whether the guest runs here.
 func (p *Peer) Running() bool { return p.instance.Running() }
@@ -578,6 +589,7 @@ func (s source) Done(context.Context, string) error {
 type target struct {
 	cfg      Config
 	instance *runner.Instance
+	id       string   // of the migration; set when there is a manifest
 	names    []string // of the devices, as the manifest has them
 	shared   []bool   // of these, which are the source's own
 
@@ -599,6 +611,7 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 	if err != nil {
 		return nil, migrate.Refuse("machine description: %v", err)
 	}
+	t.id = m.ID
 	incoming := make([]runner.Incoming, len(m.Devices))
 	for n, d := range m.Devices {
 		incoming[n] = runner.Incoming{Name: d.Name, Size: d.Size}
@@ -641,6 +654,9 @@ func (t *target) takeMemory(d wire.Device) *os.File {
 	}
 	return memory
 }
+
+// migration is its id, once Prepare was called.
+func (t *target) migration() string { return t.id }
 
 // Shared implements migrate.SharedTarget.
 func (t *target) Shared() []bool { return t.shared }

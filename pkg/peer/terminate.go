@@ -146,7 +146,7 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 	w := &writer{Terminator: t, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: w, Journal: w, Concurrency: t.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: t.Progress, Logger: t.Logger,
-		Copy: t.Copy, Reconnect: t.FindSource, RescueTimeout: t.RescueTimeout,
+		Copy: t.Copy, Reconnect: t.Authorize.again(false, func() string { return w.id }, t.FindSource), RescueTimeout: t.RescueTimeout,
 	})
 	if err != nil {
 		if w.still != nil {
@@ -183,7 +183,9 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 	if t.RescueTimeout == 0 {
 		t.RescueTimeout = time.Minute
 	}
-	cfg := migrate.DestinationConfig{Reconnect: t.FindSource, RescueTimeout: t.RescueTimeout, Progress: t.Progress, Logger: t.Logger}
+	var migration string
+	find := t.Authorize.again(false, func() string { return migration }, t.FindSource)
+	cfg := migrate.DestinationConfig{Reconnect: find, RescueTimeout: t.RescueTimeout, Progress: t.Progress, Logger: t.Logger}
 	path, ok := t.place(runner.StateDevice)
 	if !ok {
 		return false, fmt.Errorf("there is no device %q", runner.StateDevice)
@@ -199,16 +201,17 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	migration = record.Migration
 	switch {
-	case record.Migration == "":
+	case migration == "":
 		return false, errors.New("the VM did not come from a peer, or was resumed since: nobody needs to be told")
 	case record.Status == runner.Receiving || record.Status == runner.Discarded:
 		cfg.Journal = &writer{still: s}
-		return false, t.disclaim(ctx, cfg, record.Migration)
+		return false, t.disclaim(ctx, cfg, migration)
 	case record.Status != runner.Saved:
 		return false, fmt.Errorf("the VM is not saved but %s: nobody needs to be told", record.Status)
 	}
-	claim := migrate.Claim{ID: record.Migration, Complete: func(context.Context) error { return nil }}
+	claim := migrate.Claim{ID: migration, Complete: func(context.Context) error { return nil }}
 	claim.Devices = func(context.Context, func(int, block.Range)) ([]migrate.ClaimDevice, error) {
 		files := t.Devices
 		if t.Dir != "" {
@@ -242,9 +245,9 @@ func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig,
 	ctx, cancel := context.WithTimeoutCause(ctx, t.RescueTimeout, fmt.Errorf("the source was not found within %s", t.RescueTimeout))
 	defer cancel()
 	for {
-		streams, err := t.FindSource(ctx)
+		streams, err := cfg.Reconnect(ctx)
 		if err == nil {
-			if _, err = migrate.Disclaim(ctx, streams, cfg, func(id string) bool { return id != migration }); err == nil {
+			if _, err = migrate.Disclaim(ctx, streams, cfg, migration); err == nil {
 				return nil
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -154,13 +155,20 @@ func TestTransports(t *testing.T) {
 					t.Skip("there is one connection of its kind")
 				}
 				m := w.meet(t)
-				var asked atomic.Int32
-				sent := m.source(t, func(context.Context, Request) error { asked.Add(1); return nil })
+				var mu sync.Mutex // guards asked
+				var asked []Request
+				ask := func(_ context.Context, r Request) error {
+					mu.Lock()
+					defer mu.Unlock()
+					asked = append(asked, r)
+					return nil
+				}
+				sent := m.source(t, ask)
 				streams, err := m.find(t.Context())
 				if err != nil {
 					t.Fatal(err)
 				}
-				term := Terminator{Dir: filepath.Join(t.TempDir(), "out"), Logger: quiet, FindSource: m.find, Progress: func(p migrate.Progress) {
+				term := Terminator{Dir: filepath.Join(t.TempDir(), "out"), Logger: quiet, FindSource: m.find, Authorize: ask, Progress: func(p migrate.Progress) {
 					if p.State == migrate.DestinationStarting.String() {
 						closeAll(streams)
 					}
@@ -174,8 +182,19 @@ func TestTransports(t *testing.T) {
 				if m.found.Load() != 2 {
 					t.Errorf("they have met %d times, want twice", m.found.Load())
 				}
-				if asked.Load() != 2 {
-					t.Errorf("the source was asked %d times whether it may give the VM to who is there, want each time", asked.Load())
+				// Each side is asked each time about who is there, and knows of which migration that is.
+				var gives, takes []Request
+				for _, r := range asked {
+					if r.Give {
+						gives = append(gives, r)
+					} else {
+						takes = append(takes, r)
+					}
+				}
+				if len(gives) != 2 || len(takes) != 2 || gives[0].Rejoin || takes[0].Rejoin || !gives[1].Rejoin || !takes[1].Rejoin {
+					t.Errorf("the source was asked %+v, the destination %+v: want each twice, the second time to go on", gives, takes)
+				} else if id := takes[0].Migration; id == "" || takes[1].Migration != id || gives[1].Migration != id || strings.Contains(id, ".") {
+					t.Errorf("it was migration %q, and is %q and %q", id, gives[1].Migration, takes[1].Migration)
 				}
 				sameVM(t, term.Dir, newPackage(t))
 			})

@@ -276,7 +276,8 @@ func (i *Instance) TellAgent(ctx context.Context) error {
 // Adopted reports whether the machine was taken over from an owner that had died.
 func (i *Instance) Adopted() bool { return i.adopted }
 
-// InDoubt returns the migration to which the instance was given and which nobody has confirmed, and whether there is one.
+// InDoubt returns the id, with its secret, of the migration by which the instance was given away and which nobody has confirmed, and whether
+// there is one.
 func (i *Instance) InDoubt() (migration string, ok bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()

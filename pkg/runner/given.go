@@ -118,7 +118,7 @@ func (g *Given) state() *device { return g.at.device(StateDevice) }
 // Kept reports whether the other peer may have the instance still: it is false after Settle and Reclaim.
 func (g *Given) Kept() bool { return g.record.given() }
 
-// Migration is the migration that the instance was given away by.
+// Migration is the id, with its secret, of the migration that the instance was given away by.
 func (g *Given) Migration() string { return g.record.Migration }
 
 // Confirmed reports whether the other peer has said that it runs the instance. Then it lacked some of its content.

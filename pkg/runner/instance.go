@@ -217,7 +217,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}
 	if n := i.missing(); n > 0 && i.cfg.OnLate == nil {
-		return nil, fmt.Errorf("boot instance: %d bytes of its disks are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, i.late.migration)
+		return nil, fmt.Errorf("boot instance: %d bytes of its disks are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, shown(i.late.migration))
 	}
 	if err := i.foldLayers(ctx); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
@@ -1292,7 +1292,7 @@ func (i *Instance) Close(ctx context.Context) error {
 // for nothing, but a saved instance without its memory is worth less.
 func (i *Instance) checkWhole(ctx context.Context) error {
 	if n := i.missing(); n > 0 {
-		return fmt.Errorf("%d bytes of it are still at the peer it came from (migration %s): let that one be reached, or start it again", n, i.late.migration)
+		return fmt.Errorf("%d bytes of it are still at the peer it came from (migration %s): let that one be reached, or start it again", n, shown(i.late.migration))
 	}
 	return i.complete(ctx)
 }

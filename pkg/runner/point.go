@@ -361,7 +361,7 @@ func (r Record) noPoint() string {
 	switch {
 	case r.Status == Running && r.Migration != "":
 		return fmt.Sprintf("it was received by migration %s at %s, and when it died not all of its memory had arrived, or was durable: "+
-			"boot it from its disks with --boot; with --raddr, what they lack is fetched from the peer that it came from", r.Migration, at)
+			"boot it from its disks with --boot; with --raddr, what they lack is fetched from the peer that it came from", shown(r.Migration), at)
 	case r.Status == Running:
 		return "it was running at " + at + ", and its commit point was not kept (it was started without --keep-commit-point, was booted, or was just being saved): " +
 			"boot it from its disks with --boot, or delete its overlays to start from the package"

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/zeebo/xxh3"
@@ -75,7 +76,7 @@ var ErrNotSaved = errors.New("instance holds no saved state")
 // Record is the header of a state device: the instance's status and where its device state lies.
 type Record struct {
 	Status    Status
-	Migration string    // id of the migration that the status comes from, at most 64 bytes; empty if none
+	Migration string    // id of the migration that the status comes from, with its secret, at most 64 bytes; empty if none
 	Time      time.Time // when it was written; of one that is Kept, when the guest began to run from the commit point
 	Length    int64     // bytes of device state that follow; 0 if there is none
 	Sum       uint64    // xxh3 of the device state
@@ -239,18 +240,18 @@ func (r Record) remedy() string {
 		return "it was running at " + at + " and was not closed (its process or host died), so its memory is older than its disks: start it with --boot to boot it again from its disks, " + r.orRollBack() + "or delete its overlays (without overlays: make or extract the package anew) to start from the package"
 	case ShutDown:
 		if r.Migration != "" {
-			return fmt.Sprintf("its guest shut down at %s, when not all of its disks had arrived here (migration %s): boot it again with --boot, and with --raddr, as what they lack is at the peer that it came from", at, r.Migration)
+			return fmt.Sprintf("its guest shut down at %s, when not all of its disks had arrived here (migration %s): boot it again with --boot, and with --raddr, as what they lack is at the peer that it came from", at, shown(r.Migration))
 		}
 		return "its guest shut down at " + at + ": boot it again with --boot"
 	case Receiving, Discarded:
 		return "a migration into it, begun at " + at + ", did not finish: receive it again, or delete its overlays"
 	case Moved:
-		given := fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it", at, r.Migration)
+		given := fmt.Sprintf("it was given to another peer at %s (migration %s), which did not confirm that it runs it", at, shown(r.Migration))
 		switch {
 		case r.Settled:
-			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, r.Migration)
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which owns it: receive it back, or delete its overlays to start from the package", at, shown(r.Migration))
 		case r.Confirmed:
-			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other finds these files; what it lacks is nowhere else", at, r.Migration)
+			return fmt.Sprintf("it moved to another peer at %s (migration %s), which runs it and had not got all of its content when this peer ended: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other finds these files; what it lacks is nowhere else", at, shown(r.Migration))
 		case r.Shared:
 			return given + ", and has its memory, which it may have changed: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
 		case r.Length > 0:
@@ -259,6 +260,12 @@ func (r Record) remedy() string {
 		return given + ", and its memory here is lost: start it again with the command line that it had (--laddr, or --control and drafter ctl migrate), so that the other can be met and asked; or if you know that it does not run it and never will, boot it from its disks with drafter peer --boot --force-owner"
 	}
 	return r.Status.String()
+}
+
+// shown is what of a migration's id is for everybody: what follows a dot is its secret.
+func shown(migration string) string {
+	public, _, _ := strings.Cut(migration, ".")
+	return public
 }
 
 // orRollBack offers to return to the commit point, if it is there.

@@ -50,7 +50,7 @@ func OpenVoid(cfg Config) (_ *Void, err error) {
 	return v, ErrNotVoid
 }
 
-// Migration is the migration that was not finished.
+// Migration is the id, with its secret, of the migration that was not finished.
 func (v *Void) Migration() string { return v.id }
 
 // Refuse puts on record, durably, that what was received will never run here.

@@ -1,7 +1,6 @@
 package wire
 
 import (
-	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -161,7 +160,8 @@ const (
 // Rejoin is the payload of a Rejoin frame. For each device with Missing set, Missing frames follow, in which a device is known
 // by its position here.
 type Rejoin struct {
-	ID       string   `json:"id"`
+	ID       string   `json:"id"`              // its public part
+	Proof    string   `json:"proof,omitempty"` // the destination's
 	Standing Standing `json:"standing"`
 	// Fresh: the destination remembers nothing of what it received before, so digests are of what comes from now on.
 	Fresh   bool           `json:"fresh,omitempty"`
@@ -175,6 +175,9 @@ type RejoinDevice struct {
 }
 
 func (r *Rejoin) check() error {
+	if len(r.Proof) > 2*proofSize {
+		return fmt.Errorf("proof of %d bytes: at most %d are allowed", len(r.Proof), 2*proofSize)
+	}
 	switch r.Standing {
 	case NeverRan, Owned, Runs, Settled:
 	default:
@@ -212,13 +215,4 @@ func DecodeRejoin(b []byte) (*Rejoin, error) {
 		return nil, fmt.Errorf("%w: rejoin: %w", ErrMalformed, err)
 	}
 	return r, nil
-}
-
-// ParseSeek decodes the payload of a Seek frame: the migration's id.
-func ParseSeek(b []byte) (string, error) {
-	id := string(bytes.Clone(b))
-	if err := CheckName(id); err != nil {
-		return "", fmt.Errorf("%w: seek: %w", ErrMalformed, err)
-	}
-	return id, nil
 }

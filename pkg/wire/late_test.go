@@ -79,13 +79,14 @@ func TestLateLimits(t *testing.T) {
 		"standing \"dances\"": `{"id":"a","standing":"dances"}`,
 		"migration id":        `{"id":"../a","standing":"runs"}`,
 		"named twice":         `{"id":"a","standing":"runs","devices":[{"name":"x","size":1},{"name":"x","size":1}]}`,
+		"proof of 33":         `{"id":"a","standing":"runs","proof":"` + strings.Repeat("0", 33) + `"}`,
 		"size -1":             `{"id":"a","standing":"runs","devices":[{"name":"x","size":-1}]}`,
 	} {
 		if _, err := DecodeRejoin([]byte(doc)); !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error %v, want %q", doc, err, want)
 		}
 	}
-	if _, err := ParseSeek([]byte("../x")); !errors.Is(err, ErrMalformed) {
+	if _, _, err := ParseSeek([]byte("../x")); !errors.Is(err, ErrMalformed) {
 		t.Errorf("seek of a path: %v", err)
 	}
 	for _, h := range []Header{{Type: TypeMissing}, {Type: TypeServe}, {Type: TypeAccept, Length: 2}} {
@@ -95,6 +96,41 @@ func TestLateLimits(t *testing.T) {
 		if err := h.Check(2); err != nil {
 			t.Errorf("%v in version 2: %v", h.Type, err)
 		}
+	}
+}
+
+// TestProof holds proofs to bytes, and to what they must not be good for.
+func TestProof(t *testing.T) {
+	const id = "VM1.SECRET"
+	s := Sessions{Source: 1, Destination: 2}
+	source, destination := Proof(id, RoleSource, s), Proof(id, RoleDestination, s)
+	for got, want := range map[string]string{source: "4ba287b415470bac3987a0cea99829e7", destination: "1628c9a4b23dc0ac9c15b5a151e6a92c"} {
+		if got != want {
+			t.Errorf("proof %s, want %s", got, want)
+		}
+	}
+	if b := EncodeSeek(id, s); string(b) != "VM1."+source {
+		t.Errorf("seek %q", b)
+	}
+	if public, proof, err := ParseSeek(EncodeSeek(id, s)); public != "VM1" || proof != source || err != nil {
+		t.Errorf("%q, %q, %v", public, proof, err)
+	}
+	if public, proof, err := ParseSeek(EncodeSeek("VM1", s)); public != "VM1" || proof != "" || err != nil {
+		t.Errorf("%q, %q, %v", public, proof, err)
+	}
+	if !Proves(source, id, RoleSource, s) || !Proves("", "VM1", RoleSource, s) {
+		t.Error("what proves is refused")
+	}
+	for _, bad := range []bool{
+		Proves(source, id, RoleDestination, s), Proves(destination, id, RoleSource, s), Proves("", id, RoleSource, s),
+		Proves(source, id, RoleSource, Sessions{Source: 2, Destination: 1}), Proves(source, "VM1.OTHER", RoleSource, s), Proves(source, "VM1", RoleSource, s),
+	} {
+		if bad {
+			t.Error("what does not prove is taken")
+		}
+	}
+	if a, b := NewID(), NewID(); a == b || PublicID(a) == a || PublicID(a) == PublicID(b) || len(EncodeSeek(a, s)) > MaxName || CheckName(a) != nil {
+		t.Errorf("ids %q, %q", a, b)
 	}
 }
 
@@ -144,7 +180,7 @@ func FuzzLate(f *testing.F) {
 				t.Errorf("cannot encode what was decoded: %v", err)
 			}
 		}
-		if id, err := ParseSeek(b); err == nil && CheckName(id) != nil {
+		if id, _, err := ParseSeek(b); err == nil && CheckName(id) != nil {
 			t.Errorf("id %q", id)
 		}
 		if v, err := ParseDemand(b); err == nil && v <= 0 {

@@ -52,7 +52,7 @@ const MaxHandle = 64
 
 // Manifest says what a migration will bring. A device is known by its position from then on.
 type Manifest struct {
-	ID      string          `json:"id"`     // of the migration
+	ID      string          `json:"id"`     // of the migration, with its secret
 	Window  int64           `json:"window"` // bytes of content frames the source keeps unacknowledged at most
 	Devices []Device        `json:"devices"`
 	Spec    json.RawMessage `json:"spec,omitempty"` // the machine; opaque here

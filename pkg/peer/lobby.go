@@ -2,6 +2,7 @@ package peer
 
 import (
 	"bytes"
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -51,21 +52,55 @@ type Lobby struct {
 
 	mu     sync.Mutex // guards what follows
 	groups map[uint64]*group
-	guests int // connections that nobody has taken yet
+	guests int       // connections that nobody has taken yet
+	mute   list.List // of these, those that have not said what they are, each a *visitor, the oldest first
+	full   time.Time // when it was last said that there is no room
 }
 
-// maxGuests is how many connections may be in the lobby at a time. More are closed: they cost descriptors.
+// visitor is a connection that has not said what it is.
+type visitor struct {
+	conn net.Conn
+	at   *list.Element // in mute; nil: it has said it, or has to go
+	gone bool          // it made room, and is not counted any more
+}
+
+// maxGuests is how many connections may be in the lobby at a time, as they cost descriptors.
 const maxGuests = 1024
 
-// enter counts a connection, if there is room.
-func (b *Lobby) enter() bool {
+// enter counts a connection, if there is room. Who has been mute for longest makes room for it: a peer says what it is within
+// milliseconds, so that those who only hold places, and prove nothing, keep nobody out.
+func (b *Lobby) enter(conn net.Conn) (*visitor, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.guests == maxGuests {
-		return false
+		if time.Since(b.full) > handshakeTime {
+			b.full = time.Now()
+			b.log.Warn("too many connections wait: those that say nothing are closed", "from", conn.RemoteAddr(), "waiting", maxGuests)
+		}
+		oldest := b.mute.Front()
+		if oldest == nil {
+			return nil, false
+		}
+		v := b.mute.Remove(oldest).(*visitor)
+		v.at, v.gone = nil, true
+		b.guests--
+		v.conn.Close()
 	}
 	b.guests++
-	return true
+	v := &visitor{conn: conn}
+	v.at = b.mute.PushBack(v)
+	return v, true
+}
+
+// heard notes that a connection has said what it is, and reports whether it may stay.
+func (b *Lobby) heard(v *visitor) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if v.at != nil {
+		b.mute.Remove(v.at)
+		v.at = nil
+	}
+	return !v.gone
 }
 
 // leave is enter undone, for n connections.
@@ -139,7 +174,6 @@ func (b *Lobby) Rejoin(ctx context.Context) ([]io.ReadWriter, error) {
 
 func (b *Lobby) accept() {
 	pause := time.Millisecond
-	var full time.Time // when that was last said
 	for {
 		conn, err := b.listener.Accept()
 		if b.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
@@ -158,15 +192,12 @@ func (b *Lobby) accept() {
 			continue
 		}
 		pause = time.Millisecond
-		if !b.enter() {
+		v, ok := b.enter(conn)
+		if !ok {
 			conn.Close()
-			if time.Since(full) > handshakeTime {
-				full = time.Now()
-				b.log.Warn("closed a connection: too many wait already", "from", conn.RemoteAddr(), "waiting", maxGuests)
-			}
 			continue
 		}
-		b.tasks.Go(func() { b.meet(conn) })
+		b.tasks.Go(func() { b.meet(conn, v) })
 	}
 }
 
@@ -178,17 +209,17 @@ func opposite(r wire.Role) wire.Role {
 	return wire.RoleSource
 }
 
-// heard is a connection of which the first bytes were read already.
-type heard struct {
+// spoken is a connection of which the first bytes were read already.
+type spoken struct {
 	net.Conn
 	first io.Reader
 	who   transport.Identity
 }
 
 // Identity is for transport.IdentityOf.
-func (h *heard) Identity() transport.Identity { return h.who }
+func (h *spoken) Identity() transport.Identity { return h.who }
 
-func (h *heard) Read(p []byte) (int, error) {
+func (h *spoken) Read(p []byte) (int, error) {
 	if n, err := h.first.Read(p); n > 0 || err != io.EOF {
 		return n, err
 	}
@@ -196,9 +227,13 @@ func (h *heard) Read(p []byte) (int, error) {
 }
 
 // meet hears what a connection is, and brings it to its group.
-func (b *Lobby) meet(conn net.Conn) {
+func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	done := 1 // connections that are no longer here when it returns
-	defer func() { b.leave(done) }()
+	defer func() {
+		if b.heard(v) {
+			b.leave(done)
+		}
+	}()
 	stop := context.AfterFunc(b.ctx, func() { conn.Close() })
 	defer stop()
 	ctx, cancel := context.WithTimeout(b.ctx, b.patience)
@@ -206,7 +241,7 @@ func (b *Lobby) meet(conn net.Conn) {
 	who, err := transport.Handshake(ctx, conn)
 	if err != nil {
 		conn.Close()
-		if b.ctx.Err() == nil {
+		if b.heard(v) && b.ctx.Err() == nil {
 			b.log.Warn("refused a connection", "from", conn.RemoteAddr(), "reason", err)
 		}
 		return
@@ -214,6 +249,10 @@ func (b *Lobby) meet(conn net.Conn) {
 	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
 	var said bytes.Buffer
 	p, err := wire.ReadPreface(io.TeeReader(conn, &said))
+	if !b.heard(v) {
+		conn.Close()
+		return
+	}
 	if err == nil && p.Role != b.role {
 		err = fmt.Errorf("it is a %s: %w", p.Role, wire.ErrMalformed)
 	}
@@ -231,7 +270,7 @@ func (b *Lobby) meet(conn net.Conn) {
 		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
 		return
 	}
-	stream := &heard{conn, &said, who}
+	stream := &spoken{conn, &said, who}
 	if p.Streams <= 1 { // version 1 knows not how many it has, and has one
 		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr(), Peer: who})
 		return

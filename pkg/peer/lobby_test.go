@@ -151,3 +151,55 @@ func TestLobbyEnds(t *testing.T) {
 		t.Errorf("Rejoin after Close: %v", err)
 	}
 }
+
+// TestLobbyFull: those who say nothing, however many, keep nobody out.
+func TestLobbyFull(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := NewLobby(l, quiet)
+	defer b.Close()
+	mute := make([]net.Conn, 0, 2*maxGuests)
+	defer func() {
+		for _, c := range mute {
+			c.Close()
+		}
+	}()
+	flood := func(n int) {
+		for range n {
+			c, err := net.Dial("tcp", l.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			mute = append(mute, c)
+		}
+	}
+	flood(maxGuests + 100)
+	for range 3 {
+		conn, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		p := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: wire.RoleDestination, Streams: 1}
+		if _, err := conn.Write(p.Append(nil)); err != nil {
+			t.Fatal(err)
+		}
+		flood(100)
+		select {
+		case a := <-b.New:
+			if a.Err != nil {
+				t.Errorf("a peer is refused: %v", a.Err)
+			}
+			a.Close()
+		case <-time.After(handshakeTime / 2):
+			t.Fatal("a peer does not come in")
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.guests > maxGuests || b.mute.Len() > b.guests {
+		t.Errorf("%d connections are there, %d of them mute: at most %d are allowed", b.guests, b.mute.Len(), maxGuests)
+	}
+}

@@ -93,6 +93,8 @@ Each tool also answers to the name drafter-TOOL.`,
 		newMounterCommand(),
 		newServeCommand(),
 		newCtlCommand(),
+		newNATCommand(),
+		newForwarderCommand(),
 		newManCommand(),
 		newCompletionCommand(),
 	)

@@ -22,6 +22,7 @@ var mayImport = map[string][]string{
 	"transport": {},
 	"blueprint": {},
 	"nat":       {},
+	"forward":   {"nat"},
 	"ram":       {"block"},
 	"expose":    {"block"},
 	"vmpackage": {"block"},

@@ -19,8 +19,8 @@ import (
 // and a default route. Each has its own kernel settings, rules and connections, as a host has; only names below /run/netns, and
 // processes, are those of all.
 //
-//	NAME-a: eth0 192.0.2.1, 2001:db8::1 ──┐
-//	NAME-b: eth0 192.0.2.2, 2001:db8::2 ──┼── br0 of NAME-wire: 192.0.2.254, 2001:db8::fe
+//	NAME-a: eth0 198.51.100.1, 2001:db8::1 ──┐
+//	NAME-b: eth0 198.51.100.2, 2001:db8::2 ──┼── br0 of NAME-wire: 198.51.100.254, 2001:db8::fe
 //	…                                     ┘
 type Hosts struct {
 	name  string
@@ -30,9 +30,9 @@ type Hosts struct {
 
 // The networks of Hosts, which are those of documentation (RFC 5737, RFC 3849), and their routers.
 var (
-	hostsNetwork4 = netip.MustParsePrefix("192.0.2.0/24")
+	hostsNetwork4 = netip.MustParsePrefix("198.51.100.0/24")
 	hostsNetwork6 = netip.MustParsePrefix("2001:db8::/64")
-	hostsRouter4  = netip.MustParseAddr("192.0.2.254")
+	hostsRouter4  = netip.MustParseAddr("198.51.100.254")
 	hostsRouter6  = netip.MustParseAddr("2001:db8::fe")
 )
 

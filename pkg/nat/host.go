@@ -66,7 +66,7 @@ func (c Config) outside(veths []string, ipv6 bool) rule.Table {
 // StateDir is where it is kept what outlives a process: locks, and what settings of the host were. It is gone when the host is.
 const StateDir = "/run/drafter/net"
 
-// Settings are the kernel's settings of the network namespace of the calling thread, on loan.
+// Settings are the kernel's settings of the network namespace that within runs on a thread of, and whose cookie is given, on loan.
 func Settings(within func(func() error) error, cookie uint64) (sysctl.Settings, error) {
 	if err := os.MkdirAll(StateDir, 0o700); err != nil {
 		return sysctl.Settings{}, err
@@ -140,8 +140,8 @@ func (n *NAT) needs() []sysctl.Setting {
 	return s
 }
 
-// hasIPv6 reports whether the host has IPv6; it runs on a thread in the host's network namespace.
-func hasIPv6() bool {
+// HasIPv6 reports whether the network namespace of the calling thread has IPv6.
+func HasIPv6() bool {
 	b, err := os.ReadFile("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 	return err == nil && strings.TrimSpace(string(b)) == "0"
 }

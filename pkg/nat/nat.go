@@ -110,7 +110,7 @@ func (n *NAT) lookAtHost() error {
 	if n.cfg.IPv6 == Off {
 		return nil
 	}
-	if err := n.within(func() error { n.ipv6 = hasIPv6(); return nil }); err != nil {
+	if err := n.within(func() error { n.ipv6 = HasIPv6(); return nil }); err != nil {
 		return err
 	}
 	if n.cfg.IPv6 == On && !n.ipv6 {

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -15,7 +14,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -65,109 +63,18 @@ func tryOpen(h *testnet.Hosts, host string, cfg nat.Config) (n *nat.NAT, err err
 	return n, err
 }
 
-// listen echoes what comes to a port of a namespace, by TCP and UDP, and prefixes it with where that came from.
-func listen(t *testing.T, namespace string, port int) {
-	t.Helper()
-	err := testnet.Do(namespace, func() error {
-		l, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
-		if err != nil {
-			return err
-		}
-		p, err := net.ListenPacket("udp", fmt.Sprintf(":%d", port))
-		if err != nil {
-			return err
-		}
-		t.Cleanup(func() { l.Close(); p.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					fmt.Fprintf(c, "%s\n", host(c.RemoteAddr()))
-					_, _ = io.Copy(c, c)
-				}()
-			}
-		}()
-		go func() {
-			b := make([]byte, 2000)
-			for {
-				_, from, err := p.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				_, _ = p.WriteTo([]byte(host(from)+"\n"), from)
-			}
-		}()
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-func host(a net.Addr) string {
-	ap, _ := netip.ParseAddrPort(a.String())
-	return ap.Addr().Unmap().WithZone("").String()
-}
-
-// seen asks an echo from within a namespace where it sees the question come from; empty: there is no answer.
-func seen(t *testing.T, namespace, network string, addr netip.Addr, port int) string {
-	t.Helper()
-	return seenWithin(namespace, network, addr, port, 5*time.Second)
-}
-
-// unseen is how long nothing must come for there to be no answer.
-const unseen = 300 * time.Millisecond
-
-func seenWithin(namespace, network string, addr netip.Addr, port int, patience time.Duration) string {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	c, err := testnet.DialContext(ctx, namespace, network, netip.AddrPortFrom(addr, uint16(port)).String())
-	if err != nil {
-		return ""
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
-	if network == "udp" {
-		if _, err := c.Write([]byte("hello")); err != nil {
-			return ""
-		}
-	}
-	b := make([]byte, 100)
-	n, err := c.Read(b)
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b[:n]))
-}
-
-// guestIn makes a guest that runs in a namespace.
-func guestIn(t *testing.T, name, namespace string) *testnet.Guest {
-	t.Helper()
-	g := testnet.NewGuest(t, name, nil)
-	c, err := g.Open(namespace)
-	if err != nil {
-		t.Fatal(err)
-	}
-	g.Resume(c)
-	return g
-}
-
 // TestNAT: guests reach others, are reached by their host, and do not reach each other, in both families.
 func TestNAT(t *testing.T) {
 	h := testnet.NewTestHosts(t, "a", "world")
 	p := prefix(h, "a")
 	n := openOn(t, h, "a", nat.Config{Prefix: p, Count: 2})
 	all := n.Namespaces()
-	one := guestIn(t, p+"x", all[0].Name)
-	two := guestIn(t, p+"y", all[1].Name)
-	listen(t, h.Host("world"), 7)
-	listen(t, h.Host("a"), 7)
-	listen(t, one.Namespace(), 8)
-	listen(t, two.Namespace(), 8)
+	one := testnet.NewGuestIn(t, p+"x", all[0].Name)
+	two := testnet.NewGuestIn(t, p+"y", all[1].Name)
+	testnet.Echo(t, h.Host("world"), 7)
+	testnet.Echo(t, h.Host("a"), 7)
+	testnet.Echo(t, one.Namespace(), 8)
+	testnet.Echo(t, two.Namespace(), 8)
 
 	for _, c := range []struct {
 		what    string
@@ -193,11 +100,11 @@ func TestNAT(t *testing.T) {
 			if network == "udp" && c.to == h.Addr4("a") {
 				continue // the echo answers from another of the host's addresses
 			}
-			patience := unseen
+			patience := testnet.Unseen
 			if c.allowed {
-				patience = 5 * time.Second
+				patience = testnet.Patience
 			}
-			got := seenWithin(c.from, network, c.to, c.port, patience)
+			got := testnet.SeenWithin(c.from, network, c.to, c.port, patience)
 			if want := c.wanted; c.allowed && got != want.String() {
 				t.Errorf("%s by %s: it was seen as %q, want %s", c.what, network, got, want)
 			} else if !c.allowed && got != "" {
@@ -213,14 +120,14 @@ func TestDenyIncoming(t *testing.T) {
 	p := prefix(h, "d")
 	n := openOn(t, h, "a", nat.Config{Prefix: p, Count: 1, DenyIncoming: true})
 	ns := n.Namespaces()[0]
-	g := guestIn(t, p, ns.Name)
-	listen(t, h.Host("world"), 7)
-	listen(t, g.Namespace(), 8)
-	if got := seen(t, g.Namespace(), "tcp", h.Addr4("world"), 7); got != h.Addr4("a").String() {
+	g := testnet.NewGuestIn(t, p, ns.Name)
+	testnet.Echo(t, h.Host("world"), 7)
+	testnet.Echo(t, g.Namespace(), 8)
+	if got := testnet.Seen(t, g.Namespace(), "tcp", h.Addr4("world"), 7); got != h.Addr4("a").String() {
 		t.Errorf("the guest reaches the world as %q, want %s", got, h.Addr4("a"))
 	}
 	for _, a := range []netip.Addr{ns.Inside, ns.Outer, ns.Inside6, ns.Outer6} {
-		if got := seenWithin(h.Host("a"), "tcp", a, 8, unseen); got != "" {
+		if got := testnet.SeenWithin(h.Host("a"), "tcp", a, 8, testnet.Unseen); got != "" {
 			t.Errorf("the guest is reached at %s", a)
 		}
 	}
@@ -232,16 +139,16 @@ func TestBlockedSubnets(t *testing.T) {
 	p := prefix(h, "b")
 	blocked := []netip.Prefix{netip.PrefixFrom(h.Addr4("secret"), 32), netip.PrefixFrom(h.Addr6("secret"), 128)}
 	n := openOn(t, h, "a", nat.Config{Prefix: p, Count: 1, BlockedSubnets: blocked})
-	g := guestIn(t, p, n.Namespaces()[0].Name)
-	listen(t, h.Host("world"), 7)
-	listen(t, h.Host("secret"), 7)
+	g := testnet.NewGuestIn(t, p, n.Namespaces()[0].Name)
+	testnet.Echo(t, h.Host("world"), 7)
+	testnet.Echo(t, h.Host("secret"), 7)
 	for _, a := range []netip.Addr{h.Addr4("world"), h.Addr6("world")} {
-		if seen(t, g.Namespace(), "tcp", a, 7) == "" {
+		if testnet.Seen(t, g.Namespace(), "tcp", a, 7) == "" {
 			t.Errorf("the guest does not reach %s, which is not blocked", a)
 		}
 	}
 	for _, a := range []netip.Addr{h.Addr4("secret"), h.Addr6("secret")} {
-		if seenWithin(g.Namespace(), "tcp", a, 7, unseen) != "" {
+		if testnet.SeenWithin(g.Namespace(), "tcp", a, 7, testnet.Unseen) != "" {
 			t.Errorf("the guest reaches %s, which is blocked", a)
 		}
 	}
@@ -254,14 +161,14 @@ func TestGlobalPrefix(t *testing.T) {
 	global := netip.MustParsePrefix("2001:db8:1::/64")
 	n := openOn(t, h, "a", nat.Config{Prefix: p, Count: 1, NamespaceVethCIDR6: global})
 	ns := n.Namespaces()[0]
-	g := guestIn(t, p, ns.Name)
-	listen(t, h.Host("world"), 7)
-	listen(t, g.Namespace(), 8)
-	run(t, h.Host("world"), "ip", "-6", "route", "add", global.String(), "via", h.Addr6("a").String())
-	if got := seen(t, g.Namespace(), "tcp", h.Addr6("world"), 7); got != ns.Outer6.String() {
+	g := testnet.NewGuestIn(t, p, ns.Name)
+	testnet.Echo(t, h.Host("world"), 7)
+	testnet.Echo(t, g.Namespace(), 8)
+	testnet.Run(t, h.Host("world"), "ip", "-6", "route", "add", global.String(), "via", h.Addr6("a").String())
+	if got := testnet.Seen(t, g.Namespace(), "tcp", h.Addr6("world"), 7); got != ns.Outer6.String() {
 		t.Errorf("the world sees the guest as %q, want %s", got, ns.Outer6)
 	}
-	if got := seen(t, h.Host("world"), "tcp", ns.Outer6, 8); got != h.Addr6("world").String() {
+	if got := testnet.Seen(t, h.Host("world"), "tcp", ns.Outer6, 8); got != h.Addr6("world").String() {
 		t.Errorf("the guest sees the world as %q, want %s", got, h.Addr6("world"))
 	}
 }
@@ -269,9 +176,9 @@ func TestGlobalPrefix(t *testing.T) {
 // TestOneFamily: a host with one family only works with that one.
 func TestOneFamily(t *testing.T) {
 	h := testnet.NewTestHosts(t, "four", "six", "world")
-	listen(t, h.Host("world"), 7)
-	run(t, h.Host("four"), "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
-	run(t, h.Host("six"), "ip", "-4", "address", "flush", "dev", "eth0")
+	testnet.Echo(t, h.Host("world"), 7)
+	testnet.Run(t, h.Host("four"), "sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1", "net.ipv6.conf.default.disable_ipv6=1")
+	testnet.Run(t, h.Host("six"), "ip", "-4", "address", "flush", "dev", "eth0")
 	four, six := prefix(h, "f"), prefix(h, "s")
 	if _, err := tryOpen(h, "four", nat.Config{Prefix: four, Count: 1, IPv6: nat.On}); err == nil || !strings.Contains(err.Error(), "no IPv6") {
 		t.Errorf("IPv6 that the host has not: got error %v", err)
@@ -280,12 +187,12 @@ func TestOneFamily(t *testing.T) {
 	if c := a.Config(); c.IPv6 != nat.Off || a.Namespaces()[0].Inside6.IsValid() {
 		t.Errorf("a host without IPv6 has namespaces with it: %v", a.Namespaces())
 	}
-	g := guestIn(t, four, a.Namespaces()[0].Name)
-	if got := seen(t, g.Namespace(), "tcp", h.Addr4("world"), 7); got != h.Addr4("four").String() {
+	g := testnet.NewGuestIn(t, four, a.Namespaces()[0].Name)
+	if got := testnet.Seen(t, g.Namespace(), "tcp", h.Addr4("world"), 7); got != h.Addr4("four").String() {
 		t.Errorf("IPv4 only: the guest is seen as %q, want %s", got, h.Addr4("four"))
 	}
-	g = guestIn(t, six, b.Namespaces()[0].Name)
-	if got := seen(t, g.Namespace(), "tcp", h.Addr6("world"), 7); got != h.Addr6("six").String() {
+	g = testnet.NewGuestIn(t, six, b.Namespaces()[0].Name)
+	if got := testnet.Seen(t, g.Namespace(), "tcp", h.Addr6("world"), 7); got != h.Addr6("six").String() {
 		t.Errorf("IPv6 only: the guest is seen as %q, want %s", got, h.Addr6("six"))
 	}
 }
@@ -295,7 +202,7 @@ func TestRules(t *testing.T) {
 	h := testnet.NewTestHosts(t, "a")
 	n := openOn(t, h, "a", nat.Config{Prefix: prefix(h, "r"), Count: 2})
 	for name, namespace := range map[string]string{"host": h.Host("a"), "namespace": n.Namespaces()[1].Name} {
-		got := bytes.ReplaceAll(run(t, namespace, "nft", "list", "ruleset"), []byte(prefix(h, "r")), []byte("ark"))
+		got := bytes.ReplaceAll(testnet.Run(t, namespace, "nft", "list", "ruleset"), []byte(prefix(h, "r")), []byte("ark"))
 		file := filepath.Join("testdata", name+".nft")
 		if *update {
 			if err := os.WriteFile(file, got, 0o644); err != nil {
@@ -312,73 +219,13 @@ func TestRules(t *testing.T) {
 	}
 }
 
-// picture is all of a host that a NAT changes.
-func picture(t *testing.T, namespace string) string {
-	t.Helper()
-	out := run(t, namespace, "sh", "-c", `nft list ruleset
-ip -o link | sed 's/^[0-9]*: //; s/@if[0-9]*//'
-ip -o address | sed 's/^[0-9]*: //; s/ valid_lft.*//'
-ip route; ip -6 route; ip rule; ip -6 rule
-sysctl -a 2>/dev/null | grep '^net\.' | grep -v 'nf_conntrack_count\|neigh'`)
-	names, err := os.ReadDir(nat.Folder)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var b strings.Builder
-	b.Write(out)
-	for _, n := range names {
-		if strings.HasPrefix(n.Name(), "t") && !strings.Contains(n.Name(), "-") {
-			fmt.Fprintln(&b, n.Name())
-		}
-	}
-	return b.String()
-}
-
-func run(t *testing.T, namespace string, command ...string) []byte {
-	t.Helper()
-	var out []byte
-	err := testnet.Do(namespace, func() (err error) {
-		cmd := exec.Command(command[0], command[1:]...)
-		var stderr bytes.Buffer
-		cmd.Stderr = &stderr
-		if out, err = cmd.Output(); err != nil {
-			err = fmt.Errorf("%s: %w: %s", strings.Join(command, " "), err, stderr.Bytes())
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
-}
-
-func diff(t *testing.T, what, before, after string) {
-	t.Helper()
-	if before == after {
-		return
-	}
-	was := make(map[string]bool)
-	for l := range strings.Lines(before) {
-		was[l] = true
-	}
-	for l := range strings.Lines(after) {
-		if !was[l] {
-			t.Errorf("%s: + %s", what, l)
-		}
-		delete(was, l)
-	}
-	for l := range was {
-		t.Errorf("%s: - %s", what, l)
-	}
-}
-
 // TestNothingLeft: after a stop the host is as it was, also with a second NAT there in between, and after a kill.
 func TestNothingLeft(t *testing.T) {
 	h := testnet.NewTestHosts(t, "a")
 	a, b := prefix(h, "a"), prefix(h, "b")
 	// Settings that are not the kernel's defaults have to survive, too.
-	run(t, h.Host("a"), "sysctl", "-qw", "net.ipv4.conf.all.accept_redirects=0", "net.ipv6.conf.eth0.accept_ra=1")
-	before := picture(t, h.Host("a"))
+	testnet.Run(t, h.Host("a"), "sysctl", "-qw", "net.ipv4.conf.all.accept_redirects=0", "net.ipv6.conf.eth0.accept_ra=1")
+	before := testnet.Picture(t, h.Host("a"), prefix(h, ""))
 	others := nat.Config{
 		Prefix: b, Count: 2, HostVethCIDR: netip.MustParsePrefix("10.0.16.0/24"), NamespaceVethCIDR: netip.MustParsePrefix("10.0.17.0/24"),
 		HostVethCIDR6: netip.MustParsePrefix("fd00:10:16::/64"), NamespaceVethCIDR6: netip.MustParsePrefix("fd00:10:17::/64"),
@@ -397,21 +244,21 @@ func TestNothingLeft(t *testing.T) {
 	if err := first.Close(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	if got := strings.TrimSpace(string(run(t, h.Host("a"), "sysctl", "-n", "net.ipv4.ip_forward"))); got != "1" {
+	if got := strings.TrimSpace(string(testnet.Run(t, h.Host("a"), "sysctl", "-n", "net.ipv4.ip_forward"))); got != "1" {
 		t.Errorf("net.ipv4.ip_forward is %s while a NAT needs it", got)
 	}
 	if err := second.Close(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	diff(t, "after two NATs", before, picture(t, h.Host("a")))
+	testnet.Diff(t, "after two NATs", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 
 	// Killed, and started again with a guest in one of its namespaces.
 	kill(t, h.Host("a"), a)
 	name := a + "1"
-	g := guestIn(t, a, name)
-	listen(t, g.Namespace(), 8)
-	run(t, h.Host("a"), "ip", "link", "delete", a+"0-veth") // and damaged
-	run(t, h.Host("a"), "nft", "flush", "ruleset")
+	g := testnet.NewGuestIn(t, a, name)
+	testnet.Echo(t, g.Namespace(), 8)
+	testnet.Run(t, h.Host("a"), "ip", "link", "delete", a+"0-veth") // and damaged
+	testnet.Run(t, h.Host("a"), "nft", "flush", "ruleset")
 	if err := os.WriteFile(filepath.Join(nat.Folder, a+"7"), nil, 0o444); err != nil { // no namespace, of somebody else
 		t.Fatal(err)
 	}
@@ -428,7 +275,7 @@ func TestNothingLeft(t *testing.T) {
 	}
 	for _, ns := range n.Namespaces() {
 		if ns.Name == name {
-			if got := seen(t, h.Host("a"), "tcp", ns.Inside, 8); got != ns.Host.String() {
+			if got := testnet.Seen(t, h.Host("a"), "tcp", ns.Inside, 8); got != ns.Host.String() {
 				t.Errorf("a guest that was there before is not reached: seen as %q, want %s", got, ns.Host)
 			}
 		}
@@ -440,7 +287,7 @@ func TestNothingLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	os.Remove(filepath.Join(nat.Folder, a+"7"))
-	diff(t, "after a kill", before, picture(t, h.Host("a")))
+	testnet.Diff(t, "after a kill", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 
 	// Other settings rebuild what nobody uses, and are refused where a machine runs.
 	kill(t, h.Host("a"), a)
@@ -461,7 +308,7 @@ func TestNothingLeft(t *testing.T) {
 	if err := n.Close(context.Background()); err != nil {
 		t.Fatal(err)
 	}
-	diff(t, "after other settings", before, picture(t, h.Host("a")))
+	testnet.Diff(t, "after other settings", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 }
 
 // kill opens a NAT in a process, and kills it.
@@ -512,9 +359,9 @@ func TestClaim(t *testing.T) {
 	if _, err := n.Claim(ctx); !errors.Is(err, nat.ErrExhausted) {
 		t.Errorf("a claim too many: got error %v, want ErrExhausted", err)
 	}
-	g := guestIn(t, p, second.Name)
-	listen(t, h.Host("world"), 7)
-	if seen(t, g.Namespace(), "udp", h.Addr4("world"), 7) == "" {
+	g := testnet.NewGuestIn(t, p, second.Name)
+	testnet.Echo(t, h.Host("world"), 7)
+	if testnet.Seen(t, g.Namespace(), "udp", h.Addr4("world"), 7) == "" {
 		t.Error("a guest in a namespace that was made by a claim reaches nobody")
 	}
 	if n := connections(t, second.Name); n == 0 {
@@ -553,12 +400,12 @@ func connections(t *testing.T, namespace string) int {
 func TestOpenErrors(t *testing.T) {
 	h := testnet.NewTestHosts(t, "a", "lonely")
 	p := prefix(h, "e")
-	run(t, h.Host("lonely"), "ip", "route", "delete", "default")
-	run(t, h.Host("lonely"), "ip", "-6", "route", "delete", "default")
-	run(t, h.Host("a"), "ip", "netns", "add", p+"1")
+	testnet.Run(t, h.Host("lonely"), "ip", "route", "delete", "default")
+	testnet.Run(t, h.Host("lonely"), "ip", "-6", "route", "delete", "default")
+	testnet.Run(t, h.Host("a"), "ip", "netns", "add", p+"1")
 	t.Cleanup(func() { exec.Command("ip", "netns", "delete", p+"1").Run() })
-	before := picture(t, h.Host("a"))
-	prefix := netip.MustParsePrefix
+	before := testnet.Picture(t, h.Host("a"), prefix(h, ""))
+	cidr := netip.MustParsePrefix
 	for _, c := range []struct {
 		what string
 		host string
@@ -568,12 +415,12 @@ func TestOpenErrors(t *testing.T) {
 		{"a namespace that is not ours", "a", nat.Config{Count: 2}, p + "1 exist"},
 		{"no interface", "a", nat.Config{HostInterface: "eth7"}, `"eth7"`},
 		{"no default route", "lonely", nat.Config{}, "no default route"},
-		{"addresses of the host", "a", nat.Config{HostVethCIDR: prefix("192.0.2.0/24")}, `"eth0"`},
-		{"overlap", "a", nat.Config{HostVethCIDR: prefix("10.0.8.0/21")}, "10.0.15.0/24 overlaps"},
+		{"addresses of the host", "a", nat.Config{HostVethCIDR: cidr("198.51.100.0/24")}, `"eth0"`},
+		{"overlap", "a", nat.Config{HostVethCIDR: cidr("10.0.8.0/21")}, "10.0.15.0/24 overlaps"},
 		{"too many", "a", nat.Config{Count: 300}, "256"},
-		{"family", "a", nat.Config{HostVethCIDR: prefix("fd00::/64")}, "IPv4"},
-		{"bits", "a", nat.Config{NamespaceVethCIDR: prefix("10.0.15.7/24")}, "10.0.15.0/24"},
-		{"no room", "a", nat.Config{HostVethCIDR: prefix("10.0.8.0/31")}, "31"},
+		{"family", "a", nat.Config{HostVethCIDR: cidr("fd00::/64")}, "IPv4"},
+		{"bits", "a", nat.Config{NamespaceVethCIDR: cidr("10.0.15.7/24")}, "10.0.15.0/24"},
+		{"no room", "a", nat.Config{HostVethCIDR: cidr("10.0.8.0/31")}, "31"},
 		{"guest", "a", nat.Config{Guest: netip.MustParseAddr("172.16.1.2")}, "172.16.1.2"},
 		{"guest is gateway", "a", nat.Config{Guest: netip.MustParseAddr("172.16.0.1")}, "gateway"},
 		{"broadcast", "a", nat.Config{Guest: netip.MustParseAddr("172.16.0.3")}, "broadcast"},
@@ -596,5 +443,5 @@ func TestOpenErrors(t *testing.T) {
 			}
 		})
 	}
-	diff(t, "after refusals", before, picture(t, h.Host("a")))
+	testnet.Diff(t, "after refusals", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 }

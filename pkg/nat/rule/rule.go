@@ -96,6 +96,9 @@ func To(p netip.Prefix) Part { return address(p, destination4, destination6, exp
 // NotFrom matches packets of the prefix's family that come from elsewhere.
 func NotFrom(p netip.Prefix) Part { return address(p, source4, source6, expr.CmpOpNeq) }
 
+// NotTo matches packets of the prefix's family that go elsewhere.
+func NotTo(p netip.Prefix) Part { return address(p, destination4, destination6, expr.CmpOpNeq) }
+
 func address(p netip.Prefix, offset4, offset6 uint32, op expr.CmpOp) Part {
 	p = p.Masked()
 	a := p.Addr()

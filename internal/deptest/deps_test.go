@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 	"blueprint": {},
 	"nat":       {},
 	"forward":   {"nat"},
+	"flow":      {"nat"},
 	"ram":       {"block"},
 	"expose":    {"block"},
 	"vmpackage": {"block"},

@@ -205,8 +205,8 @@ func (c Config) Check() error {
 		}
 	}
 	switch {
-	case !validInterface.MatchString(c.Interface) || c.Interface == "lo" || c.Interface == vethInside:
-		return fmt.Errorf("interface %q in the namespaces: use up to %d letters, digits, '.', '_' and '-', and not lo or %s", c.Interface, maxInterface, vethInside)
+	case !validInterface.MatchString(c.Interface) || c.Interface == "lo" || c.Interface == VethInside:
+		return fmt.Errorf("interface %q in the namespaces: use up to %d letters, digits, '.', '_' and '-', and not lo or %s", c.Interface, maxInterface, VethInside)
 	case len(c.MAC) != 6 || c.MAC[0]&1 != 0 || bytes.Equal(c.MAC, make([]byte, 6)):
 		return fmt.Errorf("MAC address %q of the interface in the namespaces: give the 6 bytes of one interface, as 02:0e:d9:fd:68:3d", c.MAC)
 	}

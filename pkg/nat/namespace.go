@@ -18,10 +18,10 @@ import (
 	"github.com/drafter-vm/drafter/pkg/nat/sysctl"
 )
 
-const (
-	vethInside = "veth0"       // the namespace's end of its veth pair
-	insideName = "drafter-nat" // the table of rules in a namespace
-)
+// VethInside is the namespace's end of its veth pair.
+const VethInside = "veth0"
+
+const insideName = "drafter-nat" // the table of rules in a namespace
 
 // gatewayLinkLocal is an address that the gateway of every guest has besides its own, insideLinkLocal one of the namespace's end of its
 // veth pair.
@@ -117,25 +117,25 @@ func (n *NAT) furnish(ns Namespace, inside netns.NsHandle) error {
 		return err
 	}
 
-	veth, err := h.LinkByName(vethInside)
+	veth, err := h.LinkByName(VethInside)
 	if err == nil && !n.hasLink(ns.Veth) { // its other end is elsewhere: of a host that was, or is another
 		if err := h.LinkDel(veth); err != nil {
-			return fmt.Errorf("remove %q: %w", vethInside, err)
+			return fmt.Errorf("remove %q: %w", VethInside, err)
 		}
-		_, err = h.LinkByName(vethInside)
+		_, err = h.LinkByName(VethInside)
 	}
 	if notFound(err) {
 		attrs := netlink.NewLinkAttrs()
-		attrs.Name = vethInside
+		attrs.Name = VethInside
 		pair := netlink.NewVeth(attrs)
 		pair.PeerName, pair.PeerNamespace = ns.Veth, netlink.NsFd(int(n.host))
 		if err := h.LinkAdd(pair); err != nil {
-			return fmt.Errorf("add veth pair %q, %q: %w", vethInside, ns.Veth, err)
+			return fmt.Errorf("add veth pair %q, %q: %w", VethInside, ns.Veth, err)
 		}
-		veth, err = h.LinkByName(vethInside)
+		veth, err = h.LinkByName(VethInside)
 	}
 	if err != nil {
-		return fmt.Errorf("find %q: %w", vethInside, err)
+		return fmt.Errorf("find %q: %w", VethInside, err)
 	}
 	ends := []netip.Prefix{netip.PrefixFrom(ns.Inside, pairBits4)}
 	routes := []netlink.Route{{Dst: anywhere(ns.Host), Gw: ns.Host.AsSlice(), LinkIndex: veth.Attrs().Index}}
@@ -249,10 +249,10 @@ func (c Config) inside(ns Namespace, ipv6 bool) rule.Table {
 	for _, f := range families {
 		if !c.DenyIncoming {
 			for _, a := range []netip.Addr{f.outer, f.inside} {
-				pre.Rules = append(pre.Rules, rule.Of(rule.In(vethInside), rule.To(rule.Host(a)), rule.ToAddress(f.guest, 0)))
+				pre.Rules = append(pre.Rules, rule.Of(rule.In(VethInside), rule.To(rule.Host(a)), rule.ToAddress(f.guest, 0)))
 			}
 		}
-		post.Rules = append(post.Rules, rule.Of(rule.Out(vethInside), rule.From(rule.Host(f.guest)), rule.FromAddress(f.outer)))
+		post.Rules = append(post.Rules, rule.Of(rule.Out(VethInside), rule.From(rule.Host(f.guest)), rule.FromAddress(f.outer)))
 		// A guest has one address; who uses another one would not be translated.
 		forward.Rules = append(forward.Rules, rule.Of(rule.In(c.Interface), rule.NotFrom(rule.Host(f.guest)), rule.Drop()))
 	}
@@ -260,7 +260,7 @@ func (c Config) inside(ns Namespace, ipv6 bool) rule.Table {
 		forward.Rules = append(forward.Rules, rule.Of(rule.IPv6(), rule.Drop()))
 	}
 	// What netfilter takes for no part of a connection it would not translate either.
-	forward.Rules = append(forward.Rules, rule.Of(rule.In(c.Interface), rule.Out(vethInside), rule.State(rule.Invalid), rule.Drop()))
+	forward.Rules = append(forward.Rules, rule.Of(rule.In(c.Interface), rule.Out(VethInside), rule.State(rule.Invalid), rule.Drop()))
 	return rule.Table{Name: insideName, Chains: []rule.Chain{pre, post, forward}}
 }
 

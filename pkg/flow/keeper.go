@@ -1,0 +1,851 @@
+package flow
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"sort"
+	"sync"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/nat"
+)
+
+// Config is a keeper of connections. The zero value of a field is its default, where one is given.
+type Config struct {
+	// Netns is the network namespace that the guest runs in, of package nat.
+	Netns string
+	// Interface, Guest, Guest6 and MAC are the tap in the namespace, and the guest's addresses. Defaults: those of nat.Config.
+	Interface     string
+	Guest, Guest6 netip.Addr
+	MAC           net.HardwareAddr
+
+	// Listen accepts connections of other places, which reach it by Address. The keeper closes it. Nil: nobody can have the guest from here
+	// with its connections, nor bring it.
+	Listen  net.Listener
+	Address string
+	// Handshake is called for each connection that Listen accepts, before it is used; see transport.Handshake. Nil: none is needed.
+	Handshake func(context.Context, net.Conn) error
+	// Dial connects to another place, by the Address that it has told.
+	Dial func(ctx context.Context, address string) (net.Conn, error)
+
+	// Limit ends the keeping of connections, alive or not, that long after the guest has left. 0: they are kept while they live.
+	Limit time.Duration
+
+	// Logger receives events; nil means slog.Default().
+	Logger *slog.Logger
+}
+
+// State is where a keeper is: see the package's documentation.
+type State string
+
+// The states.
+const (
+	Vacant    State = "vacant"
+	Home      State = "home"
+	Leaving   State = "leaving"
+	Diverted  State = "diverted"
+	Away      State = "away"
+	Expecting State = "expecting"
+)
+
+var (
+	// ErrOccupied is wrapped by errors which say that a namespace keeps connections of another VM.
+	ErrOccupied = errors.New("the network namespace keeps connections of another VM")
+	// ErrState is wrapped by errors of methods that are called in the wrong state.
+	ErrState = errors.New("not in this state")
+	// ErrClosed is returned by methods of a keeper that is closed.
+	ErrClosed = errors.New("the keeper is closed")
+)
+
+// vm is what the places of a VM know of it.
+type vm struct {
+	ID   string `json:"vm"`
+	Key  string `json:"key"`
+	Next uint32 `json:"next"` // the number of the next place that it comes to
+}
+
+// where is how a place is reached.
+type where struct {
+	Place   uint32 `json:"place"`
+	Address string `json:"address"`
+}
+
+// offer is what a source says to a destination; answer what that says.
+type offer struct {
+	vm
+	From   where   `json:"from"`
+	Owners []where `json:"owners,omitempty"` // other places that own connections
+}
+
+type answer struct {
+	where
+}
+
+// maxPlaces is how many places of a VM own connections at a time.
+const maxPlaces = 256
+
+// Keeper keeps the connections of the guest of one namespace.
+type Keeper struct {
+	cfg    Config
+	log    *slog.Logger
+	kernel *kernel
+	lock   *os.File
+	yield  net.Listener
+	file   string // of the state
+
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	tasks  sync.WaitGroup
+
+	step sync.Mutex // held by whatever changes the state
+
+	mu      sync.Mutex // guards what follows
+	saved   saved      // what outlives the process
+	tunnels map[uint32]*tunnel
+	dialing map[uint32]context.CancelFunc // of those that we dial
+	done    chan struct{}                 // closed when there is nothing to keep
+	taken   chan struct{}                 // closed when another process wants the namespace
+	closed  bool
+	before  *saved // of a place that expects the guest back
+}
+
+// saved is what is written down.
+type saved struct {
+	State State `json:"state"`
+	vm
+	Self   uint32           `json:"self"`
+	Guest  uint32           `json:"guest"`  // the place where the guest is, or goes to
+	Places map[uint32]known `json:"places"` // that there are tunnels to
+	Since  time.Time        `json:"since"`  // of Away
+}
+
+// known is what is known of another place.
+type known struct {
+	Address string `json:"address"`
+	Dial    bool   `json:"dial,omitempty"`  // we dial it
+	Owner   bool   `json:"owner,omitempty"` // it owns connections
+	Relay   uint32 `json:"relay,omitempty"` // reached through this place
+}
+
+func (s saved) clone() saved {
+	places := make(map[uint32]known)
+	for p, k := range s.Places {
+		places[p] = k
+	}
+	s.Places = places
+	return s
+}
+
+// Open takes a namespace. What it keeps already goes on, also when a living process has kept it till now.
+func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
+	defaults := nat.Config{Interface: cfg.Interface, Guest: cfg.Guest, Guest6: cfg.Guest6, MAC: cfg.MAC, Logger: cfg.Logger}.WithDefaults()
+	cfg.Interface, cfg.Guest, cfg.Guest6, cfg.MAC, cfg.Logger = defaults.Interface, defaults.Guest, defaults.Guest6, defaults.MAC, defaults.Logger
+	k := &Keeper{cfg: cfg, log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
+	k.ctx, k.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer func() {
+		if err != nil {
+			k.release()
+			err = fmt.Errorf("keep connections in network namespace %q: %w", cfg.Netns, err)
+		}
+	}()
+	if err := nat.CheckPrivileges(); err != nil {
+		return nil, err
+	}
+	if k.kernel, err = openKernel(cfg); err != nil {
+		return nil, err
+	}
+	if err := k.take(ctx); err != nil {
+		return nil, err
+	}
+	if err := k.load(); err != nil {
+		return nil, err
+	}
+	if cfg.Listen != nil {
+		k.tasks.Go(k.accept)
+	}
+	k.tasks.Go(k.watch)
+	return k, nil
+}
+
+// load takes up what is written down.
+func (k *Keeper) load() error {
+	b, err := os.ReadFile(k.file)
+	if errors.Is(err, os.ErrNotExist) {
+		k.saved = saved{State: Vacant, Places: make(map[uint32]known)}
+		close(k.done)
+		return nil
+	} else if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, &k.saved); err != nil {
+		return fmt.Errorf("decode %q: %w", k.file, err)
+	}
+	if k.saved.Places == nil {
+		k.saved.Places = make(map[uint32]known)
+	}
+	if k.saved.State == Expecting { // what was to come did not
+		return k.vacate()
+	}
+	for p := range k.saved.Places {
+		if err := k.connect(p, false); err != nil {
+			return err
+		}
+	}
+	k.log.Info("connections are kept on", "state", k.saved.State, "vm", k.saved.ID)
+	return k.rules()
+}
+
+// save writes down what outlives the process. No sync: connections, too, are gone when the host is. It is called with mu held.
+func (k *Keeper) save() error {
+	if k.saved.State == Vacant {
+		if err := os.Remove(k.file); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+		return nil
+	}
+	b, err := json.MarshalIndent(k.saved, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(k.file+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(k.file+".new", k.file)
+}
+
+// change changes what outlives the process.
+func (k *Keeper) change(f func(*saved)) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	f(&k.saved)
+	return k.save()
+}
+
+// in checks that a keeper is in one of some states, and keeps others from changing it until end is called.
+func (k *Keeper) in(what string, states ...State) (end func(), err error) {
+	k.step.Lock()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.closed {
+		k.step.Unlock()
+		return nil, ErrClosed
+	}
+	if !slices.Contains(states, k.saved.State) {
+		k.step.Unlock()
+		return nil, fmt.Errorf("%s: the guest's connections are %s: %w", what, k.saved.State, ErrState)
+	}
+	return k.step.Unlock, nil
+}
+
+// State is where the keeper is.
+func (k *Keeper) State() State {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.saved.State
+}
+
+// Start notes that a guest begins to run here, without connections of other places: it was booted, or resumed from a package. In a namespace
+// that keeps connections of another guest it fails with [ErrOccupied]; one that is there already, as after an adoption, goes on.
+func (k *Keeper) Start() error {
+	end, err := k.in("start", Vacant, Home, Leaving, Diverted, Away)
+	if err != nil {
+		return err
+	}
+	defer end()
+	switch k.State() {
+	case Home:
+		return nil
+	case Leaving, Diverted: // of a process that died then; its guest is here
+		return k.undo()
+	case Away:
+		return fmt.Errorf("start: %w (%s): wait until they have ended, or give up these (drafter connections --netns %s --drop)", ErrOccupied, k.vmID(), k.cfg.Netns)
+	}
+	if err := k.change(func(s *saved) {
+		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known)}
+		k.done = make(chan struct{})
+	}); err != nil {
+		return err
+	}
+	return k.rules()
+}
+
+func (k *Keeper) vmID() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.saved.ID
+}
+
+// Offer is what a destination has to be given, of a guest that is here. Nil: connections cannot be kept, as nobody reaches this place.
+func (k *Keeper) Offer() json.RawMessage {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.saved.State != Home || k.cfg.Dial == nil {
+		return nil
+	}
+	o := offer{vm: k.saved.vm, From: where{k.saved.Self, k.cfg.Address}}
+	for p, known := range k.saved.Places {
+		if known.Owner {
+			o.Owners = append(o.Owners, where{p, known.Address})
+		}
+	}
+	sort.Slice(o.Owners, func(i, j int) bool { return o.Owners[i].Place < o.Owners[j].Place })
+	b, err := json.Marshal(o)
+	if err != nil {
+		return nil // numbers and strings only
+	}
+	return b
+}
+
+// Accept prepares for a guest that is to come, by what its source has offered, and returns the answer for that.
+func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
+	var o offer
+	if err := json.Unmarshal(offered, &o); err != nil {
+		return nil, fmt.Errorf("accept connections: %w: %w", errMalformed, err)
+	}
+	if o.ID == "" || len(o.ID) > 64 || len(o.Key) < 26 || o.Next < 2 || o.Next > maxPlace || len(o.Owners) > maxPlaces || o.From.Place == 0 || o.From.Place >= o.Next {
+		return nil, fmt.Errorf("accept connections: %w", errMalformed)
+	}
+	for _, w := range o.Owners {
+		if w.Place == 0 || w.Place >= o.Next || w.Place == o.From.Place {
+			return nil, fmt.Errorf("accept connections: %w: place %d", errMalformed, w.Place)
+		}
+	}
+	if k.cfg.Listen == nil {
+		return nil, errors.New("accept connections: nobody can connect to this place: give it an address to listen at")
+	}
+	end, err := k.in("accept connections", Vacant, Away)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	k.mu.Lock()
+	back := k.saved.State == Away
+	if back && (k.saved.ID != o.ID || k.saved.Key != o.Key) {
+		id := k.saved.ID
+		k.mu.Unlock()
+		return nil, fmt.Errorf("accept connections: %w (%s)", ErrOccupied, id)
+	}
+	was := k.saved.clone()
+	self := o.Next
+	if back {
+		self = k.saved.Self
+	} else {
+		o.Next++
+	}
+	k.mu.Unlock()
+
+	if err := k.change(func(s *saved) {
+		k.before = nil
+		if back {
+			k.before = &was
+		} else {
+			s.Places = make(map[uint32]known)
+			k.done = make(chan struct{})
+		}
+		s.State, s.vm, s.Self, s.Guest = Expecting, o.vm, self, self
+		s.Places[o.From.Place] = known{Address: o.From.Address, Owner: true, Dial: s.Places[o.From.Place].Dial}
+		for _, w := range o.Owners {
+			if w.Place != self {
+				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial}
+			}
+		}
+	}); err != nil {
+		return nil, err
+	}
+	for _, p := range k.places() {
+		if err := k.connect(p, true); err != nil {
+			return nil, errors.Join(err, k.discard())
+		}
+	}
+	if err := k.rules(); err != nil {
+		return nil, errors.Join(err, k.discard())
+	}
+	return json.Marshal(answer{where{self, k.cfg.Address}})
+}
+
+// maxPlace is the highest number of a place. It is a part of an interface's name, and of the number of a routing table.
+const maxPlace = 1 << 20
+
+// places are those that there are tunnels to.
+func (k *Keeper) places() []uint32 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var all []uint32
+	for p := range k.saved.Places {
+		all = append(all, p)
+	}
+	slices.Sort(all)
+	return all
+}
+
+func (k *Keeper) rules() error { return k.kernel.rules(k.places()) }
+
+// connect makes the tunnel to a place, as far as it is not there, and the way back to it.
+func (k *Keeper) connect(place uint32, hold bool) error {
+	k.mu.Lock()
+	t, info := k.tunnels[place], k.saved.Places[place]
+	k.mu.Unlock()
+	if t == nil {
+		file, err := k.kernel.tun(place)
+		if err != nil {
+			return err
+		}
+		t = newTunnel(place, file, k.log, k.hear)
+		k.mu.Lock()
+		k.tunnels[place] = t
+		k.mu.Unlock()
+	}
+	if hold {
+		t.hold()
+	}
+	via := place
+	if info.Relay != 0 {
+		via = info.Relay
+	}
+	if via == place { // the interface of one that relays may not be there yet
+		if err := k.kernel.back(place, via); err != nil {
+			return err
+		}
+	}
+	if info.Dial {
+		k.dial(place)
+	}
+	return nil
+}
+
+// leave removes the tunnel to a place, and its connections.
+func (k *Keeper) leave(place uint32) error {
+	k.mu.Lock()
+	t := k.tunnels[place]
+	delete(k.tunnels, place)
+	if stop := k.dialing[place]; stop != nil {
+		stop()
+		delete(k.dialing, place)
+	}
+	delete(k.saved.Places, place)
+	err := k.save()
+	k.mu.Unlock()
+	if t != nil {
+		t.close()
+	}
+	return errors.Join(err, k.kernel.noBack(place), k.kernel.removeTun(place), k.kernel.unpin(place), k.rules())
+}
+
+// dial connects to a place, again and again while it is one.
+func (k *Keeper) dial(place uint32) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dialing[place] != nil || k.closed {
+		return
+	}
+	ctx, cancel := context.WithCancel(k.ctx)
+	k.dialing[place] = cancel
+	k.tasks.Go(func() {
+		defer cancel()
+		const least, most = 50 * time.Millisecond, 2 * time.Second
+		for wait := least; ctx.Err() == nil; {
+			k.mu.Lock()
+			t, info := k.tunnels[place], k.saved.Places[place]
+			k.mu.Unlock()
+			if t == nil {
+				return
+			}
+			if s := t.present(); s != nil {
+				select {
+				case <-s.ended:
+					wait = least
+				case <-ctx.Done():
+					return
+				}
+				continue
+			}
+			err := k.dialOnce(ctx, place, info.Address, t)
+			if err == nil {
+				continue
+			}
+			k.log.Debug("another place is not reached", "place", place, "address", info.Address, "error", err)
+			select {
+			case <-time.After(wait):
+				wait = min(2*wait, most)
+			case <-ctx.Done():
+			}
+		}
+	})
+}
+
+func (k *Keeper) dialOnce(ctx context.Context, place uint32, address string, t *tunnel) error {
+	ctx, cancel := context.WithTimeout(ctx, handshakeTime)
+	defer cancel()
+	conn, err := k.cfg.Dial(ctx, address)
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { conn.Close() })
+	defer stop()
+	k.mu.Lock()
+	id, key, self := k.saved.ID, k.saved.Key, k.saved.Self
+	k.mu.Unlock()
+	r, err := greet(conn, id, key, self, place)
+	if err != nil {
+		conn.Close()
+		return err
+	}
+	if !stop() {
+		conn.Close()
+		return context.Cause(ctx)
+	}
+	t.join(conn, r)
+	return nil
+}
+
+// accept takes the connections of other places.
+func (k *Keeper) accept() {
+	for {
+		conn, err := k.cfg.Listen.Accept()
+		if k.ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+			if err == nil {
+				conn.Close()
+			}
+			return
+		}
+		if err != nil {
+			k.log.Error("cannot accept a connection of another place", "error", err)
+			select {
+			case <-time.After(time.Second):
+			case <-k.ctx.Done():
+			}
+			continue
+		}
+		k.tasks.Go(func() {
+			if err := k.meet(conn); err != nil {
+				conn.Close()
+				if k.ctx.Err() == nil {
+					k.log.Warn("refused a connection of another place", "from", conn.RemoteAddr(), "reason", err)
+				}
+			}
+		})
+	}
+}
+
+func (k *Keeper) meet(conn net.Conn) error {
+	stop := context.AfterFunc(k.ctx, func() { conn.Close() })
+	defer stop()
+	if k.cfg.Handshake != nil {
+		ctx, cancel := context.WithTimeout(k.ctx, handshakeTime)
+		defer cancel()
+		if err := k.cfg.Handshake(ctx, conn); err != nil {
+			return err
+		}
+	}
+	from, r, err := welcome(conn, func(vm string, from, to uint32) (string, error) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if vm != k.saved.ID || to != k.saved.Self || k.tunnels[from] == nil {
+			return "", errors.New("there is no such place here")
+		}
+		return k.saved.Key, nil
+	})
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	t := k.tunnels[from]
+	k.mu.Unlock()
+	if t == nil {
+		return errors.New("it is no place of this VM any more")
+	}
+	t.join(conn, r)
+	return nil
+}
+
+// tunnel is that to a place, nil if there is none.
+func (k *Keeper) tunnel(place uint32) *tunnel {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.tunnels[place]
+}
+
+// Connect makes the tunnels to the destination, by what it has answered: ours, and those of the other places that own connections. The
+// guest runs meanwhile. Where one of these cannot reach the destination, this place will relay.
+func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
+	var a answer
+	if err := json.Unmarshal(answered, &a); err != nil || a.Place == 0 || a.Place > maxPlace {
+		return fmt.Errorf("connect with the destination: %w", errMalformed)
+	}
+	end, err := k.in("connect with the destination", Home)
+	if err != nil {
+		return err
+	}
+	defer end()
+	k.mu.Lock()
+	self, owners := k.saved.Self, make([]*tunnel, 0, len(k.saved.Places))
+	for p, info := range k.saved.Places {
+		if info.Owner && p != a.Place {
+			owners = append(owners, k.tunnels[p])
+		}
+	}
+	k.mu.Unlock()
+	if a.Place == self {
+		return fmt.Errorf("connect with the destination: %w: it calls itself place %d, which is this one", errMalformed, a.Place)
+	}
+	if err := k.change(func(s *saved) {
+		info := s.Places[a.Place]
+		info.Address, info.Dial, info.Relay = a.Address, true, 0
+		s.State, s.Guest, s.Places[a.Place] = Leaving, a.Place, info
+		s.Next = max(s.Next, a.Place+1)
+	}); err != nil {
+		return err
+	}
+	fail := func(err error) error {
+		return errors.Join(fmt.Errorf("connect with the destination: %w", err), k.undo())
+	}
+	if err := k.connect(a.Place, false); err != nil {
+		return fail(err)
+	}
+	if err := k.rules(); err != nil {
+		return fail(err)
+	}
+	t := k.tunnel(a.Place)
+	ctx, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	if err := t.await(ctx); err != nil {
+		return fail(err)
+	}
+	var all sync.WaitGroup
+	for _, o := range owners {
+		all.Go(func() {
+			_, err := o.ask(ctx, message{Say: sayPoint, Place: a.Place, Address: a.Address})
+			if err == nil {
+				return
+			}
+			k.log.Warn("a place that owns connections does not reach the destination: this one relays for it", "place", o.place, "error", err)
+			if _, err := t.ask(ctx, message{Say: sayRelay, Place: o.place}); err != nil {
+				k.log.Error("the destination was not told that this place relays", "place", o.place, "error", err)
+			}
+		})
+	}
+	all.Wait()
+	return nil
+}
+
+// Divert sends what comes for the guest to the destination from now on, where it waits. It is called just before the guest is paused, and
+// takes less than a millisecond.
+func (k *Keeper) Divert() error {
+	end, err := k.in("divert", Leaving)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if err := k.kernel.redirect(k.guestPlace()); err != nil {
+		return err
+	}
+	return k.change(func(s *saved) { s.State = Diverted })
+}
+
+func (k *Keeper) guestPlace() uint32 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.saved.Guest
+}
+
+// Hand tells the destination of all connections of the guest, which is paused. They are known there when it returns.
+func (k *Keeper) Hand(ctx context.Context) (n int, err error) {
+	end, err := k.in("hand over connections", Diverted)
+	if err != nil {
+		return 0, err
+	}
+	defer end()
+	all, err := k.kernel.flows()
+	if err != nil {
+		return 0, err
+	}
+	k.mu.Lock()
+	self, target := k.saved.Self, k.saved.Guest
+	t := k.tunnels[target]
+	k.mu.Unlock()
+	var theirs []flow
+	for _, f := range all {
+		if f.Owner == 0 {
+			f.Owner = self
+		}
+		if f.Owner != target && !f.over() {
+			theirs = append(theirs, f)
+		}
+	}
+	for part := range slices.Chunk(theirs, maxPerFrame) {
+		if _, err := t.ask(ctx, message{Say: sayFlows, Flows: part}); err != nil {
+			return n, fmt.Errorf("hand over connections: %w", err)
+		}
+		n += len(part)
+	}
+	return n, nil
+}
+
+// Undo has the guest's connections stay here: it goes on here after all.
+func (k *Keeper) Undo() error {
+	end, err := k.in("undo", Home, Leaving, Diverted)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return k.undo()
+}
+
+func (k *Keeper) undo() error {
+	err := k.kernel.restore()
+	k.mu.Lock()
+	target := k.saved.Guest
+	owner := k.saved.Places[target].Owner
+	var others []*tunnel
+	for p, info := range k.saved.Places {
+		if p != target && info.Owner {
+			others = append(others, k.tunnels[p])
+		}
+	}
+	self := k.saved.Self
+	k.mu.Unlock()
+	err = errors.Join(err, k.change(func(s *saved) { s.State, s.Guest = Home, s.Self }))
+	if target == self {
+		return err
+	}
+	for _, t := range others {
+		if t != nil && t.up() {
+			k.tasks.Go(func() { _, _ = t.ask(k.ctx, message{Say: sayForget, Place: target}) })
+		}
+	}
+	if !owner { // one that owns connections is needed as before
+		err = errors.Join(err, k.leave(target))
+	}
+	return err
+}
+
+// Left notes that the guest runs at the destination. The connections that began here are kept until they end: see [Keeper.Done].
+func (k *Keeper) Left() error {
+	end, err := k.in("leave", Diverted)
+	if err != nil {
+		return err
+	}
+	defer end()
+	k.mu.Lock()
+	target := k.saved.Guest
+	var others []*tunnel
+	for p, info := range k.saved.Places {
+		if p != target && info.Owner {
+			others = append(others, k.tunnels[p])
+		}
+	}
+	k.mu.Unlock()
+	if err := k.change(func(s *saved) {
+		s.State, s.Since = Away, time.Now()
+		info := s.Places[target]
+		info.Owner = false
+		s.Places[target] = info
+	}); err != nil {
+		return err
+	}
+	for _, t := range others {
+		// Those that reach the guest without us need us no more; the others do until they have ended.
+		k.tasks.Go(func() {
+			if _, err := t.ask(k.ctx, message{Say: sayFollow, Place: target}); err == nil {
+				if err := k.leave(t.place); err != nil {
+					k.log.Warn("something of a tunnel is left", "place", t.place, "error", err)
+				}
+			}
+		})
+	}
+	// What belongs to the place where the guest is is translated there.
+	return k.kernel.unpin(target)
+}
+
+// Arrive notes that the guest is about to run here: what waits for it is delivered.
+func (k *Keeper) Arrive() error {
+	end, err := k.in("arrive", Expecting)
+	if err != nil {
+		return err
+	}
+	defer end()
+	err = k.kernel.restore()
+	err = errors.Join(err, k.change(func(s *saved) { s.State = Home }))
+	k.mu.Lock()
+	k.before = nil
+	all := make([]*tunnel, 0, len(k.tunnels))
+	for _, t := range k.tunnels {
+		all = append(all, t)
+	}
+	k.mu.Unlock()
+	for _, t := range all {
+		if lost := t.release(true); lost > 0 {
+			k.log.Warn("packets were lost while the guest was on its way: more came than could wait", "packets", lost, "place", t.place)
+		}
+	}
+	return err
+}
+
+// Discard notes that the guest does not come.
+func (k *Keeper) Discard() error {
+	end, err := k.in("discard", Expecting)
+	if err != nil {
+		return err
+	}
+	defer end()
+	return k.discard()
+}
+
+func (k *Keeper) discard() error {
+	k.mu.Lock()
+	before := k.before
+	k.before = nil
+	all := make(map[uint32]*tunnel)
+	for p, t := range k.tunnels {
+		all[p] = t
+	}
+	k.mu.Unlock()
+	for _, t := range all {
+		t.release(false)
+	}
+	if before == nil {
+		return k.vacate()
+	}
+	var errs []error
+	for p := range all {
+		if _, had := before.Places[p]; !had {
+			errs = append(errs, k.leave(p))
+		}
+	}
+	return errors.Join(append(errs, k.change(func(s *saved) { *s = *before }), k.rules())...)
+}
+
+// vacate removes all that is kept.
+func (k *Keeper) vacate() error {
+	errs := []error{k.kernel.restore()}
+	for _, p := range k.places() {
+		errs = append(errs, k.leave(p))
+	}
+	errs = append(errs, k.kernel.noRules(), k.change(func(s *saved) { *s = saved{State: Vacant, Places: make(map[uint32]known)} }))
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	select {
+	case <-k.done:
+	default:
+		close(k.done)
+	}
+	return errors.Join(errs...)
+}
+
+// Taken is closed when another process wants to keep what is kept here: Close, or it fails. It never is while the guest is here.
+func (k *Keeper) Taken() <-chan struct{} { return k.taken }
+
+// Done is closed when there is nothing to keep, or to expect.
+func (k *Keeper) Done() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.done
+}

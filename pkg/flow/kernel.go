@@ -1,0 +1,369 @@
+package flow
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/nat"
+	"github.com/drafter-vm/drafter/pkg/nat/rule"
+)
+
+// ruleTable is the table of rules in a namespace.
+const ruleTable = "drafter-flow"
+
+// The routing table and the rule of a place are known by these numbers plus its own. The kernel's own tables are below 256.
+const (
+	routeTable   = 10000
+	rulePriority = 100
+)
+
+// device is the name of the interface to a place.
+func device(place uint32) string { return fmt.Sprintf("dft%d", place) }
+
+// kernel is a namespace's interfaces, routes, rules and connections. Its methods may be called concurrently; what concerns one place
+// must not be.
+type kernel struct {
+	ns     netns.NsHandle
+	h      *netlink.Handle
+	tap    string
+	veth   string
+	guests []netip.Addr // of the families that there are
+}
+
+func openKernel(c Config) (_ *kernel, err error) {
+	k := &kernel{tap: c.Interface, veth: nat.VethInside}
+	if k.ns, err = nat.OpenNamespace(c.Netns); err != nil {
+		return nil, err
+	}
+	if k.h, err = netlink.NewHandleAt(k.ns, unix.NETLINK_ROUTE, unix.NETLINK_NETFILTER); err != nil {
+		k.ns.Close()
+		return nil, fmt.Errorf("open netlink: %w", err)
+	}
+	for _, g := range []netip.Addr{c.Guest, c.Guest6} {
+		if g.IsValid() && (g.Is4() || k.hasIPv6()) {
+			k.guests = append(k.guests, g)
+		}
+	}
+	if err := k.neighbours(c.MAC); err != nil {
+		k.close()
+		return nil, err
+	}
+	return k, nil
+}
+
+func (k *kernel) hasIPv6() (has bool) {
+	_ = nat.Within(k.ns, func() error { has = nat.HasIPv6(); return nil })
+	return has
+}
+
+func (k *kernel) close() {
+	k.h.Close()
+	k.ns.Close()
+}
+
+func families(a netip.Addr) int {
+	if a.Is4() {
+		return netlink.FAMILY_V4
+	}
+	return netlink.FAMILY_V6
+}
+
+func host(a netip.Addr) *net.IPNet {
+	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// neighbours puts down the guest's MAC address, so that nobody has to ask for it while the guest is paused and does not answer.
+func (k *kernel) neighbours(mac net.HardwareAddr) error {
+	tap, err := k.h.LinkByName(k.tap)
+	if err != nil {
+		return fmt.Errorf("find tap %q: %w", k.tap, err)
+	}
+	for _, g := range k.guests {
+		n := &netlink.Neigh{LinkIndex: tap.Attrs().Index, Family: families(g), State: netlink.NUD_PERMANENT, IP: g.AsSlice(), HardwareAddr: mac}
+		if err := k.h.NeighSet(n); err != nil {
+			return fmt.Errorf("put down the guest's MAC address %s: %w", mac, err)
+		}
+	}
+	return nil
+}
+
+// tun opens the interface to a place, and makes it if it is not there. It stays when the file is closed.
+func (k *kernel) tun(place uint32) (f *os.File, err error) {
+	name := device(place)
+	err = nat.Within(k.ns, func() error {
+		fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+		if err != nil {
+			return err
+		}
+		request, err := unix.NewIfreq(name)
+		if err == nil {
+			request.SetUint16(unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR)
+			err = unix.IoctlIfreq(fd, unix.TUNSETIFF, request)
+		}
+		if err == nil {
+			// Packets of up to 64 KiB pass whole, and are cut where they leave.
+			err = unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, unix.TUN_F_CSUM|unix.TUN_F_TSO4|unix.TUN_F_TSO6)
+		}
+		if err == nil {
+			err = unix.IoctlSetInt(fd, unix.TUNSETPERSIST, 1)
+		}
+		if err != nil {
+			unix.Close(fd)
+			return err
+		}
+		f = os.NewFile(uintptr(fd), name)
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("make interface %q: %w", name, err)
+	}
+	link, err := k.h.LinkByName(name)
+	if err == nil {
+		err = k.h.LinkSetTxQLen(link, queueLength)
+	}
+	if err == nil {
+		err = k.h.LinkSetUp(link)
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("set interface %q up: %w", name, err)
+	}
+	return f, nil
+}
+
+// queueLength is how many packets wait in an interface for the tunnel.
+const queueLength = 2000
+
+// removeTun removes the interface to a place, and with it the routes that use it.
+func (k *kernel) removeTun(place uint32) error {
+	link, err := k.h.LinkByName(device(place))
+	if missing := (netlink.LinkNotFoundError{}); errors.As(err, &missing) {
+		return nil
+	}
+	if err == nil {
+		err = k.h.LinkDel(link)
+	}
+	if err != nil {
+		return fmt.Errorf("remove interface %q: %w", device(place), err)
+	}
+	return nil
+}
+
+// back routes what the guest answers in connections of an owner by the interface to a place: the owner, or one that relays.
+func (k *kernel) back(owner, via uint32) error {
+	link, err := k.h.LinkByName(device(via))
+	if err != nil {
+		return fmt.Errorf("find interface %q: %w", device(via), err)
+	}
+	for _, g := range k.guests {
+		all := &net.IPNet{IP: make(net.IP, g.BitLen()/8), Mask: net.CIDRMask(0, g.BitLen())}
+		if err := k.h.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: all, Table: routeTable + int(owner), Family: families(g)}); err != nil {
+			return fmt.Errorf("route back to place %d: %w", owner, err)
+		}
+		if err := k.h.RuleAdd(ruleOf(owner, g)); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add rule of place %d: %w", owner, err)
+		}
+	}
+	return nil
+}
+
+func ruleOf(owner uint32, guest netip.Addr) *netlink.Rule {
+	r := netlink.NewRule()
+	r.Family, r.Mark, r.Table, r.Priority = families(guest), owner, routeTable+int(owner), rulePriority
+	return r
+}
+
+// noBack undoes back.
+func (k *kernel) noBack(owner uint32) error {
+	var errs []error
+	for _, g := range k.guests {
+		if err := k.h.RuleDel(ruleOf(owner, g)); err != nil && !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EAFNOSUPPORT) {
+			errs = append(errs, fmt.Errorf("remove rule of place %d: %w", owner, err))
+		}
+		routes, err := k.h.RouteListFiltered(families(g), &netlink.Route{Table: routeTable + int(owner)}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		for _, r := range routes {
+			if err := k.h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+				errs = append(errs, fmt.Errorf("remove route of place %d: %w", owner, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// redirect sends what is for the guest to a place.
+func (k *kernel) redirect(place uint32) error {
+	link, err := k.h.LinkByName(device(place))
+	if err != nil {
+		return fmt.Errorf("find interface %q: %w", device(place), err)
+	}
+	for _, g := range k.guests {
+		if err := k.h.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(g)}); err != nil {
+			return fmt.Errorf("redirect %s to place %d: %w", g, place, err)
+		}
+	}
+	return nil
+}
+
+// restore sends what is for the guest to the guest.
+func (k *kernel) restore() error {
+	var errs []error
+	for _, g := range k.guests {
+		routes, err := k.h.RouteListFiltered(families(g), &netlink.Route{Dst: host(g)}, netlink.RT_FILTER_DST)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		for _, r := range routes {
+			if r.Table == unix.RT_TABLE_LOCAL {
+				continue
+			}
+			if err := k.h.RouteDel(&r); err != nil && !errors.Is(err, unix.ESRCH) {
+				errs = append(errs, fmt.Errorf("restore route to %s: %w", g, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// rules writes what marks connections and packets. Places are those that there are tunnels to.
+func (k *kernel) rules(places []uint32) error {
+	pre := rule.Chain{Name: "prerouting", Hook: rule.PreRouting, Priority: rule.Mangle}
+	forward := rule.Chain{Name: "forward", Hook: rule.Forward, Priority: rule.Filter}
+	// What the guest says in a connection of another place goes there.
+	pre.Rules = append(pre.Rules, rule.Of(rule.In(k.tap), rule.Marked(), rule.CopyMark()))
+	for _, p := range places {
+		for _, g := range k.guests {
+			guest := rule.Host(g)
+			pre.Rules = append(pre.Rules,
+				// Who begins a connection through another place belongs to that.
+				rule.Of(rule.In(device(p)), rule.To(guest), rule.State(rule.New), rule.Mark(p)),
+				// What is relayed on its way back.
+				rule.Of(rule.In(device(p)), rule.From(guest), rule.Marked(), rule.CopyMark()),
+			)
+			forward.Rules = append(forward.Rules,
+				rule.Of(rule.In(device(p)), rule.To(guest), rule.Accept()),
+				rule.Of(rule.In(device(p)), rule.From(guest), rule.Accept()),
+			)
+		}
+		forward.Rules = append(forward.Rules, rule.Of(rule.In(device(p)), rule.Drop())) // nothing else is a tunnel's to bring
+	}
+	return rule.Table{Name: ruleTable, Chains: []rule.Chain{pre, forward}}.Replace(k.ns)
+}
+
+func (k *kernel) noRules() error { return rule.Remove(k.ns, ruleTable) }
+
+// flows are the guest's connections: those of this place have the owner 0.
+func (k *kernel) flows() ([]flow, error) {
+	var all []flow
+	for _, g := range k.guests {
+		entries, err := k.h.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(families(g)))
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return nil, fmt.Errorf("list connections: %w", err)
+		}
+		for _, e := range entries {
+			if f, ok := guestSide(e, g); ok {
+				all = append(all, f)
+			}
+		}
+	}
+	return all, nil
+}
+
+// guestSide is an entry as the guest sees its connection, if it has one.
+func guestSide(e *netlink.ConntrackFlow, guest netip.Addr) (flow, bool) {
+	f := flow{Protocol: e.Forward.Protocol, Owner: e.Mark, Timeout: e.TimeOut}
+	if f.Protocol != unix.IPPROTO_TCP && f.Protocol != unix.IPPROTO_UDP {
+		return flow{}, false
+	}
+	if tcp, ok := e.ProtoInfo.(*netlink.ProtoInfoTCP); ok {
+		f.State = tcp.State
+	}
+	end := func(ip net.IP, port uint16) netip.AddrPort {
+		a, _ := netip.AddrFromSlice(ip)
+		return netip.AddrPortFrom(a.Unmap(), port)
+	}
+	switch from, answers := end(e.Forward.SrcIP, e.Forward.SrcPort), end(e.Reverse.SrcIP, e.Reverse.SrcPort); guest {
+	case from.Addr(): // it has begun it
+		f.From, f.To = from, end(e.Forward.DstIP, e.Forward.DstPort)
+	case answers.Addr():
+		f.From, f.To = end(e.Reverse.DstIP, e.Reverse.DstPort), answers
+	default:
+		return flow{}, false
+	}
+	return f, true
+}
+
+// States of TCP as conntrack has them (enum tcp_conntrack): in these a connection is over, or as good as that.
+const (
+	tcpTimeWait = 7
+	tcpClose    = 8
+)
+
+// over reports whether a connection needs nobody any more.
+func (f flow) over() bool {
+	return f.Protocol == unix.IPPROTO_TCP && (f.State == tcpTimeWait || f.State == tcpClose || f.State == 0)
+}
+
+// pin puts a connection of another place into conntrack, as it is: nothing of it is translated here.
+func (k *kernel) pin(f flow) error {
+	e := &netlink.ConntrackFlow{
+		FamilyType: uint8(families(f.From.Addr())), Mark: f.Owner, TimeOut: max(f.Timeout, 1),
+		Forward: tuple(f.Protocol, f.From, f.To), Reverse: tuple(f.Protocol, f.To, f.From),
+	}
+	if f.Protocol == unix.IPPROTO_TCP {
+		e.ProtoInfo = &netlink.ProtoInfoTCP{State: f.State}
+	}
+	family := netlink.InetFamily(e.FamilyType)
+	err := k.h.ConntrackCreate(netlink.ConntrackTable, family, e)
+	if errors.Is(err, unix.EEXIST) { // from when the guest was here before
+		if _, err = k.h.ConntrackDeleteFilters(netlink.ConntrackTable, family, sameFlow(f)); err == nil {
+			err = k.h.ConntrackCreate(netlink.ConntrackTable, family, e)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("pin connection from %s to %s: %w", f.From, f.To, err)
+	}
+	return nil
+}
+
+func tuple(protocol uint8, from, to netip.AddrPort) netlink.IPTuple {
+	return netlink.IPTuple{Protocol: protocol, SrcIP: from.Addr().AsSlice(), SrcPort: from.Port(), DstIP: to.Addr().AsSlice(), DstPort: to.Port()}
+}
+
+// filter chooses entries of conntrack.
+type filter func(*netlink.ConntrackFlow) bool
+
+// MatchConntrackFlow implements netlink's filter.
+func (f filter) MatchConntrackFlow(e *netlink.ConntrackFlow) bool { return f(e) }
+
+func sameFlow(f flow) filter {
+	return func(e *netlink.ConntrackFlow) bool {
+		for _, a := range []netip.Addr{f.From.Addr(), f.To.Addr()} {
+			// Also one that took an answer for the begin.
+			if g, ok := guestSide(e, a); ok && g.Protocol == f.Protocol && (g.From == f.From && g.To == f.To || g.From == f.To && g.To == f.From) {
+				return true
+			}
+		}
+		return false
+	}
+}
+
+// unpin forgets the connections of an owner.
+func (k *kernel) unpin(owner uint32) error {
+	for _, g := range k.guests {
+		of := filter(func(e *netlink.ConntrackFlow) bool { return e.Mark == owner })
+		if _, err := k.h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(families(g)), of); err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("forget connections of place %d: %w", owner, err)
+		}
+	}
+	return nil
+}

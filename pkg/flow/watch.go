@@ -1,0 +1,294 @@
+package flow
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// hear answers what another place says.
+func (k *Keeper) hear(t *tunnel, m message) message {
+	if err := k.heed(t, m); err != nil {
+		k.log.Warn("another place asked for what cannot be", "place", t.place, "say", m.Say, "error", err)
+		return message{Error: err.Error()}
+	}
+	return message{}
+}
+
+func (k *Keeper) heed(t *tunnel, m message) error {
+	k.mu.Lock()
+	state, guest, self := k.saved.State, k.saved.Guest, k.saved.Self
+	info := k.saved.Places[t.place]
+	k.mu.Unlock()
+	// Only the place that has the guest says where it goes.
+	fromGuest := state == Away && t.place == guest
+	switch m.Say {
+	case sayPoint:
+		if !fromGuest || m.Place == 0 || m.Place > maxPlace || m.Place == self {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.point(m.Place, m.Address)
+	case sayFollow:
+		if !fromGuest {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.follow(t.place, m.Place)
+	case sayForget:
+		if !fromGuest || m.Place == guest {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.leave(m.Place)
+	case sayRelay:
+		if state != Expecting {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.relayedBy(m.Place, t.place)
+	case sayFlows:
+		if state != Expecting {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.learn(m.Flows)
+	case sayGone:
+		if state != Home || !info.Owner {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		k.tasks.Go(func() { k.gone(t.place) }) // which closes the tunnel that is answered by
+		return nil
+	case sayEnd:
+		if !fromGuest {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		k.tasks.Go(k.end)
+		return nil
+	}
+	return fmt.Errorf("%w: it says %q", errMalformed, m.Say)
+}
+
+// point connects with the place that the guest is about to go to.
+func (k *Keeper) point(place uint32, address string) error {
+	if err := k.change(func(s *saved) {
+		info := s.Places[place]
+		info.Address, info.Dial = address, true
+		s.Places[place] = info
+	}); err != nil {
+		return err
+	}
+	if err := k.connect(place, false); err != nil {
+		return err
+	}
+	if err := k.rules(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(k.ctx, answerTime/2)
+	defer cancel()
+	t := k.tunnel(place)
+	if t == nil {
+		return errDown
+	}
+	if err := t.await(ctx); err != nil {
+		return errors.Join(err, k.leave(place))
+	}
+	return nil
+}
+
+// follow sends what is for the guest to the place where it is now, if it can be reached; the one before relays otherwise.
+func (k *Keeper) follow(from, to uint32) error {
+	t := k.tunnel(to)
+	if t == nil || !t.up() {
+		return fmt.Errorf("place %d: %w", to, errDown)
+	}
+	if err := k.kernel.redirect(to); err != nil {
+		return err
+	}
+	if err := k.change(func(s *saved) { s.Guest = to }); err != nil {
+		return err
+	}
+	k.tasks.Go(func() { // its word is answered by its tunnel
+		select {
+		case <-time.After(time.Second):
+		case <-k.ctx.Done():
+			return
+		}
+		if err := k.leave(from); err != nil {
+			k.log.Warn("something of a tunnel is left", "place", from, "error", err)
+		}
+	})
+	return nil
+}
+
+// relayedBy routes what belongs to an owner through another place.
+func (k *Keeper) relayedBy(owner, via uint32) error {
+	k.mu.Lock()
+	info, ok := k.saved.Places[owner]
+	k.mu.Unlock()
+	if !ok || owner == via {
+		return fmt.Errorf("%w: place %d", errMalformed, owner)
+	}
+	info.Relay = via
+	if err := k.change(func(s *saved) { s.Places[owner] = info }); err != nil {
+		return err
+	}
+	return k.kernel.back(owner, via)
+}
+
+// learn puts connections of other places into conntrack.
+func (k *Keeper) learn(flows []flow) error {
+	k.mu.Lock()
+	self := k.saved.Self
+	k.mu.Unlock()
+	var errs []error
+	for _, f := range flows {
+		guest := false
+		for _, g := range k.kernel.guests {
+			guest = guest || f.From.Addr() == g || f.To.Addr() == g
+		}
+		if !guest || f.Owner == 0 || f.From.Addr().Is4() != f.To.Addr().Is4() {
+			return fmt.Errorf("%w: a connection from %s to %s of place %d", errMalformed, f.From, f.To, f.Owner)
+		}
+		if f.Owner == self {
+			continue
+		}
+		if err := k.kernel.pin(f); err != nil && len(errs) < 3 {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// gone forgets a place that owns no connection any more.
+func (k *Keeper) gone(place uint32) {
+	select {
+	case <-time.After(100 * time.Millisecond): // the answer goes first
+	case <-k.ctx.Done():
+		return
+	}
+	k.step.Lock()
+	defer k.step.Unlock()
+	if s := k.State(); s != Home {
+		return // it asks again at the next place
+	}
+	if err := k.leave(place); err != nil {
+		k.log.Warn("something of a tunnel is left", "place", place, "error", err)
+	}
+}
+
+// end gives up what is kept: there is no guest any more.
+func (k *Keeper) end() {
+	k.step.Lock()
+	defer k.step.Unlock()
+	if k.State() != Away {
+		return
+	}
+	k.log.Info("the guest is no more, and so are its connections")
+	if err := k.vacate(); err != nil {
+		k.log.Warn("something of what was kept is left", "error", err)
+	}
+}
+
+// watchEvery is how often it is looked for connections that are alive.
+const watchEvery = time.Second
+
+// watch ends the keeping when the last connection has.
+func (k *Keeper) watch() {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	idle := 0
+	for {
+		select {
+		case <-tick.C:
+		case <-k.ctx.Done():
+			return
+		}
+		if k.State() != Away {
+			idle = 0
+			continue
+		}
+		k.mu.Lock()
+		late := k.cfg.Limit > 0 && time.Since(k.saved.Since) > k.cfg.Limit
+		k.mu.Unlock()
+		alive, err := k.Alive()
+		if err != nil {
+			k.log.Warn("cannot look for connections", "error", err)
+			continue
+		}
+		if alive > 0 && !late {
+			idle = 0
+			continue
+		}
+		// Twice, as a packet may be on its way that begins one.
+		if idle++; idle < 2 && !late {
+			continue
+		}
+		k.finish()
+	}
+}
+
+// Alive is how many connections are kept here for a guest that is elsewhere: those that began here, and those that are relayed.
+func (k *Keeper) Alive() (int, error) {
+	flows, err := k.kernel.flows()
+	if err != nil {
+		return 0, err
+	}
+	k.mu.Lock()
+	guest := k.saved.Guest
+	k.mu.Unlock()
+	n := 0
+	for _, f := range flows {
+		if f.Owner != guest && !f.over() {
+			n++
+		}
+	}
+	return n, nil
+}
+
+// finish ends what is kept, and says so to the place that has the guest.
+func (k *Keeper) finish() {
+	k.step.Lock()
+	defer k.step.Unlock()
+	if k.State() != Away {
+		return
+	}
+	if t := k.tunnel(k.guestPlace()); t != nil && t.up() {
+		if _, err := t.ask(k.ctx, message{Say: sayGone}); err != nil {
+			k.log.Debug("the place that has the guest was not told that no connection is left", "error", err)
+			return // the guest may be moving: again later
+		}
+	}
+	k.log.Info("the last connection has ended")
+	if err := k.vacate(); err != nil {
+		k.log.Warn("something of what was kept is left", "error", err)
+	}
+}
+
+// Place is another place of a VM, for people.
+type Place struct {
+	Number    uint32 `json:"number"`
+	Address   string `json:"address"`
+	Connected bool   `json:"connected"`         // there is a tunnel
+	Relay     uint32 `json:"relay,omitempty"`   // it is reached through this place only
+	Guest     bool   `json:"guest,omitempty"`   // the guest is there
+	Pinned    int    `json:"pinned,omitempty"`  // connections here that it owns
+	HasOwn    bool   `json:"has_own,omitempty"` // it owns connections, as far as is known
+}
+
+// Places are the other places that this one has to do with.
+func (k *Keeper) Places() ([]Place, error) {
+	flows, err := k.kernel.flows()
+	if err != nil {
+		return nil, err
+	}
+	pinned := make(map[uint32]int)
+	for _, f := range flows {
+		pinned[f.Owner]++
+	}
+	var all []Place
+	for _, p := range k.places() {
+		k.mu.Lock()
+		info, t := k.saved.Places[p], k.tunnels[p]
+		guest := k.saved.Guest == p
+		k.mu.Unlock()
+		all = append(all, Place{Number: p, Address: info.Address, Connected: t != nil && t.up(), Relay: info.Relay, Guest: guest, Pinned: pinned[p], HasOwn: info.Owner})
+	}
+	return all, nil
+}

@@ -29,13 +29,17 @@ func dialQUIC(ctx context.Context, o Options, hostport string) (net.Conn, error)
 	if err != nil {
 		return nil, err
 	}
+	var is Identity
 	stream, err := conn.OpenStreamSync(ctx)
+	if err == nil {
+		is, err = o.verify(conn.ConnectionState().TLS, host)
+	}
 	if err != nil {
 		conn.CloseWithError(0, "")
 		return nil, err
 	}
 	// The other side hears of a stream with its first bytes, and needs to, to make sure of us.
-	return newQUICConn(conn, stream), nil
+	return &quicConn{Stream: stream, conn: conn, is: is}, nil
 }
 
 func listenQUIC(ctx context.Context, o Options, hostport string) (net.Listener, error) {
@@ -69,7 +73,13 @@ func listenQUIC(ctx context.Context, o Options, hostport string) (net.Listener, 
 					conn.CloseWithError(0, "")
 					return
 				}
-				q.put(newQUICConn(conn, stream))
+				is, err := o.verify(conn.ConnectionState().TLS, "")
+				if err != nil {
+					o.log().Warn("refused a connection", "from", conn.RemoteAddr(), "reason", err)
+					conn.CloseWithError(0, "")
+					return
+				}
+				q.put(&quicConn{Stream: stream, conn: conn, is: is})
 			})
 		}
 	})
@@ -96,21 +106,16 @@ func (l *quicListener) Close() error {
 type quicConn struct {
 	*quic.Stream
 	conn   *quic.Conn
+	is     Identity
 	closed atomic.Bool
 
 	reading sync.Mutex // held while the stream is read
 }
 
-func newQUICConn(conn *quic.Conn, stream *quic.Stream) *quicConn {
-	return &quicConn{Stream: stream, conn: conn}
-}
-
-func (c *quicConn) handshake(context.Context) (Identity, error) { return c.Identity(), nil }
+func (c *quicConn) handshake(context.Context) (Identity, error) { return c.is, nil }
 
 // Identity is for IdentityOf.
-func (c *quicConn) Identity() Identity {
-	return certified(c.conn.ConnectionState().TLS.PeerCertificates[0]) // without one there is no connection
-}
+func (c *quicConn) Identity() Identity { return c.is }
 
 func (c *quicConn) LocalAddr() net.Addr  { return quicAddr{c.conn.LocalAddr()} }
 func (c *quicConn) RemoteAddr() net.Addr { return quicAddr{c.conn.RemoteAddr()} }

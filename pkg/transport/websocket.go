@@ -48,7 +48,8 @@ func dialSecureWebSocket(ctx context.Context, o Options, rest string) (net.Conn,
 func (o Options) dialHTTP(ctx context.Context, scheme, rest string) (net.Conn, error) {
 	hostport, path, _ := strings.Cut(rest, "/")
 	host, _, _ := net.SplitHostPort(hostport)
-	t := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{KeepAlive: keepAlive}).DialContext}
+	// Nobody comes back to this transport for a connection that it would keep after a refusal.
+	t := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{KeepAlive: keepAlive}).DialContext, DisableKeepAlives: true}
 	if scheme == "wss" {
 		t.TLSClientConfig = o.tlsConfig(host, "http/1.1")
 	}

@@ -19,8 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const commandPrefix = "exec:"
-
 func checkCommand(_ Options, command string) error {
 	if strings.TrimSpace(command) == "" {
 		return errors.New("no command given: use exec:COMMAND")
@@ -41,9 +39,7 @@ func sshTarget(rest string) (u *url.URL, target string, err error) {
 		return nil, "", err
 	}
 	target = strings.TrimPrefix(u.Path, "/")
-	switch _, hasPassword := u.User.Password(); {
-	case hasPassword:
-		return nil, "", errors.New("a password does not belong into an address, which others can see: use a key that ssh finds")
+	switch {
 	case u.Hostname() == "" || strings.HasPrefix(u.Hostname(), "-") || strings.HasPrefix(u.User.Username(), "-"):
 		return nil, "", errors.New("no host given: use ssh://USER@HOST/TARGET")
 	case target == "":

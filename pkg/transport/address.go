@@ -1,8 +1,6 @@
 package transport
 
-import (
-	"strings"
-)
+import "strings"
 
 const (
 	commandPrefix = "exec:"

@@ -85,7 +85,11 @@ func checkName(name string) error {
 			return fmt.Errorf("allowed name %q: use %s and the base64 of %d bytes, as of: openssl x509 -in CERT -pubkey -noout | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | base64", name, pinPrefix, sha256.Size)
 		}
 	case strings.Contains(name, "://"):
-		if u, err := url.Parse(name); err != nil || u.Host == "" {
+		whole := strings.TrimSuffix(name, "/*")
+		if strings.Contains(whole, "*") {
+			return fmt.Errorf("allowed name %q: a * stands for all that follows a /, and is the last: use spiffe://DOMAIN/PATH/*, or each name", name)
+		}
+		if u, err := url.Parse(whole); err != nil || u.Host == "" {
 			return fmt.Errorf("allowed name %q is no URI: use spiffe://DOMAIN/PATH", name)
 		}
 	case strings.ContainsAny(name, ":/ *"):

@@ -88,6 +88,12 @@ func TestOptionsCheck(t *testing.T) {
 		{"bad uid", transport.Options{Allow: []string{"uid:root"}}, "unix:///a", `"root" is no number`},
 		{"bad pin", transport.Options{Allow: []string{"pin-sha256:abc"}}, "unix:///a", "openssl"},
 		{"bad URI", transport.Options{Allow: []string{"spiffe://"}}, "unix:///a", "no URI"},
+		{"pattern within a name", transport.Options{Allow: []string{"spiffe://example.org/a*"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern within a path", transport.Options{Allow: []string{"spiffe://example.org/*/a"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"two patterns", transport.Options{Allow: []string{"spiffe://example.org/*/*"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern of domains", transport.Options{Allow: []string{"spiffe://*.example.org/a"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern of all", transport.Options{Allow: []string{"spiffe://*"}}, "unix:///a", "no URI"},
+		{"pattern", transport.Options{Allow: []string{"spiffe://example.org/*"}}, "unix:///a", ""},
 		{"bad name", transport.Options{Allow: []string{"a b"}}, "unix:///a", "host's name"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

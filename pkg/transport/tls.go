@@ -6,10 +6,15 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
+	"strings"
 	"sync"
+	"syscall"
 	"time"
+
+	"github.com/quic-go/quic-go"
 )
 
 // protocol is what we call ourselves in TLS's choice of a protocol (RFC 7301).
@@ -164,6 +169,52 @@ func (o Options) verify(s tls.ConnectionState, host string) (Identity, error) {
 	return is, nil
 }
 
+// The alerts of TLS (RFC 8446, 6.2) that can be about the certificate which the other side was shown.
+var certificateAlerts = []tls.AlertError{
+	42,  // bad_certificate
+	43,  // unsupported_certificate
+	44,  // certificate_revoked
+	45,  // certificate_expired
+	46,  // certificate_unknown
+	48,  // unknown_ca
+	49,  // access_denied
+	116, // certificate_required
+}
+
+const noApplicationProtocol = tls.AlertError(120) // the alert that there is no protocol which both speak
+
+// alerted reports whether an error is one of these alerts, from the other side. Over TCP crypto/tls has no exported type for them, but
+// the same text.
+func alerted(err error, alerts ...tls.AlertError) bool {
+	var op *net.OpError
+	var q *quic.TransportError
+	for _, a := range alerts {
+		if errors.As(err, &op) && op.Op == "remote error" && op.Err.Error() == a.Error() {
+			return true
+		}
+		if errors.As(err, &q) && q.Remote && q.ErrorCode.IsCryptoError() && byte(q.ErrorCode) == byte(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// refusal says of an error that it is the other side's refusal of our certificate, if it is. With TLS 1.3 the side that has dialled
+// hears of that with what it reads first.
+func (o Options) refusal(err error) error {
+	if alerted(err, certificateAlerts...) {
+		return fmt.Errorf("the other side has refused the certificate that was shown to it, %q, and its log says why: %w", o.Certificate, err)
+	}
+	return err
+}
+
+// otherScheme reports whether an error of a connection that was made can come of two sides which speak different protocols.
+func otherScheme(err error) bool {
+	var header tls.RecordHeaderError
+	return errors.As(err, &header) || alerted(err, noApplicationProtocol) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || strings.Contains(err.Error(), "malformed HTTP") // net/http has no type for that
+}
+
 // tlsConn is a TLS connection.
 type tlsConn struct {
 	*tls.Conn
@@ -176,7 +227,7 @@ type tlsConn struct {
 
 func (c *tlsConn) handshake(ctx context.Context) (Identity, error) {
 	if err := c.HandshakeContext(ctx); err != nil {
-		return Identity{}, fmt.Errorf("TLS: %w", err)
+		return Identity{}, fmt.Errorf("TLS: %w", c.options.refusal(err))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -187,6 +238,11 @@ func (c *tlsConn) handshake(ctx context.Context) (Identity, error) {
 		}
 	}
 	return c.is, nil
+}
+
+func (c *tlsConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	return n, c.options.refusal(err)
 }
 
 // Identity is for IdentityOf.

@@ -24,8 +24,8 @@ type Options struct {
 	// system's are never used: they vouch for anybody.
 	Authorities string
 
-	// KeyFile is the file of the key for psk: 32 random bytes, in hexadecimal or base64. Key, if not empty, is that text itself and
-	// goes before it.
+	// KeyFile is the file of the key for psk: 32 random bytes, in hexadecimal or base64. It is no pipe, as it is read for each
+	// connection. Key, if not empty, is that text itself and goes before it.
 	KeyFile string
 	Key     string
 
@@ -43,6 +43,10 @@ type Options struct {
 
 // ErrRefused is wrapped by errors which say that the other side is not who it has to be, or cannot prove it.
 var ErrRefused = errors.New("the other side is refused")
+
+// ErrNoAnswer is wrapped by errors which say that nothing came from where somebody should be, where that cannot be told from nobody
+// being there. Over TCP and unix sockets there is ECONNREFUSED.
+var ErrNoAnswer = errors.New("nobody answers there")
 
 // Dial connects to an address without credentials: see [Options.Dial].
 func Dial(ctx context.Context, address string) (net.Conn, error) { return Options{}.Dial(ctx, address) }
@@ -71,6 +75,9 @@ func (o Options) Dial(ctx context.Context, address string) (net.Conn, error) {
 		}
 	}
 	if err != nil {
+		if name := Scheme(address); (name == "tls" || name == "ws" || name == "wss") && otherScheme(err) {
+			err = fmt.Errorf("%w; the other side may want another scheme than %s://: dial it with the one that it listens with", err, name)
+		}
 		return nil, fmt.Errorf("dial %q: %w", Redacted(address), err)
 	}
 	return conn, nil

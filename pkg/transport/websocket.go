@@ -59,7 +59,7 @@ func (o Options) dialHTTP(ctx context.Context, scheme, rest string) (net.Conn, e
 	u := url.URL{Scheme: scheme, Host: hostport, Path: "/" + path}
 	ws, response, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{HTTPClient: client, CompressionMode: websocket.CompressionDisabled})
 	if err != nil {
-		return nil, err
+		return nil, o.refusal(err)
 	}
 	var is Identity
 	if scheme == "wss" {

@@ -93,9 +93,9 @@ func isSocket(path string) error {
 	case err != nil || info.Mode().Type() == os.ModeSocket:
 		return nil
 	case info.IsDir():
-		return fmt.Errorf("%q is a folder: choose a path in it, or another (unix:///PATH)", path)
+		return fmt.Errorf("%q is a folder, and no socket: choose a path in it, or another", path)
 	default:
-		return fmt.Errorf("%q is a file, and no socket: choose another path (unix:///PATH), or remove it", path)
+		return fmt.Errorf("%q is a file, and no socket: choose another path", path)
 	}
 }
 

@@ -815,7 +815,7 @@ func TestStdioForOne(t *testing.T) {
 		defer w.Close()
 		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 		tt.links.register(flags)
-		if err := tt.links.check(flags, r, w); tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+		if err := tt.links.check(t.Context(), flags, r, w); tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 			t.Errorf("%+v: %v, want %q", tt.links, err, tt.want)
 		}
 	}

@@ -33,7 +33,7 @@ cancels what they began, as long as that can be.`,
   drafter ctl --control out/control.sock migrate tls://b.example:1337`,
 		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageErrorf("unknown command %q: use %s", args[0], verbs)
+				return usageErrorf("unknown command %q: use %s", transport.Redacted(args[0]), verbs)
 			}
 			return nil
 		},

@@ -11,6 +11,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/transport"
 )
 
 // givenEnd is what became of a VM that was given away.
@@ -112,5 +113,5 @@ func lookAt(l links, w *way, id, address string) error {
 		return err
 	}
 	w.set(l.dial)
-	return fmt.Errorf("%w: the VM was given away already (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, address)
+	return fmt.Errorf("%w: the VM was given away already (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, transport.Redacted(address))
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -40,7 +41,7 @@ func (l *links) register(flags *pflag.FlagSet) {
 
 // needs says what flags an address needs.
 func needs(address string) string {
-	switch scheme, _, _ := strings.Cut(address, ":"); scheme {
+	switch transport.Scheme(address) {
 	case "tls", "wss", "quic":
 		return "certificate"
 	case "psk":
@@ -51,13 +52,64 @@ func needs(address string) string {
 	return ""
 }
 
+// pskKey is what the key of psk has in a context.
+type pskKey struct{}
+
+// withPSK takes the key of psk out of the environment, which programs that are started have too, and into a context.
+func withPSK(ctx context.Context) (context.Context, error) {
+	key, ok := os.LookupEnv(pskVariable)
+	if !ok {
+		return ctx, nil
+	}
+	if err := os.Unsetenv(pskVariable); err != nil {
+		return nil, fmt.Errorf("remove $%s from the environment: %w", pskVariable, err)
+	}
+	return context.WithValue(ctx, pskKey{}, key), nil
+}
+
+// maxKey bounds what is read of a key that is no file, in bytes.
+const maxKey = 4 << 10
+
+// readKey looks at the file of the key for psk. What is no regular file, as of <(pass drafter), has it once, and is read now.
+func (l *links) readKey(ctx context.Context, stdin io.Reader) error {
+	info, err := os.Stat(l.KeyFile)
+	if err != nil || info.IsDir() {
+		return nil // whoever reads it says so
+	}
+	if info.Mode().IsRegular() {
+		if info.Mode().Perm()&0o077 != 0 {
+			logger(ctx).Warn("other users can get at the key: chmod 600 its file", "psk-file", l.KeyFile)
+		}
+		return nil
+	}
+	if in, ok := stdin.(*os.File); ok && l.Stdio != nil {
+		if own, err := in.Stat(); err == nil && os.SameFile(info, own) {
+			return usageErrorf("--psk-file %q is standard input, which stdio: is: give another file", l.KeyFile)
+		}
+	}
+	f, err := os.Open(l.KeyFile)
+	if err != nil {
+		return usageErrorf("--psk-file: %w", err)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxKey))
+	switch {
+	case err != nil:
+		return usageErrorf("--psk-file: %w", err)
+	case len(bytes.TrimSpace(text)) == 0:
+		return usageErrorf("--psk-file %q is empty: give one with the key", l.KeyFile)
+	}
+	l.KeyFile, l.Key = "", string(text)
+	return nil
+}
+
 // check looks at the flags before anything is begun. Stdin and stdout are what stdio: is.
-func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (err error) {
+func (l *links) check(ctx context.Context, flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (err error) {
 	needed := make(map[string]bool)
 	named := false
 	for _, address := range []string{l.laddr, l.raddr, l.accept} {
 		needed[needs(address)] = true
-		named = named || needs(address) == "certificate" || strings.HasPrefix(address, "unix:")
+		named = named || needs(address) == "certificate" || transport.Scheme(address) == "unix"
 	}
 	// What has no effect may be a protection that somebody believes in.
 	for _, v := range []struct {
@@ -74,9 +126,6 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 	if flags.Changed("allow-peer") && !named {
 		return usageErrorf("--allow-peer has no effect: only tls://, wss://, quic:// and unix:// peers prove a name; %s", plainWarning)
 	}
-	if needed["key"] && l.KeyFile == "" {
-		l.Key = os.Getenv(pskVariable)
-	}
 	if needed["stdio"] {
 		var those []string
 		for _, v := range []struct{ flag, address string }{{"--laddr", l.laddr}, {"--raddr", l.raddr}, {"--accept", l.accept}} {
@@ -91,21 +140,28 @@ func (l *links) check(flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (
 			return usageErrorf("stdio: %w", err)
 		}
 	}
+	if l.KeyFile == "" {
+		l.Key, _ = ctx.Value(pskKey{}).(string)
+	} else if needed["key"] {
+		if err := l.readKey(ctx, stdin); err != nil {
+			return err
+		}
+	}
 	for _, v := range []struct{ flag, address string }{{"laddr", l.laddr}, {"raddr", l.raddr}, {"accept", l.accept}} {
 		if v.address == "" {
 			continue
 		}
 		switch need := needs(v.address); {
 		case need == "certificate" && (l.Certificate == "" || l.PrivateKey == "" || l.Authorities == "" && len(l.Allow) == 0):
-			return usageErrorf("--%s %s needs --tls-cert and --tls-key, and --tls-ca or --allow-peer pin-sha256:BASE64", v.flag, v.address)
+			return usageErrorf("--%s %s needs --tls-cert and --tls-key, and --tls-ca or --allow-peer pin-sha256:BASE64", v.flag, transport.Redacted(v.address))
 		case need == "key" && l.KeyFile == "" && l.Key == "":
-			return usageErrorf("--%s %s needs --psk-file, or the key in $%s", v.flag, v.address, pskVariable)
+			return usageErrorf("--%s %s needs --psk-file, or the key in $%s", v.flag, transport.Redacted(v.address), pskVariable)
 		}
 		if err := l.Check(v.address); err != nil {
 			return usageErrorf("--%s: %w", v.flag, err)
 		}
 		if v.flag != "raddr" && !transport.CanListen(v.address) {
-			return usageErrorf("--%s %s: such addresses can only be dialled: listen on another (localhost:1337), which the other peer gets at by it", v.flag, v.address)
+			return usageErrorf("--%s %s: such addresses can only be dialled: listen on another (localhost:1337), which the other peer gets at by it", v.flag, transport.Redacted(v.address))
 		}
 	}
 	return nil
@@ -116,17 +172,25 @@ const plainWarning = "as it is, what passes is neither authenticated nor encrypt
 // listen listens at the address of a flag.
 func (l *links) listen(ctx context.Context, flag, address string) (net.Listener, error) {
 	if transport.Insecure(address) {
-		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", flag, address)
+		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", flag, transport.Redacted(address))
 	}
 	o := l.Options
 	o.Logger = logger(ctx)
 	listener, err := o.Listen(ctx, address)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("--%s: %w: end the program that uses it, or choose another port (0: any that is free)", flag, err)
+		return nil, fmt.Errorf("--%s: %w: %s", flag, err, inUse(address))
 	} else if err != nil {
 		return nil, fmt.Errorf("--%s: %w", flag, err)
 	}
 	return listener, nil
+}
+
+// inUse is the remedy where another listens at an address already.
+func inUse(address string) string {
+	if transport.Scheme(address) == "unix" {
+		return "end the program that uses it, or choose another path"
+	}
+	return "end the program that uses it, or choose another port (0: any that is free)"
 }
 
 // serving is the address that others give to get at the listener of --laddr.
@@ -134,11 +198,12 @@ func (l *links) serving(a net.Addr) string { return served(l.laddr, a) }
 
 // served is the address that others give to get at a listener on an address.
 func served(address string, a net.Addr) string {
-	scheme, rest, ok := strings.Cut(address, "://")
-	if !ok || scheme == "unix" {
-		if transport.Single(address) || scheme == "unix" {
-			return address
-		}
+	scheme := transport.Scheme(address)
+	_, rest, ok := strings.Cut(address, "://")
+	switch {
+	case transport.Single(address) || scheme == "unix":
+		return transport.Redacted(address)
+	case !ok:
 		return a.String()
 	}
 	_, path, _ := strings.Cut(rest, "/")
@@ -177,11 +242,11 @@ func (l *links) dialFirst(ctx context.Context) ([]io.ReadWriter, error) {
 // dialOr is dial for the first time, with the remedy where nobody listens.
 func (l *links) dialOr(ctx context.Context, remedy string) ([]io.ReadWriter, error) {
 	if transport.Insecure(l.raddr) {
-		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "raddr", l.raddr)
+		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "raddr", transport.Redacted(l.raddr))
 	}
 	conns, err := l.dial(ctx)
 	var dialled *net.OpError // of a unix socket that is not there; a certificate's file is another matter
-	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) && errors.As(err, &dialled) {
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, transport.ErrNoAnswer) || errors.Is(err, fs.ErrNotExist) && errors.As(err, &dialled) {
 		return nil, fmt.Errorf("%w: %s, or correct the address", err, remedy)
 	}
 	return conns, err

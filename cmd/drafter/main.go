@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/drafter-vm/drafter/internal/version"
+	"github.com/drafter-vm/drafter/pkg/transport"
 )
 
 func main() {
@@ -43,7 +44,11 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	root.SetOut(stdout)
 	root.SetErr(stderr)
 
-	cmd, err := root.ExecuteContextC(ctx)
+	ctx, err := withPSK(ctx)
+	cmd := root
+	if err == nil {
+		cmd, err = root.ExecuteContextC(ctx)
+	}
 	if err != nil {
 		fmt.Fprintf(stderr, "%s: %v\n", cmd.CommandPath(), err)
 		if exitStatus(err) == 2 {
@@ -66,7 +71,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 {
-				return usageErrorf("unknown tool %q; 'drafter --help' lists them", args[0])
+				return usageErrorf("unknown tool %q; 'drafter --help' lists them", transport.Redacted(args[0]))
 			}
 			return nil
 		},
@@ -111,7 +116,7 @@ func offer(cmd *cobra.Command, flag string, values ...string) {
 // noArgs refuses positional arguments with the exit status of a usage error.
 func noArgs(cmd *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return usageErrorf("unexpected argument %q: every setting is a flag", args[0])
+		return usageErrorf("unexpected argument %q: every setting is a flag", transport.Redacted(args[0]))
 	}
 	return nil
 }

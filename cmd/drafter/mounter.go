@@ -87,7 +87,7 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	case opts.rescue <= 0:
 		return usageErrorf("--rescue-timeout %s: give a time above zero", opts.rescue)
 	}
-	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+	if err := opts.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
 	cfg := peer.MounterConfig{Mount: opts.mount, Concurrency: opts.concurrency, RescueTimeout: opts.rescue, Logger: log}
@@ -194,7 +194,7 @@ func startMounter(ctx context.Context, cfg peer.MounterConfig, source *links, re
 		cfg.Logger.Error("could not write the report of a migration", "error", err)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("receive from %q: %w", source.raddr, err)
+		return nil, fmt.Errorf("receive from %q: %w", transport.Redacted(source.raddr), err)
 	}
 	fmt.Fprintf(out, "Received VM: %s\n", summary(report))
 	return m, nil

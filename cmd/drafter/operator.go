@@ -143,7 +143,7 @@ func (l links) to(address string) (links, error) {
 		return l, fmt.Errorf("%w: %w", control.ErrInvalid, err)
 	}
 	if transport.Single(address) {
-		return l, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, address)
+		return l, fmt.Errorf("%w: address %q: it is this program's, and belongs to who has started it", control.ErrInvalid, transport.Redacted(address))
 	}
 	return l, nil
 }
@@ -199,7 +199,7 @@ func (o *operator) Stop(context.Context) error {
 type named string
 
 func (named) Network() string  { return "" }
-func (a named) String() string { return string(a) }
+func (a named) String() string { return transport.Redacted(string(a)) }
 
 // serveControl serves the control socket at a path until the returned function is called. With no path it does nothing.
 func serveControl(ctx context.Context, path string, o control.Controlled) (stop func(), err error) {

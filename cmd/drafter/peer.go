@@ -211,7 +211,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	switch {
 	case opts.rollback && opts.raddr != "":
-		return usageErrorf("--rollback excludes --raddr %s: what returns to its commit point is here, and what is received has none yet; leave one out", opts.raddr)
+		return usageErrorf("--rollback excludes --raddr %s: what returns to its commit point is here, and what is received has none yet; leave one out", transport.Redacted(opts.raddr))
 	case opts.accept != "" && opts.raddr != "":
 		return usageErrorf("--accept excludes --raddr: the one waits for a peer that brings an instance, the other asks a peer for its; choose one")
 	case opts.accept != "" && (opts.rollback || opts.boot):
@@ -253,7 +253,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := goal.Check(); err != nil {
 		return usageErrorf("--max-downtime and --max-total-time: %w", err)
 	}
-	if err := opts.links.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+	if err := opts.links.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
 	if opts.Stdio != nil {
@@ -495,7 +495,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		if err := peer.CheckVacant(cfg); err != nil {
 			return nil, err
 		}
-		from, dial, redial := opts.raddr, opts.dialFirst, opts.redial()
+		from, dial, redial := transport.Redacted(opts.raddr), opts.dialFirst, opts.redial()
 		if reception != nil {
 			fmt.Fprintf(out, "Waiting for a VM on %s\n", served(opts.accept, reception.Addr()))
 			dial, redial = func(ctx context.Context) ([]io.ReadWriter, error) {

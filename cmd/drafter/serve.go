@@ -94,7 +94,7 @@ func runServe(cmd *cobra.Command, opts serveOptions) error {
 	case opts.laddr == "":
 		return usageErrorf("--laddr is empty: give the address to serve at")
 	}
-	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+	if err := opts.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
 	cfg := peer.ServerConfig{Concurrency: opts.concurrency, Logger: log}

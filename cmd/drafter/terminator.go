@@ -84,9 +84,9 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 	case opts.raddr == "":
 		return usageErrorf("--raddr is empty: give the address of the peer to receive the VM from")
 	case opts.settle && transport.Single(opts.raddr):
-		return usageErrorf("--settle needs an address that can be dialled again, and %s is not", opts.raddr)
+		return usageErrorf("--settle needs an address that can be dialled again, and %s is not", transport.Redacted(opts.raddr))
 	}
-	if err := opts.check(cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+	if err := opts.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
 	t := peer.Terminator{Copy: opts.copy, Concurrency: opts.concurrency, RescueTimeout: opts.rescue, Logger: log}
@@ -144,7 +144,7 @@ func runTerminator(cmd *cobra.Command, opts terminatorOptions) error {
 		log.Error("could not write the report of a migration", "error", err)
 	}
 	if err != nil {
-		return interrupted(cmd, fmt.Errorf("receive from %q: %w", opts.raddr, err))
+		return interrupted(cmd, fmt.Errorf("receive from %q: %w", transport.Redacted(opts.raddr), err))
 	}
 	what := "VM"
 	if opts.copy {

@@ -268,12 +268,12 @@ func (w *watch) serveMetrics(ctx context.Context, address string, profiles bool,
 	}
 	l, err := transport.Listen(ctx, address)
 	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("--metrics: %w: end the program that uses it, or choose another port (0: any that is free)", err)
+		return nil, fmt.Errorf("--metrics: %w: %s", err, inUse(address))
 	} else if err != nil {
 		return nil, fmt.Errorf("--metrics: %w", err)
 	}
 	if transport.Insecure(address) {
-		log.Warn("whoever reaches the metrics can read them", "metrics", address)
+		log.Warn("whoever reaches the metrics can read them", "metrics", transport.Redacted(address))
 	}
 	fmt.Fprintf(w, "Metrics on http://%s/metrics\n", listenAddress(l))
 	handler := w.metrics.Handler()

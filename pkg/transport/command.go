@@ -11,13 +11,13 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
-
-const commandPrefix = "exec:"
 
 func checkCommand(_ Options, command string) error {
 	if strings.TrimSpace(command) == "" {
@@ -27,7 +27,7 @@ func checkCommand(_ Options, command string) error {
 }
 
 func dialCommand(ctx context.Context, _ Options, command string) (net.Conn, error) {
-	return startCommand(ctx, exec.Command("/bin/sh", "-c", command))
+	return startCommand(ctx, fmt.Sprintf("program %q", command), exec.Command("/bin/sh", "-c", command))
 }
 
 // sshConfig is the parameter for the file that ssh reads instead of its own configuration.
@@ -39,9 +39,7 @@ func sshTarget(rest string) (u *url.URL, target string, err error) {
 		return nil, "", err
 	}
 	target = strings.TrimPrefix(u.Path, "/")
-	switch _, hasPassword := u.User.Password(); {
-	case hasPassword:
-		return nil, "", errors.New("a password does not belong into an address, which others can see: use a key that ssh finds")
+	switch {
 	case u.Hostname() == "" || strings.HasPrefix(u.Hostname(), "-") || strings.HasPrefix(u.User.Username(), "-"):
 		return nil, "", errors.New("no host given: use ssh://USER@HOST/TARGET")
 	case target == "":
@@ -80,15 +78,27 @@ func dialSSH(ctx context.Context, _ Options, rest string) (net.Conn, error) {
 	if name := u.User.Username(); name != "" {
 		args = append(args, "-l", name)
 	}
-	return startCommand(ctx, exec.Command("ssh", append(args, "--", u.Hostname())...))
+	return startCommand(ctx, "ssh to "+u.Hostname(), exec.Command("ssh", append(args, "--", u.Hostname())...))
 }
 
 // command is a program whose standard input and output are the connection.
 type command struct {
 	net.Conn
-	cmd  *exec.Cmd
-	said *lastWords
-	done chan struct{} // closed when it has ended
+	name  string // for people
+	cmd   *exec.Cmd
+	spoke atomic.Bool // something has come from it
+
+	said  *lastWords
+	errs  *os.File      // its standard error
+	heard chan struct{} // closed when nothing more comes from there
+
+	over   chan struct{} // closed when it has ended, but was not reaped: its id, which is its group's, is not another's
+	ending ending        // valid when over is closed
+	reap   chan struct{} // takes or is closed when it may be reaped
+	reaped chan struct{} // closed when it was
+
+	once   sync.Once // guards Close
+	closed error     // what it returned
 }
 
 // maxWords bounds what is kept of what a program says, in bytes.
@@ -116,7 +126,47 @@ func (w *lastWords) String() string {
 	return strings.TrimSpace(string(w.text))
 }
 
-func startCommand(ctx context.Context, cmd *exec.Cmd) (net.Conn, error) {
+// ending is how a process has ended.
+type ending struct {
+	code   int32 // CLD_EXITED and the like
+	status int32 // what it says, or the signal
+	err    error // it is not known
+}
+
+func (e ending) success() bool { return e.err == nil && e.code == cldExited && e.status == 0 }
+
+func (e ending) String() string {
+	switch {
+	case e.err != nil:
+		return e.err.Error()
+	case e.code == cldExited:
+		return fmt.Sprintf("exit status %d", e.status)
+	default:
+		return fmt.Sprintf("signal: %s", syscall.Signal(e.status))
+	}
+}
+
+const cldExited = 1 // waitid(2), from <bits/siginfo-consts.h>
+
+// await waits until a process has ended, and leaves it to be reaped.
+func await(pid int) (e ending) {
+	var info struct { // siginfo_t of a 64-bit Linux, as far as waitid(2) fills it in; x/sys/unix has the beginning of it
+		signo, errno, code, _ int32
+		pid                   int32
+		uid                   uint32
+		status                int32
+		_                     [100]byte
+	}
+	for {
+		err := unix.Waitid(unix.P_PID, pid, (*unix.Siginfo)(unsafe.Pointer(&info)), unix.WEXITED|unix.WNOWAIT, nil)
+		if !errors.Is(err, unix.EINTR) {
+			return ending{info.code, info.status, err}
+		}
+	}
+}
+
+// startCommand starts a program, with a name for people.
+func startCommand(ctx context.Context, name string, cmd *exec.Cmd) (net.Conn, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, context.Cause(ctx)
 	}
@@ -132,49 +182,146 @@ func startCommand(ctx context.Context, cmd *exec.Cmd) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &command{Conn: conn, cmd: cmd, said: new(lastWords), done: make(chan struct{})}
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = its, its, c.said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-C is for us to handle, and what it starts ends with it
-	cmd.WaitDelay = time.Second                          // what it has started may hold its standard error
-	if err := cmd.Start(); err != nil {
+	errs, itsErrs, err := os.Pipe()
+	if err != nil {
 		conn.Close()
 		return nil, err
 	}
-	go func() {
-		defer close(c.done)
-		cmd.Wait()
+	defer itsErrs.Close()
+	c := &command{
+		Conn: conn, name: name, cmd: cmd, said: new(lastWords), errs: errs, heard: make(chan struct{}),
+		over: make(chan struct{}), reap: make(chan struct{}), reaped: make(chan struct{}),
+	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = its, its, itsErrs
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // a Ctrl-C is for us to handle, and what it starts ends with it
+	if err := cmd.Start(); err != nil {
+		conn.Close()
+		errs.Close()
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() { // until its standard error ends, or Close
+		defer close(c.heard)
+		_, _ = io.Copy(c.said, errs)
 	}()
+	go func() { // until it has ended, which Close sees to
+		c.ending = await(cmd.Process.Pid)
+		close(c.over)
+		<-c.reap
+		_ = cmd.Wait()
+		close(c.reaped)
+	}()
+	if ctx.Err() != nil {
+		c.Close()
+		return nil, context.Cause(ctx)
+	}
 	return c, nil
 }
 
 // Read says, at the end, what the program said of it.
 func (c *command) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	if n > 0 {
+		c.spoke.Store(true)
+	}
 	if err == io.EOF || errors.Is(err, syscall.ECONNRESET) {
-		select {
-		case <-c.done:
-			if words := c.said.String(); words != "" || !c.cmd.ProcessState.Success() {
-				if words != "" {
-					words += ": "
-				}
-				err = fmt.Errorf("%s ended (%s): %s%w", c.cmd.Args[0], c.cmd.ProcessState, words, io.ErrUnexpectedEOF)
-			}
-		case <-time.After(time.Second): // it has closed its output, and lives
-		}
+		err = c.explain(err)
 	}
 	return n, err
 }
 
-// Close gives the program the time to pass on what it was given, but does not wait for that.
-func (c *command) Close() error {
-	err := c.Conn.Close()
-	go func() {
-		select {
-		case <-c.done:
-		case <-time.After(lingering):
-			_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
-			<-c.done
+// Write says, when nobody reads any more, what the program said of it.
+func (c *command) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		err = c.explain(err)
+	}
+	return n, err
+}
+
+// explain says of an end of the connection why it came. The one that is expected, after the program has said something and succeeded,
+// stays io.EOF.
+func (c *command) explain(err error) error {
+	soon := time.After(time.Second)
+	select {
+	case <-c.over:
+	case <-soon: // it has closed its input or output, and lives
+		if err != io.EOF {
+			err = fmt.Errorf("%s has closed the connection: %w", c.name, bare(err))
 		}
-	}()
+		return err
+	}
+	if err == io.EOF && c.ending.success() && c.spoke.Load() {
+		return err
+	}
+	select {
+	case <-c.heard:
+	case <-soon: // what it has started holds its standard error
+	}
+	words := c.said.String()
+	if words != "" {
+		words += ": "
+	}
+	return fmt.Errorf("%s ended (%s): %s%w", c.name, c.ending, words, io.ErrUnexpectedEOF)
+}
+
+// bare is what is wrong with a connection, without the addresses of a socket that has none.
+func bare(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) {
+		return op.Err
+	}
 	return err
+}
+
+func (c *command) RemoteAddr() net.Addr { return placeAddr{"exec", c.name} }
+
+// placeAddr is of what has no address, but can be told to people.
+type placeAddr struct{ network, place string }
+
+func (a placeAddr) Network() string { return a.network }
+func (a placeAddr) String() string  { return a.place }
+
+// patience is how long a program may take to end by itself when its input has ended, mercy how long after a SIGTERM: it may be a peer that
+// saves a VM, which is worth waiting for.
+const (
+	patience = time.Second
+	mercy    = 10 * time.Second
+)
+
+// Close ends the program before it returns: it has a moment to pass on what it was given, which the end of its input asks it to, and
+// another after a SIGTERM. What it has started, and left in its process group, ends with it.
+func (c *command) Close() error {
+	c.once.Do(func() {
+		err := c.Conn.Close()
+		if c.closed = c.end(); c.closed == nil {
+			c.closed = err
+		}
+		c.errs.Close()
+		<-c.heard
+	})
+	return c.closed
+}
+
+func (c *command) end() error {
+	defer close(c.reap)         // if not now, then when it ends
+	group := -c.cmd.Process.Pid // which Setsid has made
+	for _, stage := range []struct {
+		signal syscall.Signal
+		wait   time.Duration
+	}{{0, patience}, {syscall.SIGTERM, mercy}, {syscall.SIGKILL, patience}} {
+		if stage.signal != 0 {
+			_ = syscall.Kill(group, stage.signal)
+		}
+		t := time.NewTimer(stage.wait)
+		select {
+		case <-c.over:
+			t.Stop()
+			_ = syscall.Kill(group, syscall.SIGKILL)
+			c.reap <- struct{}{}
+			<-c.reaped
+			return nil
+		case <-t.C:
+		}
+	}
+	return fmt.Errorf("end %s: process %d goes on after a SIGKILL; end it by hand", c.name, -group) // another user's, or stuck in the kernel
 }

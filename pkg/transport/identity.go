@@ -37,7 +37,8 @@ func (i Identity) Equal(other Identity) bool {
 	return i.Method == other.Method && slices.Equal(i.Names, other.Names)
 }
 
-// Is reports whether a name is among those of an identity. Names are, over TLS, what the certificate says:
+// Is reports whether a name is among those of an identity. Names are, over TLS, what the certificate says if one of Options.Authorities
+// vouches for it, and its key in any case:
 //
 //	spiffe://DOMAIN/PATH    a URI; with /* at its end, all that begin so
 //	HOST                    a DNS name; *.DOMAIN in the certificate covers HOST.DOMAIN
@@ -49,7 +50,7 @@ func (i Identity) Is(name string) bool {
 		if own == name {
 			return true
 		}
-		if prefix, ok := strings.CutSuffix(name, "/*"); ok && strings.Contains(name, "://") && strings.HasPrefix(own, prefix+"/") {
+		if prefix, ok := strings.CutSuffix(name, "/*"); ok && strings.Contains(prefix, "://") && strings.HasPrefix(own, prefix+"/") {
 			return true
 		}
 		if domain, ok := strings.CutPrefix(own, "*."); ok && isHost(name) {
@@ -84,7 +85,11 @@ func checkName(name string) error {
 			return fmt.Errorf("allowed name %q: use %s and the base64 of %d bytes, as of: openssl x509 -in CERT -pubkey -noout | openssl pkey -pubin -outform der | openssl dgst -sha256 -binary | base64", name, pinPrefix, sha256.Size)
 		}
 	case strings.Contains(name, "://"):
-		if u, err := url.Parse(name); err != nil || u.Host == "" {
+		whole := strings.TrimSuffix(name, "/*")
+		if strings.Contains(whole, "*") {
+			return fmt.Errorf("allowed name %q: a * stands for all that follows a /, and is the last: use spiffe://DOMAIN/PATH/*, or each name", name)
+		}
+		if u, err := url.Parse(whole); err != nil || u.Host == "" {
 			return fmt.Errorf("allowed name %q is no URI: use spiffe://DOMAIN/PATH", name)
 		}
 	case strings.ContainsAny(name, ":/ *"):
@@ -103,13 +108,26 @@ func (o Options) allows(i Identity) bool {
 	return false
 }
 
-// certified is the identity in a certificate.
+// pinned is the identity of who has a certificate's key. That alone proves nothing of what the certificate says: whoever has a key
+// can write any certificate for it.
+func pinned(c *x509.Certificate) Identity {
+	return Identity{Method: "tls", Names: []string{pin(c)}}
+}
+
+// certified is the identity in a certificate that somebody vouches for. Names which could be taken for those of another kind, such as
+// the URI uid:0, do not count: they would say in a certificate what only the kernel can, or the key itself.
 func certified(c *x509.Certificate) Identity {
 	i := Identity{Method: "tls"}
 	for _, u := range c.URIs {
-		i.Names = append(i.Names, u.String())
+		if name := u.String(); strings.Contains(name, "://") && !strings.HasPrefix(name, pinPrefix) { // base64 may have slashes
+			i.Names = append(i.Names, name)
+		}
 	}
-	i.Names = append(i.Names, c.DNSNames...)
+	for _, name := range c.DNSNames {
+		if isHost(name) {
+			i.Names = append(i.Names, name)
+		}
+	}
 	for _, ip := range c.IPAddresses {
 		i.Names = append(i.Names, ip.String())
 	}

@@ -24,7 +24,7 @@ func TestOptionsCheck(t *testing.T) {
 	a := testcert.New(t)
 	good, pin := a.Issue(t, nil, "127.0.0.1")
 	other, _ := a.Issue(t, nil, "127.0.0.1")
-	const secret = "not quite as secret as it should be"
+	const secret = "not-quite-as-secret-as-it-should-be"
 	bad := filepath.Join(t.TempDir(), "bad")
 	if err := os.WriteFile(bad, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
@@ -62,7 +62,20 @@ func TestOptionsCheck(t *testing.T) {
 		{"ssh without host", transport.Options{}, "ssh:///localhost:1", "no host given"},
 		{"ssh with an option", transport.Options{}, "ssh://-oProxyCommand=x/localhost:1", "no host given"},
 		{"ssh with an option as user", transport.Options{}, "ssh://-oProxyCommand=x@host/localhost:1", "no host given"},
-		{"ssh with password", transport.Options{}, "ssh://me:" + secret[:3] + "@host/localhost:1", "password"},
+		{"ssh with password", transport.Options{}, "ssh://me:" + secret + "@host/localhost:1", "password"},
+		{"ssh with bad password", transport.Options{}, "ssh://me:" + secret + "%zz@host/localhost:1", "password"},
+		{"ssh with password and nothing else", transport.Options{}, "ssh://me:" + secret + "@host", "password"},
+		{"SSH with password", transport.Options{}, "SSH://me:" + secret + "@host/localhost:1", "password"},
+		{"tcp with password", transport.Options{}, "me:" + secret + "@host:1", "password"},
+		{"tls with password", good, "tls://me:" + secret + "@host:1", "password"},
+		{"ws with password", transport.Options{}, "ws://me:" + secret + "@host:1/path", "password"},
+		{"ws with password and a slash", transport.Options{}, "ws://me:" + secret + "/x@host:1/path", "password"},
+		{"unknown, with password", transport.Options{}, "http://me:" + secret + "@host:1/path", "unknown scheme"},
+		{"password before what is no scheme", transport.Options{}, "me:" + secret + "@host://1", "password"},
+		{"udp with password", transport.Options{}, "udp://me:" + secret + "@host:1", "use quic://"},
+		{"UDP", transport.Options{}, "UDP://127.0.0.1:1", "use quic://"},
+		{"TLS", good, "TLS://127.0.0.1:1", ""},
+		{"user over tcp", transport.Options{}, "me@host:1", "no host"},
 		{"ssh with bad target", transport.Options{}, "ssh://host/localhost", "HOST:PORT"},
 		{"ssh with a parameter", transport.Options{}, "ssh://host/localhost:1?option=x", "unknown parameter"},
 		{"ssh with a configuration", transport.Options{}, "ssh://host/localhost:1?config=/f", ""},
@@ -75,6 +88,12 @@ func TestOptionsCheck(t *testing.T) {
 		{"bad uid", transport.Options{Allow: []string{"uid:root"}}, "unix:///a", `"root" is no number`},
 		{"bad pin", transport.Options{Allow: []string{"pin-sha256:abc"}}, "unix:///a", "openssl"},
 		{"bad URI", transport.Options{Allow: []string{"spiffe://"}}, "unix:///a", "no URI"},
+		{"pattern within a name", transport.Options{Allow: []string{"spiffe://example.org/a*"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern within a path", transport.Options{Allow: []string{"spiffe://example.org/*/a"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"two patterns", transport.Options{Allow: []string{"spiffe://example.org/*/*"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern of domains", transport.Options{Allow: []string{"spiffe://*.example.org/a"}}, "unix:///a", "use spiffe://DOMAIN/PATH/*"},
+		{"pattern of all", transport.Options{Allow: []string{"spiffe://*"}}, "unix:///a", "no URI"},
+		{"pattern", transport.Options{Allow: []string{"spiffe://example.org/*"}}, "unix:///a", ""},
 		{"bad name", transport.Options{Allow: []string{"a b"}}, "unix:///a", "host's name"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -51,6 +51,9 @@ func (o Options) key() ([]byte, error) {
 		if o.KeyFile == "" {
 			return nil, errors.New("both sides need the same key there: give its file")
 		}
+		if info, err := os.Stat(o.KeyFile); err == nil && !info.Mode().IsRegular() && !info.IsDir() {
+			return nil, fmt.Errorf("the key in %q can be read once, and is read for each connection: give its text instead", o.KeyFile)
+		}
 		b, err := os.ReadFile(o.KeyFile)
 		if err != nil {
 			return nil, fmt.Errorf("the key: %w", err)

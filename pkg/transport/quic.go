@@ -27,15 +27,29 @@ func dialQUIC(ctx context.Context, o Options, hostport string) (net.Conn, error)
 	host, _, _ := net.SplitHostPort(hostport)
 	conn, err := quic.DialAddr(ctx, hostport, o.tlsConfig(host, protocol), quicConfig())
 	if err != nil {
-		return nil, err
+		return nil, unanswered(err)
 	}
+	var is Identity
 	stream, err := conn.OpenStreamSync(ctx)
+	if err == nil {
+		is, err = o.verify(conn.ConnectionState().TLS, host)
+	}
 	if err != nil {
 		conn.CloseWithError(0, "")
-		return nil, err
+		return nil, o.refusal(err)
 	}
 	// The other side hears of a stream with its first bytes, and needs to, to make sure of us.
-	return newQUICConn(conn, stream), nil
+	return &quicConn{Stream: stream, conn: conn, options: o, is: is}, nil
+}
+
+// unanswered says of the error of a dial that nobody has answered, if that is what it is. UDP has no refusal that QUIC hears.
+func unanswered(err error) error {
+	var idle *quic.IdleTimeoutError
+	var handshake *quic.HandshakeTimeoutError
+	if errors.As(err, &idle) || errors.As(err, &handshake) {
+		return fmt.Errorf("%w: %w", ErrNoAnswer, err)
+	}
+	return err
 }
 
 func listenQUIC(ctx context.Context, o Options, hostport string) (net.Listener, error) {
@@ -69,7 +83,13 @@ func listenQUIC(ctx context.Context, o Options, hostport string) (net.Listener, 
 					conn.CloseWithError(0, "")
 					return
 				}
-				q.put(newQUICConn(conn, stream))
+				is, err := o.verify(conn.ConnectionState().TLS, "")
+				if err != nil {
+					o.log().Warn("refused a connection", "from", conn.RemoteAddr(), "reason", err)
+					conn.CloseWithError(0, "")
+					return
+				}
+				q.put(&quicConn{Stream: stream, conn: conn, options: o, is: is})
 			})
 		}
 	})
@@ -95,22 +115,18 @@ func (l *quicListener) Close() error {
 // quicConn is a QUIC connection with its only stream.
 type quicConn struct {
 	*quic.Stream
-	conn   *quic.Conn
-	closed atomic.Bool
+	conn    *quic.Conn
+	options Options
+	is      Identity
+	closed  atomic.Bool
 
 	reading sync.Mutex // held while the stream is read
 }
 
-func newQUICConn(conn *quic.Conn, stream *quic.Stream) *quicConn {
-	return &quicConn{Stream: stream, conn: conn}
-}
-
-func (c *quicConn) handshake(context.Context) (Identity, error) { return c.Identity(), nil }
+func (c *quicConn) handshake(context.Context) (Identity, error) { return c.is, nil }
 
 // Identity is for IdentityOf.
-func (c *quicConn) Identity() Identity {
-	return certified(c.conn.ConnectionState().TLS.PeerCertificates[0]) // without one there is no connection
-}
+func (c *quicConn) Identity() Identity { return c.is }
 
 func (c *quicConn) LocalAddr() net.Addr  { return quicAddr{c.conn.LocalAddr()} }
 func (c *quicConn) RemoteAddr() net.Addr { return quicAddr{c.conn.RemoteAddr()} }
@@ -130,12 +146,12 @@ func (c *quicConn) Read(p []byte) (int, error) {
 	if c.closed.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
 		err = net.ErrClosed
 	}
-	return n, gone(err)
+	return n, c.options.refusal(gone(err))
 }
 
 func (c *quicConn) Write(p []byte) (int, error) {
 	n, err := c.Stream.Write(p)
-	return n, gone(err)
+	return n, c.options.refusal(gone(err))
 }
 
 // gone makes of the other side's orderly end what it is of a stream.

@@ -10,8 +10,6 @@ import (
 	"time"
 )
 
-const stdioAddress = "stdio:"
-
 func checkStdio(o Options, _ string) error {
 	if o.Stdio == nil {
 		return errors.New("this program's standard input and output are not to be had for that")

@@ -24,8 +24,8 @@ type Options struct {
 	// system's are never used: they vouch for anybody.
 	Authorities string
 
-	// KeyFile is the file of the key for psk: 32 random bytes, in hexadecimal or base64. Key, if not empty, is that text itself and
-	// goes before it.
+	// KeyFile is the file of the key for psk: 32 random bytes, in hexadecimal or base64. It is no pipe, as it is read for each
+	// connection. Key, if not empty, is that text itself and goes before it.
 	KeyFile string
 	Key     string
 
@@ -43,6 +43,10 @@ type Options struct {
 
 // ErrRefused is wrapped by errors which say that the other side is not who it has to be, or cannot prove it.
 var ErrRefused = errors.New("the other side is refused")
+
+// ErrNoAnswer is wrapped by errors which say that nothing came from where somebody should be, where that cannot be told from nobody
+// being there. Over TCP and unix sockets there is ECONNREFUSED.
+var ErrNoAnswer = errors.New("nobody answers there")
 
 // Dial connects to an address without credentials: see [Options.Dial].
 func Dial(ctx context.Context, address string) (net.Conn, error) { return Options{}.Dial(ctx, address) }
@@ -71,7 +75,10 @@ func (o Options) Dial(ctx context.Context, address string) (net.Conn, error) {
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("dial %q: %w", address, err)
+		if name := Scheme(address); (name == "tls" || name == "ws" || name == "wss") && otherScheme(err) {
+			err = fmt.Errorf("%w; the other side may want another scheme than %s://: dial it with the one that it listens with", err, name)
+		}
+		return nil, fmt.Errorf("dial %q: %w", Redacted(address), err)
 	}
 	return conn, nil
 }
@@ -87,7 +94,7 @@ func (o Options) Listen(ctx context.Context, address string) (net.Listener, erro
 		l, err = s.listen(ctx, o, rest)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("listen on %q: %w", address, err)
+		return nil, fmt.Errorf("listen on %q: %w", Redacted(address), err)
 	}
 	return l, nil
 }
@@ -96,7 +103,7 @@ func (o Options) Listen(ctx context.Context, address string) (net.Listener, erro
 // know before they begin anything. It looks up no host and opens no connection, so an address that passes may still lead nowhere.
 func (o Options) Check(address string) error {
 	if _, _, err := o.parse(address); err != nil {
-		return fmt.Errorf("address %q: %w", address, err)
+		return fmt.Errorf("address %q: %w", Redacted(address), err)
 	}
 	return nil
 }
@@ -109,11 +116,11 @@ func CanListen(address string) bool {
 
 // Parallel reports whether several connections to an address make sense at a time: not to one that is a program, started for it.
 func Parallel(address string) bool {
-	return !Single(address) && !strings.HasPrefix(address, commandPrefix)
+	return !Single(address) && Scheme(address) != "exec"
 }
 
 // Single reports whether an address is of one connection, which cannot be made a second time.
-func Single(address string) bool { return address == stdioAddress }
+func Single(address string) bool { return Scheme(address) == "stdio" }
 
 // Insecure reports whether traffic to or from an address can be read and changed by others: it is not protected, and it is
 // not certain to stay on this host.
@@ -198,15 +205,7 @@ const forms = "HOST:PORT, or one of tcp, tls, psk, unix, ws, wss, quic and ssh w
 
 // split finds the scheme of an address.
 func split(address string) (scheme, string, error) {
-	name, rest, ok := strings.Cut(address, "://")
-	if command, isCommand := strings.CutPrefix(address, commandPrefix); isCommand {
-		name, rest, ok = "exec", command, true
-	} else if address == stdioAddress {
-		name, rest, ok = "stdio", "", true
-	}
-	if !ok {
-		name, rest = "tcp", address
-	}
+	name, rest := cut(address)
 	switch name {
 	case "udp", "udp4", "udp6", "unixgram", "unixpacket", "ip":
 		return scheme{}, "", fmt.Errorf("%s carries datagrams, which can be lost and are cut to size: use quic://HOST:PORT", name)
@@ -224,6 +223,9 @@ func (o Options) parse(address string) (scheme, string, error) {
 	if err != nil {
 		return scheme{}, "", err
 	}
+	if Redacted(address) != address { // first, as what finds something else may quote it
+		return scheme{}, "", errors.New("a password does not belong into an address, which others can see: use a key that ssh finds, or for psk:// one in a file")
+	}
 	if err := s.check(o, rest); err != nil {
 		return scheme{}, "", err
 	}
@@ -240,9 +242,12 @@ func (o Options) parse(address string) (scheme, string, error) {
 
 // checkPort checks a HOST:PORT.
 func checkPort(_ Options, hostport string) error {
-	_, port, err := net.SplitHostPort(hostport)
+	host, port, err := net.SplitHostPort(hostport)
 	if err != nil {
 		return fmt.Errorf("not of the form HOST:PORT: %w", err)
+	}
+	if strings.Contains(host, "@") {
+		return fmt.Errorf("%q is no host: only ssh://USER@HOST/TARGET has a user", host)
 	}
 	if port == "" {
 		return fmt.Errorf("no port given: use HOST:PORT")

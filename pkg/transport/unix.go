@@ -1,11 +1,14 @@
 package transport
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -70,10 +73,36 @@ func (c unixConn) handshake(context.Context) (Identity, error) {
 	return is, nil
 }
 
+// unnamed is who is at the other end of a socket that has no name, as the one of a process that has dialled has none.
+const unnamed = "a process of this host"
+
+func (c unixConn) LocalAddr() net.Addr  { return place(c.UnixConn.LocalAddr()) }
+func (c unixConn) RemoteAddr() net.Addr { return place(c.UnixConn.RemoteAddr()) }
+
+func place(a net.Addr) net.Addr {
+	if a == nil || a.String() == "" || a.String() == "@" {
+		return placeAddr{"unix", unnamed}
+	}
+	return a
+}
+
+// isSocket reports what is wrong with a path at which something else is. It need not be there at all.
+func isSocket(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case err != nil || info.Mode().Type() == os.ModeSocket:
+		return nil
+	case info.IsDir():
+		return fmt.Errorf("%q is a folder, and no socket: choose a path in it, or another", path)
+	default:
+		return fmt.Errorf("%q is a file, and no socket: choose another path", path)
+	}
+}
+
 func dialUnix(ctx context.Context, o Options, path string) (net.Conn, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
 	if err != nil {
-		return nil, err
+		return nil, cmp.Or(isSocket(path), err)
 	}
 	return unixConn{conn.(*net.UnixConn), o}, nil
 }
@@ -81,6 +110,15 @@ func dialUnix(ctx context.Context, o Options, path string) (net.Conn, error) {
 // listenUnix listens in place of a socket that an ended process has left. Who may connect is for the handshake to say: the file lets
 // everybody who can reach it if others than this user are allowed, and nobody else otherwise.
 func listenUnix(ctx context.Context, o Options, path string) (net.Listener, error) {
+	if err := isSocket(path); err != nil {
+		return nil, err
+	}
+	dir := filepath.Dir(path)
+	if info, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("folder %q does not exist: make it (mkdir -p), or choose another path", dir)
+	} else if err == nil && !info.IsDir() {
+		return nil, fmt.Errorf("%q is no folder, in which a socket could be: choose another path", dir)
+	}
 	if conn, err := new(net.Dialer).DialContext(ctx, "unix", path); err == nil {
 		conn.Close()
 		return nil, &os.PathError{Op: "listen", Path: path, Err: syscall.EADDRINUSE}

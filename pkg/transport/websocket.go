@@ -38,26 +38,35 @@ func checkSecureWebSocket(o Options, rest string) error {
 }
 
 func dialWebSocket(ctx context.Context, o Options, rest string) (net.Conn, error) {
-	return dialHTTP(ctx, "ws", rest, nil)
+	return o.dialHTTP(ctx, "ws", rest)
 }
 
 func dialSecureWebSocket(ctx context.Context, o Options, rest string) (net.Conn, error) {
-	hostport, _, _ := strings.Cut(rest, "/")
-	host, _, _ := net.SplitHostPort(hostport)
-	return dialHTTP(ctx, "wss", rest, o.tlsConfig(host, "http/1.1"))
+	return o.dialHTTP(ctx, "wss", rest)
 }
 
-func dialHTTP(ctx context.Context, scheme, rest string, config *tls.Config) (net.Conn, error) {
+func (o Options) dialHTTP(ctx context.Context, scheme, rest string) (net.Conn, error) {
 	hostport, path, _ := strings.Cut(rest, "/")
-	var is Identity
-	t := &http.Transport{Proxy: http.ProxyFromEnvironment, TLSClientConfig: config, DialContext: (&net.Dialer{KeepAlive: keepAlive}).DialContext}
-	u := url.URL{Scheme: scheme, Host: hostport, Path: "/" + path}
-	ws, response, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{HTTPClient: &http.Client{Transport: t}, CompressionMode: websocket.CompressionDisabled})
-	if err != nil {
-		return nil, err
+	host, _, _ := net.SplitHostPort(hostport)
+	// Nobody comes back to this transport for a connection that it would keep after a refusal.
+	t := &http.Transport{Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{KeepAlive: keepAlive}).DialContext, DisableKeepAlives: true}
+	if scheme == "wss" {
+		t.TLSClientConfig = o.tlsConfig(host, "http/1.1")
 	}
-	if response.TLS != nil {
-		is = certified(response.TLS.PeerCertificates[0])
+	client := &http.Client{Transport: t, CheckRedirect: func(*http.Request, []*http.Request) error {
+		return http.ErrUseLastResponse // to another host, perhaps without TLS, would be to another than was asked for
+	}}
+	u := url.URL{Scheme: scheme, Host: hostport, Path: "/" + path}
+	ws, response, err := websocket.Dial(ctx, u.String(), &websocket.DialOptions{HTTPClient: client, CompressionMode: websocket.CompressionDisabled})
+	if err != nil {
+		return nil, o.refusal(err)
+	}
+	var is Identity
+	if scheme == "wss" {
+		if is, err = o.verify(*response.TLS, host); err != nil {
+			ws.CloseNow()
+			return nil, err
+		}
 	}
 	return newWebSocketConn(ws, is), nil
 }
@@ -113,7 +122,12 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 			}
 			var is Identity
 			if r.TLS != nil {
-				is = certified(r.TLS.PeerCertificates[0])
+				var err error
+				if is, err = o.verify(*r.TLS, ""); err != nil {
+					o.log().Warn("refused a connection", "from", r.RemoteAddr, "reason", err)
+					http.Error(rw, "refused", http.StatusForbidden)
+					return
+				}
 			}
 			// What another site's page in somebody's browser asks for is refused there, by its Origin.
 			ws, err := websocket.Accept(rw, r, &websocket.AcceptOptions{CompressionMode: websocket.CompressionDisabled})

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"syscall"
 )
 
 const (
@@ -111,9 +112,12 @@ func ReadPreface(r io.Reader) (Preface, error) {
 		}
 		if err == io.EOF {
 			if n == 0 {
-				return Preface{}, fmt.Errorf("read preface: peer closed the stream without a word: %w", io.ErrUnexpectedEOF)
+				return Preface{}, fmt.Errorf("read preface: peer closed the stream without a word (%s): %w", silence, io.ErrUnexpectedEOF)
 			}
 			return Preface{}, fmt.Errorf("read preface: stream ended after %d of %d bytes: %w", n, len(b), io.ErrUnexpectedEOF)
+		}
+		if n == 0 && errors.Is(err, syscall.ECONNRESET) {
+			return Preface{}, fmt.Errorf("read preface: peer reset the stream without a word (%s): %w", silence, err)
 		}
 		if err != nil {
 			return Preface{}, fmt.Errorf("read preface: %w", err)
@@ -137,6 +141,9 @@ func ReadPreface(r io.Reader) (Preface, error) {
 	}
 	return p, nil
 }
+
+// silence is what may be behind it.
+const silence = "it may want to be dialled in another way, such as tls:// or psk://; its log may say why"
 
 // foreign describes a peer by its first words.
 func foreign(b []byte) error {

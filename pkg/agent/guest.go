@@ -124,7 +124,9 @@ func (s *service) serve(ctx context.Context, conn net.Conn) (called bool) {
 	defer server.Close()
 	calls := &calls{service: s}
 	agentpb.RegisterAgentService(server, calls)
-	serve.Conn(ctx, server, conn)
+	if err := serve.Conn(ctx, server, conn, serve.Limits{}); err != nil {
+		s.logger.Warn("the connection to the host was closed", "error", err)
+	}
 	return calls.any()
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"regexp"
 	"slices"
@@ -13,14 +14,14 @@ import (
 // newCompletionCommand makes the command that writes the script for a shell, which completes each tool by its own name as well.
 func newCompletionCommand() *cobra.Command {
 	shells := map[string]func(root *cobra.Command, w io.Writer) error{
-		"bash": func(root *cobra.Command, w io.Writer) error { return root.GenBashCompletionV2(w, true) },
+		"bash": writeBash,
 		"zsh":  func(root *cobra.Command, w io.Writer) error { return root.GenZshCompletion(w) },
 		"fish": func(root *cobra.Command, w io.Writer) error { return root.GenFishCompletion(w, true) },
 	}
 	return &cobra.Command{
 		Use: "completion bash|zsh|fish", Short: "Write the completion script of a shell",
 		Long: "Writes the script by which a shell completes commands, flags and their values, for drafter and each drafter-TOOL. make install puts it where\n" +
-			"the shells look for it.",
+			"the shells look for it: in bash that is done by the package bash-completion, without which the script is to be read by ~/.bashrc, as below.",
 		Example:           "  source <(drafter completion bash)\n  drafter completion fish >~/.config/fish/completions/drafter.fish",
 		ValidArgsFunction: cobra.FixedCompletions([]string{"bash", "zsh", "fish"}, cobra.ShellCompDirectiveNoFileComp),
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -38,6 +39,52 @@ func newCompletionCommand() *cobra.Command {
 			return err
 		},
 	}
+}
+
+// splitting is the line of cobra's script for bash that splits the command line, by a function of the package bash-completion. Many hosts and
+// containers have bash without that package, where the function would be missed at each TAB.
+const splitting = "    _get_comp_words_by_ref \"$@\" cur prev words cword\n"
+
+// ownSplitting does the same without that package: bash breaks words at = and :, also within an address or --flag=value, and what it broke is
+// put together again.
+const ownSplitting = `    if declare -F _get_comp_words_by_ref >/dev/null 2>&1; then
+        _get_comp_words_by_ref "$@" cur prev words cword
+        return
+    fi
+    local i word before left=$COMP_LINE begin=0 last="" n=-1
+    words=()
+    for ((i = 0; i < ${#COMP_WORDS[@]}; i++)); do
+        word=${COMP_WORDS[i]}
+        before=${left%%"$word"*}
+        [[ -n $word ]] || before=$left
+        left=${left:${#before}+${#word}}
+        if [[ $i -gt 0 && -z $before && ( $word =~ ^[=:]+$ || $last =~ ^[=:]+$ ) ]]; then
+            words[n]+=$word
+        else
+            words[++n]=$word
+            begin=$((${#COMP_LINE} - ${#left} - ${#word}))
+        fi
+        if ((i == COMP_CWORD)); then
+            cword=$n
+            cur=${COMP_LINE:begin:COMP_POINT > begin ? COMP_POINT - begin : 0}
+        fi
+        last=$word
+    done
+    words[cword]=$cur
+    prev=${words[cword > 0 ? cword - 1 : 0]}
+`
+
+// writeBash writes the script for bash.
+func writeBash(root *cobra.Command, w io.Writer) error {
+	var script strings.Builder
+	if err := root.GenBashCompletionV2(&script, true); err != nil {
+		return err
+	}
+	if !strings.Contains(script.String(), splitting) {
+		return errors.New("cobra's script for bash is another one now: see whether it still needs the package bash-completion")
+	}
+	_, err := io.WriteString(w, strings.Replace(script.String(), splitting, ownSplitting, 1))
+	return err
 }
 
 // names are the names of the program: drafter, and that of each tool.

@@ -18,6 +18,12 @@ func TestCompletion(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	if out, err := exec.Command("go", "build", "-o", program+"-agent", "../drafter-agent").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := os.Symlink("drafter-agent", filepath.Join(bin, "drafter-liveness")); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range names(newRootCommand())[1:] {
 		if err := os.Symlink("drafter", filepath.Join(bin, name)); err != nil {
 			t.Fatal(err)
@@ -46,6 +52,11 @@ func TestCompletion(t *testing.T) {
 		{"drafter-peer --max-d", "drafter-peer --max-downtime"},
 		{"drafter-ctl sna", "drafter-ctl snapshot"},
 		{"drafter completion ", "drafter completion bash fish zsh"},
+		{"drafter-agent viv", "drafter-agent viv"},
+		{"drafter-agent vso", "drafter-agent vsock"},
+		{"drafter-agent vsock --mo", "drafter-agent vsock --mode"},
+		{"drafter-agent --log-level ", "drafter-agent --log-level debug error info warn"},
+		{"drafter-liveness --vsock-t", "drafter-liveness --vsock-timeout"},
 		{"echo drafter; drafter sna", "echo drafter; drafter snapshotter"},
 	} {
 		t.Run(tt.line, func(t *testing.T) {
@@ -59,9 +70,11 @@ func TestCompletion(t *testing.T) {
 		})
 	}
 	for _, shell := range []string{"zsh", "fish"} {
-		out, err := exec.Command(program, "completion", shell).Output()
-		if err != nil || !strings.Contains(string(out), "drafter-peer") {
-			t.Errorf("the script for %s is not for drafter-peer: %v", shell, err)
+		for program, want := range map[string]string{program: "drafter-peer", program + "-agent": "drafter-liveness"} {
+			out, err := exec.Command(program, "completion", shell).Output()
+			if err != nil || !strings.Contains(string(out), want) {
+				t.Errorf("the script for %s is not for %s: %v", shell, want, err)
+			}
 		}
 	}
 }
@@ -71,7 +84,9 @@ func TestCompletion(t *testing.T) {
 func typed(t *testing.T, bin, home, line string) (got, stderr string) {
 	t.Helper()
 	const rc = `PS1=
+unset -f _init_completion _get_comp_words_by_ref
 source <(drafter completion bash)
+source <(drafter-agent completion bash)
 bind '"\C-xi": insert-completions'
 bind -x '"\C-xd": echo "<$READLINE_LINE>"'
 `

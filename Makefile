@@ -46,6 +46,11 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 	bin/drafter completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter
 	bin/drafter completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_drafter
 	bin/drafter completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter.fish
+	bin/drafter-agent completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter-agent
+	bin/drafter-agent completion zsh >$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_drafter-agent
+	bin/drafter-agent completion fish >$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter-agent.fish
+	ln -sf drafter-agent $(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter-liveness
+	ln -sf drafter-agent.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter-liveness.fish
 	for tool in $(TOOLS); do \
 		ln -sf drafter $(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter-$$tool; \
 		ln -sf drafter.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter-$$tool.fish; \
@@ -61,10 +66,12 @@ test-faults: depend build ## Faults: links cut at every frame, hosts killed in e
 test-unit: ## The quick part of the tests: no root, no VMs
 	$(GO) test -short ./...
 
-lint: ## gofmt, go vet, staticcheck, and the dependency table of the rooms
-	@unformatted=$$(gofmt -l cmd internal pkg); if [ -n "$$unformatted" ]; then echo "gofmt needed: $$unformatted" >&2; exit 1; fi
+lint: ## gofmt, go vet and staticcheck, of the module and of that of the examples
+	@unformatted=$$(gofmt -l cmd examples internal pkg); if [ -n "$$unformatted" ]; then echo "gofmt needed: $$unformatted" >&2; exit 1; fi
 	$(GO) vet ./...
+	$(GO) -C examples vet ./...
 	$(GO) tool staticcheck ./...
+	staticcheck=$$($(GO) tool -n staticcheck) && cd examples && $$staticcheck ./...
 
 bench: depend build ## Measure docs/promises.md beside references: table, docs/bench.svg, out/bench.json (BENCHFLAGS=-list, -quick, …)
 	@$(GO) run ./internal/bench -out $(OUT) $(BENCHFLAGS)

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
+	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestCompletion has a real bash complete command lines, as it does for a person.
@@ -16,49 +18,91 @@ func TestCompletion(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
+	if out, err := exec.Command("go", "build", "-o", program+"-agent", "../drafter-agent").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := os.Symlink("drafter-agent", filepath.Join(bin, "drafter-liveness")); err != nil {
+		t.Fatal(err)
+	}
 	for _, name := range names(newRootCommand())[1:] {
 		if err := os.Symlink("drafter", filepath.Join(bin, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
+	home := t.TempDir()
+	for _, name := range []string{"here.txt", "here.too"} {
+		if err := os.WriteFile(filepath.Join(home, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	for _, tt := range []struct {
 		line string
-		want []string
+		want string // the line with all completions put into it
 	}{
-		{"drafter sna", []string{"snapshotter"}},
-		{"drafter ctl mig", []string{"migratable", "migrate"}},
-		{"drafter ctl migratable ", []string{"on", "off"}},
-		{"drafter peer --hypervisor ", []string{"auto", "qemu"}},
-		{"drafter peer --log-level ", []string{"debug", "info", "warn", "error"}},
-		{"drafter-peer --max-d", []string{"--max-downtime"}},
-		{"drafter-ctl sna", []string{"snapshot"}},
-		{"drafter completion ", []string{"bash", "zsh", "fish"}},
+		{"drafter sna", "drafter snapshotter"},
+		{"drafter ctl mig", "drafter ctl migratable migrate"},
+		{"drafter ctl migratable ", "drafter ctl migratable off on"},
+		{"drafter peer --hypervisor ", "drafter peer --hypervisor auto qemu"},
+		{"drafter peer --hypervisor=q", "drafter peer --hypervisor=qemu"},
+		{"drafter peer --hypervisor=", "drafter peer --hypervisor=auto qemu"},
+		{"drafter peer --raddr tls://host:1337 --hypervisor q", "drafter peer --raddr tls://host:1337 --hypervisor qemu"},
+		{"drafter peer --raddr=tls://host:1337 --hypervisor=q", "drafter peer --raddr=tls://host:1337 --hypervisor=qemu"},
+		{"drafter peer --log-level ", "drafter peer --log-level debug error info warn"},
+		{"drafter peer --tls-cert her", "drafter peer --tls-cert here.too here.txt"},
+		{"drafter-peer --max-d", "drafter-peer --max-downtime"},
+		{"drafter-ctl sna", "drafter-ctl snapshot"},
+		{"drafter completion ", "drafter completion bash fish zsh"},
+		{"drafter-agent viv", "drafter-agent viv"},
+		{"drafter-agent vso", "drafter-agent vsock"},
+		{"drafter-agent vsock --mo", "drafter-agent vsock --mode"},
+		{"drafter-agent --log-level ", "drafter-agent --log-level debug error info warn"},
+		{"drafter-liveness --vsock-t", "drafter-liveness --vsock-timeout"},
+		{"echo drafter; drafter sna", "echo drafter; drafter snapshotter"},
 	} {
 		t.Run(tt.line, func(t *testing.T) {
-			// What the bash-completion package does before the script is asked; with one word it is left to readline.
-			cmd := exec.Command("bash", "-c", `
-				_get_comp_words_by_ref() { words=("${COMP_WORDS[@]}"); cword=$COMP_CWORD; cur="${COMP_WORDS[COMP_CWORD]}"; prev="${COMP_WORDS[COMP_CWORD-1]}"; }
-				__ltrim_colon_completions() { :; }
-				compopt() { :; }
-				source <(drafter completion bash)
-				complete -p "${LINE%% *}" | grep -q __start_drafter || { echo "no completion for ${LINE%% *}" >&2; exit 1; }
-				COMP_WORDS=($LINE); [[ $LINE == *" " ]] && COMP_WORDS+=("")
-				COMP_CWORD=$((${#COMP_WORDS[@]}-1)) COMP_LINE=$LINE COMP_POINT=${#LINE} COMP_TYPE=9
-				__start_drafter; for r in "${COMPREPLY[@]}"; do echo "${r%% *}"; done`)
-			cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "LINE="+tt.line)
-			out, err := cmd.CombinedOutput()
-			if err != nil {
-				t.Fatalf("%v\n%s", err, out)
+			got, stderr := typed(t, bin, home, tt.line)
+			if got != tt.want {
+				t.Errorf("%q becomes %q, want %q\n%s", tt.line, got, tt.want, stderr)
 			}
-			if got := strings.Fields(string(out)); !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(tt.want))) {
-				t.Errorf("%q is completed by %q, want %q", tt.line, got, tt.want)
+			if strings.Contains(stderr, "not found") {
+				t.Errorf("bash says %q", stderr)
 			}
 		})
 	}
 	for _, shell := range []string{"zsh", "fish"} {
-		out, err := exec.Command(program, "completion", shell).Output()
-		if err != nil || !strings.Contains(string(out), "drafter-peer") {
-			t.Errorf("the script for %s is not for drafter-peer: %v", shell, err)
+		for program, want := range map[string]string{program: "drafter-peer", program + "-agent": "drafter-liveness"} {
+			out, err := exec.Command(program, "completion", shell).Output()
+			if err != nil || !strings.Contains(string(out), want) {
+				t.Errorf("the script for %s is not for %s: %v", shell, want, err)
+			}
 		}
 	}
+}
+
+// typed is what becomes of a line that is typed into a bash, with the keys that insert all completions. The bash is as it is without the package
+// bash-completion, and asks for everything itself: it is interactive, with readline, by a pipe.
+func typed(t *testing.T, bin, home, line string) (got, stderr string) {
+	t.Helper()
+	const rc = `PS1=
+unset -f _init_completion _get_comp_words_by_ref
+source <(drafter completion bash)
+source <(drafter-agent completion bash)
+bind '"\C-xi": insert-completions'
+bind -x '"\C-xd": echo "<$READLINE_LINE>"'
+`
+	if err := os.WriteFile(filepath.Join(home, "rc"), []byte(rc), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "bash", "--noprofile", "--rcfile", filepath.Join(home, "rc"), "-i")
+	cmd.Dir = home
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "HOME="+home, "INPUTRC=/dev/null", "LC_ALL=C", "HISTFILE=")
+	cmd.Stdin = strings.NewReader(line + "\x18i\x18d\x15") // and the line is cleared: none is executed
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", err, &errs)
+	}
+	return strings.TrimRight(strings.Trim(strings.TrimSpace(out.String()), "<>"), " "), errs.String()
 }

@@ -13,10 +13,12 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
+	"github.com/drafter-vm/drafter/internal/completion"
 	"github.com/drafter-vm/drafter/internal/version"
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
@@ -39,7 +41,11 @@ func main() {
 // run executes one command line, args[0] included, and prints its error. It leaves nothing behind when ctx is cancelled.
 func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	root := newRootCommand()
-	root.SetArgs(commandLine(filepath.Base(args[0]), args[1:]))
+	line := args[1:]
+	if tool, ok := strings.CutPrefix(filepath.Base(args[0]), "drafter-"); ok {
+		line = completion.CommandLine(tool, line)
+	}
+	root.SetArgs(line)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -118,13 +118,15 @@ func (s *service) serve(ctx context.Context, conn net.Conn) (called bool) {
 	defer conn.Close()
 	server, err := ttrpc.NewServer()
 	if err != nil {
-		s.logger.Error("create ttrpc server", "err", err)
+		s.logger.Error("create ttrpc server", "error", err)
 		return false
 	}
 	defer server.Close()
 	calls := &calls{service: s}
 	agentpb.RegisterAgentService(server, calls)
-	serve.Conn(ctx, server, conn)
+	if err := serve.Conn(ctx, server, conn, serve.Limits{}); err != nil {
+		s.logger.Warn("the connection to the host was closed", "error", err)
+	}
 	return calls.any()
 }
 
@@ -156,7 +158,7 @@ func (c *calls) BeforeSuspend(ctx context.Context, req *agentpb.BeforeSuspendReq
 	_, err := c.once(ctx, &c.suspends, req.Id, func(ctx context.Context) (time.Duration, error) {
 		// No more than debug: what makes the guest's log service work now has it work when the guest resumes, with every
 		// cache cold and clients waiting. The resume is logged.
-		c.logger.Debug("before suspend", "id", req.Id)
+		c.logger.Debug("before suspend", "call", req.Id)
 		if c.Guest.BeforeSuspend == nil {
 			return 0, nil
 		}
@@ -190,7 +192,7 @@ func (s *service) resume(ctx context.Context, req *agentpb.AfterResumeRequest) (
 	if len(req.Entropy) > 0 {
 		errs[1] = s.reseed(req.Entropy)
 	}
-	s.logger.Info("after resume", "id", req.Id, "clockStep", step, "clone", req.Clone)
+	s.logger.Info("after resume", "call", req.Id, "clock_step", step, "clone", req.Clone)
 	if s.Guest.AfterResume != nil {
 		errs[2] = s.Guest.AfterResume(ctx, req.Clone)
 	}

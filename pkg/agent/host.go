@@ -163,7 +163,7 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone,
 		})
 		if err == nil {
-			h.logger.Debug("guest resumed", "clockStep", time.Duration(resp.ClockStepNanos))
+			h.logger.Debug("guest resumed", "clock_step", time.Duration(resp.ClockStepNanos))
 		}
 		return err
 	})
@@ -221,7 +221,7 @@ func (h *Host) call(ctx context.Context, f func(context.Context, agentpb.AgentSe
 		if st, ok := status.FromError(err); ok {
 			return false, errors.New(st.Message())
 		}
-		h.logger.Debug("agent disconnected during a call", "err", err)
+		h.logger.Debug("agent disconnected during a call", "error", err)
 		p.conn.Close()
 		h.drop(p)
 	}
@@ -259,7 +259,7 @@ func (h *Host) drop(p *peer) {
 
 // accept takes the agent's connections.
 func (h *Host) accept() {
-	serve.Accept(h.ctx, h.listener, h.wg.Go, func(err error) { h.logger.Warn("accept agent connection", "err", err) }, h.serve)
+	serve.Accept(h.ctx, h.listener, h.wg.Go, func(err error) { h.logger.Warn("accept agent connection", "error", err) }, h.serve)
 }
 
 // serve makes conn the present agent, for as long as it lasts, once it has introduced itself.
@@ -279,7 +279,7 @@ func (h *Host) serve(conn net.Conn, introduced func()) {
 	cancel()
 	introduced()
 	if err != nil || !alive {
-		h.logger.Debug("refuse a connection that is no agent's", "err", err)
+		h.logger.Debug("refuse a connection that is no agent's", "error", err)
 		return
 	}
 	p.version = info.Version

@@ -300,7 +300,7 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 			return fmt.Errorf("compact overlay state %q: %w", o.statePath, err)
 		}
 		if torn {
-			o.log.Info("dropped the unfinished last entry of an overlay's state, which no flush had promised", "overlay", o.path, "state", o.statePath)
+			o.log.Info("dropped the unfinished last entry of an overlay's state, which no flush had promised", "overlay", o.path, "state_file", o.statePath)
 		}
 	}
 	return nil

@@ -13,7 +13,9 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/drafter-vm/drafter/internal/testcert"
@@ -27,19 +29,32 @@ import (
 // The examples run, on a package that is made for them. In a program of one's own these are out/package and a folder like out.
 var packageDir, workDir string
 
+// skipped is why the examples do not run: examples cannot say so themselves. ran counts the instances that they made.
+var (
+	skipped string
+	ran     atomic.Int64
+)
+
+// TestExamples is where it is seen that the examples did not run, and why.
+func TestExamples(t *testing.T) {
+	if skipped != "" {
+		t.Skip("the examples are skipped: " + skipped)
+	}
+}
+
 func TestMain(m *testing.M) {
 	flag.Parse()
 	os.Exit(run(m))
 }
 
 func run(m *testing.M) int {
-	why := testpackage.WhyNot()
+	skipped = testpackage.WhyNot()
 	if testing.Short() {
-		why = "boots real machines: left out with -short"
+		skipped = "they boot real machines: left out with -short"
 	}
-	if why != "" {
-		fmt.Fprintln(os.Stderr, "examples are skipped:", why)
-		flag.Set("test.skip", "^Example")
+	if skipped != "" {
+		skip := flag.Lookup("test.skip").Value // may be given already
+		skip.Set(strings.TrimPrefix(skip.String()+"|^Example", "|"))
 		return m.Run()
 	}
 	var err error
@@ -52,11 +67,18 @@ func run(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	return m.Run()
+	status := m.Run()
+	whole := flag.Lookup("test.run").Value.String() == "" && flag.Lookup("test.list").Value.String() == ""
+	if status == 0 && whole && ran.Load() == 0 {
+		fmt.Fprintln(os.Stderr, "the examples can run here, and did not")
+		return 1
+	}
+	return status
 }
 
 // instance is the configuration of an instance of the package: everything but Backend and Devices has a default.
 func instance(name string) (peer.Config, error) {
+	ran.Add(1)
 	devices, err := peer.PackageDevices(packageDir, filepath.Join(workDir, name))
 	return peer.Config{
 		Backend: qemu.New(qemu.Options{}),

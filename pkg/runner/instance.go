@@ -1301,7 +1301,7 @@ func (i *Instance) checkWhole(ctx context.Context) error {
 // is true of an instance that had no time to say more.
 func (i *Instance) recordEnd() error {
 	reason := i.machine.Err()
-	i.log.Info("machine has ended", "vmpath", i.path, "reason", reason)
+	i.log.Info("machine has ended", "vm_path", i.path, "reason", reason)
 	state := i.device(StateDevice)
 	if i.phase != running || state == nil || reason != nil && !errors.Is(reason, vmm.ErrReboot) {
 		return nil

@@ -112,7 +112,7 @@ func (e *endpoint) accept() {
 		case errors.Is(err, net.ErrClosed):
 			return
 		default: // too many open files: programs wait in the backlog meanwhile
-			e.logger.Warn("accept guest socket connection", "socket", e.path, "err", err)
+			e.logger.Warn("accept guest socket connection", "socket", e.path, "error", err)
 			select {
 			case <-time.After(pause):
 			case <-e.ctx.Done():
@@ -132,7 +132,7 @@ func (e *endpoint) dialOther(conn *net.UnixConn) {
 	port, err := socket.ReadRequest(conn)
 	if err != nil {
 		if !errors.Is(err, io.EOF) && e.ctx.Err() == nil {
-			e.logger.Warn("refuse guest socket request", "socket", e.path, "err", err)
+			e.logger.Warn("refuse guest socket request", "socket", e.path, "error", err)
 		}
 		return
 	}
@@ -142,7 +142,7 @@ func (e *endpoint) dialOther(conn *net.UnixConn) {
 	defer cancel()
 	stream, err := e.open(ctx, port)
 	if err != nil {
-		e.logger.Debug("guest socket request failed", "socket", e.path, "port", port, "err", err)
+		e.logger.Debug("guest socket request failed", "socket", e.path, "port", port, "error", err)
 		return
 	}
 	if err := socket.WriteReply(conn, firstPort|e.ports.Add(1)&(firstPort-1)); err != nil {
@@ -199,7 +199,7 @@ func (e *endpoint) dialHere(stream *yamux.Stream) {
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", socket.PortPath(e.path, port))
 	if err != nil {
-		e.logger.Debug("nobody listens for a guest socket request", "port", port, "err", err)
+		e.logger.Debug("nobody listens for a guest socket request", "port", port, "error", err)
 		stream.Reset()
 		return
 	}
@@ -255,6 +255,6 @@ func newNonce() uint64 {
 type muxLog struct{ logger *slog.Logger }
 
 func (l muxLog) Write(p []byte) (int, error) {
-	l.logger.Debug("yamux", "msg", string(bytes.TrimSpace(p)))
+	l.logger.Debug("yamux", "text", string(bytes.TrimSpace(p)))
 	return len(p), nil
 }

@@ -100,7 +100,7 @@ func (g *Guest) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		g.logger.Warn("channel port failed", "err", err)
+		g.logger.Warn("channel port failed", "error", err)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -155,7 +155,7 @@ func (l *guestLink) receive(d *decoder) error {
 		if f.Version != Version {
 			if !told {
 				told = true
-				logger.Warn("host speaks another version of the channel: this drafter-agent must be replaced", "host", f.Version, "guest", Version)
+				logger.Warn("host speaks another version of the channel: this drafter-agent must be replaced", "host_version", f.Version, "guest_version", Version)
 			}
 			continue
 		}
@@ -176,7 +176,7 @@ func (l *guestLink) receive(d *decoder) error {
 			}
 		case f.Type == frameData && mine:
 			if err := s.deliver(f); err != nil {
-				logger.Debug("channel session ended", "why", err)
+				logger.Debug("channel session ended", "error", err)
 				l.endSession(s)
 				l.out.send(frame{Type: frameReset, Nonce: s.nonce}, controlTimeout, nil)
 			}

@@ -119,7 +119,7 @@ func (h *Host) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		h.logger.Debug("channel is not connected to the machine", "err", err)
+		h.logger.Debug("channel is not connected to the machine", "error", err)
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
@@ -200,7 +200,7 @@ func (l *hostLink) greet(ctx context.Context, failed <-chan error) error {
 		}
 		// A guest that does not read costs this goroutine a timeout and nobody else anything.
 		if err := l.out.send(frame{Type: frameHello, Nonce: nonce}, controlTimeout, nil); err != nil {
-			l.host.logger.Debug("guest does not take a greeting", "err", err)
+			l.host.logger.Debug("guest does not take a greeting", "error", err)
 		}
 		timer.Reset(pause)
 	}
@@ -218,7 +218,7 @@ func (l *hostLink) receive(d *decoder) error {
 		if f.Version != Version {
 			if !told {
 				told = true
-				logger.Warn("guest speaks another version of the channel: its drafter-agent must be replaced", "guest", f.Version, "host", Version)
+				logger.Warn("guest speaks another version of the channel: its drafter-agent must be replaced", "guest_version", f.Version, "host_version", Version)
 			}
 			continue
 		}
@@ -277,7 +277,7 @@ func (l *hostLink) open(nonce uint64) error {
 // restart ends session s (nil: whichever there is) and greets anew. It does nothing when s is not the present session.
 func (l *hostLink) restart(s *session, why error) {
 	if old := l.drop(s, false); old != nil {
-		l.host.logger.Debug("channel session ended", "why", why)
+		l.host.logger.Debug("channel session ended", "error", why)
 		old.end()
 		l.hurry()
 	}

@@ -37,10 +37,23 @@
 // # Time
 //
 // The other side may be dead, slow or hostile. Every call ends with its context, or after Config.Timeout if that has no deadline; the
-// one who executes it sees the deadline in its own context. No more than 256 calls of the other side are executed at a time.
+// one who executes it sees the deadline in its own context.
+//
+// # Memory
+//
+// No more than Config.Calls calls of the other side, 256, are executed at a time; one beyond that is answered with RESOURCE_EXHAUSTED.
+// A call counts as unanswered until its answer is written, which needs a side that reads. When 64 more than Config.Calls are, or
+// when the requests of those that are have 16 MiB, or while an answer is written, no further call is read: it waits with the other side,
+// as that of a full socket does. If nothing of an answer can be written for a minute, the connection is closed.
+//
+// So a hostile side makes the memory of this one grow by no more than 20 MiB of requests, twice while they are decoded, and Config.Calls
+// + 64 answers of up to 4 MiB. The latter is for methods that are slow and whose answers are large: of others, few are executed when the
+// first answer cannot be written. Config.Calls makes it less. A method that goes on when its context has ended, because its connection did,
+// keeps what it has, and its place among Config.Calls, until it returns.
 //
 // # What it does not do
 //
-// It authenticates nobody: every program in the guest that may connect to the host can speak on the guest's behalf. A host has one
+// It serves no methods to which the caller streams: what ttrpc would let wait of such messages has no bound. A connection on which one
+// arrives is closed. It authenticates nobody: every program in the guest that may connect to the host can speak on the guest's behalf. A host has one
 // guest endpoint for each port; of several that connect, the last one counts.
 package service

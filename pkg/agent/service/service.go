@@ -40,6 +40,9 @@ type Config struct {
 	// Register registers what this side serves. Nil: nothing.
 	Register func(*ttrpc.Server)
 
+	// Calls is how many calls of the other side are executed at a time. Default: 256.
+	Calls int
+
 	// Timeout bounds a call whose context has no deadline. Default: one minute.
 	Timeout time.Duration
 
@@ -56,6 +59,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Oldest == 0 {
 		c.Oldest = c.Version
+	}
+	if c.Calls == 0 {
+		c.Calls = 256
 	}
 	if c.Timeout == 0 {
 		c.Timeout = time.Minute
@@ -74,6 +80,8 @@ func (c Config) withDefaults() (Config, error) {
 		return c, fmt.Errorf("name %q: give one of 1 to %d bytes", c.Name, maxName)
 	case c.Oldest < 1 || c.Version < c.Oldest:
 		return c, fmt.Errorf("versions %d to %d: the oldest is at least 1, and no newer than the newest", c.Oldest, c.Version)
+	case c.Calls < 0:
+		return c, fmt.Errorf("%d calls: give at least one, or 0 for the default", c.Calls)
 	case c.Timeout < 0:
 		return c, fmt.Errorf("timeout %v is negative", c.Timeout)
 	}
@@ -87,8 +95,9 @@ const (
 	// introduction is how long a hello may take to be answered.
 	introduction = 10 * time.Second
 
-	// maxCalls is how many calls of the other side are executed at a time.
-	maxCalls = 256
+	// refusals is how many calls may wait to be answered beyond those that are executed: it has to be told to somebody that there are
+	// too many.
+	refusals = 64
 
 	// lasting is how long a connection must last for the next to be made at once: of two that displace each other neither does.
 	lasting = time.Second
@@ -203,7 +212,7 @@ func newEndpoint(cfg Config) (*Endpoint, error) {
 		return nil, err
 	}
 	e := &Endpoint{cfg: cfg, changed: make(chan struct{})}
-	e.places = make(chan struct{}, maxCalls)
+	e.places = make(chan struct{}, e.cfg.Calls)
 	if e.server, err = ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(e.execute)); err != nil {
 		return nil, err
 	}
@@ -214,14 +223,14 @@ func newEndpoint(cfg Config) (*Endpoint, error) {
 	return e, nil
 }
 
-// execute executes a call of the other side: no longer than Config.Timeout if that side gave no deadline, and with no more than maxCalls
-// others.
+// execute executes a call of the other side: no longer than Config.Timeout if that side gave no deadline, and with no more than Config.Calls
+// in all.
 func (e *Endpoint) execute(ctx context.Context, unmarshal ttrpc.Unmarshaler, _ *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
 	select {
 	case e.places <- struct{}{}:
 		defer func() { <-e.places }()
 	default:
-		return nil, status.Errorf(codes.ResourceExhausted, "service %q: %d calls are being executed, the most there may be at a time: call again later", e.cfg.Name, maxCalls)
+		return nil, status.Errorf(codes.ResourceExhausted, "service %q: %d calls are being executed, the most there may be at a time: call again later", e.cfg.Name, e.cfg.Calls)
 	}
 	e.mu.Lock()
 	closed := e.ctx.Err() != nil
@@ -442,7 +451,14 @@ func (e *Endpoint) welcome(conn net.Conn, introduced func()) {
 	if old != nil {
 		old.Close()
 	}
-	serve.Conn(e.ctx, e.server, &buffered{conn, r})
+	e.serve(&buffered{conn, r})
+}
+
+// serve serves the calls of a connection, until it ends.
+func (e *Endpoint) serve(conn net.Conn) {
+	if err := serve.Conn(e.ctx, e.server, conn, serve.Limits{Calls: e.cfg.Calls + refusals}); err != nil {
+		e.cfg.Logger.Debug("a connection to a service was closed", "error", err)
+	}
 }
 
 // dial is a guest's side of connections on which it calls, or serves: one after the other, until Close.
@@ -485,7 +501,7 @@ func (e *Endpoint) join(conn net.Conn, calls bool) bool {
 	if calls {
 		e.calling(&buffered{conn, r}, version)
 	} else {
-		serve.Conn(e.ctx, e.server, &buffered{conn, r})
+		e.serve(&buffered{conn, r})
 	}
 	return true
 }

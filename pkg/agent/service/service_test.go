@@ -305,6 +305,7 @@ func TestConfig(t *testing.T) {
 		{func(c *Config) { c.Name = strings.Repeat("n", 65) }, "1 to 64 bytes"},
 		{func(c *Config) { c.Version, c.Oldest = 1, 2 }, "no newer than the newest"},
 		{func(c *Config) { c.Version = -1 }, "at least 1"},
+		{func(c *Config) { c.Calls = -1 }, "at least one"},
 		{func(c *Config) { c.Timeout = -1 }, "negative"},
 	} {
 		w := newWorld(t)

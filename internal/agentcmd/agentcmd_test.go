@@ -1,4 +1,4 @@
-package main
+package agentcmd
 
 import (
 	"bytes"
@@ -38,8 +38,8 @@ func TestCommandLine(t *testing.T) {
 	} {
 		t.Run(c.line, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
-			err := run(t.Context(), strings.Fields(c.line), nil, &stdout, &stderr)
-			if got := exitStatus(err); got != c.status {
+			err := Run(t.Context(), strings.Fields(c.line), nil, &stdout, &stderr)
+			if got := ExitStatus(err); got != c.status {
 				t.Errorf("exit status: got %d (%v), want %d", got, err, c.status)
 			}
 			if !strings.Contains(stderr.String(), c.want) {
@@ -54,7 +54,7 @@ func TestCommandLine(t *testing.T) {
 
 // TestDefaults pins what the flags have been since the first version.
 func TestDefaults(t *testing.T) {
-	root := newRootCommand()
+	root := New()
 	for _, c := range []struct{ command, flag, want string }{
 		{"", "vsock-port", "26"},
 		{"", "vsock-timeout", "1m0s"},
@@ -87,7 +87,7 @@ func TestAgentEndsBySignal(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() {
-		done <- run(ctx, []string{"drafter-agent", "--log-level", "error"}, nil, new(bytes.Buffer), new(bytes.Buffer))
+		done <- Run(ctx, []string{"drafter-agent", "--log-level", "error"}, nil, new(bytes.Buffer), new(bytes.Buffer))
 	}()
 	buf := make([]byte, 32)
 	n, err := ln.Read(buf)
@@ -103,7 +103,7 @@ func TestAgentEndsBySignal(t *testing.T) {
 func TestLivenessInterrupted(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	err := run(ctx, []string{"drafter-liveness"}, nil, new(bytes.Buffer), new(bytes.Buffer))
+	err := Run(ctx, []string{"drafter-liveness"}, nil, new(bytes.Buffer), new(bytes.Buffer))
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want context.Canceled", err)
 	}

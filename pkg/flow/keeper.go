@@ -423,13 +423,10 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 
 // leave removes the tunnel to a place, and its connections.
 func (k *Keeper) leave(place uint32) error {
+	k.hangUp(place)
 	k.mu.Lock()
 	t := k.tunnels[place]
 	delete(k.tunnels, place)
-	if stop := k.dialing[place]; stop != nil {
-		stop()
-		delete(k.dialing, place)
-	}
 	delete(k.saved.Places, place)
 	err := k.save()
 	k.mu.Unlock()
@@ -479,6 +476,16 @@ func (k *Keeper) dial(place uint32) {
 			}
 		}
 	})
+}
+
+// hangUp dials a place no more.
+func (k *Keeper) hangUp(place uint32) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if stop := k.dialing[place]; stop != nil {
+		stop()
+		delete(k.dialing, place)
+	}
 }
 
 func (k *Keeper) dialOnce(ctx context.Context, place uint32, address string, t *tunnel) error {

@@ -244,8 +244,8 @@ func (k *kernel) rules(places []uint32) error {
 		for _, g := range k.guests {
 			guest := rule.Host(g)
 			pre.Rules = append(pre.Rules,
-				// Who begins a connection through another place belongs to that.
-				rule.Of(rule.In(device(p)), rule.To(guest), rule.State(rule.New), rule.Mark(p)),
+				// Who begins a connection through another place belongs to that. One that was pinned counts as new, too, until it was answered.
+				rule.Of(rule.In(device(p)), rule.To(guest), rule.State(rule.New), rule.Unmarked(), rule.Mark(p)),
 				// What is relayed on its way back.
 				rule.Of(rule.In(device(p)), rule.From(guest), rule.Marked(), rule.CopyMark()),
 			)

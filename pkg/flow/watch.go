@@ -104,6 +104,7 @@ func (k *Keeper) follow(from, to uint32) error {
 	if err := k.change(func(s *saved) { s.Guest = to }); err != nil {
 		return err
 	}
+	k.hangUp(from)
 	k.tasks.Go(func() { // its word is answered by its tunnel
 		select {
 		case <-time.After(time.Second):

@@ -181,6 +181,11 @@ func Marked() Part {
 	return Part{&expr.Ct{Key: expr.CtKeyMARK, Register: register}, &expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: make([]byte, 4)}}
 }
 
+// Unmarked matches packets of connections with the mark 0.
+func Unmarked() Part {
+	return Part{&expr.Ct{Key: expr.CtKeyMARK, Register: register}, &expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: make([]byte, 4)}}
+}
+
 // CopyMark gives a packet the mark of its connection, by which it is routed.
 func CopyMark() Part {
 	return Part{&expr.Ct{Key: expr.CtKeyMARK, Register: register}, &expr.Meta{Key: expr.MetaKeyMARK, Register: register, SourceRegister: true}}

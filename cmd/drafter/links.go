@@ -78,7 +78,7 @@ func (l *links) readKey(ctx context.Context, stdin io.Reader) error {
 	}
 	if info.Mode().IsRegular() {
 		if info.Mode().Perm()&0o077 != 0 {
-			logger(ctx).Warn("other users can get at the key: chmod 600 its file", "psk-file", l.KeyFile)
+			logger(ctx).Warn("other users can get at the key: chmod 600 its file", "path", l.KeyFile)
 		}
 		return nil
 	}

@@ -139,6 +139,9 @@ func (g *Guest) Pause() {
 	g.outer.SetReadDeadline(time.Unix(1, 0))
 	g.inner.SetReadDeadline(time.Unix(1, 0))
 	g.pumps.Wait()
+	// What it was sent before the pause is in the queue, on a busy machine, and a machine would have it.
+	g.outer.SetReadDeadline(time.Now().Add(time.Millisecond))
+	pump(g.outer, g.inner)
 	g.outer.Close()
 	g.outer = nil
 }

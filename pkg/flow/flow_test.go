@@ -15,6 +15,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/drafter-vm/drafter/internal/testnet"
 	"github.com/drafter-vm/drafter/pkg/flow"
 	"github.com/drafter-vm/drafter/pkg/forward"
@@ -166,7 +168,7 @@ type talk struct {
 }
 
 // tick is how often a number is sent.
-const tick = 2 * time.Millisecond
+const tick = 5 * time.Millisecond
 
 func startTalk(t *testing.T, name, from, network string, to netip.Addr, port int) *talk {
 	t.Helper()
@@ -319,12 +321,14 @@ func gaps(talks []*talk) string {
 		k.mu.Unlock()
 	}
 	slices.Sort(all)
-	return fmt.Sprintf("%d connections, longest gap: median %v, most %v; %d datagrams not answered yet", len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond), lost)
+	return fmt.Sprintf("%d connections, longest gap: median %v, most %v; %d datagrams are unanswered", len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond), lost)
 }
 
-// TestMoves: connections of all kinds go on while the guest moves, is forwarded to from elsewhere, and comes home.
+// TestMoves: connections of all kinds go on while the guest moves, is forwarded to from elsewhere, and comes home. When they have ended,
+// nothing is left of them.
 func TestMoves(t *testing.T) {
 	s := newSites(t, "a", "b", "c")
+	before := s.pictures(t)
 	s.forward("a")
 	all := s.talks(t, 2)
 	for _, k := range all {
@@ -344,5 +348,278 @@ func TestMoves(t *testing.T) {
 				k.goesOn(t, "with more")
 			}
 		}
+	}
+	for _, k := range all {
+		k.mu.Lock()
+		if k.udp && k.sent-k.heard > k.sent/10 {
+			t.Errorf("%s: %d of %d datagrams are unanswered", k.name, k.sent-k.heard, k.sent)
+		}
+		k.mu.Unlock()
+		k.stop()
+		<-k.ended
+	}
+	s.forward("")
+	s.forgetUDP()
+	for _, host := range []string{"b", "c"} {
+		s.done(t, host)
+	}
+	s.waitFor(t, "the place of the guest has to do with others", func() bool { p, err := s.at.k.Places(); return err == nil && len(p) == 0 })
+	if err := s.at.k.End(); err != nil {
+		t.Error(err)
+	}
+	for host, picture := range s.pictures(t) {
+		testnet.Diff(t, host, before[host], picture)
+	}
+}
+
+// pictures are of all namespaces.
+func (s *sites) pictures(t *testing.T) map[string]string {
+	t.Helper()
+	all := make(map[string]string)
+	for host, x := range s.all {
+		all[host] = testnet.Picture(t, x.ns.Name, "none")
+	}
+	return all
+}
+
+// forgetUDP ends connections of UDP, which end by themselves only after two minutes.
+func (s *sites) forgetUDP() {
+	for _, x := range s.all {
+		_ = testnet.Do(x.ns.Name, func() error {
+			udp := onlyUDP{}
+			for _, f := range []netlink.InetFamily{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+				if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, udp); err != nil {
+					s.at.t.Error(err)
+				}
+			}
+			return nil
+		})
+	}
+}
+
+type onlyUDP struct{}
+
+func (onlyUDP) MatchConntrackFlow(f *netlink.ConntrackFlow) bool { return f.Forward.Protocol == 17 }
+
+func (s *sites) waitFor(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s after 20 s", what)
+		}
+	}
+}
+
+// done waits until a place has nothing to keep any more.
+func (s *sites) done(t *testing.T, host string) {
+	t.Helper()
+	k := s.all[host].k
+	select {
+	case <-k.Done():
+	case <-time.After(20 * time.Second):
+		n, err := k.Alive()
+		t.Fatalf("%s keeps %d connections (%v) after 20 s", host, n, err)
+	}
+	if got := k.State(); got != flow.Vacant {
+		t.Errorf("%s is %s", host, got)
+	}
+}
+
+// TestUndo: a guest that goes on where it was keeps its connections, and nothing is left at the other place.
+func TestUndo(t *testing.T) {
+	for _, diverted := range []bool{false, true} {
+		t.Run(fmt.Sprintf("diverted=%t", diverted), func(t *testing.T) {
+			s := newSites(t, "a", "b")
+			s.forward("a")
+			before := s.pictures(t)
+			all := s.talks(t, 1)
+			a, b := s.all["a"].k, s.all["b"].k
+			answer, err := b.Accept(a.Offer())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := a.Connect(t.Context(), answer); err != nil {
+				t.Fatal(err)
+			}
+			if diverted {
+				if err := a.Divert(); err != nil {
+					t.Fatal(err)
+				}
+				if _, err := a.Hand(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := a.Undo(); err != nil {
+				t.Fatal(err)
+			}
+			if err := b.Discard(); err != nil {
+				t.Fatal(err)
+			}
+			for _, k := range all {
+				k.goesOn(t, "after it")
+				k.stop()
+			}
+			if a.State() != flow.Home || b.State() != flow.Vacant {
+				t.Errorf("they are %s and %s", a.State(), b.State())
+			}
+			if places, err := a.Places(); err != nil || len(places) != 0 {
+				t.Errorf("it has to do with %v, %v", places, err)
+			}
+			testnet.Diff(t, "b", before["b"], s.pictures(t)["b"])
+			if paused := s.move("b"); paused > time.Minute {
+				t.Error("it does not move after all")
+			}
+		})
+	}
+}
+
+// TestRelay: an owner that does not reach the guest's place is relayed for, and that is told.
+func TestRelay(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.all["a"].deaf = []string{"c"}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	s.move("c")
+	for _, k := range all {
+		k.goesOn(t, "relayed")
+	}
+	places, err := s.at.k.Places()
+	if err != nil || len(places) != 2 || places[0].Relay != 2 || places[1].Relay != 0 {
+		t.Errorf("it is said to be reached by %+v, %v", places, err)
+	}
+	for _, k := range all {
+		k.stop()
+		<-k.ended
+	}
+	s.forgetUDP()
+	s.done(t, "a")
+	s.done(t, "b")
+}
+
+// TestOwnerDies: a dead owner costs its own connections only; one that is started again goes on.
+func TestOwnerDies(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	old := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	recent := s.talks(t, 1)
+	for _, k := range old {
+		k.goesOn(t, "before")
+	}
+	a := s.all["a"]
+	if err := a.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range recent {
+		k.goesOn(t, "with a dead owner of others")
+	}
+	a.open()
+	if a.k.State() != flow.Away {
+		t.Fatalf("after a restart it is %s", a.k.State())
+	}
+	for _, k := range append(old, recent...) {
+		k.goesOn(t, "after a restart")
+	}
+	// The next process has it from a living one, also to receive the guest.
+	first := a.k
+	go func() { <-first.Taken(); first.Close() }()
+	a.open()
+	s.move("a")
+	for _, k := range append(old, recent...) {
+		k.goesOn(t, "at home again")
+	}
+}
+
+// TestOccupied: a namespace keeps connections of one VM.
+func TestOccupied(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	talks := s.talks(t, 1)
+	s.move("b")
+	a := s.all["a"].k
+	if err := a.Start(); !errors.Is(err, flow.ErrOccupied) {
+		t.Errorf("another guest starts: got error %v, want ErrOccupied", err)
+	}
+	other := s.all["c"].k
+	if err := other.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Accept(other.Offer()); !errors.Is(err, flow.ErrOccupied) {
+		t.Errorf("another guest comes: got error %v, want ErrOccupied", err)
+	}
+	for _, k := range talks {
+		k.goesOn(t, "after what was refused")
+	}
+	// The guest ends: nobody keeps anything for it.
+	if err := s.at.k.End(); err != nil {
+		t.Fatal(err)
+	}
+	s.done(t, "a")
+	if err := a.Start(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStates: what is asked for in the wrong order is refused, and changes nothing.
+func TestStates(t *testing.T) {
+	s := newSites(t, "a", "b")
+	a, b := s.all["a"].k, s.all["b"].k
+	for what, err := range map[string]error{
+		"divert": a.Divert(), "left": a.Left(), "arrive": a.Arrive(), "discard": a.Discard(), "connect": b.Connect(t.Context(), []byte(`{"place":1}`)), "undo": b.Undo(),
+	} {
+		if !errors.Is(err, flow.ErrState) {
+			t.Errorf("%s: got error %v, want ErrState", what, err)
+		}
+	}
+	if _, err := a.Accept(a.Offer()); !errors.Is(err, flow.ErrState) {
+		t.Errorf("accept at home: got error %v, want ErrState", err)
+	}
+	for _, o := range []string{"", "{}", `{"vm":"x"}`, `{"vm":"x","key":"01234567890123456789012345","next":2,"from":{"place":7}}`, `[]`,
+		`{"vm":"x","key":"01234567890123456789012345","next":9,"from":{"place":1},"owners":[{"place":1}]}`} {
+		if _, err := b.Accept([]byte(o)); err == nil {
+			t.Errorf("offer %s is accepted", o)
+		}
+	}
+	if err := a.Connect(t.Context(), []byte(`{"place":1,"address":"x"}`)); err == nil {
+		t.Error("a destination that calls itself the source is connected with")
+	}
+	if a.State() != flow.Home || b.State() != flow.Vacant {
+		t.Errorf("they are %s and %s", a.State(), b.State())
+	}
+}
+
+// TestStrangers: who has not the VM's key is not let in, and learns nothing.
+func TestStrangers(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	talks := s.talks(t, 1)
+	s.move("b")
+	places, err := s.all["a"].k.Places()
+	if err != nil || len(places) != 1 {
+		t.Fatalf("%v, %v", places, err)
+	}
+	for _, say := range []string{
+		"", "GET / HTTP/1.1\r\n\r\n", "\x02\x00\x00\x02{}", "\x02\xff\xff\xff", "\x01\x00\x00\x00",
+		"\x02\x00\x00\x4d" + `{"hello":"drafter flow 1","vm":"guess","from":1,"to":2,"nonce":"0123456789"}   `,
+	} {
+		conn, err := testnet.DialContext(t.Context(), s.Host("world"), "tcp", places[0].Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = conn.Write([]byte(say))
+		_ = conn.(*net.TCPConn).CloseWrite()
+		_ = conn.SetDeadline(time.Now().Add(testnet.Patience))
+		heard, _ := io.ReadAll(conn)
+		if strings.Contains(string(heard), "proof") {
+			t.Errorf("to %q it answers %q", say, heard)
+		}
+		conn.Close()
+	}
+	for _, k := range talks {
+		k.goesOn(t, "after strangers")
 	}
 }

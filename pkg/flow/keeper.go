@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/nat"
+	"github.com/drafter-vm/drafter/pkg/nat/rule"
 )
 
 // Config is a keeper of connections. The zero value of a field is its default, where one is given.
@@ -133,6 +134,16 @@ type known struct {
 	Dial    bool   `json:"dial,omitempty"`  // we dial it
 	Owner   bool   `json:"owner,omitempty"` // it owns connections
 	Relay   uint32 `json:"relay,omitempty"` // reached through this place
+}
+
+// relays reports whether others need this place to reach the guest.
+func (s saved) relays() bool {
+	for _, p := range s.Places {
+		if p.Owner {
+			return true
+		}
+	}
+	return false
 }
 
 func (s saved) clone() saved {
@@ -360,10 +371,15 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 	}); err != nil {
 		return nil, err
 	}
+	err = nil
+	if back && !was.relays() { // what is left of when the guest was here, and nobody needs
+		err = k.kernel.unpinAll()
+	}
 	for _, p := range k.places() {
-		if err := k.connect(p, true); err != nil {
-			return nil, errors.Join(err, k.discard())
-		}
+		err = errors.Join(err, k.connect(p, true))
+	}
+	if err != nil {
+		return nil, errors.Join(err, k.discard())
 	}
 	if err := k.rules(); err != nil {
 		return nil, errors.Join(err, k.discard())
@@ -386,7 +402,21 @@ func (k *Keeper) places() []uint32 {
 	return all
 }
 
-func (k *Keeper) rules() error { return k.kernel.rules(k.places()) }
+// rules writes the rules for the tunnels that there are.
+func (k *Keeper) rules() error {
+	places := k.places()
+	if len(places) == 0 {
+		return k.kernel.noRules()
+	}
+	var own []rule.Flow
+	if s := k.State(); s == Expecting || s == Home {
+		var err error
+		if own, err = k.kernel.own(); err != nil {
+			return err
+		}
+	}
+	return k.kernel.rules(places, own)
+}
 
 // connect makes the tunnel to a place, as far as it is not there, and the way back to it.
 func (k *Keeper) connect(place uint32, hold bool) error {
@@ -779,8 +809,13 @@ func (k *Keeper) Arrive() error {
 		return err
 	}
 	defer end()
-	err = k.kernel.restore()
-	err = errors.Join(err, k.change(func(s *saved) { s.State = Home }))
+	k.mu.Lock()
+	back := k.before != nil
+	k.mu.Unlock()
+	if back { // with the connections that began meanwhile
+		err = k.rules()
+	}
+	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State = Home }))
 	k.mu.Lock()
 	k.before = nil
 	all := make([]*tunnel, 0, len(k.tunnels))

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
@@ -234,8 +235,31 @@ func (k *kernel) restore() error {
 	return errors.Join(errs...)
 }
 
-// rules writes what marks connections and packets. Places are those that there are tunnels to.
-func (k *kernel) rules(places []uint32) error {
+// own are this place's connections, as packets for the guest have them.
+func (k *kernel) own() ([]rule.Flow, error) {
+	all, err := k.flows()
+	if err != nil {
+		return nil, err
+	}
+	var own []rule.Flow
+	for _, f := range all {
+		if f.Owner != 0 {
+			continue
+		}
+		from, port := f.From, f.To.Port()
+		if slices.Contains(k.guests, from.Addr()) { // it has begun it
+			from, port = f.To, f.From.Port()
+		}
+		own = append(own, rule.Flow{Protocol: rule.Protocol(f.Protocol), From: from, ToPort: port})
+	}
+	return own, nil
+}
+
+// rules writes what marks connections and packets. Places are those that there are tunnels to. Own are connections of this place of which
+// packets may come through a tunnel, as the guest returns here: they have been translated on their way out, and are known to conntrack
+// under the addresses that they had before, so it must not take them for others.
+func (k *kernel) rules(places []uint32, own []rule.Flow) error {
+	raw := rule.Chain{Name: "raw", Hook: rule.PreRouting, Priority: rule.Raw}
 	pre := rule.Chain{Name: "prerouting", Hook: rule.PreRouting, Priority: rule.Mangle}
 	forward := rule.Chain{Name: "forward", Hook: rule.Forward, Priority: rule.Filter}
 	// What the guest says in a connection of another place goes there.
@@ -255,31 +279,41 @@ func (k *kernel) rules(places []uint32) error {
 			)
 		}
 		forward.Rules = append(forward.Rules, rule.Of(rule.In(device(p)), rule.Drop())) // nothing else is a tunnel's to bring
+		for _, g := range k.guests {
+			mine := rule.InFlows("own4")
+			if g.Is6() {
+				mine = rule.InFlows6("own6")
+			}
+			raw.Rules = append(raw.Rules, rule.Of(rule.In(device(p)), rule.To(rule.Host(g)), mine, rule.Untracked()))
+		}
 	}
-	return rule.Table{Name: ruleTable, Chains: []rule.Chain{pre, forward}}.Replace(k.ns)
+	return rule.Table{
+		Name: ruleTable, FlowSets: []rule.FlowSet{{Name: "own4", Flows: own}, {Name: "own6", IPv6: true, Flows: own}}, Chains: []rule.Chain{raw, pre, forward},
+	}.Replace(k.ns)
 }
 
 func (k *kernel) noRules() error { return rule.Remove(k.ns, ruleTable) }
 
+// anyFamily has conntrack list entries of both: it walks its whole table each time, which is what takes time.
+const anyFamily = netlink.InetFamily(netlink.FAMILY_ALL)
+
 // flows are the guest's connections: those of this place have the owner 0.
 func (k *kernel) flows() ([]flow, error) {
+	entries, err := k.h.ConntrackTableList(netlink.ConntrackTable, anyFamily)
+	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+		return nil, fmt.Errorf("list connections: %w", err)
+	}
 	var all []flow
-	for _, g := range k.guests {
-		entries, err := k.h.ConntrackTableList(netlink.ConntrackTable, netlink.InetFamily(families(g)))
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return nil, fmt.Errorf("list connections: %w", err)
-		}
-		for _, e := range entries {
-			if f, ok := guestSide(e, g); ok {
-				all = append(all, f)
-			}
+	for _, e := range entries {
+		if f, ok := k.guestSide(e); ok {
+			all = append(all, f)
 		}
 	}
 	return all, nil
 }
 
 // guestSide is an entry as the guest sees its connection, if it has one.
-func guestSide(e *netlink.ConntrackFlow, guest netip.Addr) (flow, bool) {
+func (k *kernel) guestSide(e *netlink.ConntrackFlow) (flow, bool) {
 	f := flow{Protocol: e.Forward.Protocol, Owner: e.Mark, Timeout: e.TimeOut}
 	if f.Protocol != unix.IPPROTO_TCP && f.Protocol != unix.IPPROTO_UDP {
 		return flow{}, false
@@ -291,10 +325,10 @@ func guestSide(e *netlink.ConntrackFlow, guest netip.Addr) (flow, bool) {
 		a, _ := netip.AddrFromSlice(ip)
 		return netip.AddrPortFrom(a.Unmap(), port)
 	}
-	switch from, answers := end(e.Forward.SrcIP, e.Forward.SrcPort), end(e.Reverse.SrcIP, e.Reverse.SrcPort); guest {
-	case from.Addr(): // it has begun it
+	switch from, answers := end(e.Forward.SrcIP, e.Forward.SrcPort), end(e.Reverse.SrcIP, e.Reverse.SrcPort); {
+	case slices.Contains(k.guests, from.Addr()): // it has begun it
 		f.From, f.To = from, end(e.Forward.DstIP, e.Forward.DstPort)
-	case answers.Addr():
+	case slices.Contains(k.guests, answers.Addr()):
 		f.From, f.To = end(e.Reverse.DstIP, e.Reverse.DstPort), answers
 	default:
 		return flow{}, false
@@ -313,8 +347,42 @@ func (f flow) over() bool {
 	return f.Protocol == unix.IPPROTO_TCP && (f.State == tcpTimeWait || f.State == tcpClose || f.State == 0)
 }
 
-// pin puts a connection of another place into conntrack, as it is: nothing of it is translated here.
-func (k *kernel) pin(f flow) error {
+// pin puts connections of other places into conntrack, as they are: nothing of them is translated here.
+func (k *kernel) pin(flows []flow) error {
+	var there []flow // from when the guest was here before, or which took an answer for the begin
+	var errs []error
+	for _, f := range flows {
+		if err := k.create(f); errors.Is(err, unix.EEXIST) {
+			there = append(there, f)
+		} else if err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if len(there) == 0 {
+		return first(errs)
+	}
+	stale := make(map[[2]netip.AddrPort]bool)
+	for _, f := range there {
+		stale[[2]netip.AddrPort{f.From, f.To}], stale[[2]netip.AddrPort{f.To, f.From}] = true, true
+	}
+	errs = append(errs, k.forget(func(f flow) bool { return stale[[2]netip.AddrPort{f.From, f.To}] }))
+	for _, f := range there {
+		errs = append(errs, k.create(f))
+	}
+	return first(errs)
+}
+
+// first is the first of some errors: one says what many would.
+func first(errs []error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (k *kernel) create(f flow) error {
 	e := &netlink.ConntrackFlow{
 		FamilyType: uint8(families(f.From.Addr())), Mark: f.Owner, TimeOut: max(f.Timeout, 1),
 		Forward: tuple(f.Protocol, f.From, f.To), Reverse: tuple(f.Protocol, f.To, f.From),
@@ -322,14 +390,7 @@ func (k *kernel) pin(f flow) error {
 	if f.Protocol == unix.IPPROTO_TCP {
 		e.ProtoInfo = &netlink.ProtoInfoTCP{State: f.State}
 	}
-	family := netlink.InetFamily(e.FamilyType)
-	err := k.h.ConntrackCreate(netlink.ConntrackTable, family, e)
-	if errors.Is(err, unix.EEXIST) { // from when the guest was here before
-		if _, err = k.h.ConntrackDeleteFilters(netlink.ConntrackTable, family, sameFlow(f)); err == nil {
-			err = k.h.ConntrackCreate(netlink.ConntrackTable, family, e)
-		}
-	}
-	if err != nil {
+	if err := k.h.ConntrackCreate(netlink.ConntrackTable, netlink.InetFamily(e.FamilyType), e); err != nil {
 		return fmt.Errorf("pin connection from %s to %s: %w", f.From, f.To, err)
 	}
 	return nil
@@ -345,25 +406,22 @@ type filter func(*netlink.ConntrackFlow) bool
 // MatchConntrackFlow implements netlink's filter.
 func (f filter) MatchConntrackFlow(e *netlink.ConntrackFlow) bool { return f(e) }
 
-func sameFlow(f flow) filter {
-	return func(e *netlink.ConntrackFlow) bool {
-		for _, a := range []netip.Addr{f.From.Addr(), f.To.Addr()} {
-			// Also one that took an answer for the begin.
-			if g, ok := guestSide(e, a); ok && g.Protocol == f.Protocol && (g.From == f.From && g.To == f.To || g.From == f.To && g.To == f.From) {
-				return true
-			}
-		}
-		return false
-	}
-}
-
-// unpin forgets the connections of an owner.
-func (k *kernel) unpin(owner uint32) error {
+// forget has conntrack forget some of the guest's connections.
+func (k *kernel) forget(which func(flow) bool) error {
 	for _, g := range k.guests {
-		of := filter(func(e *netlink.ConntrackFlow) bool { return e.Mark == owner })
-		if _, err := k.h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(families(g)), of); err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("forget connections of place %d: %w", owner, err)
+		_, err := k.h.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(families(g)), filter(func(e *netlink.ConntrackFlow) bool {
+			f, ok := k.guestSide(e)
+			return ok && which(f)
+		}))
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("forget connections: %w", err)
 		}
 	}
 	return nil
 }
+
+// unpin forgets the connections of an owner, or those of all others.
+func (k *kernel) unpin(owner uint32) error {
+	return k.forget(func(f flow) bool { return f.Owner == owner })
+}
+func (k *kernel) unpinAll() error { return k.forget(func(f flow) bool { return f.Owner != 0 }) }

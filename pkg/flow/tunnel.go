@@ -159,7 +159,7 @@ func (t *tunnel) serve(s *session, r *bufio.Reader) {
 	closed := t.closed
 	t.mu.Unlock()
 	if !closed {
-		t.log.Info("the tunnel to another place is down", "reason", err)
+		t.log.Debug("the tunnel to another place is down", "error", err)
 	}
 }
 

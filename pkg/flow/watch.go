@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -50,10 +51,21 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		}
 		return k.learn(m.Flows)
 	case sayGone:
-		if state != Home || !info.Owner {
+		place := t.place
+		k.mu.Lock()
+		if k.saved.Places[m.Place].Relay == t.place {
+			place, info = m.Place, k.saved.Places[m.Place]
+		}
+		k.mu.Unlock()
+		if !info.Owner || state != Home && state != Away {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
-		k.tasks.Go(func() { k.gone(t.place) }) // which closes the tunnel that is answered by
+		if state == Away { // one that this place relays for
+			if _, err := k.askGuest(message{Say: sayGone, Place: place}); err != nil {
+				return err
+			}
+		}
+		k.tasks.Go(func() { k.gone(place, state) }) // which closes the tunnel that is answered by
 		return nil
 	case sayEnd:
 		if !fromGuest {
@@ -138,27 +150,31 @@ func (k *Keeper) learn(flows []flow) error {
 	k.mu.Lock()
 	self := k.saved.Self
 	k.mu.Unlock()
-	var errs []error
+	var theirs []flow
 	for _, f := range flows {
-		guest := false
-		for _, g := range k.kernel.guests {
-			guest = guest || f.From.Addr() == g || f.To.Addr() == g
-		}
+		guest := slices.Contains(k.kernel.guests, f.From.Addr()) || slices.Contains(k.kernel.guests, f.To.Addr())
 		if !guest || f.Owner == 0 || f.From.Addr().Is4() != f.To.Addr().Is4() {
 			return fmt.Errorf("%w: a connection from %s to %s of place %d", errMalformed, f.From, f.To, f.Owner)
 		}
-		if f.Owner == self {
-			continue
-		}
-		if err := k.kernel.pin(f); err != nil && len(errs) < 3 {
-			errs = append(errs, err)
+		if f.Owner != self {
+			theirs = append(theirs, f)
 		}
 	}
-	return errors.Join(errs...)
+	return k.kernel.pin(theirs)
 }
 
-// gone forgets a place that owns no connection any more.
-func (k *Keeper) gone(place uint32) {
+// askGuest asks the place that has the guest.
+func (k *Keeper) askGuest(m message) (message, error) {
+	place := k.guestPlace()
+	t := k.tunnel(place)
+	if t == nil {
+		return message{}, fmt.Errorf("%s: place %d: %w", m.Say, place, errDown)
+	}
+	return t.ask(k.ctx, m)
+}
+
+// gone forgets a place that owns no connection any more, unless the state has changed.
+func (k *Keeper) gone(place uint32, state State) {
 	select {
 	case <-time.After(100 * time.Millisecond): // the answer goes first
 	case <-k.ctx.Done():
@@ -166,8 +182,8 @@ func (k *Keeper) gone(place uint32) {
 	}
 	k.step.Lock()
 	defer k.step.Unlock()
-	if s := k.State(); s != Home {
-		return // it asks again at the next place
+	if k.State() != state {
+		return // it says so again at the next place
 	}
 	if err := k.leave(place); err != nil {
 		k.log.Warn("something of a tunnel is left", "place", place, "error", err)

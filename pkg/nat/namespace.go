@@ -21,6 +21,9 @@ import (
 // VethInside is the namespace's end of its veth pair.
 const VethInside = "veth0"
 
+// queueLength is how many packets wait in a tap for a guest that is paused, as when it arrives from elsewhere.
+const queueLength = 8000
+
 const insideName = "drafter-nat" // the table of rules in a namespace
 
 // gatewayLinkLocal is an address that the gateway of every guest has besides its own, insideLinkLocal one of the namespace's end of its
@@ -108,6 +111,9 @@ func (n *NAT) furnish(ns Namespace, inside netns.NsHandle) error {
 		if err := h.LinkSetHardwareAddr(tap, c.MAC); err != nil {
 			return fmt.Errorf("give tap %q the address %s: %w", c.Interface, c.MAC, err)
 		}
+	}
+	if err := h.LinkSetTxQLen(tap, queueLength); err != nil {
+		return fmt.Errorf("set length of the queue of tap %q: %w", c.Interface, err)
 	}
 	gateways := []netip.Prefix{c.Gateway}
 	if n.ipv6 {

@@ -176,6 +176,27 @@ func bitsOf(key expr.CtKey, bits uint32, op expr.CmpOp) Part {
 	}
 }
 
+// Untracked has packets pass conntrack by: they belong to no connection, and are not translated. It is for chains at [Raw].
+func Untracked() Part { return Part{&expr.Notrack{}} }
+
+// InFlows matches packets of a [FlowSet] for IPv4, InFlows6 for IPv6.
+func InFlows(set string) Part { return inFlows(set, IPv4(), source4, 4) }
+
+// InFlows6 is InFlows for IPv6.
+func InFlows6(set string) Part { return inFlows(set, IPv6(), source6, 16) }
+
+// inFlows loads a key as flowKey makes it into consecutive registers of 32 bits.
+func inFlows(set string, family Part, source, size uint32) Part {
+	port := uint32(unix.NFT_REG32_01) + size/4
+	return append(family,
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
+		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseNetworkHeader, Offset: source, Len: size},
+		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
+		&expr.Payload{DestRegister: port + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+		&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set},
+	)
+}
+
 // Marked matches packets of connections with any mark but 0.
 func Marked() Part {
 	return Part{&expr.Ct{Key: expr.CtKeyMARK, Register: register}, &expr.Cmp{Op: expr.CmpOpNeq, Register: register, Data: make([]byte, 4)}}

@@ -1,8 +1,10 @@
 package rule
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -51,11 +53,26 @@ type Set struct {
 	Interfaces []string
 }
 
+// Flow is one direction of a connection of TCP or UDP, to wherever the rule says.
+type Flow struct {
+	Protocol Protocol
+	From     netip.AddrPort
+	ToPort   uint16
+}
+
+// FlowSet is a named set of flows of one family, for [InFlows] and [InFlows6].
+type FlowSet struct {
+	Name  string
+	IPv6  bool
+	Flows []Flow // others of the other family are left out
+}
+
 // Table is all the rules of one purpose, under a name that is nobody else's.
 type Table struct {
-	Name   string
-	Sets   []Set
-	Chains []Chain
+	Name     string
+	Sets     []Set
+	FlowSets []FlowSet
+	Chains   []Chain
 }
 
 // open connects to netfilter in a network namespace.
@@ -90,8 +107,26 @@ func (t Table) replace(ns netns.NsHandle) error {
 	c.AddTable(table) // so that there is one to remove, in any case
 	c.DelTable(table)
 	c.AddTable(table)
+	id := uint32(0) // of a set in this transaction; the library's own are counted without a lock
 	for _, s := range t.Sets {
-		if err := c.AddSet(interfaces(table, s.Name), elements(s.Interfaces)); err != nil {
+		id++
+		set := interfaces(table, s.Name)
+		set.ID = id
+		if err := c.AddSet(set, elements(s.Interfaces)); err != nil {
+			return err
+		}
+	}
+	for _, s := range t.FlowSets {
+		address := nftables.TypeIPAddr
+		if s.IPv6 {
+			address = nftables.TypeIP6Addr
+		}
+		key, err := nftables.ConcatSetType(nftables.TypeInetProto, address, nftables.TypeInetService, nftables.TypeInetService)
+		if err != nil {
+			return err
+		}
+		id++
+		if err := c.AddSet(&nftables.Set{Table: table, ID: id, Name: s.Name, KeyType: key}, s.elements()); err != nil {
 			return err
 		}
 	}
@@ -110,6 +145,23 @@ func (t Table) replace(ns netns.NsHandle) error {
 
 func interfaces(table *nftables.Table, name string) *nftables.Set {
 	return &nftables.Set{Table: table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
+}
+
+// elements are the keys of a set of flows: protocol, address and ports, each filled up to 4 bytes.
+func (s FlowSet) elements() []nftables.SetElement {
+	var out []nftables.SetElement
+	seen := make(map[Flow]bool)
+	for _, f := range s.Flows {
+		if f.From.Addr().Is6() != s.IPv6 || seen[f] {
+			continue
+		}
+		seen[f] = true
+		key := append([]byte{byte(f.Protocol), 0, 0, 0}, f.From.Addr().AsSlice()...)
+		key = append(binary.BigEndian.AppendUint16(key, f.From.Port()), 0, 0)
+		key = append(binary.BigEndian.AppendUint16(key, f.ToPort), 0, 0)
+		out = append(out, nftables.SetElement{Key: key})
+	}
+	return out
 }
 
 func elements(names []string) []nftables.SetElement {

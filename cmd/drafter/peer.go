@@ -181,7 +181,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
 	flags.BoolVar(&opts.profiles, "pprof", false, "with --metrics: also serve profiles of this process there, under /debug/pprof/")
-	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl, which this user and root can use (empty: none)")
+	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl before anything else is begun, which this user and root can use (empty: none)")
 	flags.StringVar(&opts.accept, "accept", "", "address to wait at for a peer that sends an instance (drafter ctl migrate), instead of --raddr")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")

@@ -80,7 +80,7 @@ cancels what they began, as long as that can be.`,
 	add("status", "What the peer and its VM do", 0, func(ctx context.Context, c *control.Client, _ []string) (any, error) { return c.Status(ctx) })
 	add("pause", "Stop the guest, after its agent was told", 0, plain((*control.Client).Pause))
 	add("resume", "Let a guest run that pause has stopped", 0, plain((*control.Client).Resume))
-	add("migratable on|off", "Whether who asks for the VM at --laddr gets it", 1, func(ctx context.Context, c *control.Client, args []string) (any, error) {
+	add("migratable on|off", "Whether the VM may be sent: to who asks for it at --laddr, and by migrate", 1, func(ctx context.Context, c *control.Client, args []string) (any, error) {
 		on, ok := map[string]bool{"on": true, "off": false}[args[0]]
 		if !ok {
 			return nil, usageErrorf("%q: use on or off", args[0])
@@ -100,7 +100,7 @@ cancels what they began, as long as that can be.`,
 		}
 		return report(c.Snapshot(ctx, dir))
 	})
-	add("cancel", "Cancel the migration or snapshot under way", 0, plain((*control.Client).Cancel))
+	add("cancel", "Cancel the migration, snapshot or pause under way", 0, plain((*control.Client).Cancel))
 	add("stop", "End the peer, as SIGTERM does: the VM is suspended and saved", 0, plain((*control.Client).Stop))
 	return cmd
 }

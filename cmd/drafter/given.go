@@ -45,7 +45,7 @@ func serveGiven(ctx context.Context, g *peer.Given, reports *reports, out io.Wri
 				fmt.Fprintf(out, "Closing: the files are as they were, and may be needed; start this peer again\n")
 				return givenLeft, nil
 			}
-			logger(ctx).Warn("the peer that the VM was given to has not got what it needs yet", "migration", g.Migration(), "reason", err)
+			logger(ctx).Warn("the peer that the VM was given to has not got what it needs yet", "migration", g.Migration(), "error", err)
 			continue
 		case err == nil:
 			fmt.Fprintf(out, "Sent VM: %s\n", summary(report))

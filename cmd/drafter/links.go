@@ -172,7 +172,7 @@ const plainWarning = "as it is, what passes is neither authenticated nor encrypt
 // listen listens at the address of a flag.
 func (l *links) listen(ctx context.Context, flag, address string) (net.Listener, error) {
 	if transport.Insecure(address) {
-		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", flag, transport.Redacted(address))
+		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "flag", "--"+flag, "address", transport.Redacted(address))
 	}
 	o := l.Options
 	o.Logger = logger(ctx)
@@ -242,7 +242,7 @@ func (l *links) dialFirst(ctx context.Context) ([]io.ReadWriter, error) {
 // dialOr is dial for the first time, with the remedy where nobody listens.
 func (l *links) dialOr(ctx context.Context, remedy string) ([]io.ReadWriter, error) {
 	if transport.Insecure(l.raddr) {
-		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "raddr", transport.Redacted(l.raddr))
+		logger(ctx).Warn("the peer is neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "flag", "--raddr", "address", transport.Redacted(l.raddr))
 	}
 	conns, err := l.dial(ctx)
 	var dialled *net.OpError // of a unix socket that is not there; a certificate's file is another matter

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
+	"io/fs"
 	"sync"
 	"time"
 
@@ -25,15 +25,18 @@ type operator struct {
 
 	pushes chan push
 	way    way
-	home   func(context.Context) ([]io.ReadWriter, error) // the way back of whoever asks for the VM; nil: nobody can
+
+	telling sync.Mutex                                     // held while the metrics are told whether the guest is paused
+	home    func(context.Context) ([]io.ReadWriter, error) // the way back of whoever asks for the VM; nil: nobody can
 }
 
 // push is a migration that somebody here has asked for.
 type push struct {
-	peer.Arrival
-	dial func(context.Context) ([]io.ReadWriter, error) // once more
-	ctx  context.Context                                // of who asks
-	end  chan<- pushed
+	to    named
+	first func(context.Context) ([]io.ReadWriter, error) // dials
+	again func(context.Context) ([]io.ReadWriter, error) // dials once more
+	ctx   context.Context                                // of who asks
+	end   chan<- pushed
 }
 
 type pushed struct {
@@ -94,9 +97,10 @@ var _ control.Controlled = (*operator)(nil)
 
 func (o *operator) Status(context.Context) (control.Status, error) {
 	s := control.Status{
-		State: "running", VMPath: o.p.VMPath(), PID: o.p.Instance().Machine().PID(), Migratable: o.serving != "" && o.p.Migratable(), Serving: o.serving,
-		Missing: o.p.Instance().Missing(), Busy: o.p.Busy(),
+		State: "running", VMPath: o.p.VMPath(), PID: o.p.Instance().Machine().PID(), Migratable: o.p.Migratable(), Serving: o.serving,
+		Missing: o.p.Instance().Missing(), UnderWay: o.p.UnderWay(),
 	}
+	s.Busy = s.UnderWay != ""
 	select {
 	case <-o.p.Done():
 		s.State = "ended"
@@ -125,13 +129,37 @@ func now(err error) error {
 	return err
 }
 
-func (o *operator) Pause(ctx context.Context) error  { return now(o.p.Pause(ctx)) }
-func (o *operator) Resume(ctx context.Context) error { return now(o.p.Unpause(ctx)) }
+func (o *operator) Pause(ctx context.Context) error {
+	err := o.p.Pause(ctx)
+	if err == nil {
+		o.tellPaused(true)
+	}
+	return now(err)
+}
+
+func (o *operator) Resume(ctx context.Context) error {
+	paused := o.p.Paused() // or it does nothing, beside whatever else the peer does
+	err := o.p.Unpause(ctx)
+	if err == nil && paused {
+		o.tellPaused(false)
+	}
+	return now(err)
+}
+
+// tellPaused tells the metrics of a pause or its end, unless that is no longer so: then whoever has changed it tells of that.
+func (o *operator) tellPaused(paused bool) {
+	o.telling.Lock()
+	defer o.telling.Unlock()
+	switch {
+	case o.p.Paused() != paused:
+	case paused:
+		o.watch.metrics.State(control.Paused)
+	default:
+		o.watch.metrics.State(control.Running)
+	}
+}
 
 func (o *operator) SetMigratable(_ context.Context, may bool) error {
-	if may && o.serving == "" {
-		return fmt.Errorf("%w: the peer was started without --laddr: nobody could ask for the VM (drafter ctl migrate ADDRESS sends it)", control.ErrInvalid)
-	}
 	o.p.SetMigratable(may)
 	return nil
 }
@@ -156,22 +184,18 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 	if err != nil {
 		return nil, err
 	}
-	if o.p.Busy() {
-		return nil, now(peer.ErrBusy)
-	}
-	conns, err := l.dialOr(ctx, "start the peer that is to have the VM, with --accept")
-	if err != nil {
-		return nil, err
+	if what := o.p.UnderWay(); what != "" {
+		return nil, now(fmt.Errorf("%w: a %s is under way", peer.ErrBusy, what))
 	}
 	end := make(chan pushed, 1)
-	p := push{peer.Arrival{Streams: conns, From: named(address)}, l.dial, ctx, end}
+	p := push{to: named(address), again: l.dial, ctx: ctx, end: end, first: func(ctx context.Context) ([]io.ReadWriter, error) {
+		return l.dialOr(ctx, "start the peer that is to have the VM, with --accept")
+	}}
 	select {
 	case o.pushes <- p:
 	case <-time.After(time.Second):
-		p.Close()
-		return nil, now(peer.ErrBusy)
+		return nil, now(fmt.Errorf("%w: the peer was asked for the VM meanwhile, or is being closed", peer.ErrBusy))
 	case <-ctx.Done():
-		p.Close()
 		return nil, context.Cause(ctx)
 	}
 	r := <-end
@@ -180,14 +204,24 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 
 func (o *operator) Snapshot(ctx context.Context, dir string) (*migrate.Report, error) {
 	_, report, err := o.p.Snapshot(ctx, dir)
-	return report, now(err)
+	if errors.Is(err, fs.ErrExist) {
+		return report, fmt.Errorf("%w: %w", control.ErrInvalid, err)
+	}
+	if err = now(err); !errors.Is(err, control.ErrConflict) {
+		o.watch.metrics.SnapshotDone(report, err)
+	}
+	return report, err
 }
 
 func (o *operator) Cancel(context.Context) error {
-	if !o.p.Cancel() {
-		return fmt.Errorf("%w: nothing is under way", control.ErrConflict)
+	what := o.p.UnderWay()
+	switch {
+	case o.p.Cancel():
+		return nil
+	case what != "":
+		return fmt.Errorf("%w: a %s is under way, which cannot be cancelled", control.ErrConflict, what)
 	}
-	return nil
+	return fmt.Errorf("%w: nothing is under way", control.ErrConflict)
 }
 
 func (o *operator) Stop(context.Context) error {
@@ -200,34 +234,3 @@ type named string
 
 func (named) Network() string  { return "" }
 func (a named) String() string { return transport.Redacted(string(a)) }
-
-// serveControl serves the control socket at a path until the returned function is called. With no path it does nothing.
-func serveControl(ctx context.Context, path string, o control.Controlled) (stop func(), err error) {
-	if path == "" {
-		return func() {}, nil
-	}
-	l, err := transport.Listen(ctx, controlAddress(path))
-	if err != nil {
-		return nil, fmt.Errorf("--control: %w", err)
-	}
-	s := control.Serve(&verified{l}, control.NewHandler(o), logger(ctx))
-	return func() { s.Close() }, nil
-}
-
-func controlAddress(path string) string { return "unix://" + path }
-
-// verified is a listener whose connections are known to be of who may connect.
-type verified struct{ net.Listener }
-
-func (l *verified) Accept() (net.Conn, error) {
-	for {
-		conn, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		if _, err := transport.Handshake(context.Background(), conn); err == nil { // at once, of a unix socket
-			return conn, nil
-		}
-		conn.Close()
-	}
-}

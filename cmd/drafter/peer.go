@@ -159,7 +159,7 @@ cycleThrottle, these decide instead: until minCycles in a row had at most maxDir
 is dirty. All four zero disable copying before the switch, as far as possible.
 
 Exit statuses: 0 the instance was closed and saved, handed over, or shut down by its guest; 1 something failed; 2 the
-command line cannot be used; 130 ended by a signal before the instance ran.`,
+command line cannot be used; 130 ended by a signal, or by drafter ctl stop, before the instance ran.`,
 		Example: `  drafter peer --package out/package --instance out/instance-0 --laddr localhost:1337
   drafter peer --package out/package --instance out/instance-1 --netns ark1 --raddr localhost:1337`,
 		Args: noArgs,
@@ -181,7 +181,7 @@ command line cannot be used; 130 ended by a signal before the instance ran.`,
 	flags.DurationVar(&opts.rescueTimeout, "rescue-timeout", time.Minute, "how long the other peer of a migration is looked for when the link is lost, and how long saving and rolling back may take")
 	flags.StringVar(&opts.metrics, "metrics", "", "address to serve Prometheus metrics at, as http://ADDRESS/metrics (empty: none)")
 	flags.BoolVar(&opts.profiles, "pprof", false, "with --metrics: also serve profiles of this process there, under /debug/pprof/")
-	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl, which this user and root can use (empty: none)")
+	flags.StringVar(&opts.control, "control", "", "unix socket to make for drafter ctl before anything else is begun, which this user and root can use (empty: none)")
 	flags.StringVar(&opts.accept, "accept", "", "address to wait at for a peer that sends an instance (drafter ctl migrate), instead of --raddr")
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
@@ -311,6 +311,20 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return err
 	}
 	defer stopMetrics()
+	op := &operator{links: opts.links, watch: out, pushes: make(chan push)}
+	ctx, op.stop = context.WithCancel(ctx)
+	defer op.stop()
+	start := &starter{state: "starting", watch: out, stop: op.stop}
+	if opts.accept != "" || opts.raddr != "" && !opts.boot {
+		start.state = "receiving"
+	}
+	cfg.OnRun = func(i *runner.Instance) { start.runs.Store(i) }
+	desk := &desk{behind: start}
+	stopControl, err := serveControl(ctx, opts.control, desk)
+	if err != nil {
+		return err
+	}
+	defer stopControl()
 	var listener net.Listener
 	if opts.laddr != "" {
 		if listener, err = opts.listen(ctx, "laddr", opts.laddr); err != nil {
@@ -328,9 +342,6 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		defer reception.Close()
 		cfg.FindSource = reception.Rejoin
 	}
-	op := &operator{links: opts.links, watch: out, pushes: make(chan push)}
-	ctx, op.stop = context.WithCancel(ctx)
-	defer op.stop()
 	reports, err := openReports(opts.report)
 	if err != nil {
 		return fmt.Errorf("--report: %w", err)
@@ -362,7 +373,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if errors.Is(err, runner.ErrGiven) && !opts.forceOwner && (opts.control != "" || listener != nil && !transport.Single(opts.laddr)) {
 		open()
 		var end givenEnd
-		end, err = awaitTaker(ctx, cfg, op, opts.control, reports, out)
+		end, err = awaitTaker(ctx, cfg, op, desk, opts.control != "", reports, out)
 		switch {
 		case end == givenAway || err != nil:
 			return interrupted(cmd, err)
@@ -372,18 +383,19 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		// It is here, whatever it was that this peer was started for.
 		opts.raddr, opts.accept, reception = "", "", nil
 		opts.boot = opts.boot && end != givenSaved
+		start = &starter{state: "starting", watch: out, stop: op.stop}
+		desk.put(start)
 		p, err = startPeer(ctx, cfg, opts, reception, reports, out)
 	}
-	if err != nil {
-		return interrupted(cmd, err)
+	if err != nil && ctx.Err() != nil { // by a signal, or from the control socket
+		return fmt.Errorf("%w: %w", errInterrupted, err)
+	} else if err != nil {
+		return err
 	}
 	out.started(p)
 	open()
 	op.p = p
-	stopControl, err := serveControl(ctx, opts.control, op)
-	if err != nil {
-		return errors.Join(err, closePeer(ctx, p, out))
-	}
+	desk.put(op)
 	if lobby != nil {
 		fmt.Fprintf(out, "Serving on %s\n", op.serving)
 	}
@@ -403,20 +415,16 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 }
 
 // awaitTaker is serveGiven for the instance of a peer, under the control of its socket.
-func awaitTaker(ctx context.Context, cfg peer.Config, o *operator, socket string, reports *reports, out io.Writer) (givenEnd, error) {
+func awaitTaker(ctx context.Context, cfg peer.Config, o *operator, desk *desk, controlled bool, reports *reports, out io.Writer) (givenEnd, error) {
 	g, err := peer.OpenGiven(ctx, cfg)
 	if err != nil {
 		return givenAway, err
 	}
-	stop, err := serveControl(ctx, socket, givenOperator{g, o.links, &o.way, o.stop})
-	if err != nil {
-		return givenAway, errors.Join(err, g.Close())
-	}
-	defer stop()
+	desk.put(givenOperator{g, o.links, &o.way, o.stop})
 	if known, _ := o.way.known(); known {
 		fmt.Fprintf(out, "Serving on %s\n", o.serving)
 	}
-	if socket != "" {
+	if controlled {
 		fmt.Fprintf(out, "If the other peer waits to be found (--accept), say where it is: drafter ctl migrate ADDRESS\n")
 	}
 	return serveGiven(ctx, g, reports, out)
@@ -524,6 +532,16 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 			}
 		})
 		p, report, err := receive(ctx, cfg, dial, redial)
+		for reception != nil && p == nil && report != nil && waitsOn(ctx, opts.accept, err) {
+			// Nothing of it is left here. Whoever has sent it may have changed his mind, and send it again.
+			if report.ID != "" {
+				if err := reports.write(report); err != nil {
+					cfg.Logger.Error("could not write the report of a migration", "error", err)
+				}
+			}
+			cfg.Logger.Warn("a VM that was to come here has not come; waiting for another", "from", from, "error", err)
+			p, report, err = receive(ctx, cfg, dial, redial)
+		}
 		stop()
 		if report == nil { // nobody was there
 			return nil, err
@@ -559,6 +577,12 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
 		return p, nil
 	}
+}
+
+// waitsOn reports whether a peer that waits for a VM at an address goes on to wait, after a reception that ended with err: it does until
+// there is one here, or may be, or the peer is to end.
+func waitsOn(ctx context.Context, address string, err error) bool {
+	return err != nil && ctx.Err() == nil && !transport.Single(address) && !errors.Is(err, migrate.ErrInDoubt) && !errors.Is(err, migrate.ErrUnsettled)
 }
 
 // receive is peer.Receive from whom dial finds. When an earlier migration was not finished here, because this peer died, its source may
@@ -649,15 +673,23 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				logger(ctx).Warn("the VM is whole, but the peer that it came from could not be told: that one may be in doubt", "error", err)
 			}
 		case a := <-arrivals:
-			_, gone, err := give(ctx, p, a, reports, out)
+			_, gone, err := give(ctx, p, handing{from: a.From, do: func(ctx context.Context) (*migrate.Report, error) {
+				if a.Err != nil {
+					return nil, a.Err
+				}
+				defer a.Close()
+				return p.Send(ctx, a.Streams)
+			}}, reports, out)
 			if gone || err != nil {
 				return err
 			}
 		case a := <-o.pushes:
-			o.way.set(a.dial)
-			ours, cancel := context.WithCancel(a.ctx)
-			stop := context.AfterFunc(ctx, cancel)
-			r, gone, err := give(ours, p, a.Arrival, reports, out)
+			o.way.set(a.again)
+			ours, cancel := context.WithCancel(ctx)
+			stop := context.AfterFunc(a.ctx, cancel)
+			r, gone, err := give(ours, p, handing{from: a.to, pushed: true, do: func(ctx context.Context) (*migrate.Report, error) {
+				return p.SendTo(ctx, a.first)
+			}}, reports, out)
 			stop()
 			cancel()
 			a.end <- r
@@ -680,20 +712,28 @@ func refusal(err error) string {
 	return ""
 }
 
+// handing is a way to send the VM to a peer.
+type handing struct {
+	from   net.Addr // of that peer
+	pushed bool     // somebody here has asked for it, and not that peer
+	do     func(context.Context) (*migrate.Report, error)
+}
+
 // give sends the VM to a peer, and says what came of it. It reports whether the VM is gone from here; err says why it is lost here.
-func give(ctx context.Context, p *peer.Peer, a peer.Arrival, reports *reports, out io.Writer) (r pushed, gone bool, err error) {
-	r.err = a.Err
-	if r.err == nil {
-		r.report, r.err = p.Send(ctx, a.Streams)
-		a.Close()
-	}
+func give(ctx context.Context, p *peer.Peer, h handing, reports *reports, out io.Writer) (r pushed, gone bool, err error) {
+	r.report, r.err = h.do(ctx)
+	nobody := errors.Is(r.err, peer.ErrStranger)
+	refused := errors.Is(r.err, peer.ErrBusy) || errors.Is(r.err, peer.ErrPaused) || errors.Is(r.err, peer.ErrNotMigratable) || errors.Is(r.err, peer.ErrUnauthorized)
 	switch {
-	case errors.Is(r.err, peer.ErrStranger):
-		// Anybody may knock: that is no migration, and has no report.
-		logger(ctx).Warn("refused a connection, the VM runs on here", "from", a.From, "reason", r.err)
+	case h.pushed && (nobody || refused || r.report.Role == ""): // nothing was begun, and there is nothing to report
+		logger(ctx).Warn("the VM was not sent, and stays here", "to", h.from, "reason", r.err)
 		return r, false, nil
-	case errors.Is(r.err, peer.ErrBusy), errors.Is(r.err, peer.ErrPaused), errors.Is(r.err, peer.ErrNotMigratable), errors.Is(r.err, peer.ErrUnauthorized):
-		logger(ctx).Warn("refused a peer that asked for the VM", "from", a.From, "reason", r.err)
+	case nobody:
+		// Anybody may knock: that is no migration, and has no report.
+		logger(ctx).Warn("refused a connection, the VM runs on here", "from", h.from, "reason", r.err)
+		return r, false, nil
+	case refused:
+		logger(ctx).Warn("refused a peer that asked for the VM", "from", h.from, "reason", r.err)
 		return r, false, nil
 	}
 	if err := reports.write(r.report); err != nil {
@@ -701,17 +741,17 @@ func give(ctx context.Context, p *peer.Peer, a peer.Arrival, reports *reports, o
 	}
 	switch {
 	case r.err == nil && p.Running(): // a copy was asked for
-		fmt.Fprintf(out, "Sent a copy of the VM to %s: %s\n", a.From, summary(r.report))
+		fmt.Fprintf(out, "Sent a copy of the VM to %s: %s\n", h.from, summary(r.report))
 	case r.err == nil:
-		fmt.Fprintf(out, "Sent VM to %s: %s\n", a.From, summary(r.report))
+		fmt.Fprintf(out, "Sent VM to %s: %s\n", h.from, summary(r.report))
 		return r, true, nil
 	case errors.Is(r.err, migrate.ErrInDoubt), errors.Is(r.err, migrate.ErrUnsettled):
-		fmt.Fprintf(out, "Send to %s: %v\n", a.From, r.err)
+		fmt.Fprintf(out, "Send to %s: %v\n", h.from, r.err)
 	case !p.Running():
-		return r, true, fmt.Errorf("send to %s: %w; the VM is not running here any more", a.From, r.err)
+		return r, true, fmt.Errorf("send to %s: %w; the VM is not running here any more", h.from, r.err)
 	default:
 		// The VM runs on here, as if nobody had asked.
-		fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", a.From, r.err)
+		fmt.Fprintf(out, "Migration to %s failed, the VM runs on here: %v\n", h.from, r.err)
 	}
 	return r, false, nil
 }
@@ -792,7 +832,7 @@ func findDestination(ctx context.Context, o *operator, reports *reports, out io.
 			if ctx.Err() != nil {
 				return false, nil
 			}
-			logger(ctx).Warn("the peer that the VM was given to was not found yet", "migration", id, "reason", err)
+			logger(ctx).Warn("the peer that the VM was given to was not found yet", "migration", id, "error", err)
 			continue
 		case err == nil:
 			fmt.Fprintf(out, "Sent VM: %s\n", summary(report))

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -35,6 +36,7 @@ type watch struct {
 	wake    chan struct{}
 	quit    context.CancelFunc
 	drawn   sync.WaitGroup
+	peer    atomic.Pointer[peer.Peer] // whose VM is here; nil before
 
 	news struct {
 		sync.Mutex // guards what follows; never held while something is written
@@ -84,7 +86,11 @@ func begun(state string) bool {
 
 // progress is told how a migration goes.
 func (w *watch) progress(p migrate.Progress) {
-	w.metrics.Progress(p)
+	if of := w.peer.Load(); of != nil && p.Role == "source" && of.UnderWay() == "snapshot" {
+		w.metrics.Snapshot(p)
+	} else {
+		w.metrics.Progress(p)
+	}
 	if s, ok := peerState(p); ok {
 		w.metrics.State(s)
 	}
@@ -246,6 +252,7 @@ func (a *apart) WithGroup(name string) slog.Handler { return &apart{a.Handler.Wi
 
 // started notes that the instance runs.
 func (w *watch) started(p *peer.Peer) {
+	w.peer.Store(p)
 	w.metrics.State(control.Running)
 	if _, ok := p.InDoubt(); ok {
 		w.metrics.State(control.InDoubt)

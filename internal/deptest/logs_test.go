@@ -93,15 +93,6 @@ func keysOf(files *token.FileSet, f *ast.File, fail func(at token.Position, why 
 	return all
 }
 
-// mendedSoon are the files in which others are at work, with the keys that they still use otherwise; "?" is one that is not written out.
-var mendedSoon = map[string][]string{
-	"cmd/drafter/given.go": {"reason"},
-	"cmd/drafter/links.go": {"?"},
-	"cmd/drafter/peer.go":  {"reason"},
-	"pkg/migrate/known.go": {"reason"},
-	"pkg/peer/peer.go":     {"reason"},
-}
-
 // row is a line of the table of docs/logs.md.
 var row = regexp.MustCompile("(?m)^\\| `([^`]+)` \\| (.+) \\|$")
 
@@ -118,7 +109,6 @@ func TestLogKeys(t *testing.T) {
 		}
 		documented[m[1]] = false
 	}
-	met := map[string]bool{} // of mendedSoon, what is still so
 	for _, root := range []string{"pkg", "cmd", "internal/agentcmd"} {
 		err := filepath.WalkDir(filepath.Join("../..", root), func(path string, d fs.DirEntry, err error) error {
 			if err != nil || !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") || strings.HasSuffix(path, ".pb.go") {
@@ -130,27 +120,21 @@ func TestLogKeys(t *testing.T) {
 				return err
 			}
 			name := filepath.ToSlash(strings.TrimPrefix(path, filepath.Join("../..")+string(filepath.Separator)))
-			complain := func(at token.Position, what, why string) {
-				if slices.Contains(mendedSoon[name], what) {
-					met[name+" "+what] = true
-					return
-				}
-				t.Errorf("%s:%d: %s", name, at.Line, why)
-			}
-			for _, l := range keysOf(files, f, func(at token.Position, why string) { complain(at, "?", why) }) {
+			complain := func(at token.Position, why string) { t.Errorf("%s:%d: %s", name, at.Line, why) }
+			for _, l := range keysOf(files, f, complain) {
 				_, known := documented[l.key]
 				if known {
 					documented[l.key] = true
 				}
 				switch {
 				case !snake.MatchString(l.key):
-					complain(l.at, l.key, fmt.Sprintf("the key %q is not in snake_case", l.key))
+					complain(l.at, fmt.Sprintf("the key %q is not in snake_case", l.key))
 				case !known:
-					complain(l.at, l.key, fmt.Sprintf("the key %q is not in docs/logs.md", l.key))
+					complain(l.at, fmt.Sprintf("the key %q is not in docs/logs.md", l.key))
 				case l.key == "reason" && isError(l.value) && !strings.Contains(l.message, "refuse"):
-					complain(l.at, l.key, fmt.Sprintf("%s: an error is logged as \"error\"; \"reason\" is why somebody was refused", l.message))
+					complain(l.at, fmt.Sprintf("%s: an error is logged as \"error\"; \"reason\" is why somebody was refused", l.message))
 				case l.key != "error" && l.key != "reason" && isError(l.value):
-					complain(l.at, l.key, fmt.Sprintf("%s: an error is logged as \"error\", not %q", l.message, l.key))
+					complain(l.at, fmt.Sprintf("%s: an error is logged as \"error\", not %q", l.message, l.key))
 				}
 			}
 			return nil
@@ -162,13 +146,6 @@ func TestLogKeys(t *testing.T) {
 	for key, used := range documented {
 		if !used {
 			t.Errorf("docs/logs.md has %q, which nothing logs", key)
-		}
-	}
-	for name, keys := range mendedSoon {
-		for _, key := range keys {
-			if !met[name+" "+key] {
-				t.Errorf("%s is mended as to %q: take that out of this test", name, key)
-			}
 		}
 	}
 }

@@ -763,7 +763,10 @@ type tap struct {
 	close   func()
 }
 
-func newTap(t *testing.T, source string, limit int64) *tap {
+func newTap(t *testing.T, source string, limit int64) *tap { return newTapOn(t, source, false, limit) }
+
+// newTapOn is newTap, with pushes on the way to a peer to which the source comes.
+func newTapOn(t *testing.T, peer string, pushes bool, limit int64) *tap {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -776,7 +779,7 @@ func newTap(t *testing.T, source string, limit int64) *tap {
 	var passed atomic.Int64
 	reached := sync.OnceFunc(func() { close(p.reached) })
 	// A migration has several connections.
-	forward(l, source, false, &wg, func(down, up net.Conn) {
+	forward(l, peer, pushes, &wg, func(down, up net.Conn) {
 		for {
 			n, err := io.CopyN(down, up, 4<<10)
 			if passed.Add(n) >= limit {

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"io"
 	"net"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/drafter-vm/drafter/pkg/control"
 )
 
 // slowLink is a proxy that lets only so many bytes a second through from the source.
@@ -170,7 +173,16 @@ func TestCommandPostCopy(t *testing.T) {
 		during    func(t *testing.T, link *slowLink, src, dst **command)
 	}{
 		{"undisturbed", true, nil, func(*testing.T, *slowLink, **command, **command) {}},
-		{"link cut", false, nil, func(t *testing.T, link *slowLink, src, dst **command) {
+		{"link cut", false, []string{"--control", w.path("late.sock")}, func(t *testing.T, link *slowLink, src, dst **command) {
+			// Who asks hears how it is already, and what cannot be done yet.
+			out, _ := w.ctl(t, 0, "--control", w.path("late.sock"), "status")
+			var s control.Status
+			if err := json.Unmarshal([]byte(out), &s); err != nil || s.State != "running" || s.Missing == 0 || s.PID != machinePID(t, *dst) || s.UnderWay != "reception" {
+				t.Errorf("%v: it is %s", err, out)
+			}
+			if _, said := w.ctl(t, 1, "--control", w.path("late.sock"), "pause"); !strings.Contains(said, "still to come") {
+				t.Errorf("it says %s", said)
+			}
 			for range 3 {
 				link.cut()
 				w.pass(*dst, 500)

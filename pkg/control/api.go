@@ -18,9 +18,16 @@ import (
 // Controlled is a peer as its control socket sees it. Its methods may be called concurrently; what cannot be done now, because of
 // something else, fails with an error that wraps [ErrConflict], and what nobody could do with [ErrInvalid].
 type Controlled interface {
+	// Status says what the peer does. It answers at once, whatever is under way.
 	Status(ctx context.Context) (Status, error)
+
+	// Pause tells the guest's agent and stops the guest; it returns when that is done, within the agent's time limit. Resume lets the
+	// guest run again, and does nothing where there is no pause. When ctx ends they give up, and the guest is as it was.
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+
+	// SetMigratable says whether the VM may be sent from now on, to those who ask for it and by Migrate alike. It may be until that is
+	// called. What is under way goes on.
 	SetMigratable(ctx context.Context, may bool) error
 
 	// Migrate sends the VM to the peer that waits at an address, and Snapshot writes it down as a package in a new folder while it runs
@@ -28,8 +35,10 @@ type Controlled interface {
 	Migrate(ctx context.Context, address string) (*migrate.Report, error)
 	Snapshot(ctx context.Context, dir string) (*migrate.Report, error)
 
-	Cancel(ctx context.Context) error // of what is under way
-	Stop(ctx context.Context) error   // begins to close the peer, as SIGTERM does
+	// Cancel cancels the migration, snapshot or pause under way, as long as that can be, and does not wait for its end. Stop begins to
+	// close the peer, as SIGTERM does, and does not wait either.
+	Cancel(ctx context.Context) error
+	Stop(ctx context.Context) error
 }
 
 // Errors of Controlled, which a client tells apart too.
@@ -40,34 +49,45 @@ var (
 
 // Status is what is known of a peer.
 type Status struct {
-	State      string     `json:"state"`               // "running", "paused", "suspended" (for a migration), "in_doubt" or "ended"
-	VMPath     string     `json:"vm_path"`             // folder of the machine's sockets
-	PID        int        `json:"pid"`                 // of the hypervisor
-	Migratable bool       `json:"migratable"`          // who asks for the VM gets it
-	Serving    string     `json:"serving,omitempty"`   // address at which it can be had
+	// State is "starting" or "receiving" before the guest runs here, and "running", "paused", "suspended" (for a migration), "in_doubt" or
+	// "ended" from then on.
+	State string `json:"state"`
+
+	VMPath     string     `json:"vm_path"`             // folder of the machine's sockets; empty before the guest runs here
+	PID        int        `json:"pid"`                 // of the hypervisor; 0 before the guest runs here
+	Migratable bool       `json:"migratable"`          // the VM may be sent, as far as SetMigratable and its devices are concerned
+	Serving    string     `json:"serving,omitempty"`   // address at which it can be had; empty: nobody can ask for it
 	Missing    int64      `json:"missing,omitempty"`   // bytes that are still to come from the peer that had it
 	InDoubt    string     `json:"in_doubt,omitempty"`  // migration by which it was given away and which nobody has confirmed
-	Busy       bool       `json:"busy"`                // with a migration, a snapshot or a pause
-	Migration  *Migration `json:"migration,omitempty"` // the newest
+	Busy       bool       `json:"busy"`                // something is under way
+	UnderWay   string     `json:"under_way,omitempty"` // what, in words: "migration", which begins with dialling the other peer, "snapshot", "pause" and so on
+	Migration  *Migration `json:"migration,omitempty"` // the newest migration or snapshot of which anything is known, under way or over
 }
 
-// Migration is a migrate.Progress, as JSON. Sizes are in bytes, rates in bytes a second.
+// Migration is a migrate.Progress, as JSON. What is not known is 0.
 type Migration struct {
-	Role      string         `json:"role"`
-	State     string         `json:"state"`
-	Round     int            `json:"round"`
-	Size      int64          `json:"size"`
-	Data      int64          `json:"data"`
-	Zero      int64          `json:"zero"`
-	Same      int64          `json:"same"`
-	Dirty     int64          `json:"dirty"`
-	Rest      int64          `json:"rest"`
-	Elapsed   migrate.Millis `json:"elapsed_ms"`
-	Remaining migrate.Millis `json:"remaining_ms"`
-	Bandwidth float64        `json:"bandwidth"`
-	DirtyRate float64        `json:"dirty_rate"`
-	Throttle  float64        `json:"throttle"`
-	Over      bool           `json:"over"`
+	Role  string `json:"role"`  // what this peer is in it: "source", also of a snapshot, or "destination"
+	State string `json:"state"` // of that role, as docs/protocol.md has them: "copying", "receiving", "moved", …
+	Round int    `json:"round"` // at the source: of going over all that is dirty, from 0; the first is over everything
+	Size  int64  `json:"size"`  // of all devices, in bytes
+
+	// Bytes of content so far, over all rounds: that were sent or received as such, that went as runs of zeros, and, at the source,
+	// that did not have to be sent, as the destination holds them.
+	Data int64 `json:"data"`
+	Zero int64 `json:"zero"`
+	Same int64 `json:"same"`
+
+	// Bytes that were dirty when the round began (source), or missing when the guest was started at the destination (both), and those of
+	// them that are not sent, or not there, yet.
+	Dirty int64 `json:"dirty"`
+	Rest  int64 `json:"rest"`
+
+	Elapsed   migrate.Millis `json:"elapsed_ms"`   // since it began
+	Remaining migrate.Millis `json:"remaining_ms"` // at the source: estimate of the time until everything is there
+	Bandwidth float64        `json:"bandwidth"`    // bytes of data a second, over the last two seconds at most
+	DirtyRate float64        `json:"dirty_rate"`   // at the source: bytes a second that the guest writes
+	Throttle  float64        `json:"throttle"`     // at the source: share of its time that the guest is held back, from 0 to 0.99
+	Over      bool           `json:"over"`         // State is the last one: nothing follows
 }
 
 // MigrationOf is a progress as it is shown.

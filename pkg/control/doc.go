@@ -11,7 +11,7 @@
 //
 //	cfg.Progress = metrics.Progress              // of the peer: it counts what every migration does
 //	report, err := p.Send(ctx, streams)
-//	metrics.Done(report)
+//	metrics.Done(report)                         // of a snapshot: Snapshot in place of Progress, and SnapshotDone
 //
 // # Numbers
 //
@@ -21,7 +21,9 @@
 //
 // # Concurrency
 //
-// All methods may be called by any goroutine. None of them blocks for longer than a scrape takes to copy the numbers.
+// All methods may be called by any goroutine. Those of [Metrics] take no longer than a scrape takes to copy the numbers. Those of [Client]
+// wait for their answers: Migrate and Snapshot as long as the whole migration or snapshot takes, Pause and Resume for the guest's agent.
+// [Server.Close] waits for answers that are being given, a second at most.
 //
 // # What it does not do
 //

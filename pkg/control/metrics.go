@@ -21,14 +21,15 @@ const (
 	Starting  State = "starting"  // the instance is being resumed or booted
 	Receiving State = "receiving" // it is being received
 	Running   State = "running"
-	Sending   State = "sending" // it runs, and is being sent
+	Paused    State = "paused"  // somebody has stopped its guest, until somebody lets it go on
+	Sending   State = "sending" // it runs, and is being sent, or written down as a snapshot
 	Serving   State = "serving" // it runs elsewhere, and gets what it lacks from here
 	InDoubt   State = "in-doubt"
 	Moved     State = "moved"
 	Closing   State = "closing" // it is being saved
 )
 
-var states = []State{Starting, Receiving, Running, Sending, Serving, InDoubt, Moved, Closing}
+var states = []State{Starting, Receiving, Running, Paused, Sending, Serving, InDoubt, Moved, Closing}
 
 // Memory is how the lazy filling of a guest's memory goes.
 type Memory struct {
@@ -74,6 +75,12 @@ type Memory struct {
 //	drafter_migration_downtime_seconds{role}               histogram
 //	drafter_migration_downtime_part_seconds{role,part}     of the last migration; they add up to its downtime
 //	drafter_migration_agent_seconds{moment}                of the last migration; moment: before, after
+//	drafter_snapshots_total{result}                        result: written, failed
+//	drafter_snapshot_pause_seconds                         histogram of how long the guest stood still for one that was written
+//	drafter_snapshot_bytes_total{kind}                     kind: data, zero, state
+//
+// The gauges drafter_migration_… show a snapshot under way, too, whose role is source; what is counted of migrations has nothing of it.
+// Gauges of what goes on (rest, bandwidth, what the guest writes, remaining, throttle) are 0 when nothing is under way.
 //
 // Those of the Go runtime (go_…) and of the process (process_…) come with them.
 type Metrics struct {
@@ -84,10 +91,11 @@ type Metrics struct {
 	peerState, state, size, rest, dirty, bandwidth, part, agent *prometheus.GaugeVec
 	migrations, bytes, late, reconnects                         *prometheus.CounterVec
 	duration, downtime, flush                                   *prometheus.HistogramVec
-	flushFailures                                               *prometheus.CounterVec
+	flushFailures, snapshots, snapshotBytes                     *prometheus.CounterVec
+	snapshotPause                                               prometheus.Histogram
 
-	mu     sync.Mutex // guards what follows, and changes of state
-	last   migrate.Progress
+	mu     sync.Mutex       // guards what follows, and changes of state
+	last   migrate.Progress // of what is under way
 	memory func() (Memory, bool)
 }
 
@@ -135,6 +143,14 @@ func NewMetrics(version string) *Metrics {
 	m.downtime = histogram("migration_downtime_seconds", "Time the guest did not run; at the destination, the part that it sees.", "role", prometheus.ExponentialBuckets(0.001, 2, 15))
 	m.part = gauges("migration_downtime_part_seconds", "Parts of the downtime of the last migration, which add up to it.", "role", "part")
 	m.agent = gauges("migration_agent_seconds", "Time the guest's agent took before the pause and after the resume of the last migration.", "moment")
+	m.snapshots = counters("snapshots_total", "Snapshots that ended: written, or failed, as does one that was cancelled.", "result")
+	m.snapshotBytes = counters("snapshot_bytes_total", "Bytes of content of snapshots, by kind (data, zero, state).", "kind")
+	m.snapshotPause = prometheus.NewHistogram(prometheus.HistogramOpts{Name: "drafter_snapshot_pause_seconds",
+		Help: "Time the guest stood still for a snapshot that was written.", Buckets: prometheus.ExponentialBuckets(0.001, 2, 15)})
+	m.registry.MustRegister(m.snapshotPause)
+	for _, result := range []string{snapshotWritten, snapshotFailed} {
+		m.snapshots.WithLabelValues(result) // so that 0 is seen
+	}
 	m.State(Starting)
 	return m
 }
@@ -164,29 +180,64 @@ func (m *Metrics) Memory(stats func() (Memory, bool)) {
 func (m *Metrics) Progress(p migrate.Progress) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.count(p)
+	m.count(p, m.countMigrated)
+	m.show(p)
+}
+
+// Snapshot is Progress for a snapshot; SnapshotDone ends it.
+func (m *Metrics) Snapshot(p migrate.Progress) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.count(p, m.countWritten)
+	m.show(p)
+}
+
+// show sets the gauges. m.mu is held.
+func (m *Metrics) show(p migrate.Progress) {
 	m.state.Reset()
 	m.state.WithLabelValues(p.Role, p.State).Set(1)
 	m.size.WithLabelValues(p.Role).Set(float64(p.Size))
 	m.bandwidth.WithLabelValues(p.Role).Set(p.Bandwidth)
 	m.rest.WithLabelValues(p.Role).Set(float64(p.Rest))
 	m.dirty.WithLabelValues(p.Role).Set(float64(p.Dirty))
+	if p.Over() {
+		m.rests(p.Role)
+	}
 	if p.Role != "source" {
 		return
 	}
 	m.round.Set(float64(p.Round))
-	m.dirtyRate.Set(p.DirtyRate)
-	m.remaining.Set(p.Remaining.Seconds())
-	m.throttle.Set(p.Throttle)
+	if !p.Over() {
+		m.dirtyRate.Set(p.DirtyRate)
+		m.remaining.Set(p.Remaining.Seconds())
+		m.throttle.Set(p.Throttle)
+	}
 }
 
-// count adds what is new since the last progress of the same migration. m.mu is held.
-func (m *Metrics) count(p migrate.Progress) {
+// rests sets the gauges of what goes on: nothing does. m.mu is held.
+func (m *Metrics) rests(role string) {
+	m.bandwidth.WithLabelValues(role).Set(0)
+	m.rest.WithLabelValues(role).Set(0)
+	for _, g := range []prometheus.Gauge{m.dirtyRate, m.remaining, m.throttle} {
+		g.Set(0)
+	}
+}
+
+func (m *Metrics) countMigrated(role, kind string, n float64) {
+	m.bytes.WithLabelValues(role, kind).Add(n)
+}
+
+func (m *Metrics) countWritten(_, kind string, n float64) {
+	m.snapshotBytes.WithLabelValues(kind).Add(n)
+}
+
+// count adds what is new since the last progress of the same migration or snapshot. m.mu is held.
+func (m *Metrics) count(p migrate.Progress, to func(role, kind string, n float64)) {
 	if p.Elapsed < m.last.Elapsed && p.Elapsed > 0 { // another migration: the one before had no report
 		m.last = migrate.Progress{}
 	}
 	add := func(kind string, now, before int64) {
-		m.bytes.WithLabelValues(p.Role, kind).Add(float64(max(0, now-before)))
+		to(p.Role, kind, float64(max(0, now-before)))
 	}
 	add("data", p.Data, m.last.Data)
 	add("zero", p.Zero, m.last.Zero)
@@ -201,19 +252,16 @@ func (m *Metrics) Done(r *migrate.Report) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.count(migrate.Progress{Role: r.Role, Data: r.DataBytes, Zero: r.ZeroBytes, StateBytes: r.StateBytes})
+	m.count(migrate.Progress{Role: r.Role, Data: r.DataBytes, Zero: r.ZeroBytes, StateBytes: r.StateBytes}, m.countMigrated)
 	m.last = migrate.Progress{}
 	m.bytes.WithLabelValues(r.Role, "wire").Add(float64(r.WireBytes))
 	m.migrations.WithLabelValues(r.Role, r.Outcome).Inc()
 	m.state.Reset()
 	m.state.WithLabelValues(r.Role, r.Outcome).Set(1)
-	m.bandwidth.WithLabelValues(r.Role).Set(0)
-	m.rest.WithLabelValues(r.Role).Set(0)
+	m.rests(r.Role)
 	m.late.WithLabelValues(r.Role).Add(float64(r.LateBytes))
 	m.demands.Add(float64(r.Demands))
 	m.reconnects.WithLabelValues(r.Role).Add(float64(r.Reconnects))
-	m.remaining.Set(0)
-	m.throttle.Set(0)
 	m.duration.WithLabelValues(r.Role).Observe(time.Duration(r.Total).Seconds())
 	var rounds []migrate.Millis // their starts
 	for _, x := range r.Rounds {
@@ -231,6 +279,30 @@ func (m *Metrics) Done(r *migrate.Report) {
 	}
 	m.agent.WithLabelValues("before").Set(time.Duration(r.AgentBefore).Seconds())
 	m.agent.WithLabelValues("after").Set(time.Duration(r.AgentAfter).Seconds())
+}
+
+// Values of the label result.
+const (
+	snapshotWritten = "written"
+	snapshotFailed  = "failed"
+)
+
+// SnapshotDone notes how a snapshot ended, with the report and the error of it. One that was refused because of something else is none:
+// do not tell of it.
+func (m *Metrics) SnapshotDone(r *migrate.Report, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if r != nil && err == nil {
+		m.count(migrate.Progress{Data: r.DataBytes, Zero: r.ZeroBytes, StateBytes: r.StateBytes}, m.countWritten)
+		m.snapshotPause.Observe(time.Duration(r.Downtime).Seconds())
+	}
+	m.last = migrate.Progress{}
+	result := snapshotWritten
+	if err != nil {
+		result = snapshotFailed
+	}
+	m.snapshots.WithLabelValues(result).Inc()
+	m.rests("source")
 }
 
 // Flushed is told of each flush of a disk by the guest.

@@ -100,6 +100,16 @@ func end(m *Metrics) {
 	m.State(Moved)
 }
 
+// a snapshot that was written, and one of which nothing came.
+func snapshots(m *Metrics) {
+	m.State(Sending)
+	m.Snapshot(migrate.Progress{Role: "source", State: "copying", Size: 1 << 30, Data: 1 << 20, Bandwidth: 1e9, DirtyRate: 3e7, Throttle: 0.1, Remaining: time.Second})
+	m.Snapshot(migrate.Progress{Role: "source", State: "copied", Size: 1 << 30, Data: 1 << 21, Zero: 4096, Bandwidth: 1e9, DirtyRate: 3e7, Throttle: 0.1, Rest: 7})
+	m.SnapshotDone(&migrate.Report{Role: "destination", Outcome: "kept", DataBytes: 1 << 21, ZeroBytes: 4096, StateBytes: 70_000, Downtime: migrate.Millis(36 * time.Millisecond)}, nil)
+	m.SnapshotDone(nil, errors.New("no space"))
+	m.State(Paused)
+}
+
 func TestMetrics(t *testing.T) {
 	m := NewMetrics("1.2.3")
 	url := serve(t, m)
@@ -107,6 +117,8 @@ func TestMetrics(t *testing.T) {
 	got := scrape(t, url+"/metrics")
 	end(m)
 	got += "\n# And when it is over:\n" + scrape(t, url+"/metrics")
+	snapshots(m)
+	got += "\n# And after snapshots, of one that was moved here again:\n" + scrape(t, url+"/metrics")
 	const golden = "testdata/metrics.txt"
 	if *update {
 		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -145,6 +157,7 @@ func TestMetricsDocumented(t *testing.T) {
 	m := NewMetrics("1")
 	story(m)
 	end(m)
+	snapshots(m)
 	families, err := m.registry.Gather()
 	if err != nil {
 		t.Fatal(err)
@@ -197,6 +210,7 @@ func TestConcurrent(t *testing.T) {
 			for range 20 {
 				story(m)
 				end(m)
+				snapshots(m)
 			}
 		})
 		wg.Go(func() {
@@ -239,12 +253,36 @@ func TestDocumented(t *testing.T) {
 			}
 		}
 		for n := range served {
-			if file == "metrics.md" && !shown[n] {
+			if (file == "metrics.md" || strings.HasPrefix(n, "drafter_snapshot")) && !shown[n] {
 				t.Errorf("%s does not say what %s is", file, n)
 			}
 		}
 		if file == "grafana.json" && !json.Valid(text) {
 			t.Errorf("%s is no JSON", file)
+		}
+	}
+}
+
+// TestNothingUnderWay holds the gauges of what goes on to 0 when nothing does, whoever tells of it: a snapshot has no Done.
+func TestNothingUnderWay(t *testing.T) {
+	for role, last := range map[string]string{"source": "copied", "destination": "running"} {
+		m := NewMetrics("1")
+		url := serve(t, m)
+		p := migrate.Progress{Role: role, State: "receiving", Bandwidth: 5, DirtyRate: 5, Rest: 5, Throttle: 0.5, Remaining: 5 * time.Second}
+		if role == "source" {
+			p.State = "copying"
+		}
+		numbers := regexp.MustCompile(`(?m)^drafter_migration_(bandwidth_bytes_per_second|rest_bytes|dirty_bytes_per_second|remaining_seconds|throttle_ratio)(\{.*\})? [^0].*$`)
+		m.Progress(p)
+		if got := numbers.FindAllString(scrape(t, url+"/metrics"), -1); len(got) < 2 {
+			t.Errorf("%s: while it is under way there is only %q", role, got)
+		}
+		p.State = last
+		if m.Progress(p); !p.Over() {
+			t.Fatalf("%q is not the last state", last)
+		}
+		if got := numbers.FindAllString(scrape(t, url+"/metrics"), -1); len(got) > 0 {
+			t.Errorf("%s: when it is over there is %q", role, got)
 		}
 	}
 }

@@ -98,7 +98,7 @@ func OpenBaseIndex(ctx context.Context, path, cache string, log *slog.Logger) (*
 			return x, nil
 		}
 		if !errors.Is(err, fs.ErrNotExist) {
-			log.Debug("the index of a base is made anew", "base", path, "cache", cache, "reason", err)
+			log.Debug("the index of a base is made anew", "base", path, "cache", cache, "error", err)
 		}
 	}
 	base, err := block.OpenFile(path, block.FileOptions{ReadOnly: true})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -33,7 +34,8 @@ func PackageDevices(dir, instance string) ([]Device, error) {
 }
 
 // Clone makes a second VM of this one, which runs on: it is written down as a package in dir/package, as by [Peer.Snapshot], and
-// resumed from there with overlays in dir/instance. dir must not exist, and belongs to the clone from then on. Of cfg, Devices is set
+// resumed from there with overlays in dir/instance. dir must not exist (the error
+// wraps fs.ErrExist), and belongs to the clone from then on. Of cfg, Devices is set
 // here, and Clone, which tells the guest's agents of it; its Host must differ where the two would meet: in Netns, or Interface. When
 // it fails nothing is left of it.
 //
@@ -41,7 +43,7 @@ func PackageDevices(dir, instance string) ([]Device, error) {
 func (p *Peer) Clone(ctx context.Context, dir string, cfg Config) (clone *Peer, err error) {
 	made, err := runner.MakeFolders(dir, 0o700)
 	if err == nil && len(made) == 0 {
-		err = fmt.Errorf("%q exists: nothing is overwritten: choose another folder", dir)
+		err = fmt.Errorf("%q: %w: nothing is overwritten: choose another folder", dir, fs.ErrExist)
 	}
 	defer func() {
 		if err != nil {

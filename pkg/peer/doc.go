@@ -36,8 +36,9 @@
 //
 // # Concurrency
 //
-// All methods may be called by any goroutine. One Send runs at a time; a second one fails at once. Close during a Send
-// cancels it first.
+// All methods may be called by any goroutine. A peer does one thing at a time of Send, Snapshot, Pause, Unpause and Rejoin; another fails
+// at once with ErrBusy. Close cancels what is under way first. How a peer is (Running, Paused, InDoubt, Busy, UnderWay and
+// Instance().Missing) is answered at once, whatever goes on.
 //
 // # What it does not do
 //

@@ -355,13 +355,24 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 	}
 }
 
-// DialStreams dials n connections, which become the streams of one migration.
+// DialStreams dials n connections, which become the streams of one migration. All of them, with what dial does to make sure of the
+// other side, must be there within 10 s, the time that a [Lobby] gives whoever comes to it: something that accepts connections and
+// says nothing is no peer.
 func DialStreams(ctx context.Context, n int, dial func(context.Context) (net.Conn, error)) ([]io.ReadWriter, error) {
+	return dialStreams(ctx, n, handshakeTime, dial)
+}
+
+func dialStreams(ctx context.Context, n int, patience time.Duration, dial func(context.Context) (net.Conn, error)) ([]io.ReadWriter, error) {
+	bounded, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	var streams []io.ReadWriter
 	for range n {
-		conn, err := dial(ctx)
+		conn, err := dial(bounded)
 		if err != nil {
 			Arrival{Streams: streams}.Close()
+			if bounded.Err() != nil && ctx.Err() == nil {
+				err = fmt.Errorf("%w: no peer has answered there within %s", err, patience)
+			}
 			return nil, err
 		}
 		streams = append(streams, conn)

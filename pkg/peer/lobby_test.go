@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
@@ -149,6 +150,27 @@ func TestLobbyEnds(t *testing.T) {
 	}
 	if _, err := b.Rejoin(t.Context()); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Rejoin after Close: %v", err)
+	}
+}
+
+// TestDialSilent dials what accepts connections and says nothing: the error says who that is.
+func TestDialSilent(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	key := transport.Options{Key: strings.Repeat("ab", 32)}
+	address := "psk://" + l.Addr().String()
+	dial := func(ctx context.Context) (net.Conn, error) { return key.Dial(ctx, address) }
+	_, err = dialStreams(t.Context(), 3, 50*time.Millisecond, dial)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "no peer has answered there within 50ms") {
+		t.Errorf("it ends with %v", err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := dialStreams(ctx, 3, time.Minute, dial); !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "no peer has answered") {
+		t.Errorf("for a caller who does not wait that long it ends with %v", err)
 	}
 }
 

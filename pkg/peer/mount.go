@@ -281,7 +281,7 @@ func (m *Mounter) begin(ctx context.Context) (context.Context, func(), error) {
 	case m.sent:
 		return nil, nil, errors.New("the VM was handed over already")
 	case m.cancel != nil:
-		return nil, nil, ErrBusy
+		return nil, nil, fmt.Errorf("%w: a migration is under way", ErrBusy)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	m.cancel, m.idle = cancel, make(chan struct{})

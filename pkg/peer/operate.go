@@ -18,13 +18,54 @@ import (
 // ErrPaused is wrapped by errors of what needs a guest that runs, while Pause has stopped it.
 var ErrPaused = errors.New("the VM is paused")
 
-// ErrNotMigratable is wrapped by the error of Send while SetMigratable forbids it.
-var ErrNotMigratable = errors.New("the VM is not migratable now")
+// ErrNotMigratable is wrapped by the error of Send while SetMigratable forbids it, and of an instance that could not be sent at all:
+// see [Config.CheckMigratable].
+var ErrNotMigratable = errors.New("the VM is not migratable")
+
+// task is a kind of what a peer does one at a time. Its text is what people are told.
+type task string
+
+const (
+	migrating task = "migration"
+	copying   task = "snapshot"
+	pausing   task = "pause"
+	resuming  task = "resume"
+	rejoining task = "search for the other peer"
+)
+
+// operation is what is under way.
+type operation struct {
+	task
+	cancel context.CancelFunc
+	done   chan struct{} // closed at its end
+}
+
+// begin registers a task. The returned function ends it; its context ends with that, when ctx does, and with Close.
+func (p *Peer) begin(ctx context.Context, t task) (context.Context, func(), error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.op != nil {
+		return nil, nil, fmt.Errorf("%w: a %s is under way", ErrBusy, p.op.task)
+	}
+	if p.paused && t != resuming {
+		return nil, nil, ErrPaused
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	op := &operation{t, cancel, make(chan struct{})}
+	p.op = op
+	return ctx, func() {
+		cancel()
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.op = nil
+		close(op.done)
+	}, nil
+}
 
 // Pause tells the guest's agent and stops the vCPUs, until Unpause. A paused guest does not migrate, and Close saves it. It is not on
 // record: a peer that is started again, after this process died, lets the guest run. It fails with ErrBusy during a migration.
 func (p *Peer) Pause(ctx context.Context) error {
-	ctx, done, err := p.begin(ctx)
+	ctx, done, err := p.begin(ctx, pausing)
 	if err != nil {
 		return fmt.Errorf("pause VM: %w", err)
 	}
@@ -36,24 +77,46 @@ func (p *Peer) Pause(ctx context.Context) error {
 	return nil
 }
 
-// Unpause undoes Pause. Without one it does nothing.
+// Unpause undoes Pause: the guest runs when it returns nil. Without a Pause it does nothing. One that comes while another Pause or
+// Unpause is under way waits for its end first.
 func (p *Peer) Unpause(ctx context.Context) error {
-	p.mu.Lock()
-	paused := p.paused
-	p.mu.Unlock()
-	if !paused {
+	for {
+		p.mu.Lock()
+		op, paused := p.op, p.paused
+		p.mu.Unlock()
+		switch {
+		case op != nil && (op.task == pausing || op.task == resuming):
+			select {
+			case <-op.done:
+				continue
+			case <-ctx.Done():
+				return fmt.Errorf("unpause VM: %w", context.Cause(ctx))
+			}
+		case !paused:
+			return nil
+		}
+		resume, done, err := p.begin(ctx, resuming)
+		if err != nil { // another was faster
+			continue
+		}
+		err = p.resume(resume)
+		done()
+		if err != nil {
+			return fmt.Errorf("unpause VM: %w", err)
+		}
 		return nil
 	}
-	p.setPaused(false) // so that begin lets it pass; nothing else can begin before done
-	ctx, done, err := p.begin(ctx)
-	if err == nil {
-		defer done()
-		err = p.instance.Continue(ctx)
+}
+
+// resume lets the guest run, of a peer that Pause has stopped unless another Unpause was faster.
+func (p *Peer) resume(ctx context.Context) error {
+	if !p.Paused() {
+		return nil
 	}
-	if err != nil {
-		p.setPaused(true)
-		return fmt.Errorf("unpause VM: %w", err)
+	if err := p.instance.Continue(ctx); err != nil {
+		return err
 	}
+	p.setPaused(false) // only now, so that nothing could begin before
 	return nil
 }
 
@@ -84,27 +147,36 @@ func (p *Peer) Migratable() bool {
 	return !p.stays && p.cfg.CheckMigratable() == nil
 }
 
-// Busy reports whether a Send, a Snapshot, or a Pause is under way.
-func (p *Peer) Busy() bool {
+// Busy reports whether there is something under way: see [Peer.UnderWay].
+func (p *Peer) Busy() bool { return p.UnderWay() != "" }
+
+// UnderWay is what the peer does now, of which it does one at a time: "migration" (a Send), "snapshot", "pause", "resume" (an Unpause) or
+// "search for the other peer" (a Rejoin); empty: nothing.
+func (p *Peer) UnderWay() string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.sending
+	if p.op == nil {
+		return ""
+	}
+	return string(p.op.task)
 }
 
-// Cancel cancels the Send or the Snapshot under way, and reports whether there was one. It does not wait for its end; one that has
-// handed the guest over already goes on.
+// Cancel cancels the Send, Snapshot or Pause under way, and reports whether there was one. It does not wait for its end: a Send that has
+// handed the guest over already goes on, and so does a Pause that has stopped it. A Pause of which the guest's agent was told tells it that
+// the guest runs on. An Unpause and a Rejoin are not cancelled: only their contexts, or Close, end them.
 func (p *Peer) Cancel() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.sending {
-		p.cancel()
+	if p.op == nil || p.op.task == resuming || p.op.task == rejoining {
+		return false
 	}
-	return p.sending
+	p.op.cancel()
+	return true
 }
 
 // Snapshot writes the VM, which runs on, down as a package in a new folder. The guest is paused for as long as a migration would:
 // for its device state, and what it wrote last. Config.Goal applies, and all of the memory and the disks is written meanwhile. When it
-// fails nothing is left. The report is that of the writing side.
+// fails nothing is left. The report is that of the writing side. Where dir exists the error wraps fs.ErrExist.
 func (p *Peer) Snapshot(ctx context.Context, dir string) (*vmpackage.Manifest, *migrate.Report, error) {
 	t := Terminator{Dir: dir, Copy: true, Concurrency: p.cfg.Concurrency, RescueTimeout: p.cfg.RescueTimeout, Logger: p.cfg.Logger}
 	if err := t.Check(); err != nil {
@@ -120,8 +192,7 @@ func (p *Peer) Snapshot(ctx context.Context, dir string) (*vmpackage.Manifest, *
 	}
 	sent := make(chan result, 1)
 	go func() {
-		report, err := p.send(ctx, []io.ReadWriter{here}, false)
-		closeAll([]io.ReadWriter{here}) // also of what could not begin
+		report, err := p.copyTo(ctx, here)
 		sent <- result{report, err}
 	}()
 	manifest, report, err := t.Receive(ctx, []io.ReadWriter{there})
@@ -130,10 +201,33 @@ func (p *Peer) Snapshot(ctx context.Context, dir string) (*vmpackage.Manifest, *
 		report.Downtime, report.Parts = s.report.Downtime, s.report.Parts // which this side alone sees whole
 		return manifest, report, s.err
 	}
-	if s.err != nil {
-		err = s.err // why the other could not go on
+	// One of them failed because the other did, and was told no more than a stranger would be.
+	var told *migrate.PeerError
+	switch {
+	case s.err == nil || errors.As(s.err, &told):
+	case errors.As(err, &told):
+		err = s.err
+	default:
+		err = fmt.Errorf("%w; %w", s.err, err)
 	}
 	return nil, report, fmt.Errorf("snapshot VM: %w", err)
+}
+
+// copyTo sends a copy of the VM to ourselves.
+func (p *Peer) copyTo(ctx context.Context, to net.Conn) (*migrate.Report, error) {
+	streams := []io.ReadWriter{to}
+	ctx, done, err := p.begin(ctx, copying)
+	if err == nil {
+		defer done()
+		err = p.checkWhole()
+	}
+	if err != nil {
+		code, reason := refusal(err)
+		refuse(streams, wire.RoleSource, code, reason)
+		return &migrate.Report{}, err
+	}
+	defer closeAll(streams)
+	return p.send(ctx, streams)
 }
 
 // socketPair makes a stream within this process.
@@ -161,10 +255,13 @@ func socketPair() (a, b net.Conn, err error) {
 	return a, b, nil
 }
 
-// busy is what the other side of streams is told when nothing can be begun for this reason.
-func busy(err error) (wire.Code, string) {
-	if errors.Is(err, ErrPaused) {
+// refusal is what the other side of streams is told when nothing can be begun for this reason.
+func refusal(err error) (wire.Code, string) {
+	switch {
+	case errors.Is(err, ErrPaused):
 		return wire.CodeCanceled, "this VM is paused: try again when it is not"
+	case errors.Is(err, ErrNotMigratable):
+		return wire.CodeRefused, "this VM is not migratable now"
 	}
 	return wire.CodeCanceled, "another migration of this VM is under way here: try again when it is over"
 }

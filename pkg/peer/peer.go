@@ -47,7 +47,7 @@ type Config struct {
 	// Goal is what a Send is to achieve, for devices whose Policy leaves it to that.
 	Goal migrate.Goal
 
-	// Concurrency bounds the workers of a migration. 0 means migrate's default.
+	// Concurrency is how many goroutines of a migration read, hash, pack and write content. 0 means 4; more than 64 counts as 64.
 	Concurrency int
 
 	// OwnThreads is that of migrate: for a process that is there for its guests alone.
@@ -76,6 +76,9 @@ type Config struct {
 	OnState   func(migrate.SourceState)
 	OnReceive func(migrate.DestinationState)
 
+	// OnRun is that of runner.Config: the instance runs here, though the call that brings it here may take a while yet.
+	OnRun func(*runner.Instance)
+
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
 }
@@ -83,7 +86,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)
@@ -101,18 +104,18 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// CheckMigratable reports why an instance with these devices could not be sent.
+// CheckMigratable reports why an instance with these devices could not be sent. The error wraps ErrNotMigratable.
 func (c Config) CheckMigratable() error {
 	for _, d := range c.Devices {
 		if d.Stationary && (runner.IsDisk(d.Name) || d.Name == runner.MemoryDevice || d.Name == runner.StateDevice) {
-			return fmt.Errorf("device %q changes while the instance runs, so it cannot stay behind when the instance moves: make it migratable", d.Name)
+			return fmt.Errorf("%w: device %q changes while the instance runs, so it cannot stay behind when the instance moves: make it migratable", ErrNotMigratable, d.Name)
 		}
 	}
 	return nil
 }
 
-// ErrBusy is returned by Send while another Send runs.
-var ErrBusy = errors.New("a migration is under way")
+// ErrBusy is wrapped by errors of what excludes something that is under way, which the text names: see [Peer.UnderWay].
+var ErrBusy = errors.New("busy")
 
 // ErrStranger is wrapped by the error of Send when the other end did not introduce itself as a peer that can receive: it
 // is another program, said nothing, or speaks no common version. Nothing was begun then, and the guest has noticed nothing.
@@ -126,12 +129,10 @@ type Peer struct {
 	agent   sync.WaitGroup // the telling of an adopted guest's agent
 	started atomic.Bool    // the instance is there
 
-	mu      sync.Mutex         // guards what follows
-	sending bool               // a Send runs, or what excludes one
-	cancel  context.CancelFunc // of that
-	idle    chan struct{}      // closed when there is none
-	paused  bool               // by Pause
-	stays   bool               // SetMigratable has forbidden to send it
+	mu     sync.Mutex // guards what follows; held for a moment
+	op     *operation // what is under way; nil: nothing
+	paused bool       // by Pause
+	stays  bool       // SetMigratable has forbidden to send it
 
 	rest *rest // what is still to come of an instance that was received; nil: nothing, as far as is known
 }
@@ -147,9 +148,8 @@ type rest struct {
 }
 
 func newPeer(cfg Config, i *runner.Instance) *Peer {
-	p := &Peer{cfg: cfg, instance: i, idle: make(chan struct{})}
+	p := &Peer{cfg: cfg, instance: i}
 	p.started.Store(i != nil)
-	close(p.idle)
 	return p
 }
 
@@ -366,43 +366,71 @@ func endsSoon(m vmm.Machine) bool {
 // Send hands the instance over to the peer at the other end of streams. After success the instance is gone from here and
 // only Close is left to call. After an error that wraps migrate.ErrInDoubt it is paused for good; after any other error,
 // ErrStranger among them, it runs on. The streams are closed when it returns. The report is there in any case.
+//
+// What it cannot be done beside, or at all, fails with an error that wraps ErrBusy, ErrPaused or ErrNotMigratable, and the other
+// side is told.
 func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
-	if err := p.cfg.CheckMigratable(); err != nil {
-		closeAll(streams)
+	if err := p.cfg.Authorize.give(ctx, streams); err != nil { // before anything is said of the VM, as that it is busy
 		return &migrate.Report{}, err
 	}
-	return p.send(ctx, streams, true)
-}
-
-// send is Send, to a peer or, without asking whether that may be, to ourselves.
-func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, ask bool) (*migrate.Report, error) {
-	if ask { // before anything is said of the VM, as that it is busy
-		if err := p.cfg.Authorize.give(ctx, streams); err != nil {
-			return &migrate.Report{}, err
-		}
-	}
-	ctx, done, err := p.begin(ctx)
+	ctx, done, err := p.beginSend(ctx)
 	if err != nil {
-		code, reason := busy(err)
+		code, reason := refusal(err)
 		refuse(streams, wire.RoleSource, code, reason)
 		return &migrate.Report{}, err
 	}
 	defer done()
+	return p.send(ctx, streams)
+}
 
+// SendTo is Send to whoever dial connects to, as [DialStreams] does. Nobody is dialled when the VM cannot be sent now, so that a peer
+// which waits for one hears nothing of it. Dialling is a part of it: the peer is busy meanwhile, and [Peer.Cancel] ends it. The
+// report is empty when nobody was there.
+func (p *Peer) SendTo(ctx context.Context, dial func(context.Context) ([]io.ReadWriter, error)) (*migrate.Report, error) {
+	ctx, done, err := p.beginSend(ctx)
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	defer done()
+	streams, err := dial(ctx)
+	if err != nil {
+		return &migrate.Report{}, err
+	}
+	if err := p.cfg.Authorize.give(ctx, streams); err != nil {
+		return &migrate.Report{}, err
+	}
+	return p.send(ctx, streams)
+}
+
+// beginSend registers a Send, if the VM can be sent now.
+func (p *Peer) beginSend(ctx context.Context) (context.Context, func(), error) {
+	if err := p.cfg.CheckMigratable(); err != nil {
+		return nil, nil, err
+	}
+	ctx, done, err := p.begin(ctx, migrating)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err = p.checkWhole(); err == nil && !p.Migratable() {
+		err = fmt.Errorf("%w: that was forbidden here", ErrNotMigratable)
+	}
+	if err != nil {
+		done()
+		return nil, nil, err
+	}
+	return ctx, done, nil
+}
+
+// checkWhole reports that something of the instance is still on its way here.
+func (p *Peer) checkWhole() error {
 	if n := p.instance.Missing(); n > 0 {
-		code, reason := busy(ErrBusy)
-		refuse(streams, wire.RoleSource, code, reason)
-		return &migrate.Report{}, fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
+		return fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
 	}
-	if ask {
-		p.mu.Lock()
-		stays := p.stays
-		p.mu.Unlock()
-		if stays {
-			refuse(streams, wire.RoleSource, wire.CodeRefused, "this VM is not migratable now")
-			return &migrate.Report{}, ErrNotMigratable
-		}
-	}
+	return nil
+}
+
+// send is a Send that was begun, to a peer or to ourselves.
+func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
 	sc, err := p.source()
 	if err != nil {
 		return &migrate.Report{}, err
@@ -419,7 +447,7 @@ func (p *Peer) offerMemory(streams []io.ReadWriter, sc *migrate.SourceConfig) {
 	}
 	handle, err := p.instance.Handle()
 	if err != nil {
-		p.cfg.Logger.Debug("memory is sent, not handed over", "reason", err)
+		p.cfg.Logger.Debug("memory is sent, not handed over", "error", err)
 		return
 	}
 	for n := range sc.Devices {
@@ -474,12 +502,13 @@ func send(ctx context.Context, streams []io.ReadWriter, cfg migrate.SourceConfig
 
 // Rejoin goes on with the migration that left the instance in doubt or unsettled here: after an error of Send that says so, or
 // in a peer that has adopted such an instance. It looks for the other side by Config.FindDestination until it is found, or
-// Config.RescueTimeout is over, and returns as Send does.
+// Config.RescueTimeout is over, and returns as Send does. An instance that was not given away is refused with an error that wraps
+// runner.ErrNotGiven.
 func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
 	if _, ok := p.InDoubt(); !ok {
-		return &migrate.Report{}, errors.New("the instance was not given away")
+		return &migrate.Report{}, fmt.Errorf("rejoin: %w", runner.ErrNotGiven)
 	}
-	ctx, done, err := p.begin(ctx)
+	ctx, done, err := p.begin(ctx, rejoining)
 	if err != nil {
 		return &migrate.Report{}, err
 	}
@@ -489,27 +518,6 @@ func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
 		return &migrate.Report{}, err
 	}
 	return migrate.RejoinSource(ctx, sc)
-}
-
-// begin registers a Send.
-func (p *Peer) begin(ctx context.Context) (context.Context, func(), error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.sending {
-		return nil, nil, ErrBusy
-	}
-	if p.paused {
-		return nil, nil, ErrPaused
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	p.sending, p.cancel, p.idle = true, cancel, make(chan struct{})
-	return ctx, func() {
-		cancel()
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		p.sending = false
-		close(p.idle)
-	}, nil
 }
 
 // VMPath is the folder with the machine's sockets; guest sockets are at VMPath/vsock.sock.
@@ -552,12 +560,12 @@ func (p *Peer) Running() bool { return p.instance.Running() }
 // paused: Close again, or Kill.
 func (p *Peer) Close(ctx context.Context) error {
 	p.mu.Lock()
-	if p.cancel != nil {
-		p.cancel()
-	}
-	idle := p.idle
+	op := p.op
 	p.mu.Unlock()
-	<-idle
+	if op != nil {
+		op.cancel()
+		<-op.done
+	}
 	p.endRest()
 	err := p.instance.Close(ctx)
 	if !errors.Is(err, runner.ErrUnsaved) {

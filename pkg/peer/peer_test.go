@@ -21,7 +21,7 @@ func TestCheckMigratable(t *testing.T) {
 	} {
 		cfg := Config{Devices: []Device{{DeviceConfig: runner.DeviceConfig{Name: name}, Stationary: true}}}
 		err := cfg.CheckMigratable()
-		if changes && (err == nil || !strings.Contains(err.Error(), `"`+name+`"`)) {
+		if changes && (!errors.Is(err, ErrNotMigratable) || !strings.Contains(err.Error(), `"`+name+`"`)) {
 			t.Errorf("stationary %q: error %v, want one that names it", name, err)
 		}
 		if !changes && err != nil {
@@ -32,15 +32,15 @@ func TestCheckMigratable(t *testing.T) {
 
 func TestOneSendAtATime(t *testing.T) {
 	p := newPeer(Config{}, nil)
-	_, done, err := p.begin(t.Context())
+	_, done, err := p.begin(t.Context(), copying)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := p.begin(t.Context()); err != ErrBusy {
-		t.Errorf("second send: error %v, want ErrBusy", err)
+	if _, _, err := p.begin(t.Context(), migrating); !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "a snapshot is under way") {
+		t.Errorf("second send: error %v, want ErrBusy, and what is under way", err)
 	}
 	done()
-	if _, done, err = p.begin(t.Context()); err != nil {
+	if _, done, err = p.begin(t.Context(), migrating); err != nil {
 		t.Errorf("send after the first ended: %v", err)
 	} else {
 		done()

@@ -137,7 +137,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 		}
 	}
 	i.callOnLate()
-	if len(i.late.devices) > 0 {
+	if len(i.late.all()) > 0 {
 		// The machine answers when what its main loop may be waiting for has come, however long that takes.
 		ctx = whole
 	}
@@ -184,32 +184,34 @@ func (i *Instance) settle(ctx context.Context, record Record, state vmm.State) e
 			}
 			state = vmm.StatePaused
 		}
-		i.phase, i.migration, i.confirmed, i.lent = released, record.Migration, record.Confirmed, record.Shared
+		i.note(func() { i.phase, i.migration, i.confirmed = released, record.Migration, record.Confirmed })
+		i.lent = record.Shared
 		if i.cfg.ForceOwner && (record.Confirmed || record.Shared) {
 			return fmt.Errorf("%w: %s", ErrNotSaved, record.remedy())
 		}
 		if !i.cfg.ForceOwner {
 			return nil
 		}
-		i.phase = suspended
+		i.enter(suspended)
 		if err := writeRecord(i.device(StateDevice), i.runningRecord("")); err != nil {
 			return err
 		}
 	case state == vmm.StateRunning:
-		i.phase = running
+		i.enter(running)
+		i.show()
 	case state != vmm.StatePaused && record.Length > 0:
 		return errNeverRan
 	case state != vmm.StatePaused:
 		return fmt.Errorf("the machine is %s", state)
 	default:
-		i.phase = suspended
+		i.enter(suspended)
 	}
 	if i.phase == suspended {
 		if err := i.run(ctx); err != nil {
 			return err
 		}
 	}
-	if i.guest.owed() && len(i.late.devices) == 0 { // else the agent may wait for what is missing: see AgentOwed
+	if i.guest.owed() && len(i.late.all()) == 0 { // else the agent may wait for what is missing: see AgentOwed
 		if err := i.guest.undoSuspend(ctx, i.machine, i.cfg.ResumeTimeout); err != nil {
 			i.log.Error("the instance was adopted and runs, but its agent failed after the resume", "error", err)
 		} else {
@@ -279,7 +281,7 @@ func (i *Instance) Adopted() bool { return i.adopted }
 // InDoubt returns the id, with its secret, of the migration by which the instance was given away and which nobody has confirmed, and whether
 // there is one.
 func (i *Instance) InDoubt() (migration string, ok bool) {
-	i.mu.Lock()
-	defer i.mu.Unlock()
+	i.seen.Lock()
+	defer i.seen.Unlock()
 	return i.migration, i.phase == released
 }

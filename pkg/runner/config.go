@@ -213,6 +213,11 @@ type Config struct {
 	// whose disks lack something, and whoever waits for something after Adopt waits for ever.
 	OnLate func(i *Instance, migration string, devices []Arriving)
 
+	// OnRun is told of the instance as soon as its guest runs here, for the first time: Resume, Boot and Adopt may return long after
+	// that, when an agent has answered or what is missing has come. It must not wait, and may call only those of its methods that
+	// answer at once: see [Instance]. The start may fail still. Nil is allowed.
+	OnRun func(*Instance)
+
 	// Anew makes the start end a living machine that it finds of this instance, where it would adopt it otherwise: for
 	// instances that are made, not kept.
 	Anew bool

@@ -58,7 +58,8 @@ func (p phase) String() string {
 var ErrPhase = errors.New("instance is not in the right phase")
 
 // Instance is a virtual machine on this host with its devices. Its methods may be called by any goroutine; those that
-// change its phase exclude each other.
+// change its phase exclude each other, and take as long as the guest's agent, the machine and the disks do. Running, InDoubt,
+// Confirmed, RunsSince, Missing, FillStats and VMPath answer at once, whatever goes on.
 type Instance struct {
 	cfg  Config
 	log  *slog.Logger
@@ -88,11 +89,16 @@ type Instance struct {
 
 	point point // to which it can return
 
-	mu        sync.Mutex // held through every change of phase; guards what follows
+	mu      sync.Mutex // held through every change of phase, for as long as an agent or a disk takes; guards what follows
+	refused bool       // it is on record that what was received will never run
+	lent    bool       // whom it is given to has its memory
+	shown   bool       // Config.OnRun was called
+
+	// Whoever asks how the instance is must not wait for an agent: what follows is written with mu and seen held, so either is
+	// enough to read it, and seen is held for no longer than that.
+	seen      sync.Mutex
 	phase     phase
 	migration string    // that the instance was released to, or comes by
-	refused   bool      // it is on record that what was received will never run
-	lent      bool      // whom it is given to has its memory
 	confirmed bool      // whom it was released to has said that it runs it
 	runsSince time.Time // when the vCPUs ran again
 
@@ -216,7 +222,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("boot instance from %q: %w", state.recordFile(), err)
 		}
 	}
-	if n := i.missing(); n > 0 && i.cfg.OnLate == nil {
+	if n := i.Missing(); n > 0 && i.cfg.OnLate == nil {
 		return nil, fmt.Errorf("boot instance: %d bytes of its disks are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, shown(i.late.migration))
 	}
 	if err := i.foldLayers(ctx); err != nil {
@@ -242,7 +248,8 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.start(ctx, boot); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
-	i.phase = running
+	i.enter(running)
+	i.show()
 	for _, wait := range []func(context.Context, vmm.Machine, time.Duration) error{i.guest.waitAlive, i.guest.waitAgent} {
 		err := wait(ctx, i.machine, i.cfg.ResumeTimeout)
 		switch {
@@ -329,7 +336,7 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 	if err := errors.Join(i.dropLayers(), i.keepPoint()); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
-	i.migration = migration
+	i.note(func() { i.migration = migration })
 	if err := writeRecord(i.device(StateDevice), Record{Status: Receiving, Migration: migration}); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
@@ -415,7 +422,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 	if err := CheckDevices(cfg.Devices); err != nil {
 		return nil, fmt.Errorf("open instance: %w", err)
 	}
-	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting, late: late{devices: make(map[string]Late)}}
+	i := &Instance{cfg: cfg, log: cfg.Logger, phase: waiting}
 	defer func() {
 		if err != nil {
 			if i.orphan != nil {
@@ -881,15 +888,33 @@ func (i *Instance) run(ctx context.Context) error {
 	if err := i.machine.Resume(ctx); err != nil {
 		return err
 	}
-	i.phase, i.runsSince = running, time.Now()
+	i.note(func() { i.phase, i.runsSince = running, time.Now() })
 	call(i.cfg.Hooks.Resumed)
+	i.show()
 	return nil
+}
+
+// note changes what others see of the instance. mu is held.
+func (i *Instance) note(change func()) {
+	i.seen.Lock()
+	defer i.seen.Unlock()
+	change()
+}
+
+func (i *Instance) enter(p phase) { i.note(func() { i.phase = p }) }
+
+// show tells the owner of an instance whose guest runs, once. mu is held, or nobody else has the instance yet.
+func (i *Instance) show() {
+	if i.cfg.OnRun != nil && !i.shown {
+		i.shown = true
+		i.cfg.OnRun(i)
+	}
 }
 
 // RunsSince is when the vCPUs ran again, last.
 func (i *Instance) RunsSince() time.Time {
-	i.mu.Lock()
-	defer i.mu.Unlock()
+	i.seen.Lock()
+	defer i.seen.Unlock()
 	return i.runsSince
 }
 
@@ -923,8 +948,8 @@ func (i *Instance) Machine() vmm.Machine { return i.machine }
 
 // Running reports whether the guest runs here: not suspended, not given away, not ended.
 func (i *Instance) Running() bool {
-	i.mu.Lock()
-	defer i.mu.Unlock()
+	i.seen.Lock()
+	defer i.seen.Unlock()
 	return i.phase == running && !ended(i.machine)
 }
 
@@ -964,7 +989,7 @@ func (i *Instance) pause(ctx context.Context) error {
 	if err := i.machine.Pause(ctx); err != nil {
 		return fmt.Errorf("pause instance: %w", err)
 	}
-	i.phase = suspended
+	i.enter(suspended)
 	call(i.cfg.Hooks.Suspended)
 	return nil
 }
@@ -1031,7 +1056,7 @@ func (i *Instance) Release(ctx context.Context, migration string) error {
 	if i.phase != suspended {
 		return fmt.Errorf("release instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.phase, i.migration, i.confirmed = released, migration, false
+	i.note(func() { i.phase, i.migration, i.confirmed = released, migration, false })
 	// Whatever becomes of this host, what the other lacks of the disks is in the files. The machine has flushed them when it was
 	// paused, or should have.
 	var work errgroup.Group
@@ -1059,14 +1084,14 @@ func (i *Instance) Confirm(context.Context) error {
 	if i.phase != released {
 		return fmt.Errorf("confirm instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.confirmed = true
+	i.note(func() { i.confirmed = true })
 	return writeRecord(i.device(StateDevice), i.movedRecord())
 }
 
 // Confirmed reports whether whom the instance was given to has said that it runs it, and may still need content from here.
 func (i *Instance) Confirmed() bool {
-	i.mu.Lock()
-	defer i.mu.Unlock()
+	i.seen.Lock()
+	defer i.seen.Unlock()
 	return i.phase == released && i.confirmed
 }
 
@@ -1077,7 +1102,7 @@ func (i *Instance) Released() {
 	if i.phase != released {
 		return
 	}
-	i.phase = moved
+	i.enter(moved)
 	// Nobody depends on this record but one who starts the instance after this process died, and who would be in doubt.
 	if err := writeRecord(i.device(StateDevice), Record{Status: Moved, Migration: i.migration, Settled: true}); err != nil {
 		i.log.Warn("could not put on record that the instance runs elsewhere", "error", err)
@@ -1092,7 +1117,8 @@ func (i *Instance) Reclaim(ctx context.Context, migration string) error {
 	if i.phase != released && i.phase != suspended {
 		return fmt.Errorf("reclaim instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.phase, i.lent = suspended, false
+	i.enter(suspended)
+	i.lent = false
 	return writeRecord(i.device(StateDevice), i.runningRecord(""))
 }
 
@@ -1118,7 +1144,7 @@ func (i *Instance) Load(ctx context.Context, state io.Reader) error {
 	if err != nil {
 		return fmt.Errorf("load instance: %w", err)
 	}
-	i.phase = loaded
+	i.enter(loaded)
 	return nil
 }
 
@@ -1147,7 +1173,7 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 		return err
 	}
 	i.point.front.Store(true)
-	i.phase = suspended
+	i.enter(suspended)
 	return nil
 }
 
@@ -1161,7 +1187,8 @@ func (i *Instance) Refuse(ctx context.Context, migration string) error {
 	if err := writeRecord(i.device(StateDevice), Record{Status: Discarded, Migration: migration}); err != nil {
 		return err
 	}
-	i.phase, i.refused = loaded, true
+	i.enter(loaded)
+	i.refused = true
 	return nil
 }
 
@@ -1291,7 +1318,7 @@ func (i *Instance) Close(ctx context.Context) error {
 // checkWhole refuses to save an instance of which something has not arrived. Its guest runs on meanwhile: it may be needed
 // for nothing, but a saved instance without its memory is worth less.
 func (i *Instance) checkWhole(ctx context.Context) error {
-	if n := i.missing(); n > 0 {
+	if n := i.Missing(); n > 0 {
 		return fmt.Errorf("%d bytes of it are still at the peer it came from (migration %s): let that one be reached, or start it again", n, shown(i.late.migration))
 	}
 	return i.complete(ctx)
@@ -1386,7 +1413,7 @@ func (i *Instance) pauseAndSave(ctx context.Context) error {
 	bounded, cancel := context.WithTimeout(ctx, i.cfg.RescueTimeout)
 	defer cancel()
 	if err := i.pause(bounded); errors.Is(err, vmm.ErrState) {
-		i.phase = suspended // it has never run
+		i.enter(suspended) // it has never run
 	} else if err != nil {
 		return fmt.Errorf("save instance: %w", err)
 	}
@@ -1440,7 +1467,7 @@ func (i *Instance) save(ctx context.Context) error {
 
 // teardown ends and removes everything that start made, and closes the devices. It works on whatever there is.
 func (i *Instance) teardown() error {
-	i.phase = closed
+	i.enter(closed)
 	errs := []error{i.Throttle(context.Background(), 0)}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -37,11 +38,41 @@ type Ask func(device string, r block.Range)
 
 // late is what an instance knows of what arrives while its guest runs.
 type late struct {
-	ask     atomic.Pointer[Ask]
+	ask atomic.Pointer[Ask]
+
+	mu      sync.Mutex      // guards devices; held for a moment, with Instance.mu held or not
 	devices map[string]Late // complete ones too, until Complete
 
 	migration string     // that brings it
 	listed    chan error // receives when what is missing of disks is durable; nil: nothing is
+}
+
+// device is what is late of a device; nil: nothing.
+func (l *late) device(name string) Late {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.devices[name]
+}
+
+// put sets what is late of a device; nil: nothing any more.
+func (l *late) put(name string, d Late) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if d == nil {
+		delete(l.devices, name)
+		return
+	}
+	if l.devices == nil {
+		l.devices = make(map[string]Late)
+	}
+	l.devices[name] = d
+}
+
+// all are the devices that are late, by their names.
+func (l *late) all() map[string]Late {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return maps.Clone(l.devices)
 }
 
 // request asks, if there is somebody to be asked. What is wanted meanwhile is listed by Late.Wanted.
@@ -141,7 +172,7 @@ func (d *device) makeLazy(missing []block.Range, l *late) error {
 	}
 	d.lazy, d.Device = lazy, lazy
 	d.served.to.Store(&d.Device)
-	l.devices[d.Name] = lateDisk{lazy}
+	l.put(d.Name, lateDisk{lazy})
 	return nil
 }
 
@@ -195,7 +226,7 @@ func (i *Instance) Postpone(ctx context.Context, missing map[string][]block.Rang
 			i.late.listed <- errors.Join(errs...)
 		}()
 	}
-	return maps.Clone(i.late.devices), nil
+	return i.late.all(), nil
 }
 
 func (i *Instance) receiveMemory(ctx context.Context, opts ram.FillOptions) error {
@@ -206,9 +237,9 @@ func (i *Instance) receiveMemory(ctx context.Context, opts ram.FillOptions) erro
 	}
 	i.filler = f
 	if late := (lateMemory{f}); i.point.memory != nil {
-		i.late.devices[MemoryDevice] = keptLate{late, i}
+		i.late.put(MemoryDevice, keptLate{late, i})
 	} else {
-		i.late.devices[MemoryDevice] = late
+		i.late.put(MemoryDevice, late)
 	}
 	return nil
 }
@@ -223,7 +254,7 @@ func (i *Instance) commitLate(migration string) error {
 			return err
 		}
 	}
-	if i.late.devices[MemoryDevice] == nil {
+	if i.late.device(MemoryDevice) == nil {
 		return nil
 	}
 	text, err := json.Marshal(lateNote{Migration: migration})
@@ -276,7 +307,7 @@ func (i *Instance) callOnLate() {
 func (i *Instance) arriving() (devices []Arriving) {
 	for _, d := range i.devices {
 		if d.Name != StateDevice {
-			devices = append(devices, Arriving{Name: d.Name, Size: d.Size(), Late: i.late.devices[d.Name]})
+			devices = append(devices, Arriving{Name: d.Name, Size: d.Size(), Late: i.late.device(d.Name)})
 		}
 	}
 	return devices
@@ -302,14 +333,8 @@ func (i *Instance) Settled() error {
 
 // Missing is how many bytes of the instance have not arrived.
 func (i *Instance) Missing() int64 {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	return i.missing()
-}
-
-func (i *Instance) missing() int64 {
 	var n int64
-	for _, l := range i.late.devices {
+	for _, l := range i.late.all() {
 		for off := int64(0); ; {
 			r, err := l.NextMissing(off)
 			if err != nil {
@@ -329,7 +354,7 @@ func (i *Instance) Complete(ctx context.Context) error {
 }
 
 func (i *Instance) complete(ctx context.Context) error {
-	for name, l := range i.late.devices {
+	for name, l := range i.late.all() {
 		if kept, ok := l.(keptLate); ok {
 			l = kept.lateMemory
 		}
@@ -349,7 +374,7 @@ func (i *Instance) complete(ctx context.Context) error {
 				return fmt.Errorf("complete instance: device %q: %w", name, err)
 			}
 		}
-		delete(i.late.devices, name)
+		i.late.put(name, nil)
 	}
 	return nil
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -25,6 +26,20 @@ type links struct {
 	laddr, raddr string
 	accept       string // as laddr, for those who bring a VM
 	transport.Options
+
+	sources, destinations []string // who may bring a VM and who may have one, besides those of Options.Allow
+	pushes                bool     // addresses may be named later, to which the VM is sent: drafter ctl migrate
+	giving                bool     // raddr is one of these
+}
+
+// options are those of connections by which a VM is given, or by which one is taken.
+func (l *links) options(give bool) transport.Options {
+	o := l.Options
+	o.Allow = slices.Concat(l.Allow, l.sources)
+	if give {
+		o.Allow = slices.Concat(l.Allow, l.destinations)
+	}
+	return o
 }
 
 // pskVariable is the environment variable of the key for psk. A flag for the key itself would show it to whoever lists processes.
@@ -37,6 +52,13 @@ func (l *links) register(flags *pflag.FlagSet) {
 	flags.StringVar(&l.Authorities, "tls-ca", "", "for tls, wss and quic: file of the certificates that have to have signed the other peer's, PEM (empty: only keys that --allow-peer pins)")
 	flags.StringVar(&l.KeyFile, "psk-file", "", "for psk: file of the key, 32 bytes in hexadecimal or base64 (empty: $"+pskVariable+")")
 	flags.StringArrayVar(&l.Allow, "allow-peer", nil, "who the other peer may be, may be given again: spiffe://DOMAIN/PATH, a host's name or pin-sha256:BASE64 of its certificate, uid:NUMBER of a unix socket (default: as docs/transports.md says)")
+}
+
+// registerBothWays adds the flags of a command that may take a VM as well as give one.
+func (l *links) registerBothWays(flags *pflag.FlagSet) {
+	l.register(flags)
+	flags.StringArrayVar(&l.sources, "allow-source", nil, "who a VM may be taken from (--raddr, --accept), besides those of --allow-peer; may be given again")
+	flags.StringArrayVar(&l.destinations, "allow-destination", nil, "who the VM may be given to (--laddr, drafter ctl migrate), besides those of --allow-peer; may be given again")
 }
 
 // needs says what flags an address needs.
@@ -106,10 +128,11 @@ func (l *links) readKey(ctx context.Context, stdin io.Reader) error {
 // check looks at the flags before anything is begun. Stdin and stdout are what stdio: is.
 func (l *links) check(ctx context.Context, flags *pflag.FlagSet, stdin io.Reader, stdout io.Writer) (err error) {
 	needed := make(map[string]bool)
-	named := false
+	proves := func(addresses ...string) bool {
+		return slices.ContainsFunc(addresses, func(a string) bool { return needs(a) == "certificate" || transport.Scheme(a) == "unix" })
+	}
 	for _, address := range []string{l.laddr, l.raddr, l.accept} {
 		needed[needs(address)] = true
-		named = named || needs(address) == "certificate" || transport.Scheme(address) == "unix"
 	}
 	// What has no effect may be a protection that somebody believes in.
 	for _, v := range []struct {
@@ -118,13 +141,27 @@ func (l *links) check(ctx context.Context, flags *pflag.FlagSet, stdin io.Reader
 		kinds string
 	}{{"certificate", []string{"tls-cert", "tls-key", "tls-ca"}, "tls://, wss:// or quic://"}, {"key", []string{"psk-file"}, "psk://"}} {
 		for _, name := range v.flags {
-			if flags.Changed(name) && !needed[v.need] {
+			if flags.Changed(name) && !needed[v.need] && !l.pushes {
 				return usageErrorf("--%s has no effect: no address is %s…; %s", name, v.kinds, plainWarning)
 			}
 		}
 	}
-	if flags.Changed("allow-peer") && !named {
-		return usageErrorf("--allow-peer has no effect: only tls://, wss://, quic:// and unix:// peers prove a name; %s", plainWarning)
+	for _, v := range []struct {
+		flag, where string
+		effect      bool
+	}{
+		{"allow-peer", "", l.pushes || proves(l.laddr, l.raddr, l.accept)},
+		{"allow-source", " of --raddr or --accept", proves(l.raddr, l.accept)},
+		{"allow-destination", " of --laddr, or of drafter ctl migrate (--control),", l.pushes || proves(l.laddr)},
+	} {
+		if flags.Changed(v.flag) && !v.effect {
+			return usageErrorf("--%s has no effect: only tls://, wss://, quic:// and unix:// peers%s prove a name; %s", v.flag, v.where, plainWarning)
+		}
+	}
+	if l.pushes && (l.Certificate != "" || l.PrivateKey != "" || l.Authorities != "") && !needed["certificate"] {
+		if err := l.options(true).Check("tls://localhost:1"); err != nil { // for an address that is named later
+			return usageErrorf("%w", err)
+		}
 	}
 	if needed["stdio"] {
 		var those []string
@@ -142,7 +179,7 @@ func (l *links) check(ctx context.Context, flags *pflag.FlagSet, stdin io.Reader
 	}
 	if l.KeyFile == "" {
 		l.Key, _ = ctx.Value(pskKey{}).(string)
-	} else if needed["key"] {
+	} else if needed["key"] || l.pushes {
 		if err := l.readKey(ctx, stdin); err != nil {
 			return err
 		}
@@ -151,13 +188,14 @@ func (l *links) check(ctx context.Context, flags *pflag.FlagSet, stdin io.Reader
 		if v.address == "" {
 			continue
 		}
+		o := l.options(v.flag == "laddr")
 		switch need := needs(v.address); {
-		case need == "certificate" && (l.Certificate == "" || l.PrivateKey == "" || l.Authorities == "" && len(l.Allow) == 0):
+		case need == "certificate" && (o.Certificate == "" || o.PrivateKey == "" || o.Authorities == "" && len(o.Allow) == 0):
 			return usageErrorf("--%s %s needs --tls-cert and --tls-key, and --tls-ca or --allow-peer pin-sha256:BASE64", v.flag, transport.Redacted(v.address))
 		case need == "key" && l.KeyFile == "" && l.Key == "":
 			return usageErrorf("--%s %s needs --psk-file, or the key in $%s", v.flag, transport.Redacted(v.address), pskVariable)
 		}
-		if err := l.Check(v.address); err != nil {
+		if err := o.Check(v.address); err != nil {
 			return usageErrorf("--%s: %w", v.flag, err)
 		}
 		if v.flag != "raddr" && !transport.CanListen(v.address) {
@@ -174,7 +212,7 @@ func (l *links) listen(ctx context.Context, flag, address string) (net.Listener,
 	if transport.Insecure(address) {
 		logger(ctx).Warn("peers are neither authenticated nor encrypted; use a trusted network, or tls://, psk:// or ssh://", "flag", "--"+flag, "address", transport.Redacted(address))
 	}
-	o := l.Options
+	o := l.options(flag == "laddr")
 	o.Logger = logger(ctx)
 	listener, err := o.Listen(ctx, address)
 	if errors.Is(err, syscall.EADDRINUSE) {
@@ -219,7 +257,7 @@ func (l *links) dial(ctx context.Context) ([]io.ReadWriter, error) {
 	if !transport.Parallel(l.raddr) {
 		n = 1
 	}
-	return peer.DialStreams(ctx, n, func(ctx context.Context) (net.Conn, error) { return l.Dial(ctx, l.raddr) })
+	return peer.DialStreams(ctx, n, func(ctx context.Context) (net.Conn, error) { return l.options(l.giving).Dial(ctx, l.raddr) })
 }
 
 // redial is dial for when a link was lost; nil where that cannot be.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -245,5 +246,50 @@ func TestUnixSocketRefused(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), "--laddr") || strings.Contains(err.Error(), "port") {
 			t.Errorf("%s: error %v, want %q", path, err, want)
 		}
+	}
+}
+
+// TestBothWays holds what is allowed to the direction that a VM goes in, and credentials to addresses that are named later.
+func TestBothWays(t *testing.T) {
+	ca := testcert.New(t)
+	files, _ := ca.Issue(t, nil, "spiffe://example.org/a", "127.0.0.1")
+	credentials := []string{"--tls-cert", files.Certificate, "--tls-key", files.PrivateKey, "--tls-ca", files.Authorities}
+	for _, tt := range []struct {
+		args    []string
+		control bool
+		want    string // part of the error
+	}{
+		{append([]string{"--laddr", "tls://127.0.0.1:1"}, credentials...), false, ""},
+		{append([]string{"--laddr", "tls://127.0.0.1:1", "--allow-destination", "b.example"}, credentials...), false, ""},
+		{append([]string{"--laddr", "tls://127.0.0.1:1", "--allow-source", "b.example"}, credentials...), false, "--allow-source has no effect"},
+		{append([]string{"--raddr", "tls://127.0.0.1:1", "--laddr", "127.0.0.1:2", "--allow-source", "b.example"}, credentials...), false, ""},
+		{append([]string{"--raddr", "tls://127.0.0.1:1", "--laddr", "127.0.0.1:2", "--allow-destination", "b.example"}, credentials...), false, "--allow-destination has no effect"},
+		{append([]string{"--raddr", "tls://127.0.0.1:1", "--allow-destination", "b.example"}, credentials...), true, ""},
+		{credentials, false, "--tls-cert has no effect"},
+		{credentials, true, ""},
+		{credentials[:4], true, "nobody could be trusted"},
+		{append([]string{"--allow-destination", "spiffe://x/a*"}, credentials...), true, "spiffe://x/a*"},
+	} {
+		l := &links{pushes: tt.control}
+		flags := pflag.NewFlagSet("", pflag.ContinueOnError)
+		l.registerBothWays(flags)
+		flags.StringVar(&l.laddr, "laddr", "", "")
+		flags.StringVar(&l.raddr, "raddr", "", "")
+		if err := flags.Parse(tt.args); err != nil {
+			t.Fatal(err)
+		}
+		err := l.check(t.Context(), flags, strings.NewReader(""), io.Discard)
+		if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+			t.Errorf("%q: %v, want %q", tt.args, err, tt.want)
+		}
+	}
+	l := links{sources: []string{"s"}, destinations: []string{"d"}}
+	l.Allow = []string{"both"}
+	if give, take := l.options(true).Allow, l.options(false).Allow; !slices.Equal(give, []string{"both", "d"}) || !slices.Equal(take, []string{"both", "s"}) {
+		t.Errorf("a VM may go to %q and come from %q", give, take)
+	}
+	// A way that an operator names is one to give the VM.
+	if to, err := l.to("unix:///tmp/x"); err != nil || !to.giving {
+		t.Errorf("an operator's way gives: %t (%v)", to.giving, err)
 	}
 }

@@ -61,7 +61,7 @@ ended by a signal before the devices were mounted.`,
 	flags.StringVar(&opts.devices, "devices", "", "devices of the VM, a JSON array, instead of --package")
 	flags.StringVar(&opts.packagePath, "package", "out/package", "folder of the package; with --raddr and without --instance, one that does not exist")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for overlays (empty: write to the package itself)")
-	opts.links.register(flags)
+	opts.links.registerBothWays(flags)
 	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the VM from (empty: mount what is here)")
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the VM over at (empty: it stays)")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")

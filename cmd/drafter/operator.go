@@ -166,8 +166,8 @@ func (o *operator) SetMigratable(_ context.Context, may bool) error {
 
 // to is the way to an address that an operator names.
 func (l links) to(address string) (links, error) {
-	l.raddr = address
-	if err := l.Check(address); err != nil {
+	l.raddr, l.giving = address, true
+	if err := l.options(true).Check(address); err != nil {
 		return l, fmt.Errorf("%w: %w", control.ErrInvalid, err)
 	}
 	if transport.Single(address) {

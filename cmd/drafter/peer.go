@@ -168,7 +168,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags := cmd.Flags()
 	opts.machineFlags.register(flags)
 	offerMachine(cmd)
-	opts.links.register(flags)
+	opts.links.registerBothWays(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
@@ -253,6 +253,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := goal.Check(); err != nil {
 		return usageErrorf("--max-downtime and --max-total-time: %w", err)
 	}
+	opts.pushes = opts.control != ""
 	if err := opts.links.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
 		return err
 	}
@@ -726,7 +727,7 @@ func give(ctx context.Context, p *peer.Peer, h handing, reports *reports, out io
 	refused := errors.Is(r.err, peer.ErrBusy) || errors.Is(r.err, peer.ErrPaused) || errors.Is(r.err, peer.ErrNotMigratable) || errors.Is(r.err, peer.ErrUnauthorized)
 	switch {
 	case h.pushed && (nobody || refused || r.report.Role == ""): // nothing was begun, and there is nothing to report
-		logger(ctx).Warn("the VM was not sent, and stays here", "to", h.from, "reason", r.err)
+		logger(ctx).Warn("the VM was not sent, and stays here", "to", h.from, "error", r.err)
 		return r, false, nil
 	case nobody:
 		// Anybody may knock: that is no migration, and has no report.

@@ -111,6 +111,7 @@ func orZero[T any](p *T) (v T) {
 type peerOptions struct {
 	machineFlags
 	links
+	connections   connectionFlags
 	devices       string
 	packagePath   string
 	instance      string
@@ -169,6 +170,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	opts.machineFlags.register(flags)
 	offerMachine(cmd)
 	opts.links.registerBothWays(flags)
+	opts.connections.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
@@ -348,6 +350,14 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return fmt.Errorf("--report: %w", err)
 	}
 	defer reports.close()
+	keeper, err := opts.connections.keeper(ctx, cmd.Flags(), opts.netns, &opts.links)
+	if err != nil {
+		return err
+	}
+	if keeper != nil {
+		defer keeper.Close()
+		cfg.Network = keeper
+	}
 	reports.tell = out.done
 
 	if opts.control != "" || !transport.Single(opts.laddr) {
@@ -405,7 +415,18 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if p.Running() {
 		out.metrics.State(control.Closing)
 	}
-	if err := errors.Join(err, closePeer(ctx, p, out)); err != nil {
+	err = errors.Join(err, closePeer(ctx, p, out))
+	if keeper != nil { // the rest is free for others, who may have the VM from here again
+		if lobby != nil {
+			lobby.Close()
+		}
+		if reception != nil {
+			reception.Close()
+		}
+		stopMetrics()
+		err = errors.Join(err, closeKeeper(cmd.Context(), keeper, out))
+	}
+	if err != nil {
 		return err
 	}
 	if opts.packagePath != "" && opts.instance == "" {

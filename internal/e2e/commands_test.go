@@ -779,7 +779,7 @@ func newTapOn(t *testing.T, peer string, pushes bool, limit int64) *tap {
 	var passed atomic.Int64
 	reached := sync.OnceFunc(func() { close(p.reached) })
 	// A migration has several connections.
-	forward(l, peer, pushes, &wg, func(down, up net.Conn) {
+	pipe(l, peer, pushes, &wg, func(down, up net.Conn) {
 		for {
 			n, err := io.CopyN(down, up, 4<<10)
 			if passed.Add(n) >= limit {
@@ -794,9 +794,9 @@ func newTapOn(t *testing.T, peer string, pushes bool, limit int64) *tap {
 	return p
 }
 
-// forward accepts connections of l until it is closed, and makes one to source for each. What comes from source is passed on by
+// pipe accepts connections of l until it is closed, and makes one to source for each. What comes from source is passed on by
 // pass, which ends the connection when it returns; the other direction passes as it is. wg counts all that goes on.
-func forward(l net.Listener, peer string, pushes bool, wg *sync.WaitGroup, pass func(to, from net.Conn)) {
+func pipe(l net.Listener, peer string, pushes bool, wg *sync.WaitGroup, pass func(to, from net.Conn)) {
 	wg.Go(func() {
 		for {
 			down, err := l.Accept()

@@ -22,7 +22,7 @@ func commitThief(t *testing.T, peer string, pushes bool, stolen func()) (addr st
 	var once sync.Once
 	var wg sync.WaitGroup
 	t.Cleanup(func() { l.Close(); wg.Wait() })
-	forward(l, peer, pushes, &wg, func(to, from net.Conn) {
+	pipe(l, peer, pushes, &wg, func(to, from net.Conn) {
 		if _, err := io.CopyN(to, from, wire.PrefaceSize); err != nil {
 			return
 		}

@@ -72,7 +72,7 @@ func newSites(t *testing.T, hosts ...string) *sites {
 	}
 	s.at = s.all[hosts[0]]
 	s.guest = testnet.NewGuestIn(t, prefix, s.at.ns.Name)
-	if err := s.at.k.Start(); err != nil {
+	if _, err := s.at.k.Start(); err != nil {
 		t.Fatal(err)
 	}
 	testnet.Echo(t, s.guest.Namespace(), 8)
@@ -541,11 +541,11 @@ func TestOccupied(t *testing.T) {
 	talks := s.talks(t, 1)
 	s.move("b")
 	a := s.all["a"].k
-	if err := a.Start(); !errors.Is(err, flow.ErrOccupied) {
+	if _, err := a.Start(); !errors.Is(err, flow.ErrOccupied) {
 		t.Errorf("another guest starts: got error %v, want ErrOccupied", err)
 	}
 	other := s.all["c"].k
-	if err := other.Start(); err != nil {
+	if _, err := other.Start(); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.Accept(other.Offer()); !errors.Is(err, flow.ErrOccupied) {
@@ -559,7 +559,7 @@ func TestOccupied(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.done(t, "a")
-	if err := a.Start(); err != nil {
+	if _, err := a.Start(); err != nil {
 		t.Error(err)
 	}
 }

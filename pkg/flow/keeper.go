@@ -23,10 +23,9 @@ import (
 type Config struct {
 	// Netns is the network namespace that the guest runs in, of package nat.
 	Netns string
-	// Interface, Guest, Guest6 and MAC are the tap in the namespace, and the guest's addresses. Defaults: those of nat.Config.
+	// Interface, Guest and Guest6 are the tap in the namespace, and the guest's addresses. Default: what the namespace says of itself.
 	Interface     string
 	Guest, Guest6 netip.Addr
-	MAC           net.HardwareAddr
 
 	// Listen accepts connections of other places, which reach it by Address. The keeper closes it. Nil: nobody can have the guest from here
 	// with its connections, nor bring it.
@@ -58,6 +57,8 @@ const (
 )
 
 var (
+	// ErrNotNAT is wrapped by the error of Open where the namespace is none of a NAT of package nat.
+	ErrNotNAT = errors.New("it was not made by drafter nat")
 	// ErrOccupied is wrapped by errors which say that a namespace keeps connections of another VM.
 	ErrOccupied = errors.New("the network namespace keeps connections of another VM")
 	// ErrState is wrapped by errors of methods that are called in the wrong state.
@@ -84,6 +85,7 @@ type offer struct {
 	vm
 	From   where   `json:"from"`
 	Owners []where `json:"owners,omitempty"` // other places that own connections
+	MAC    string  `json:"mac,omitempty"`    // the guest's, if it is known
 }
 
 type answer struct {
@@ -115,7 +117,8 @@ type Keeper struct {
 	done    chan struct{}                 // closed when there is nothing to keep
 	taken   chan struct{}                 // closed when another process wants the namespace
 	closed  bool
-	before  *saved // of a place that expects the guest back
+	before  *saved           // of a place that expects the guest back
+	mac     net.HardwareAddr // of a guest that is expected; nil: not known
 }
 
 // saved is what is written down.
@@ -157,8 +160,25 @@ func (s saved) clone() saved {
 
 // Open takes a namespace. What it keeps already goes on, also when a living process has kept it till now.
 func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
-	defaults := nat.Config{Interface: cfg.Interface, Guest: cfg.Guest, Guest6: cfg.Guest6, MAC: cfg.MAC, Logger: cfg.Logger}.WithDefaults()
-	cfg.Interface, cfg.Guest, cfg.Guest6, cfg.MAC, cfg.Logger = defaults.Interface, defaults.Guest, defaults.Guest6, defaults.MAC, defaults.Logger
+	inside, ours, err := nat.Lookup(cfg.Netns)
+	if err == nil && !ours {
+		err = ErrNotNAT
+	}
+	if err != nil {
+		return nil, fmt.Errorf("keep connections in network namespace %q: %w", cfg.Netns, err)
+	}
+	if cfg.Interface == "" {
+		cfg.Interface = inside.Interface
+	}
+	if !cfg.Guest.IsValid() {
+		cfg.Guest = inside.Guest
+	}
+	if !cfg.Guest6.IsValid() {
+		cfg.Guest6 = inside.Guest6
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.Default()
+	}
 	k := &Keeper{cfg: cfg, log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
 	k.ctx, k.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
@@ -264,28 +284,24 @@ func (k *Keeper) State() State {
 }
 
 // Start notes that a guest begins to run here, without connections of other places: it was booted, or resumed from a package. In a namespace
-// that keeps connections of another guest it fails with [ErrOccupied]; one that is there already, as after an adoption, goes on.
-func (k *Keeper) Start() error {
+// that keeps connections of another guest it fails with [ErrOccupied]; one that is here already, as after an adoption, goes on: with Undo,
+// if it was on its way elsewhere and is not any more.
+func (k *Keeper) Start() (fresh bool, err error) {
 	end, err := k.in("start", Vacant, Home, Leaving, Diverted, Away)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer end()
 	switch k.State() {
-	case Home:
-		return nil
-	case Leaving, Diverted: // of a process that died then; its guest is here
-		return k.undo()
+	case Home, Leaving, Diverted:
+		return false, nil
 	case Away:
-		return fmt.Errorf("start: %w (%s): wait until they have ended, or give up these (drafter connections --netns %s --drop)", ErrOccupied, k.vmID(), k.cfg.Netns)
+		return false, fmt.Errorf("start: %w (%s): wait until they have ended, end the process that keeps them, or use another namespace", ErrOccupied, k.vmID())
 	}
-	if err := k.change(func(s *saved) {
+	return true, k.change(func(s *saved) {
 		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known)}
 		k.done = make(chan struct{})
-	}); err != nil {
-		return err
-	}
-	return k.rules()
+	})
 }
 
 func (k *Keeper) vmID() string {
@@ -301,7 +317,7 @@ func (k *Keeper) Offer() json.RawMessage {
 	if k.saved.State != Home || k.cfg.Dial == nil {
 		return nil
 	}
-	o := offer{vm: k.saved.vm, From: where{k.saved.Self, k.cfg.Address}}
+	o := offer{vm: k.saved.vm, From: where{k.saved.Self, k.cfg.Address}, MAC: k.kernel.guestMAC().String()}
 	for p, known := range k.saved.Places {
 		if known.Owner {
 			o.Owners = append(o.Owners, where{p, known.Address})
@@ -377,6 +393,11 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 	}
 	for _, p := range k.places() {
 		err = errors.Join(err, k.connect(p, true))
+	}
+	if mac, e := net.ParseMAC(o.MAC); e == nil && len(mac) == 6 {
+		k.mu.Lock()
+		k.mac = mac
+		k.mu.Unlock()
 	}
 	if err != nil {
 		return nil, errors.Join(err, k.discard())
@@ -810,10 +831,13 @@ func (k *Keeper) Arrive() error {
 	}
 	defer end()
 	k.mu.Lock()
-	back := k.before != nil
+	back, mac := k.before != nil, k.mac
 	k.mu.Unlock()
+	if mac != nil {
+		err = k.kernel.neighbours(mac)
+	}
 	if back { // with the connections that began meanwhile
-		err = k.rules()
+		err = errors.Join(err, k.rules())
 	}
 	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State = Home }))
 	k.mu.Lock()

@@ -52,10 +52,6 @@ func openKernel(c Config) (_ *kernel, err error) {
 			k.guests = append(k.guests, g)
 		}
 	}
-	if err := k.neighbours(c.MAC); err != nil {
-		k.close()
-		return nil, err
-	}
 	return k, nil
 }
 
@@ -80,14 +76,35 @@ func host(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 }
 
-// neighbours puts down the guest's MAC address, so that nobody has to ask for it while the guest is paused and does not answer.
+// guestMAC is the guest's MAC address, as this place has met it; empty if it has not.
+func (k *kernel) guestMAC() net.HardwareAddr {
+	tap, err := k.h.LinkByName(k.tap)
+	if err != nil {
+		return nil
+	}
+	for _, g := range k.guests {
+		all, err := k.h.NeighList(tap.Attrs().Index, families(g))
+		if err != nil {
+			continue
+		}
+		for _, n := range all {
+			if len(n.HardwareAddr) == 6 && n.IP.Equal(g.AsSlice()) {
+				return n.HardwareAddr
+			}
+		}
+	}
+	return nil
+}
+
+// neighbours puts down the guest's MAC address, so that nobody has to ask for it while the guest is paused and does not answer. Like any
+// that was learned, it is asked for again after a while.
 func (k *kernel) neighbours(mac net.HardwareAddr) error {
 	tap, err := k.h.LinkByName(k.tap)
 	if err != nil {
 		return fmt.Errorf("find tap %q: %w", k.tap, err)
 	}
 	for _, g := range k.guests {
-		n := &netlink.Neigh{LinkIndex: tap.Attrs().Index, Family: families(g), State: netlink.NUD_PERMANENT, IP: g.AsSlice(), HardwareAddr: mac}
+		n := &netlink.Neigh{LinkIndex: tap.Attrs().Index, Family: families(g), State: netlink.NUD_REACHABLE, IP: g.AsSlice(), HardwareAddr: mac}
 		if err := k.h.NeighSet(n); err != nil {
 			return fmt.Errorf("put down the guest's MAC address %s: %w", mac, err)
 		}

@@ -259,6 +259,22 @@ func (k *Keeper) Alive() (int, error) {
 	return n, nil
 }
 
+// Drop ends what is kept for a guest that is elsewhere, though connections are alive: their ends hear nothing any more.
+func (k *Keeper) Drop() error {
+	end, err := k.in("drop connections", Away, Vacant)
+	if err != nil {
+		return err
+	}
+	defer end()
+	if k.State() == Vacant {
+		return nil
+	}
+	if _, err := k.askGuest(message{Say: sayGone}); err != nil {
+		k.log.Warn("the place that has the guest was not told that its connections from here end", "error", err)
+	}
+	return k.vacate()
+}
+
 // finish ends what is kept, and says so to the place that has the guest.
 func (k *Keeper) finish() {
 	k.step.Lock()

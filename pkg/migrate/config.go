@@ -94,6 +94,10 @@ type SourceConfig struct {
 	// frame with the names of the devices (64 KiB). Paths and secrets have no business in it.
 	Spec json.RawMessage
 
+	// Network is what the destination is told to keep the guest's connections, at most [wire.MaxNetwork] bytes of JSON, opaque here. Empty:
+	// they are not kept. With it, the Guest is to be a [Networker].
+	Network json.RawMessage
+
 	Guest   Guest
 	Journal Journal
 
@@ -281,6 +285,24 @@ type Keeper interface {
 
 	// Keep makes what was received and loaded durable. It is called instead of Run.
 	Keep(ctx context.Context) error
+}
+
+// Networker is a Guest whose connections the destination may keep.
+type Networker interface {
+	Guest
+
+	// Network is called once, when the guest still runs, with what the destination has answered to SourceConfig.Network: nil, if
+	// it does not keep connections. It holds the migration up.
+	Network(ctx context.Context, answer json.RawMessage)
+}
+
+// NetworkTarget is a Target that keeps the connections of its guest. It is not asked about copies.
+type NetworkTarget interface {
+	Target
+
+	// Network is called once, after Prepare, with the source's SourceConfig.Network, or nil. What it answers is for the source. An error
+	// refuses the guest.
+	Network(ctx context.Context, offer json.RawMessage) (answer json.RawMessage, err error)
 }
 
 // ArrivalTarget is a Target that wants to know when the guest is paused at the source, while its device state and the rest

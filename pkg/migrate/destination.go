@@ -353,7 +353,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	}
 
 	d.state.set(DestinationReceiving)
-	accept, err := d.offer(len(c.devices))
+	accept, err := d.offer(l.ctx, len(c.devices))
 	if err != nil {
 		return err
 	}
@@ -421,8 +421,14 @@ func (d *destination) shared() (names []string) {
 }
 
 // offer is what accept says to a manifest of n devices: what can be done here.
-func (d *destination) offer(n int) ([]byte, error) {
+func (d *destination) offer(ctx context.Context, n int) ([]byte, error) {
 	var a wire.Accept
+	if t, ok := d.cfg.Target.(NetworkTarget); ok && !d.cfg.Copy {
+		var err error
+		if a.Network, err = t.Network(ctx, d.manifest.Network); err != nil {
+			return nil, err
+		}
+	}
 	if d.link.version < 2 {
 		if d.cfg.Copy {
 			err := errors.New("the source speaks version 1 of the protocol, which knows no copies")

@@ -357,7 +357,7 @@ func (s *source) flow() {
 
 // walk goes through the states up to the destination's word that the guest runs there, with all it needs.
 func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
-	m := wire.Manifest{ID: s.cfg.ID, Window: s.cfg.Window, Spec: s.cfg.Spec, Devices: s.describe()}
+	m := wire.Manifest{ID: s.cfg.ID, Window: s.cfg.Window, Spec: s.cfg.Spec, Network: s.cfg.Network, Devices: s.describe()}
 	manifest, err := m.Encode()
 	if err != nil {
 		interruptAll(streams)
@@ -397,6 +397,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 	s.agree(accept)
 	if g, ok := s.cfg.Guest.(Lender); ok {
 		g.Lend(s.shared)
+	}
+	if g, ok := s.cfg.Guest.(Networker); ok && len(s.cfg.Network) > 0 && !accept.Copy {
+		g.Network(l.ctx, accept.Network)
 	}
 
 	s.state.set(SourceCopying)

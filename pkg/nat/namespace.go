@@ -36,10 +36,47 @@ var (
 // mark is what the alias of lo says in a namespace of this NAT.
 func (c Config) mark() string { return "drafter nat " + c.Prefix + " " }
 
-// fingerprint is the mark with all that a namespace depends on.
+// fingerprint is the mark with all that a namespace depends on, and what others want to know of it.
 func (c Config) fingerprint(n Namespace) string {
 	sum := sha256.Sum256(fmt.Append(nil, n, c.Gateway, c.Gateway6, c.Guest, c.Guest6, c.MAC))
-	return fmt.Sprintf("%s%x", c.mark(), sum[:8])
+	return fmt.Sprintf("%s%x %s %s %s", c.mark(), sum[:8], c.Interface, c.Guest, c.Guest6)
+}
+
+// Inside is what a namespace of a NAT says of itself.
+type Inside struct {
+	Prefix        string // of the NAT
+	Interface     string // the tap
+	Guest, Guest6 netip.Addr
+}
+
+// Lookup finds out whether a namespace was made by a NAT, by its name.
+func Lookup(name string) (in Inside, ours bool, err error) {
+	handle, err := OpenNamespace(name)
+	if err != nil {
+		return in, false, err
+	}
+	defer handle.Close()
+	h, err := netlink.NewHandleAt(handle, unix.NETLINK_ROUTE)
+	if err != nil {
+		return in, false, fmt.Errorf("open netlink: %w", err)
+	}
+	defer h.Close()
+	lo, err := h.LinkByName("lo")
+	if err != nil {
+		return in, false, fmt.Errorf("inspect network namespace %q: %w", name, err)
+	}
+	words := strings.Fields(lo.Attrs().Alias)
+	if len(words) != 7 || words[0] != "drafter" || words[1] != "nat" {
+		return in, false, nil
+	}
+	in = Inside{Prefix: words[2], Interface: words[4]}
+	if in.Guest, err = netip.ParseAddr(words[5]); err == nil {
+		in.Guest6, err = netip.ParseAddr(words[6])
+	}
+	if err != nil {
+		return in, false, fmt.Errorf("inspect network namespace %q: %w", name, err)
+	}
+	return in, true, nil
 }
 
 // build makes a network namespace with all that belongs to it, and gives it its name at the end.

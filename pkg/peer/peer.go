@@ -63,6 +63,9 @@ type Config struct {
 	// dial, or wait for the other to do so (Lobby.Rejoin). Nil: a link that is lost then is lost.
 	FindSource, FindDestination func(ctx context.Context) ([]io.ReadWriter, error)
 
+	// Network keeps the guest's connections when it moves. Nil: they end, or it is the caller's affair.
+	Network Network
+
 	// Authorize decides who may have the VM from here, and whose may come. Nil: whoever the transport lets in.
 	Authorize Authorize
 
@@ -154,34 +157,54 @@ func newPeer(cfg Config, i *runner.Instance) *Peer {
 }
 
 // Adopt takes over the living machine of an instance whose peer has died; see runner.Adopt. Resume and Boot do so too.
-func Adopt(ctx context.Context, cfg Config) (*Peer, error) { return start(ctx, cfg, runner.Adopt) }
+func Adopt(ctx context.Context, cfg Config) (*Peer, error) { return start(ctx, cfg, true, runner.Adopt) }
 
 // Resume starts the instance on this host from its saved state.
 func Resume(ctx context.Context, cfg Config) (*Peer, error) {
-	return start(ctx, cfg, runner.Resume)
+	return start(ctx, cfg, false, runner.Resume)
 }
 
 // Boot starts the instance on this host by booting its disks; the memory it was saved with is lost. A guest that does not
 // say that it is up is reported in the log, and runs.
 func Boot(ctx context.Context, cfg Config) (*Peer, error) {
-	return start(ctx, cfg, func(ctx context.Context, rc runner.Config) (*runner.Instance, error) {
+	return start(ctx, cfg, false, func(ctx context.Context, rc runner.Config) (*runner.Instance, error) {
 		rc.BootUnattended = true
 		return runner.Boot(ctx, rc)
 	})
 }
 
-func start(ctx context.Context, cfg Config, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
+// start starts an instance; alive says that it was never ended.
+func start(ctx context.Context, cfg Config, alive bool, how func(context.Context, runner.Config) (*runner.Instance, error)) (*Peer, error) {
 	p := newPeer(cfg.withDefaults(), nil)
 	rc := p.cfg.runner()
 	if p.cfg.FindSource != nil {
 		rc.OnLate = p.onLate
 	}
+	fresh := false
+	if cfg.Network != nil && !alive { // which has its place already
+		var err error
+		if fresh, err = cfg.Network.Start(); err != nil {
+			return nil, fmt.Errorf("network: %w", err)
+		}
+	}
 	i, err := how(ctx, rc)
 	if err != nil {
 		p.endRest()
+		if fresh {
+			err = errors.Join(err, cfg.Network.End())
+		}
 		return nil, err
 	}
 	p.instance = i
+	if _, given := i.InDoubt(); cfg.Network != nil && !given {
+		_, err := cfg.Network.Start()
+		if err == nil { // of a process that has died while it sent it
+			err = cfg.Network.Undo()
+		}
+		if err != nil {
+			p.cfg.Logger.Error("connections of the guest are not kept", "error", err)
+		}
+	}
 	p.started.Store(true)
 	if i.AgentOwed() {
 		p.agent.Go(func() {
@@ -437,7 +460,11 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	}
 	p.addBases(ctx, &sc)
 	p.offerMemory(streams, &sc)
-	return send(ctx, streams, sc)
+	report, err := send(ctx, streams, sc)
+	if err != nil && !errors.Is(err, migrate.ErrInDoubt) && !errors.Is(err, migrate.ErrUnsettled) {
+		sc.Guest.(source).kept.undo()
+	}
+	return report, err
 }
 
 // offerMemory has a destination on this host take the memory as it is.
@@ -477,8 +504,12 @@ func (p *Peer) source() (migrate.SourceConfig, error) {
 	if given, ok := p.instance.InDoubt(); ok {
 		id = given // it is gone on with
 	}
+	kept := p.keep()
+	if _, given := p.instance.InDoubt(); kept != nil && given {
+		kept.begun, kept.diverts = true, true
+	}
 	return migrate.SourceConfig{
-		ID: id, Devices: devices, Spec: spec, Guest: source{p.instance}, Journal: source{p.instance}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
+		ID: id, Devices: devices, Spec: spec, Network: kept.offer(), Guest: source{p.instance, kept}, Journal: source{p.instance, kept}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
 		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.Authorize.again(true, func() string { return id }, p.cfg.FindDestination), RescueTimeout: p.cfg.RescueTimeout,
 		Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	}, nil
@@ -577,18 +608,45 @@ func (p *Peer) Close(ctx context.Context) error {
 }
 
 // source is an instance as migrate.Send sees it.
-type source struct{ *runner.Instance }
+type source struct {
+	*runner.Instance
+	kept *keeping
+}
+
+var _ migrate.Networker = source{}
+
+func (s source) Network(ctx context.Context, answer json.RawMessage) { s.kept.connect(ctx, answer) }
+
+func (s source) Pause(ctx context.Context) error {
+	s.kept.divert(ctx)
+	err := s.Instance.Pause(ctx)
+	if err == nil {
+		s.kept.hand(ctx)
+	}
+	return err
+}
 
 func (s source) Lend(devices []string)                        { s.Instance.Lend(len(devices) > 0) }
 func (s source) State(ctx context.Context, w io.Writer) error { return s.SaveState(ctx, w) }
-func (s source) Resume(ctx context.Context) error             { return s.Continue(ctx) }
+func (s source) Resume(ctx context.Context) error {
+	s.kept.undo()
+	return s.Continue(ctx)
+}
 
-func (s source) Commit(ctx context.Context, id string) error { return s.Release(ctx, id) }
+// Commit has the guest's connections known at the destination before it may run there.
+func (s source) Commit(ctx context.Context, id string) error {
+	s.kept.wait()
+	return s.Release(ctx, id)
+}
 func (s source) Abort(ctx context.Context, id string) error  { return s.Reclaim(ctx, id) }
 
-func (s source) Confirm(ctx context.Context, _ string) error { return s.Instance.Confirm(ctx) }
+func (s source) Confirm(ctx context.Context, _ string) error {
+	s.kept.left()
+	return s.Instance.Confirm(ctx)
+}
 
 func (s source) Done(context.Context, string) error {
+	s.kept.left()
 	s.Released()
 	return nil
 }
@@ -598,6 +656,7 @@ type target struct {
 	cfg      Config
 	instance *runner.Instance
 	id       string   // of the migration; set when there is a manifest
+	kept     kept
 	names    []string // of the devices, as the manifest has them
 	shared   []bool   // of these, which are the source's own
 
@@ -681,6 +740,7 @@ func (t *target) Run(ctx context.Context) error {
 		return fmt.Errorf("%w: the machine that waited for it has ended: %w", migrate.ErrNeverRan, orNone(t.instance.Machine().Err()))
 	default:
 	}
+	t.arrive()
 	if err := t.instance.Run(ctx); err != nil {
 		return err
 	}
@@ -745,6 +805,7 @@ func (t *target) stopWatch() {
 // Discard ends the machine, too, which then surprises nobody.
 func (t *target) Discard(ctx context.Context) error {
 	t.stopWatch()
+	t.depart()
 	return t.instance.Discard(ctx)
 }
 
@@ -757,5 +818,8 @@ func (t *target) Commit(ctx context.Context, id string) error {
 	return t.instance.Own(ctx, id)
 }
 
-func (t *target) Abort(ctx context.Context, id string) error { return t.instance.Refuse(ctx, id) }
+func (t *target) Abort(ctx context.Context, id string) error {
+	t.depart()
+	return t.instance.Refuse(ctx, id)
+}
 func (t *target) Done(context.Context, string) error         { return t.instance.Settled() }

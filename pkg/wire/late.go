@@ -20,6 +20,8 @@ type Accept struct {
 	// Shared says, for each device of the manifest, whether the destination has it itself, by its handle: nothing of it comes. Empty:
 	// none.
 	Shared []bool `json:"shared,omitempty"`
+	// Network answers the manifest's. Empty: connections are not kept.
+	Network json.RawMessage `json:"network,omitempty"`
 }
 
 // Encode returns the payload of an Accept frame.
@@ -45,6 +47,9 @@ func DecodeAccept(b []byte, n int) (*Accept, error) {
 	}
 	if err := json.Unmarshal(b, a); err != nil {
 		return nil, fmt.Errorf("%w: accept: %w", ErrMalformed, err)
+	}
+	if len(a.Network) > MaxNetwork {
+		return nil, fmt.Errorf("%w: accept has %d bytes of the guest's network", ErrMalformed, len(a.Network))
 	}
 	for _, list := range [][]bool{a.Postpone, a.Based, a.Shared} {
 		if len(list) != 0 && len(list) != n {

@@ -56,7 +56,13 @@ type Manifest struct {
 	Window  int64           `json:"window"` // bytes of content frames the source keeps unacknowledged at most
 	Devices []Device        `json:"devices"`
 	Spec    json.RawMessage `json:"spec,omitempty"` // the machine; opaque here
+
+	// Network is what the destination needs to keep the guest's connections; opaque here. Empty: they are not kept.
+	Network json.RawMessage `json:"network,omitempty"`
 }
+
+// MaxNetwork is the most bytes of what a manifest and its answer say of the guest's network.
+const MaxNetwork = 24 << 10
 
 func (m *Manifest) check() error {
 	if err := CheckName(m.ID); err != nil {
@@ -64,6 +70,9 @@ func (m *Manifest) check() error {
 	}
 	if m.Window < MinWindow || m.Window > MaxWindow {
 		return fmt.Errorf("window of %d bytes: allowed are %d to %d", m.Window, MinWindow, MaxWindow)
+	}
+	if len(m.Network) > MaxNetwork {
+		return fmt.Errorf("%d bytes of the guest's network: at most %d are allowed", len(m.Network), MaxNetwork)
 	}
 	if len(m.Devices) > MaxDevices {
 		return fmt.Errorf("%d devices: at most %d are allowed", len(m.Devices), MaxDevices)

@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/drafter-vm/drafter/pkg/flow"
+	"github.com/drafter-vm/drafter/pkg/nat"
+	"github.com/drafter-vm/drafter/pkg/transport"
+)
+
+// connectionFlags are those by which a peer keeps the connections of its guest.
+type connectionFlags struct {
+	keep  bool
+	laddr string
+	limit time.Duration
+}
+
+func (c *connectionFlags) register(flags *pflag.FlagSet) {
+	flags.BoolVar(&c.keep, "keep-connections", true, "keep the guest's connections when it moves between network namespaces of drafter nat")
+	flags.StringVar(&c.laddr, "connections-laddr", "", "address at which the other hosts of the VM bring its packets: HOST:PORT, or as docs/transports.md has them (empty: on a free port, in the way that the VM itself goes)")
+	flags.DurationVar(&c.limit, "connections-limit", 0, "how long connections are kept after the guest has left, alive or not (0: while they live)")
+}
+
+// keeper keeps the connections of a peer's guest, if that can be; nil if not.
+func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netns string, l *links) (*flow.Keeper, error) {
+	asked := c.keep && (flags.Changed("keep-connections") || c.laddr != "")
+	switch {
+	case !c.keep && c.laddr != "":
+		return nil, usageErrorf("--connections-laddr has no effect with --keep-connections=false")
+	case !c.keep:
+		return nil, nil
+	case netns == "" && asked:
+		return nil, usageErrorf("--keep-connections needs --netns: a network namespace of drafter nat")
+	case netns == "":
+		return nil, nil
+	}
+	_, ours, err := nat.Lookup(netns)
+	if err != nil || !ours {
+		if asked && err == nil {
+			err = flow.ErrNotNAT
+		}
+		if asked {
+			return nil, fmt.Errorf("--keep-connections: network namespace %q: %w", netns, err)
+		}
+		return nil, nil
+	}
+	address := c.laddr
+	if address == "" {
+		if address = l.beside(); address == "" {
+			logger(ctx).Info("connections of the guest are not kept when it moves: nobody could bring its packets; --connections-laddr says where")
+			return nil, nil
+		}
+	}
+	o := l.Options
+	o.Allow = append(append(append([]string(nil), l.Allow...), l.sources...), l.destinations...)
+	o.Logger = logger(ctx)
+	if err := o.Check(address); err != nil {
+		return nil, usageErrorf("--connections-laddr: %w", err)
+	}
+	if !transport.CanListen(address) || transport.Single(address) {
+		return nil, usageErrorf("--connections-laddr %s: several hosts connect there, again and again: give one that can be listened on", transport.Redacted(address))
+	}
+	if c.laddr != "" && transport.Insecure(address) {
+		logger(ctx).Warn("packets of the guest are neither authenticated nor encrypted on their way; use a trusted network, or tls:// or psk://", "flag", "--connections-laddr", "address", transport.Redacted(address))
+	}
+	listener, err := o.Listen(ctx, address)
+	if err != nil {
+		return nil, fmt.Errorf("--connections-laddr: %w", err)
+	}
+	k, err := flow.Open(ctx, flow.Config{
+		Netns: netns, Listen: listener, Address: reached(address, listener.Addr()), Limit: c.limit, Logger: logger(ctx),
+		Handshake: func(ctx context.Context, conn net.Conn) error { _, err := transport.Handshake(ctx, conn); return err },
+		Dial:      o.Dial,
+	})
+	if err != nil {
+		listener.Close()
+		return nil, err
+	}
+	return k, nil
+}
+
+// beside is an address to listen at of the kind that the VM itself comes or goes by, on the same interface; empty where there is none.
+func (l *links) beside() string {
+	for _, a := range []string{l.laddr, l.accept} {
+		switch scheme := transport.Scheme(a); {
+		case a == "" || !transport.CanListen(a) || transport.Single(a):
+		case scheme == "unix":
+			return a + ".connections"
+		default:
+			return withHost(a, hostOf(a))
+		}
+	}
+	switch transport.Scheme(l.raddr) {
+	case "tcp", "tls", "psk", "ws", "wss", "quic":
+		if host := sourceFor(hostOf(l.raddr)); l.raddr != "" && host != "" {
+			return withHost(l.raddr, host)
+		}
+	}
+	return ""
+}
+
+// parts takes an address apart into what is before its host and port, these, and what is behind them.
+func parts(address string) (scheme, hostport, path string) {
+	rest := address
+	if before, after, ok := strings.Cut(address, "://"); ok {
+		scheme, rest = before+"://", after
+	}
+	hostport, path, ok := strings.Cut(rest, "/")
+	if ok {
+		path = "/" + path
+	}
+	return scheme, hostport, path
+}
+
+func hostOf(address string) string {
+	_, hostport, _ := parts(address)
+	host, _, _ := net.SplitHostPort(hostport)
+	return host
+}
+
+// withHost is an address of the same kind, at a host, on any port.
+func withHost(address, host string) string {
+	scheme, _, path := parts(address)
+	return scheme + net.JoinHostPort(host, "0") + path
+}
+
+// reached is the address at which a listener is reached by others: one on all interfaces by the host's own address towards others.
+func reached(address string, a net.Addr) string {
+	scheme, hostport, path := parts(address)
+	host, _, err := net.SplitHostPort(hostport)
+	_, port, e := net.SplitHostPort(a.String())
+	if err != nil || e != nil {
+		return address // a path
+	}
+	if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+		if host = sourceFor("198.51.100.1"); host == "" {
+			host = sourceFor("2001:db8::1")
+		}
+	}
+	return scheme + net.JoinHostPort(host, port) + path
+}
+
+// sourceFor is the address that this host has towards another; nothing is sent. Empty: there is no way there.
+func sourceFor(host string) string {
+	conn, err := net.Dial("udp", net.JoinHostPort((&url.URL{Host: host}).Hostname(), "9"))
+	if err != nil {
+		return ""
+	}
+	defer conn.Close()
+	local, _, err := net.SplitHostPort(conn.LocalAddr().String())
+	if err != nil {
+		return ""
+	}
+	return local
+}
+
+// keepOn keeps the connections of a guest that has left, until they have ended, another process keeps them, or ctx ends.
+func keepOn(ctx context.Context, k *flow.Keeper, out io.Writer) error {
+	n, err := k.Alive()
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		fmt.Fprintf(out, "Keeping %d connections that began here until they end; Ctrl-C gives them up\n", n)
+	}
+	select {
+	case <-k.Done():
+		if n > 0 {
+			fmt.Fprintf(out, "The last connection that began here has ended\n")
+		}
+	case <-k.Taken():
+		fmt.Fprintf(out, "Another process keeps the connections that began here from now on\n")
+	case <-ctx.Done():
+		return k.Drop()
+	}
+	return nil
+}
+
+// closeKeeper ends the keeping of connections when its peer is closed. With a guest that has moved, that is when they have ended.
+func closeKeeper(ctx context.Context, k *flow.Keeper, out io.Writer) error {
+	var err error
+	switch k.State() {
+	case flow.Away:
+		err = keepOn(ctx, k, out)
+	case flow.Home:
+		err = k.End()
+	}
+	return errors.Join(err, k.Close())
+}

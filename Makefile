@@ -10,7 +10,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 
 # The tools that the one host binary also answers to, each as drafter-TOOL.
-TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl nat forwarder
+TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl nat forwarder connections
 
 # -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
 GOTESTFLAGS ?= -p 1 -count 1 -timeout 30m

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/drafter-vm/drafter/pkg/flow"
@@ -195,4 +197,68 @@ func closeKeeper(ctx context.Context, k *flow.Keeper, out io.Writer) error {
 		err = k.End()
 	}
 	return errors.Join(err, k.Close())
+}
+
+type connectionsOptions struct {
+	links
+	netns      string
+	drop, list bool
+}
+
+func newConnectionsCommand() *cobra.Command {
+	opts := connectionsOptions{links: links{pushes: true}}
+	cmd := &cobra.Command{
+		Use:   "connections",
+		Short: "Keep the connections of a VM that has moved, after its peer has died",
+		Long: `Keep the connections of a VM that has moved, in the network namespace in which they began, until the last has ended: as the peer that the
+VM has left does, and instead of it if it has died. One that lives lets go of them.
+
+Exit statuses: 0 the connections have ended, or were given up; 1 something failed; 2 the command line cannot be used.`,
+		Example: `  drafter connections --netns ark0
+  drafter connections --netns ark0 --drop`,
+		Args: noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return runConnections(cmd, opts) },
+	}
+	flags := cmd.Flags()
+	opts.links.register(flags)
+	flags.StringVar(&opts.netns, "netns", "ark0", "network namespace, of drafter nat")
+	flags.BoolVar(&opts.drop, "drop", false, "give the connections up")
+	flags.BoolVar(&opts.list, "list", false, "print what is kept, as JSON, and leave it as it is")
+	return cmd
+}
+
+func runConnections(cmd *cobra.Command, opts connectionsOptions) error {
+	ctx := cmd.Context()
+	out := &lineWriter{to: cmd.ErrOrStderr()}
+	switch {
+	case opts.netns == "":
+		return usageErrorf("--netns is empty: name a network namespace")
+	case opts.drop && opts.list:
+		return usageErrorf("--drop and --list exclude each other")
+	}
+	if err := opts.links.check(ctx, cmd.Flags(), cmd.InOrStdin(), cmd.OutOrStdout()); err != nil {
+		return err
+	}
+	if opts.list {
+		kept, err := flow.Read(opts.netns)
+		if err != nil {
+			return err
+		}
+		return json.NewEncoder(cmd.OutOrStdout()).Encode(kept)
+	}
+	k, err := flow.Open(ctx, flow.Config{Netns: opts.netns, Dial: opts.options(true).Dial, Logger: logger(ctx)})
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	switch {
+	case k.State() == flow.Vacant:
+		fmt.Fprintf(out, "Nothing is kept in %s\n", opts.netns)
+		return nil
+	case k.State() != flow.Away:
+		return fmt.Errorf("network namespace %q: its VM runs there: start its peer again, with the command line that it had", opts.netns)
+	case opts.drop:
+		return k.Drop()
+	}
+	return keepOn(ctx, k, out)
 }

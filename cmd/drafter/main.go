@@ -106,6 +106,7 @@ Each tool also answers to the name drafter-TOOL.`,
 		newCtlCommand(),
 		newNATCommand(),
 		newForwarderCommand(),
+		newConnectionsCommand(),
 		newManCommand(),
 		newCompletionCommand(),
 	)

@@ -209,11 +209,18 @@ func TestCommandConnections(t *testing.T) {
 	talks = append(talks, talksAt("b", 2)...)
 	goOn(t, "with those that begin there", talks)
 
+	// The process that keeps the first ones dies, and another one goes on.
+	a.Process.Kill()
+	<-a.done
+	kept := start("a", nil, []string{"connections", "--netns", netns["a"]})
+	kept.waitFor(t, "Keeping 20 connections that began here")
+	goOn(t, "after a kill", talks)
+
 	home := peerOn("a", "at-a-again", "--raddr", b.waitFor(t, "Serving on "))
 	home.waitFor(t, "Received VM")
 	report = b.waitFor(t, "Sent VM to ")
-	a.waitFor(t, "Another process keeps the connections")
-	a.wait(t, 0)
+	kept.waitFor(t, "Another process keeps the connections")
+	kept.wait(t, 0)
 	gaps = goOn(t, "at home again", talks)
 	t.Logf("second move: %s; gaps %v", downtimeOf(report), gaps)
 	if got := w.do(t, "mem verify"); got == "" {

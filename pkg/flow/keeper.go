@@ -296,7 +296,7 @@ func (k *Keeper) Start() (fresh bool, err error) {
 	case Home, Leaving, Diverted:
 		return false, nil
 	case Away:
-		return false, fmt.Errorf("start: %w (%s): wait until they have ended, end the process that keeps them, or use another namespace", ErrOccupied, k.vmID())
+		return false, fmt.Errorf("start: %w (%s): wait until they have ended, give them up (drafter connections --netns %s --drop), or use another namespace", ErrOccupied, k.vmID(), k.cfg.Netns)
 	}
 	return true, k.change(func(s *saved) {
 		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known)}

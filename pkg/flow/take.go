@@ -2,11 +2,13 @@ package flow
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
 	"os"
 	"path/filepath"
+	"sort"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/nat"
@@ -15,13 +17,53 @@ import (
 // takeTime is how long a process may take to let go of a namespace.
 const takeTime = 5 * time.Second
 
+// Kept is what is kept in a namespace, as it is written down.
+type Kept struct {
+	State State     `json:"state"`
+	VM    string    `json:"vm,omitempty"`
+	Place uint32    `json:"place,omitempty"` // the namespace's own number
+	Guest uint32    `json:"guest,omitempty"` // the place where the guest is
+	Since time.Time `json:"since,omitzero"`  // when it left
+	Other []Place   `json:"others,omitempty"`
+}
+
+// Read reads what is kept in a namespace, whoever keeps it. It says nothing of who is connected.
+func Read(name string) (Kept, error) {
+	handle, err := nat.OpenNamespace(name)
+	if err != nil {
+		return Kept{}, err
+	}
+	defer handle.Close()
+	cookie, err := nat.Cookie(handle)
+	if err != nil {
+		return Kept{}, err
+	}
+	s := saved{State: Vacant}
+	file := filepath.Join(nat.StateDir, fileName(cookie)+".json")
+	if b, err := os.ReadFile(file); err == nil {
+		if err := json.Unmarshal(b, &s); err != nil {
+			return Kept{}, fmt.Errorf("decode %q: %w", file, err)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return Kept{}, err
+	}
+	k := Kept{State: s.State, VM: s.ID, Place: s.Self, Guest: s.Guest, Since: s.Since}
+	for p, info := range s.Places {
+		k.Other = append(k.Other, Place{Number: p, Address: info.Address, Relay: info.Relay, Guest: s.Guest == p, HasOwn: info.Owner})
+	}
+	sort.Slice(k.Other, func(i, j int) bool { return k.Other[i].Number < k.Other[j].Number })
+	return k, nil
+}
+
+func fileName(cookie uint64) string { return fmt.Sprintf("%d-flow", cookie) }
+
 // take makes the namespace ours: from a process that has it, which is asked to let go.
 func (k *Keeper) take(ctx context.Context) error {
 	cookie, err := nat.Cookie(k.kernel.ns)
 	if err != nil {
 		return err
 	}
-	name := fmt.Sprintf("%d-flow", cookie)
+	name := fileName(cookie)
 	k.file = filepath.Join(nat.StateDir, name+".json")
 	socket := filepath.Join(nat.StateDir, name+".sock")
 	ctx, cancel := context.WithTimeoutCause(ctx, takeTime, errors.New("the process that has it does not let go"))

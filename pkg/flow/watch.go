@@ -298,11 +298,11 @@ func (k *Keeper) finish() {
 type Place struct {
 	Number    uint32 `json:"number"`
 	Address   string `json:"address"`
-	Connected bool   `json:"connected"`         // there is a tunnel
-	Relay     uint32 `json:"relay,omitempty"`   // it is reached through this place only
-	Guest     bool   `json:"guest,omitempty"`   // the guest is there
-	Pinned    int    `json:"pinned,omitempty"`  // connections here that it owns
-	HasOwn    bool   `json:"has_own,omitempty"` // it owns connections, as far as is known
+	Connected bool   `json:"connected,omitempty"` // there is a tunnel
+	Relay     uint32 `json:"relay,omitempty"`     // it is reached through this place only
+	Guest     bool   `json:"guest,omitempty"`     // the guest is there
+	Pinned    int    `json:"pinned,omitempty"`    // connections here that it owns
+	HasOwn    bool   `json:"has_own,omitempty"`   // it owns connections, as far as is known
 }
 
 // Places are the other places that this one has to do with.

@@ -157,7 +157,9 @@ func newPeer(cfg Config, i *runner.Instance) *Peer {
 }
 
 // Adopt takes over the living machine of an instance whose peer has died; see runner.Adopt. Resume and Boot do so too.
-func Adopt(ctx context.Context, cfg Config) (*Peer, error) { return start(ctx, cfg, true, runner.Adopt) }
+func Adopt(ctx context.Context, cfg Config) (*Peer, error) {
+	return start(ctx, cfg, true, runner.Adopt)
+}
 
 // Resume starts the instance on this host from its saved state.
 func Resume(ctx context.Context, cfg Config) (*Peer, error) {
@@ -638,7 +640,7 @@ func (s source) Commit(ctx context.Context, id string) error {
 	s.kept.wait()
 	return s.Release(ctx, id)
 }
-func (s source) Abort(ctx context.Context, id string) error  { return s.Reclaim(ctx, id) }
+func (s source) Abort(ctx context.Context, id string) error { return s.Reclaim(ctx, id) }
 
 func (s source) Confirm(ctx context.Context, _ string) error {
 	s.kept.left()
@@ -655,7 +657,7 @@ func (s source) Done(context.Context, string) error {
 type target struct {
 	cfg      Config
 	instance *runner.Instance
-	id       string   // of the migration; set when there is a manifest
+	id       string // of the migration; set when there is a manifest
 	kept     kept
 	names    []string // of the devices, as the manifest has them
 	shared   []bool   // of these, which are the source's own
@@ -822,4 +824,4 @@ func (t *target) Abort(ctx context.Context, id string) error {
 	t.depart()
 	return t.instance.Refuse(ctx, id)
 }
-func (t *target) Done(context.Context, string) error         { return t.instance.Settled() }
+func (t *target) Done(context.Context, string) error { return t.instance.Settled() }

@@ -100,6 +100,7 @@ type Keeper struct {
 	cfg    Config
 	log    *slog.Logger
 	kernel *kernel
+	doors  chan struct{} // a place for each connection whose other end has not proven who it is
 	lock   *os.File
 	yield  net.Listener
 	file   string // of the state
@@ -127,6 +128,7 @@ type saved struct {
 	vm
 	Self   uint32           `json:"self"`
 	Guest  uint32           `json:"guest"`  // the place where the guest is, or goes to
+	Source uint32           `json:"source"` // of Expecting: the place that it comes from
 	Places map[uint32]known `json:"places"` // that there are tunnels to
 	Since  time.Time        `json:"since"`  // of Away
 }
@@ -179,7 +181,7 @@ func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	k := &Keeper{cfg: cfg, log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
+	k := &Keeper{cfg: cfg, doors: make(chan struct{}, maxDoors), log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
 	k.ctx, k.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {
@@ -377,7 +379,7 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 			s.Places = make(map[uint32]known)
 			k.done = make(chan struct{})
 		}
-		s.State, s.vm, s.Self, s.Guest = Expecting, o.vm, self, self
+		s.State, s.vm, s.Self, s.Guest, s.Source = Expecting, o.vm, self, self, o.From.Place
 		s.Places[o.From.Place] = known{Address: o.From.Address, Owner: true, Dial: s.Places[o.From.Place].Dial}
 		for _, w := range o.Owners {
 			if w.Place != self {
@@ -564,6 +566,9 @@ func (k *Keeper) dialOnce(ctx context.Context, place uint32, address string, t *
 	return nil
 }
 
+// maxDoors bounds how many connections may be on their way to prove who they are; each holds 330 KiB meanwhile.
+const maxDoors = 64
+
 // accept takes the connections of other places.
 func (k *Keeper) accept() {
 	for {
@@ -582,8 +587,16 @@ func (k *Keeper) accept() {
 			}
 			continue
 		}
+		select {
+		case k.doors <- struct{}{}:
+		default: // the others of this VM dial again
+			conn.Close()
+			continue
+		}
 		k.tasks.Go(func() {
-			if err := k.meet(conn); err != nil {
+			err := k.meet(conn)
+			<-k.doors
+			if err != nil {
 				conn.Close()
 				if k.ctx.Err() == nil {
 					k.log.Warn("refused a connection of another place", "from", conn.RemoteAddr(), "reason", err)
@@ -813,14 +826,24 @@ func (k *Keeper) Left() error {
 		// Those that reach the guest without us need us no more; the others do until they have ended.
 		k.tasks.Go(func() {
 			if _, err := t.ask(k.ctx, message{Say: sayFollow, Place: target}); err == nil {
-				if err := k.leave(t.place); err != nil {
-					k.log.Warn("something of a tunnel is left", "place", t.place, "error", err)
-				}
+				k.leaveIf(t.place, target)
 			}
 		})
 	}
 	// What belongs to the place where the guest is is translated there.
 	return k.kernel.unpin(target)
+}
+
+// leaveIf leaves a place that is not needed any more, if the guest is still where it was when that was found out.
+func (k *Keeper) leaveIf(place, guest uint32) {
+	k.step.Lock()
+	defer k.step.Unlock()
+	if k.State() != Away || k.guestPlace() != guest {
+		return
+	}
+	if err := k.leave(place); err != nil {
+		k.log.Warn("something of a tunnel is left", "place", place, "error", err)
+	}
 }
 
 // Arrive notes that the guest is about to run here: what waits for it is delivered.

@@ -39,7 +39,7 @@ func Read(name string) (Kept, error) {
 		return Kept{}, err
 	}
 	s := saved{State: Vacant}
-	file := filepath.Join(nat.StateDir, fileName(cookie)+".json")
+	file := filepath.Join(nat.StateDir, nat.FlowState(cookie)+".json")
 	if b, err := os.ReadFile(file); err == nil {
 		if err := json.Unmarshal(b, &s); err != nil {
 			return Kept{}, fmt.Errorf("decode %q: %w", file, err)
@@ -55,15 +55,13 @@ func Read(name string) (Kept, error) {
 	return k, nil
 }
 
-func fileName(cookie uint64) string { return fmt.Sprintf("%d-flow", cookie) }
-
 // take makes the namespace ours: from a process that has it, which is asked to let go.
 func (k *Keeper) take(ctx context.Context) error {
 	cookie, err := nat.Cookie(k.kernel.ns)
 	if err != nil {
 		return err
 	}
-	name := fileName(cookie)
+	name := nat.FlowState(cookie)
 	k.file = filepath.Join(nat.StateDir, name+".json")
 	socket := filepath.Join(nat.StateDir, name+".sock")
 	ctx, cancel := context.WithTimeoutCause(ctx, takeTime, errors.New("the process that has it does not let go"))

@@ -24,6 +24,9 @@ const (
 	maxHeld = 4 << 20
 )
 
+// maxAsked bounds how many messages of a place are answered at a time.
+const maxAsked = 16
+
 // tunnel is the way to another place: an interface, and at most one session at a time. Without one, what goes into the interface is lost.
 type tunnel struct {
 	place uint32
@@ -32,6 +35,7 @@ type tunnel struct {
 	hear  func(*tunnel, message) message // answers; called by a goroutine of its own for each message
 
 	tasks sync.WaitGroup
+	asked chan struct{} // a place for each message that is being answered
 
 	mu      sync.Mutex // guards what follows
 	session *session   // nil: none
@@ -45,7 +49,7 @@ type tunnel struct {
 
 // newTunnel begins to carry what comes out of an interface.
 func newTunnel(place uint32, file *os.File, log *slog.Logger, hear func(*tunnel, message) message) *tunnel {
-	t := &tunnel{place: place, file: file, log: log.With("place", place), hear: hear, joined: make(chan struct{})}
+	t := &tunnel{place: place, file: file, log: log.With("place", place), hear: hear, asked: make(chan struct{}, maxAsked), joined: make(chan struct{})}
 	t.tasks.Go(t.pump)
 	return t
 }
@@ -184,7 +188,9 @@ func (t *tunnel) read(s *session, r *bufio.Reader) error {
 			if m.Answer {
 				s.answered(m)
 			} else {
+				t.asked <- struct{}{}
 				t.tasks.Go(func() {
+					defer func() { <-t.asked }()
 					answer := t.hear(t, m)
 					answer.Number, answer.Answer = m.Number, true
 					_ = s.say(answer)

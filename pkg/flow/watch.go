@@ -18,8 +18,12 @@ func (k *Keeper) hear(t *tunnel, m message) message {
 }
 
 func (k *Keeper) heed(t *tunnel, m message) error {
+	if m.Say != sayGone { // which may be asked of places that ask us, and changes nothing at once
+		k.step.Lock()
+		defer k.step.Unlock()
+	}
 	k.mu.Lock()
-	state, guest, self := k.saved.State, k.saved.Guest, k.saved.Self
+	state, guest, self, source := k.saved.State, k.saved.Guest, k.saved.Self, k.saved.Source
 	info := k.saved.Places[t.place]
 	k.mu.Unlock()
 	// Only the place that has the guest says where it goes.
@@ -41,12 +45,12 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		}
 		return k.leave(m.Place)
 	case sayRelay:
-		if state != Expecting {
+		if state != Expecting || t.place != source {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
 		return k.relayedBy(m.Place, t.place)
 	case sayFlows:
-		if state != Expecting {
+		if state != Expecting || t.place != source {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
 		return k.learn(m.Flows)
@@ -123,9 +127,7 @@ func (k *Keeper) follow(from, to uint32) error {
 		case <-k.ctx.Done():
 			return
 		}
-		if err := k.leave(from); err != nil {
-			k.log.Warn("something of a tunnel is left", "place", from, "error", err)
-		}
+		k.leaveIf(from, to)
 	})
 	return nil
 }

@@ -66,6 +66,10 @@ func (c Config) outside(veths []string, ipv6 bool) rule.Table {
 // StateDir is where it is kept what outlives a process: locks, and what settings of the host were. It is gone when the host is.
 const StateDir = "/run/drafter/net"
 
+// FlowState begins the names of the files below [StateDir] in which it is kept what connections a namespace, by its cookie, keeps for a
+// guest that has left it. While there is such a file, the namespace is not given to others.
+func FlowState(cookie uint64) string { return fmt.Sprintf("%d-flow", cookie) }
+
 // Settings are the kernel's settings of the network namespace that within runs on a thread of, and whose cookie is given, on loan.
 func Settings(within func(func() error) error, cookie uint64) (sysctl.Settings, error) {
 	if err := os.MkdirAll(StateDir, 0o700); err != nil {

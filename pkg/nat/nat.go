@@ -358,6 +358,27 @@ func (n *NAT) Claim(ctx context.Context) (Namespace, error) {
 	return Namespace{}, fmt.Errorf("claim a network namespace of NAT %q: %w: release one, or give larger CIDRs", n.cfg.Prefix, ErrExhausted)
 }
 
+// ErrKept is wrapped by the error of Release for a namespace that keeps connections of a guest which has moved.
+var ErrKept = errors.New("it keeps connections of a VM")
+
+// keepsConnections reports whether a namespace keeps connections of a guest that is, or was, in it.
+func keepsConnections(name string) (bool, error) {
+	handle, err := OpenNamespace(name)
+	if err != nil {
+		return false, err
+	}
+	defer handle.Close()
+	cookie, err := Cookie(handle)
+	if err != nil {
+		return false, err
+	}
+	_, err = os.Stat(filepath.Join(StateDir, FlowState(cookie)+".json"))
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // Release takes a namespace back that was claimed. Its next guest is not reached by connections of the last one.
 func (n *NAT) Release(name string) error {
 	n.mu.Lock()
@@ -368,6 +389,11 @@ func (n *NAT) Release(name string) error {
 		return ErrClosed
 	case !ok || !n.claimed[i]:
 		return fmt.Errorf("release network namespace %q: it was not claimed", name)
+	}
+	if kept, err := keepsConnections(name); err != nil {
+		return fmt.Errorf("release network namespace: %w", err)
+	} else if kept {
+		return fmt.Errorf("release network namespace %q: %w: wait until they have ended, or give them up (drafter connections --netns %s --drop)", name, ErrKept, name)
 	}
 	if err := forget(name); err != nil {
 		return fmt.Errorf("release network namespace: %w", err)

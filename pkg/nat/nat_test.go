@@ -367,6 +367,25 @@ func TestClaim(t *testing.T) {
 	if n := connections(t, second.Name); n == 0 {
 		t.Error("no connection is tracked, so none can be forgotten")
 	}
+	handle, err := nat.OpenNamespace(second.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer handle.Close()
+	cookie, err := nat.Cookie(handle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := filepath.Join(nat.StateDir, nat.FlowState(cookie)+".json") // as package flow has it
+	if err := os.WriteFile(kept, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Release(second.Name); !errors.Is(err, nat.ErrKept) {
+		t.Errorf("release of a namespace that keeps connections: got error %v, want ErrKept", err)
+	}
+	if err := os.Remove(kept); err != nil {
+		t.Fatal(err)
+	}
 	if err := n.Release(second.Name); err != nil {
 		t.Fatal(err)
 	}

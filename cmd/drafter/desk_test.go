@@ -42,9 +42,9 @@ func TestControlRefused(t *testing.T) {
 	}
 	defer other.Close()
 	for _, tt := range []struct{ name, path, want string }{
-		{"no folder", filepath.Join(f.dir, "none", "c.sock"), "make the folder first"},
+		{"no folder", filepath.Join(f.dir, "none", "c.sock"), "make it (mkdir -p)"},
 		{"in use", taken, "end the peer that uses it"},
-		{"a file", f.file("kernel"), "remove the file if it is no socket"},
+		{"a file", f.file("kernel"), "is a file, and no socket"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			checkRefused(t, f.dir, []string{"peer", "--netns", "", "--chroot-base-dir", filepath.Join(f.dir, "vms"), "--package", f.pkg,

@@ -371,7 +371,7 @@ func dialStreams(ctx context.Context, n int, patience time.Duration, dial func(c
 		if err != nil {
 			Arrival{Streams: streams}.Close()
 			if bounded.Err() != nil && ctx.Err() == nil {
-				err = fmt.Errorf("%w: no peer has answered there within %s", err, patience)
+				err = fmt.Errorf("%w: %w within %s", err, transport.ErrNoAnswer, patience)
 			}
 			return nil, err
 		}

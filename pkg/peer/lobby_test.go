@@ -164,12 +164,12 @@ func TestDialSilent(t *testing.T) {
 	address := "psk://" + l.Addr().String()
 	dial := func(ctx context.Context) (net.Conn, error) { return key.Dial(ctx, address) }
 	_, err = dialStreams(t.Context(), 3, 50*time.Millisecond, dial)
-	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "no peer has answered there within 50ms") {
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "nobody answers there within 50ms") {
 		t.Errorf("it ends with %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := dialStreams(ctx, 3, time.Minute, dial); !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "no peer has answered") {
+	if _, err := dialStreams(ctx, 3, time.Minute, dial); !errors.Is(err, context.DeadlineExceeded) || strings.Contains(err.Error(), "nobody answers") {
 		t.Errorf("for a caller who does not wait that long it ends with %v", err)
 	}
 }

@@ -2,15 +2,11 @@ package e2e
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
-	"io"
-	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,102 +17,14 @@ import (
 	"github.com/drafter-vm/drafter/pkg/nat/rule"
 )
 
-// talk is a connection of a client with the guest's echo, on which numbers are sent, tick by tick.
-type talk struct {
-	conn net.Conn
-	done sync.WaitGroup
-
-	mu    sync.Mutex // guards what follows
-	heard uint64
-	gaps  time.Duration // the longest since it was asked for
-	err   error
-	ended bool
-}
-
-// talkTick is how often a number is sent.
-const talkTick = 5 * time.Millisecond
-
-func newTalk(t *testing.T, from string, to netip.AddrPort) *talk {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	conn, err := testnet.DialContext(ctx, from, "tcp", to.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	k := &talk{conn: conn}
-	k.done.Go(func() {
-		for n := uint64(1); ; n++ {
-			if _, err := conn.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
-				k.fail(err)
-				return
-			}
-			time.Sleep(talkTick)
-		}
-	})
-	k.done.Go(func() {
-		last := time.Now()
-		for b := make([]byte, 8); ; {
-			if _, err := io.ReadFull(conn, b); err != nil {
-				k.fail(err)
-				return
-			}
-			now := time.Now()
-			k.mu.Lock()
-			k.heard++
-			k.gaps = max(k.gaps, now.Sub(last))
-			if n := binary.BigEndian.Uint64(b); n != k.heard && k.err == nil {
-				k.err = fmt.Errorf("number %d came where %d was due", n, k.heard)
-			}
-			k.mu.Unlock()
-			last = now
-		}
-	})
-	t.Cleanup(k.end)
-	return k
-}
-
-func (k *talk) fail(err error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if !k.ended && k.err == nil {
-		k.err = err
-	}
-}
-
-func (k *talk) end() {
-	k.mu.Lock()
-	k.ended = true
-	k.mu.Unlock()
-	k.conn.Close()
-	k.done.Wait()
-}
-
 // goOn waits until all have heard more, and returns the longest gaps since it was asked before, in order.
-func goOn(t *testing.T, when string, talks []*talk) (gaps []time.Duration) {
+func goOn(t *testing.T, when string, talks []*testnet.Talk) (gaps []time.Duration) {
 	t.Helper()
-	for n, k := range talks {
-		k.mu.Lock()
-		target := k.heard + 10
-		k.mu.Unlock()
-		for end := time.Now().Add(30 * time.Second); ; time.Sleep(talkTick) {
-			k.mu.Lock()
-			heard, err := k.heard, k.err
-			k.mu.Unlock()
-			if err != nil {
-				t.Fatalf("%s: connection %d: %v", when, n, err)
-			}
-			if heard >= target {
-				break
-			}
-			if time.Now().After(end) {
-				t.Fatalf("%s: connection %d is mute", when, n)
-			}
+	for _, k := range talks {
+		if k.GoesOn(t, when); t.Failed() {
+			t.FailNow()
 		}
-		k.mu.Lock()
-		gaps = append(gaps, k.gaps.Round(time.Millisecond))
-		k.gaps = 0
-		k.mu.Unlock()
+		gaps = append(gaps, k.Gap().Round(time.Millisecond))
 	}
 	slices.Sort(gaps)
 	return gaps
@@ -179,11 +87,11 @@ func TestCommandConnections(t *testing.T) {
 			}
 		}
 	}
-	talksAt := func(host string, n int) (talks []*talk) {
+	talksAt := func(host string, n int) (talks []*testnet.Talk) {
 		t.Helper()
 		for range n {
 			for _, a := range []netip.Addr{h.Addr4(host), h.Addr6(host)} {
-				talks = append(talks, newTalk(t, h.Host("world"), netip.AddrPortFrom(a, 3333)))
+				talks = append(talks, testnet.NewTalk(t, h.Host("world"), testnet.TalkTo{Name: fmt.Sprintf("connection %d to %s", len(talks), a), Network: "tcp", Addr: netip.AddrPortFrom(a, 3333)}))
 			}
 		}
 		return talks
@@ -228,7 +136,7 @@ func TestCommandConnections(t *testing.T) {
 	}
 	b.waitFor(t, "Keeping 4 connections that began here")
 	for _, k := range talks {
-		k.end()
+		k.Stop()
 	}
 	b.waitFor(t, "The last connection that began here has ended")
 	b.wait(t, 0)

@@ -3,11 +3,9 @@ package testnet
 import (
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -60,22 +58,8 @@ func NewHosts(name string, hosts ...string) (_ *Hosts, err error) {
 			err = errors.Join(err, h.Close())
 		}
 	}()
-	left, err := h.lock.read()
-	if err != nil {
+	if err := h.lock.make(h.namespaces()); err != nil {
 		return nil, err
-	}
-	for _, n := range append(left, h.namespaces()...) {
-		if err := removeNamespace(n); err != nil {
-			return nil, fmt.Errorf("remove what an earlier run left: %w", err)
-		}
-	}
-	if err := h.lock.write(h.namespaces()); err != nil {
-		return nil, err
-	}
-	for _, n := range h.namespaces() {
-		if err := newNamespace(n); err != nil {
-			return nil, err
-		}
 	}
 	err = Do(h.wire(), func() error {
 		bridge, err := addBridge(gatewayMAC)
@@ -98,25 +82,7 @@ func NewHosts(name string, hosts ...string) (_ *Hosts, err error) {
 // NewTestHosts is NewHosts for a test: it chooses a name, skips the test without root, and removes the hosts when the test ends.
 func NewTestHosts(t testing.TB, hosts ...string) *Hosts {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to create network namespaces")
-	}
-	f := fnv.New32a()
-	f.Write([]byte(filepath.Base(os.Args[0]) + t.Name()))
-	var h *Hosts
-	err := ErrBusy
-	for i := 0; errors.Is(err, ErrBusy) && i < 16; i++ {
-		h, err = NewHosts(fmt.Sprintf("h%08x.%d", f.Sum32(), i), hosts...)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := h.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return h
+	return named(t, "h", func(name string) (*Hosts, error) { return NewHosts(name, hosts...) })
 }
 
 func (h *Hosts) wire() string { return h.name + "-wire" }
@@ -213,12 +179,7 @@ func (h *Hosts) Close() error {
 	if h.lock == nil {
 		return nil
 	}
-	var errs []error
-	for _, n := range h.namespaces() {
-		errs = append(errs, removeNamespace(n))
-	}
-	err := errors.Join(errs...)
-	err = errors.Join(err, h.lock.release(err == nil))
+	err := h.lock.remove(h.namespaces())
 	h.lock = nil
 	return err
 }

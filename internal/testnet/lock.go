@@ -71,6 +71,39 @@ func (l *lock) write(names []string) error {
 	return err
 }
 
+// make makes namespaces, after removing them and all others that are left of the last holder.
+func (l *lock) make(namespaces []string) error {
+	left, err := l.read()
+	if err != nil {
+		return err
+	}
+	for _, n := range append(left, namespaces...) {
+		if err := removeNamespace(n); err != nil {
+			return fmt.Errorf("remove what an earlier run left: %w", err)
+		}
+	}
+	// Before there is anything to forget.
+	if err := l.write(namespaces); err != nil {
+		return err
+	}
+	for _, n := range namespaces {
+		if err := newNamespace(n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// remove removes namespaces, and ends the lock. With something left behind, the list stays, for the next run to try.
+func (l *lock) remove(namespaces []string) error {
+	var errs []error
+	for _, n := range namespaces {
+		errs = append(errs, removeNamespace(n))
+	}
+	err := errors.Join(errs...)
+	return errors.Join(err, l.release(err == nil))
+}
+
 // release ends the lock, and removes the list if all on it is gone.
 func (l *lock) release(remove bool) error {
 	var err error

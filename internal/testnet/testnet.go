@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -100,23 +101,8 @@ func New(cfg Config) (_ *Network, err error) {
 			err = errors.Join(err, n.Close())
 		}
 	}()
-	leftovers, err := n.lock.read()
-	if err != nil {
+	if err := n.lock.make(n.namespaces()); err != nil {
 		return nil, err
-	}
-	for _, namespace := range append(leftovers, n.namespaces()...) {
-		if err := removeNamespace(namespace); err != nil {
-			return nil, fmt.Errorf("remove what an earlier run left: %w", err)
-		}
-	}
-	// Before there is anything to forget.
-	if err := n.lock.write(n.namespaces()); err != nil {
-		return nil, err
-	}
-	for _, namespace := range n.namespaces() {
-		if err := newNamespace(namespace); err != nil {
-			return nil, err
-		}
 	}
 	if err := Do(n.Client(), n.buildClient); err != nil {
 		return nil, err
@@ -132,26 +118,31 @@ func New(cfg Config) (_ *Network, err error) {
 // NewTest is New for a test: it chooses a name, skips the test without root, and closes the network when the test ends.
 func NewTest(t testing.TB, peers ...string) *Network {
 	t.Helper()
+	return named(t, "t", func(name string) (*Network, error) { return New(Config{Name: name, Peers: peers}) })
+}
+
+// named makes something of a name for a test, which ends with the test. It skips the test without root.
+func named[T io.Closer](t testing.TB, prefix string, make func(name string) (T, error)) (made T) {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to create network namespaces")
 	}
 	// The same test has the same name in the next run, which then finds what this one may leave.
 	h := fnv.New32a()
 	h.Write([]byte(filepath.Base(os.Args[0]) + t.Name()))
-	var n *Network
 	err := ErrBusy
 	for i := 0; errors.Is(err, ErrBusy) && i < 16; i++ {
-		n, err = New(Config{Name: fmt.Sprintf("t%08x.%d", h.Sum32(), i), Peers: peers})
+		made, err = make(fmt.Sprintf("%s%08x.%d", prefix, h.Sum32(), i))
 	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := n.Close(); err != nil {
+		if err := made.Close(); err != nil {
 			t.Error(err)
 		}
 	})
-	return n
+	return made
 }
 
 // Client is the name of the client's namespace.
@@ -213,12 +204,7 @@ func (n *Network) Close() error {
 	for _, socket := range n.uplinks {
 		errs = append(errs, unix.Close(socket))
 	}
-	for _, namespace := range n.namespaces() {
-		errs = append(errs, removeNamespace(namespace))
-	}
-	err := errors.Join(errs...)
-	// With something left behind, the list stays, for the next run to try.
-	return errors.Join(err, n.lock.release(err == nil))
+	return errors.Join(append(errs, n.lock.remove(n.namespaces()))...)
 }
 
 // buildClient runs in the client's namespace.

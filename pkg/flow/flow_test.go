@@ -1,9 +1,7 @@
 package flow_test
 
 import (
-	"bufio"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -11,7 +9,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -152,146 +149,15 @@ func (s *sites) move(to string) time.Duration {
 	return paused
 }
 
-// talk is a connection on which numbers are echoed.
-type talk struct {
-	name string
-	conn net.Conn
-	udp  bool
-
-	mu     sync.Mutex // guards what follows
-	sent   uint64
-	heard  uint64
-	gap    time.Duration // the longest between two echoes
-	err    error
-	ended  chan struct{}
-	closed bool
-}
-
-// tick is how often a number is sent.
-const tick = 5 * time.Millisecond
-
-func startTalk(t *testing.T, name, from, network string, to netip.Addr, port int) *talk {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), testnet.Patience)
-	defer cancel()
-	conn, err := testnet.DialContext(ctx, from, network, netip.AddrPortFrom(to, uint16(port)).String())
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	k := &talk{name: name, conn: conn, udp: network == "udp", ended: make(chan struct{})}
-	go k.run()
-	t.Cleanup(func() { k.stop(); <-k.ended })
-	return k
-}
-
-func (k *talk) run() {
-	defer close(k.ended)
-	var both sync.WaitGroup
-	defer both.Wait()
-	both.Go(func() {
-		t := time.NewTicker(tick)
-		defer t.Stop()
-		for range t.C {
-			k.mu.Lock()
-			if k.closed || k.err != nil {
-				k.mu.Unlock()
-				return
-			}
-			k.sent++
-			n := k.sent
-			k.mu.Unlock()
-			if _, err := k.conn.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
-				k.fail(err)
-				return
-			}
-		}
-	})
-	if k.udp {
-		k.listenUDP()
-		return
-	}
-	r := bufio.NewReader(k.conn)
-	if _, err := r.ReadString('\n'); err != nil {
-		k.fail(err)
-		return
-	}
-	for last, b := time.Now(), make([]byte, 8); ; {
-		if _, err := io.ReadFull(r, b); err != nil {
-			k.fail(err)
-			return
-		}
-		now := time.Now()
-		k.mu.Lock()
-		k.heard++
-		if n := binary.BigEndian.Uint64(b); n != k.heard && k.err == nil {
-			k.err = fmt.Errorf("number %d came where %d was due", n, k.heard)
-		}
-		k.gap = max(k.gap, now.Sub(last))
-		k.mu.Unlock()
-		last = now
-	}
-}
-
-// listenUDP counts answers: an echo of UDP says no more than who asks.
-func (k *talk) listenUDP() {
-	for last, b := time.Now(), make([]byte, 100); ; {
-		if _, err := k.conn.Read(b); err != nil {
-			k.fail(err)
-			return
-		}
-		now := time.Now()
-		k.mu.Lock()
-		k.heard++
-		k.gap = max(k.gap, now.Sub(last))
-		k.mu.Unlock()
-		last = now
-	}
-}
-
-func (k *talk) fail(err error) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	if !k.closed && k.err == nil {
-		k.err = err
-	}
-}
-
-func (k *talk) stop() {
-	k.mu.Lock()
-	k.closed = true
-	k.mu.Unlock()
-	k.conn.Close()
-}
-
-// goesOn waits until a talk has heard more than before.
-func (k *talk) goesOn(t *testing.T, when string) {
-	t.Helper()
-	k.mu.Lock()
-	target := k.heard + 20
-	k.mu.Unlock()
-	for end := time.Now().Add(testnet.Patience); ; time.Sleep(tick) {
-		k.mu.Lock()
-		heard, err := k.heard, k.err
-		k.mu.Unlock()
-		if err != nil {
-			t.Errorf("%s: %s: %v", when, k.name, err)
-			return
-		}
-		if heard >= target {
-			return
-		}
-		if time.Now().After(end) {
-			t.Errorf("%s: %s is mute", when, k.name)
-			return
-		}
-	}
-}
-
 // talks begins connections of all kinds with the guest, which is at a host that forwards to it.
-func (s *sites) talks(t *testing.T, n int) []*talk {
+func (s *sites) talks(t *testing.T, n int) []*testnet.Talk {
 	t.Helper()
 	host := s.at.host
-	var all []*talk
+	var all []*testnet.Talk
+	talk := func(name, from, network string, to netip.Addr, port uint16) {
+		t.Helper()
+		all = append(all, testnet.NewTalk(t, from, testnet.TalkTo{Name: name, Network: network, Addr: netip.AddrPortFrom(to, port), Greets: true}))
+	}
 	for i := range n {
 		for _, network := range []string{"tcp", "udp"} {
 			for _, v6 := range []bool{false, true} {
@@ -299,26 +165,21 @@ func (s *sites) talks(t *testing.T, n int) []*talk {
 				if v6 {
 					at, world = s.Addr6(host), s.Addr6("world")
 				}
-				all = append(all,
-					startTalk(t, fmt.Sprintf("%s %d in through %s, %s", network, i, host, at), s.Host("world"), network, at, 3333),
-					startTalk(t, fmt.Sprintf("%s %d out through %s, %s", network, i, host, world), s.guest.Namespace(), network, world, 7))
+				talk(fmt.Sprintf("%s %d in through %s, %s", network, i, host, at), s.Host("world"), network, at, 3333)
+				talk(fmt.Sprintf("%s %d out through %s, %s", network, i, host, world), s.guest.Namespace(), network, world, 7)
 			}
 		}
 	}
 	return all
 }
 
-func gaps(talks []*talk) string {
+func gaps(talks []*testnet.Talk) string {
 	var all []time.Duration
-	lost := 0
+	lost := uint64(0)
 	for _, k := range talks {
-		k.mu.Lock()
-		all = append(all, k.gap)
-		if k.udp {
-			lost += int(k.sent - k.heard)
-		}
-		k.gap = 0
-		k.mu.Unlock()
+		all = append(all, k.Gap())
+		_, unanswered := k.Datagrams()
+		lost += unanswered
 	}
 	slices.Sort(all)
 	return fmt.Sprintf("%d connections, longest gap: median %v, most %v; %d datagrams are unanswered", len(all), all[len(all)/2].Round(time.Millisecond), all[len(all)-1].Round(time.Millisecond), lost)
@@ -332,31 +193,28 @@ func TestMoves(t *testing.T) {
 	s.forward("a")
 	all := s.talks(t, 2)
 	for _, k := range all {
-		k.goesOn(t, "at the begin")
+		k.GoesOn(t, "at the begin")
 	}
 	gaps(all)
 	for i, to := range []string{"b", "a", "b", "c", "b", "c", "a"} {
 		paused := s.move(to)
 		for _, k := range all {
-			k.goesOn(t, fmt.Sprintf("after move %d, to %s", i, to))
+			k.GoesOn(t, fmt.Sprintf("after move %d, to %s", i, to))
 		}
 		t.Logf("move %d, to %s: paused for %v; %s", i, to, paused.Round(time.Millisecond), gaps(all))
 		if i == 2 || i == 3 { // others own connections, too
 			s.forward(to)
 			all = append(all, s.talks(t, 1)...)
 			for _, k := range all {
-				k.goesOn(t, "with more")
+				k.GoesOn(t, "with more")
 			}
 		}
 	}
 	for _, k := range all {
-		k.mu.Lock()
-		if k.udp && k.sent-k.heard > k.sent/10 {
-			t.Errorf("%s: %d of %d datagrams are unanswered", k.name, k.sent-k.heard, k.sent)
+		if sent, unanswered := k.Datagrams(); unanswered > sent/10 {
+			t.Errorf("%s: %d of %d datagrams are unanswered", k.Name, unanswered, sent)
 		}
-		k.mu.Unlock()
-		k.stop()
-		<-k.ended
+		k.Stop()
 	}
 	s.forward("")
 	s.forgetUDP()
@@ -456,8 +314,8 @@ func TestUndo(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, k := range all {
-				k.goesOn(t, "after it")
-				k.stop()
+				k.GoesOn(t, "after it")
+				k.Stop()
 			}
 			if a.State() != flow.Home || b.State() != flow.Vacant {
 				t.Errorf("they are %s and %s", a.State(), b.State())
@@ -484,15 +342,14 @@ func TestRelay(t *testing.T) {
 	all = append(all, s.talks(t, 1)...)
 	s.move("c")
 	for _, k := range all {
-		k.goesOn(t, "relayed")
+		k.GoesOn(t, "relayed")
 	}
 	places, err := s.at.k.Places()
 	if err != nil || len(places) != 2 || places[0].Relay != 2 || places[1].Relay != 0 {
 		t.Errorf("it is said to be reached by %+v, %v", places, err)
 	}
 	for _, k := range all {
-		k.stop()
-		<-k.ended
+		k.Stop()
 	}
 	s.forgetUDP()
 	s.done(t, "a")
@@ -508,21 +365,21 @@ func TestOwnerDies(t *testing.T) {
 	s.forward("b")
 	recent := s.talks(t, 1)
 	for _, k := range old {
-		k.goesOn(t, "before")
+		k.GoesOn(t, "before")
 	}
 	a := s.all["a"]
 	if err := a.k.Close(); err != nil {
 		t.Fatal(err)
 	}
 	for _, k := range recent {
-		k.goesOn(t, "with a dead owner of others")
+		k.GoesOn(t, "with a dead owner of others")
 	}
 	a.open()
 	if a.k.State() != flow.Away {
 		t.Fatalf("after a restart it is %s", a.k.State())
 	}
 	for _, k := range append(old, recent...) {
-		k.goesOn(t, "after a restart")
+		k.GoesOn(t, "after a restart")
 	}
 	// The next process has it from a living one, also to receive the guest.
 	first := a.k
@@ -530,7 +387,7 @@ func TestOwnerDies(t *testing.T) {
 	a.open()
 	s.move("a")
 	for _, k := range append(old, recent...) {
-		k.goesOn(t, "at home again")
+		k.GoesOn(t, "at home again")
 	}
 }
 
@@ -552,7 +409,7 @@ func TestOccupied(t *testing.T) {
 		t.Errorf("another guest comes: got error %v, want ErrOccupied", err)
 	}
 	for _, k := range talks {
-		k.goesOn(t, "after what was refused")
+		k.GoesOn(t, "after what was refused")
 	}
 	// The guest ends: nobody keeps anything for it.
 	if err := s.at.k.End(); err != nil {
@@ -620,6 +477,6 @@ func TestStrangers(t *testing.T) {
 		conn.Close()
 	}
 	for _, k := range talks {
-		k.goesOn(t, "after strangers")
+		k.GoesOn(t, "after strangers")
 	}
 }

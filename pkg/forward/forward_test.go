@@ -8,9 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
@@ -267,29 +265,7 @@ func TestErrors(t *testing.T) {
 func TestKilled(t *testing.T) {
 	s := newSite(t, nat.Config{Count: 1})
 	before := testnet.Picture(t, s.Host("a"), s.names[0])
-	err := testnet.Do(s.Host("a"), func() error {
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), child+"="+s.names[0])
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			return err
-		}
-		if err := cmd.Start(); err != nil {
-			return err
-		}
-		said := make([]byte, 1000)
-		n, _ := out.Read(said)
-		err = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if !strings.HasPrefix(string(said[:n]), "open") {
-			return fmt.Errorf("the child said %q", said[:n])
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
+	testnet.KillChild(t, s.Host("a"), child+"="+s.names[0])
 	if left := testnet.Picture(t, s.Host("a"), s.names[0]); left == before {
 		t.Fatal("a killed process has left nothing, so nothing can be removed")
 	}

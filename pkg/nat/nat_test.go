@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -253,7 +252,7 @@ func TestNothingLeft(t *testing.T) {
 	testnet.Diff(t, "after two NATs", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 
 	// Killed, and started again with a guest in one of its namespaces.
-	kill(t, h.Host("a"), a)
+	testnet.KillChild(t, h.Host("a"), child+"="+a)
 	name := a + "1"
 	g := testnet.NewGuestIn(t, a, name)
 	testnet.Echo(t, g.Namespace(), 8)
@@ -290,7 +289,7 @@ func TestNothingLeft(t *testing.T) {
 	testnet.Diff(t, "after a kill", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 
 	// Other settings rebuild what nobody uses, and are refused where a machine runs.
-	kill(t, h.Host("a"), a)
+	testnet.KillChild(t, h.Host("a"), child+"="+a)
 	other := nat.Config{Prefix: a, Count: 3, Gateway: netip.MustParsePrefix("172.16.0.9/28")}
 	c, err := g.Open(name)
 	if err != nil {
@@ -309,34 +308,6 @@ func TestNothingLeft(t *testing.T) {
 		t.Fatal(err)
 	}
 	testnet.Diff(t, "after other settings", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
-}
-
-// kill opens a NAT in a process, and kills it.
-func kill(t *testing.T, namespace, prefix string) {
-	t.Helper()
-	err := testnet.Do(namespace, func() error {
-		cmd := exec.Command("/proc/self/exe")
-		cmd.Env = append(os.Environ(), child+"="+prefix)
-		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			return err
-		}
-		if err := cmd.Start(); err != nil {
-			return err
-		}
-		said := make([]byte, 1000)
-		n, _ := out.Read(said)
-		err = cmd.Process.Kill()
-		_ = cmd.Wait()
-		if !strings.HasPrefix(string(said[:n]), "open") {
-			return fmt.Errorf("the child said %q", said[:n])
-		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 // TestClaim: namespaces are claimed one by one, made as needed, and come back without the connections of their last guest.

@@ -1,0 +1,166 @@
+package testnet
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"sync"
+	"testing"
+	"time"
+)
+
+// TalkTick is how often a Talk says a number.
+const TalkTick = 5 * time.Millisecond
+
+// Talk is a connection with an echo on which numbers are sent, tick by tick, and expected back: over TCP each, in order; datagrams
+// are counted.
+type Talk struct {
+	// Name is for messages.
+	Name string
+
+	conn  net.Conn
+	udp   bool
+	greet bool
+	tasks sync.WaitGroup
+
+	mu          sync.Mutex // guards what follows
+	sent, heard uint64
+	gap         time.Duration
+	err         error
+	ended       bool
+}
+
+// TalkTo is what a Talk is with.
+type TalkTo struct {
+	Name    string
+	Network string // tcp or udp
+	Addr    netip.AddrPort
+	Greets  bool // it begins with a line, as an Echo does over TCP
+}
+
+// NewTalk begins a talk from within a namespace. It ends when the test does.
+func NewTalk(t testing.TB, namespace string, to TalkTo) *Talk {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 6*Patience)
+	defer cancel()
+	conn, err := DialContext(ctx, namespace, to.Network, to.Addr.String())
+	if err != nil {
+		t.Fatalf("%s: %v", to.Name, err)
+	}
+	k := &Talk{Name: to.Name, conn: conn, udp: to.Network == "udp", greet: to.Greets}
+	k.tasks.Go(k.say)
+	k.tasks.Go(k.listen)
+	t.Cleanup(k.Stop)
+	return k
+}
+
+// Stop ends a talk. It may be called twice.
+func (k *Talk) Stop() {
+	k.mu.Lock()
+	k.ended = true
+	k.mu.Unlock()
+	k.conn.Close()
+	k.tasks.Wait()
+}
+
+func (k *Talk) fail(err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.ended && k.err == nil {
+		k.err = err
+	}
+}
+
+func (k *Talk) say() {
+	tick := time.NewTicker(TalkTick)
+	defer tick.Stop()
+	for range tick.C {
+		k.mu.Lock()
+		over := k.ended || k.err != nil
+		k.sent++
+		n := k.sent
+		k.mu.Unlock()
+		if over {
+			return
+		}
+		if _, err := k.conn.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
+			k.fail(err)
+			return
+		}
+	}
+}
+
+func (k *Talk) listen() {
+	hear := func(b []byte) error { _, err := k.conn.Read(b); return err } // an Echo of UDP says no more than who asks
+	if !k.udp {
+		r := bufio.NewReader(k.conn)
+		hear = func(b []byte) error { _, err := io.ReadFull(r, b[:8]); return err }
+		if k.greet {
+			if _, err := r.ReadString('\n'); err != nil {
+				k.fail(err)
+				return
+			}
+		}
+	}
+	for last, b := time.Now(), make([]byte, 100); ; {
+		if err := hear(b); err != nil {
+			k.fail(err)
+			return
+		}
+		now := time.Now()
+		k.mu.Lock()
+		k.heard++
+		k.gap = max(k.gap, now.Sub(last))
+		if n := binary.BigEndian.Uint64(b); !k.udp && n != k.heard && k.err == nil {
+			k.err = fmt.Errorf("number %d came where %d was due", n, k.heard)
+		}
+		k.mu.Unlock()
+		last = now
+	}
+}
+
+// GoesOn waits until a talk has heard more than before, and fails the test if it does not.
+func (k *Talk) GoesOn(t testing.TB, when string) {
+	t.Helper()
+	k.mu.Lock()
+	target := k.heard + 15
+	k.mu.Unlock()
+	for end := time.Now().Add(6 * Patience); ; time.Sleep(TalkTick) {
+		k.mu.Lock()
+		heard, err := k.heard, k.err
+		k.mu.Unlock()
+		switch {
+		case err != nil:
+			t.Errorf("%s: %s: %v", when, k.Name, err)
+			return
+		case heard >= target:
+			return
+		case time.Now().After(end):
+			t.Errorf("%s: %s is mute", when, k.Name)
+			return
+		}
+	}
+}
+
+// Gap is the longest time between two answers since it was asked for before.
+func (k *Talk) Gap() time.Duration {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	gap := k.gap
+	k.gap = 0
+	return gap
+}
+
+// Datagrams are how many were sent, and how many of these were not answered, or not yet; none over TCP, where none is lost.
+func (k *Talk) Datagrams() (sent, unanswered uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if !k.udp {
+		return 0, 0
+	}
+	return k.sent, k.sent - k.heard
+}

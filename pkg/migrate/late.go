@@ -418,7 +418,7 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 		}
 	}
 	l.start(context.WithoutCancel(ctx))
-	done := l.limit(d.cfg.HandshakeTimeout, "saying what migration this is")
+	done := l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")
 	m, err := l.expect(wire.TypeSeek)
 	if err != nil {
 		return nil, err
@@ -427,6 +427,8 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	if err != nil {
 		return nil, err
 	}
+	done()
+	done = l.limit(d.cfg.HandshakeTimeout, "understanding where the guest stands")
 	serve := d.standing == wire.Owned || d.standing == wire.Runs
 	if serve {
 		for _, dev := range d.devices {

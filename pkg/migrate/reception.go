@@ -184,7 +184,7 @@ func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, id 
 	}
 	d.link = l
 	defer l.start(ctx)()
-	defer l.limit(d.cfg.HandshakeTimeout, "saying what migration this is")()
+	defer l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")()
 	m, err := l.expect(wire.TypeSeek)
 	if err != nil {
 		return "", err

@@ -19,6 +19,10 @@ import (
 const (
 	retryMin = 50 * time.Millisecond // between attempts to reconnect
 	retryMax = time.Second
+
+	// proofTimeout is how long whoever comes may take to prove that it is the other side, who waits for its turn meanwhile. It is
+	// shorter than the time for which a peer.Lobby keeps one waiting.
+	proofTimeout = 3 * time.Second
 )
 
 // errRestarted is why a process that was restarted looks for the other side.
@@ -115,7 +119,10 @@ func (s *source) reconnect(ctx context.Context, lost error) error {
 		s.leaveSession(lost)
 		err := s.rejoin(ctx, streams)
 		var peer *PeerError
-		useful := err == nil || s.met || errors.As(err, &peer) && peer.NeverRan
+		if !s.proven && errors.As(err, &peer) && peer.NeverRan {
+			err = fmt.Errorf("%w: it says that the guest never ran there", ErrUnproven) // from whichever call this came
+		}
+		useful := err == nil || s.met || s.proven && errors.As(err, &peer) && peer.NeverRan
 		if !useful {
 			s.log.Debug("the destination was not met", "error", err)
 			s.leaveSession(err)
@@ -135,22 +142,21 @@ func (s *source) leaveSession(why error) {
 	s.link = nil
 }
 
-// rejoin is one session after the first. s.met says whether the two sides understood each other.
+// rejoin is one session after the first. s.proven says whether it was with the destination, and s.met whether the two sides understood
+// each other. What was heard in a session without proof may not change anything.
 func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
-	s.met = false
+	s.met, s.proven = false, false
 	l, err := s.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
 		return err
 	}
 	s.begin(context.WithoutCancel(ctx), l)
-	done := l.limit(s.cfg.HandshakeTimeout, "saying where the guest stands")
+	done := l.limit(min(s.cfg.HandshakeTimeout, proofTimeout), "proving what it is")
 	if err := l.send(wire.Header{Type: wire.TypeSeek}, wire.EncodeSeek(s.cfg.ID, l.sessions)); err != nil {
 		return err
 	}
 	m, err := l.expect(wire.TypeRejoin)
-	if peer := (*PeerError)(nil); errors.As(err, &peer) && peer.NeverRan {
-		return fmt.Errorf("%w: it says that the guest never ran there", ErrUnproven)
-	} else if err != nil {
+	if err != nil {
 		return err
 	}
 	r, err := wire.DecodeRejoin(m.payload)
@@ -164,6 +170,9 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 		s.log.Warn("refused a peer that calls itself the destination and cannot prove it", "standing", r.Standing)
 		return tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the destination of migration %q", ErrUnproven, public), "this is not the destination of that migration")
 	}
+	s.proven = true
+	done()
+	done = l.limit(s.cfg.HandshakeTimeout, "saying what the destination misses")
 	s.log.Info("met the destination again", "standing", r.Standing)
 	switch r.Standing {
 	case wire.NeverRan:

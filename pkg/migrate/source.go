@@ -156,6 +156,7 @@ type source struct {
 	release    func() // of spare processors; nil without them
 
 	met       bool   // the latest attempt to meet the destination again succeeded
+	proven    bool   // who was met in it has proven to be the destination
 	version   uint16 // of the protocol
 	wireBytes int64  // written to links that are gone
 	streams   int    // of the first session; 0 before it

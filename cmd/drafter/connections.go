@@ -62,8 +62,7 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 			return nil, nil
 		}
 	}
-	o := l.Options
-	o.Allow = append(append(append([]string(nil), l.Allow...), l.sources...), l.destinations...)
+	o := l.both()
 	o.Logger = logger(ctx)
 	if err := o.Check(address); err != nil {
 		return nil, usageErrorf("--connections-laddr: %w", err)
@@ -81,7 +80,7 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 	k, err := flow.Open(ctx, flow.Config{
 		Netns: netns, Listen: listener, Address: reached(address, listener.Addr()), Limit: c.limit, Logger: logger(ctx),
 		Handshake: func(ctx context.Context, conn net.Conn) error { _, err := transport.Handshake(ctx, conn); return err },
-		Dial:      o.Dial,
+		Dial:      dialTold(o, transport.Scheme(address)),
 	})
 	if err != nil {
 		listener.Close()
@@ -108,6 +107,20 @@ func (l *links) beside() string {
 		}
 	}
 	return ""
+}
+
+// dialTold dials addresses that other hosts have told: no more than what is listened on by a host itself, and of the kind that this one
+// uses, if it is given. Others would run a program here, or bring connections around the authentication that was asked for.
+func dialTold(o transport.Options, scheme string) func(context.Context, string) (net.Conn, error) {
+	return func(ctx context.Context, address string) (net.Conn, error) {
+		switch is := transport.Scheme(address); {
+		case scheme != "" && is != scheme:
+			return nil, fmt.Errorf("another host of the VM says that it is reached by %s, and this one by %s: give both the same kind of --connections-laddr", is, scheme)
+		case !transport.CanListen(address) || transport.Single(address):
+			return nil, fmt.Errorf("another host of the VM says that it is reached by %s, which is none that can be listened on", is)
+		}
+		return o.Dial(ctx, address)
+	}
 }
 
 // parts takes an address apart into what is before its host and port, these, and what is behind them.
@@ -246,7 +259,7 @@ func runConnections(cmd *cobra.Command, opts connectionsOptions) error {
 		}
 		return json.NewEncoder(cmd.OutOrStdout()).Encode(kept)
 	}
-	k, err := flow.Open(ctx, flow.Config{Netns: opts.netns, Dial: opts.options(true).Dial, Logger: logger(ctx)})
+	k, err := flow.Open(ctx, flow.Config{Netns: opts.netns, Dial: dialTold(opts.both(), ""), Logger: logger(ctx)})
 	if err != nil {
 		return err
 	}

@@ -112,6 +112,6 @@ func lookAt(l links, w *way, id, address string) error {
 	if err != nil {
 		return err
 	}
-	w.set(l.dial)
+	w.dial(l.dial)
 	return fmt.Errorf("%w: the VM was given away already (migration %s): whoever has it is looked for at %s from now on", control.ErrConflict, id, transport.Redacted(address))
 }

@@ -42,6 +42,17 @@ func (l *links) options(give bool) transport.Options {
 	return o
 }
 
+// both are options of connections to whoever may do either, as the places of a VM's connections do to each other. Where one may be anybody
+// with a good certificate, so may they.
+func (l *links) both() transport.Options {
+	o := l.Options
+	give, take := l.options(true).Allow, l.options(false).Allow
+	if o.Allow = nil; len(give) > 0 && len(take) > 0 {
+		o.Allow = slices.Concat(take, l.destinations)
+	}
+	return o
+}
+
 // pskVariable is the environment variable of the key for psk. A flag for the key itself would show it to whoever lists processes.
 const pskVariable = "DRAFTER_PSK"
 

@@ -288,6 +288,14 @@ func TestBothWays(t *testing.T) {
 	if give, take := l.options(true).Allow, l.options(false).Allow; !slices.Equal(give, []string{"both", "d"}) || !slices.Equal(take, []string{"both", "s"}) {
 		t.Errorf("a VM may go to %q and come from %q", give, take)
 	}
+	if both := l.both().Allow; !slices.Equal(both, []string{"both", "s", "d"}) {
+		t.Errorf("connections go between %q", both)
+	}
+	for _, one := range []links{{sources: []string{"s"}}, {destinations: []string{"d"}}, {}} {
+		if both := one.both().Allow; len(both) > 0 {
+			t.Errorf("with %+v connections go between %q only, and a VM goes to or comes from anybody", one, both)
+		}
+	}
 	// A way that an operator names is one to give the VM.
 	if to, err := l.to("unix:///tmp/x"); err != nil || !to.giving {
 		t.Errorf("an operator's way gives: %t (%v)", to.giving, err)

@@ -26,16 +26,15 @@ type operator struct {
 	pushes chan push
 	way    way
 
-	telling sync.Mutex                                     // held while the metrics are told whether the guest is paused
-	home    func(context.Context) ([]io.ReadWriter, error) // the way back of whoever asks for the VM; nil: nobody can
+	telling sync.Mutex // held while the metrics are told whether the guest is paused
 }
 
 // push is a migration that somebody here has asked for.
 type push struct {
 	to    named
-	first func(context.Context) ([]io.ReadWriter, error) // dials
-	again func(context.Context) ([]io.ReadWriter, error) // dials once more
-	ctx   context.Context                                // of who asks
+	first find            // dials
+	again find            // dials once more
+	ctx   context.Context // of who asks
 	end   chan<- pushed
 }
 
@@ -44,18 +43,28 @@ type pushed struct {
 	err    error
 }
 
-// way is how the other side of a migration is found again.
+// way is how the other side of a migration is found again: it comes to this peer, it is dialled, or both are tried, where that side may do
+// either: one that was pushed the VM waits for us, and one that has asked for it comes back.
 type way struct {
-	mu    sync.Mutex // guards what follows
-	find  func(context.Context) ([]io.ReadWriter, error)
-	other chan struct{} // closed and replaced when find is replaced
+	mu    sync.Mutex    // guards what follows
+	home  find          // nil: nobody can come
+	away  find          // nil: nobody is dialled
+	other chan struct{} // closed and replaced when one of these is replaced
 }
 
-// set replaces how the other side is found.
-func (w *way) set(find func(context.Context) ([]io.ReadWriter, error)) {
+// find finds the other side once.
+type find func(context.Context) ([]io.ReadWriter, error)
+
+// wait has the other side come here, from now on.
+func (w *way) wait(f find) { w.set(func() { w.home = f }) }
+
+// dial has the other side dialled, from now on; nil: it is not.
+func (w *way) dial(f find) { w.set(func() { w.away = f }) }
+
+func (w *way) set(change func()) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.find = find
+	change()
 	if w.other != nil {
 		close(w.other)
 		w.other = nil
@@ -69,16 +78,16 @@ func (w *way) known() (ok bool, changed <-chan struct{}) {
 	if w.other == nil {
 		w.other = make(chan struct{})
 	}
-	return w.find != nil, w.other
+	return w.home != nil || w.away != nil, w.other
 }
 
 // take is what migrate's Reconnect asks for.
 func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
 	_, changed := w.known()
 	w.mu.Lock()
-	find := w.find
+	home, away := w.home, w.away
 	w.mu.Unlock()
-	if find == nil {
+	if home == nil && away == nil {
 		return nil, errors.New("there is no address at which the other side could be found, or find this one")
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -90,7 +99,57 @@ func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
 		case <-ctx.Done():
 		}
 	}()
-	return find(ctx)
+	switch {
+	case away == nil:
+		return home(ctx)
+	case home == nil:
+		return away(ctx)
+	}
+	return either(ctx, home, away)
+}
+
+// visit is how long it is waited for a side that may come, after it could not be dialled. It is long enough for one that waits in the lobby,
+// which stays there for longer.
+const visit = time.Second
+
+// either is what home or away finds first. When away has failed, home has a moment more, and its error counts.
+func either(ctx context.Context, home, away find) ([]io.ReadWriter, error) {
+	type found struct {
+		streams []io.ReadWriter
+		err     error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	came, dialled := make(chan found, 1), make(chan found, 1)
+	run := func(f find, to chan<- found) {
+		streams, err := f(ctx)
+		to <- found{streams, err}
+	}
+	go run(home, came)
+	go run(away, dialled)
+	// Both are waited for: what the second has found meanwhile is closed.
+	first, second := found{}, came
+	select {
+	case first = <-dialled:
+		if first.err == nil {
+			break
+		}
+		late := time.AfterFunc(visit, cancel)
+		defer late.Stop()
+		if c := <-came; c.err == nil {
+			return c.streams, nil
+		}
+		return nil, first.err
+	case first = <-came:
+		second = dialled
+		if first.err != nil {
+			first = <-dialled
+			return first.streams, first.err
+		}
+	}
+	cancel()
+	peer.Arrival{Streams: (<-second).streams}.Close()
+	return first.streams, nil
 }
 
 var _ control.Controlled = (*operator)(nil)

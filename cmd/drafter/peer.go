@@ -371,8 +371,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		lobby = peer.NewLobby(listener, log)
 		op.serving = opts.serving(lobby.Addr())
 		if !transport.Single(opts.laddr) {
-			op.home = lobby.Rejoin
-			op.way.set(op.home)
+			op.way.wait(lobby.Rejoin)
 		}
 	}
 	defer func() {
@@ -660,6 +659,9 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			if gone, err := findDestination(ctx, o, reports, out); gone || err != nil {
 				return err
 			}
+			if _, ok := p.InDoubt(); !ok { // the VM runs on here, and who asks for it next comes here
+				o.way.dial(nil)
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -706,7 +708,7 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				return err
 			}
 		case a := <-o.pushes:
-			o.way.set(a.again)
+			o.way.dial(a.again)
 			ours, cancel := context.WithCancel(ctx)
 			stop := context.AfterFunc(a.ctx, cancel)
 			r, gone, err := give(ours, p, handing{from: a.to, pushed: true, do: func(ctx context.Context) (*migrate.Report, error) {
@@ -719,7 +721,7 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				return err
 			}
 			if _, ok := p.InDoubt(); !ok {
-				o.way.set(o.home)
+				o.way.dial(nil)
 			}
 		}
 	}

@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/transport"
+)
+
+// What another host says of where it is may not run a program here, nor weaken what was asked for.
+func TestDialTold(t *testing.T) {
+	ran := filepath.Join(t.TempDir(), "ran")
+	for address, scheme := range map[string]string{
+		"exec:touch " + ran:             "tcp",
+		"exec:touch  " + ran:            "",
+		"ssh://-oProxyCommand=x@host/x": "tcp",
+		"ssh://-oProxyCommand=x@host/y": "",
+		"stdio:":                        "",
+		"unix:///run/docker.sock":       "tcp",
+		"tcp://127.0.0.1:1":             "tls",
+		"127.0.0.1:1":                   "psk",
+		"nonsense://":                   "",
+		"EXEC:touch " + ran:             "",
+		" exec:touch " + ran:            "",
+		"fd:0":                          "",
+		"exec://touch " + ran:           "exec",
+	} {
+		if conn, err := dialTold(transport.Options{}, scheme)(t.Context(), address); err == nil {
+			conn.Close()
+			t.Errorf("%q was dialled by one that uses %q", address, scheme)
+		} else if !strings.Contains(err.Error(), "another host") {
+			t.Errorf("%q was tried by one that uses %q: %v", address, scheme, err)
+		}
+	}
+	if _, err := os.Stat(ran); err == nil {
+		t.Error("it has run a command")
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, scheme := range []string{"", "tcp"} {
+		conn, err := dialTold(transport.Options{}, scheme)(t.Context(), l.Addr().String())
+		if err != nil {
+			t.Errorf("one that uses %q: %v", scheme, err)
+			continue
+		}
+		conn.Close()
+	}
+}
+
+// Who was asked for the VM may come back, whatever address was dialled since, and who is dialled may be there.
+func TestEitherWay(t *testing.T) {
+	streams := func() ([]net.Conn, find) {
+		a, b := net.Pipe()
+		return []net.Conn{a, b}, func(context.Context) ([]io.ReadWriter, error) { return []io.ReadWriter{a}, nil }
+	}
+	never := func(ctx context.Context) ([]io.ReadWriter, error) { <-ctx.Done(); return nil, context.Cause(ctx) }
+	fails := func(context.Context) ([]io.ReadWriter, error) { return nil, net.ErrClosed }
+	for name, tt := range map[string]struct {
+		home, away func(find) find
+	}{
+		"it comes":                         {func(f find) find { return f }, func(find) find { return never }},
+		"it is there":                      {func(find) find { return never }, func(f find) find { return f }},
+		"it comes, and cannot be dialled":  {func(f find) find { return f }, func(find) find { return fails }},
+		"nobody can come, and it is there": {func(find) find { return fails }, func(f find) find { return f }},
+		"nobody comes any more":            {func(find) find { return nil }, func(f find) find { return f }},
+		"nobody is dialled any more":       {func(f find) find { return f }, func(find) find { return nil }},
+	} {
+		conns, f := streams()
+		var w way
+		w.wait(tt.home(f))
+		w.dial(tt.away(f))
+		got, err := w.take(t.Context())
+		if err != nil || len(got) != 1 || got[0] != conns[0] {
+			t.Errorf("%s: %v (%v)", name, got, err)
+		}
+		for _, c := range conns {
+			c.Close()
+		}
+	}
+	// Of two, one is closed.
+	one, f := streams()
+	two, g := streams()
+	got, err := either(t.Context(), f, g)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := one
+	if got[0] == one[0] {
+		other = two
+	}
+	if _, err := other[1].Write([]byte{0}); err == nil {
+		t.Error("the second is still open")
+	}
+	got[0].(net.Conn).Close()
+	// Neither: the error is that of the address.
+	if _, err := either(t.Context(), never, fails); err != net.ErrClosed {
+		t.Errorf("nobody: %v", err)
+	}
+}

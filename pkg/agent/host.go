@@ -268,7 +268,7 @@ func (h *Host) serve(conn net.Conn, introduced func()) {
 	defer context.AfterFunc(h.ctx, func() { conn.Close() })()
 
 	gone := make(chan struct{})
-	client := ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(gone) }))
+	client := ttrpc.NewClient(serve.Answers(conn), ttrpc.WithOnClose(func() { close(gone) }))
 	defer client.Close()
 	p := &peer{conn: conn, client: client, agent: agentpb.NewAgentClient(client)}
 

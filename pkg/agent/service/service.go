@@ -397,7 +397,7 @@ func (e *Endpoint) refuse(err error) {
 // calling has this side call by a connection, until it ends.
 func (e *Endpoint) calling(conn net.Conn, version int) {
 	gone := make(chan struct{})
-	client := ttrpc.NewClient(conn, ttrpc.WithOnClose(func() { close(gone) }))
+	client := ttrpc.NewClient(serve.Answers(conn), ttrpc.WithOnClose(func() { close(gone) }))
 	defer client.Close()
 	l := &link{conn, client, version}
 	e.mu.Lock()

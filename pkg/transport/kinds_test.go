@@ -248,6 +248,7 @@ func TestCertificates(t *testing.T) {
 		o.Authorities = ""
 		return allow(o, names...)
 	}
+	anyHost := func(o transport.Options) transport.Options { o.AnyHost = true; return o }
 	for _, tt := range []struct {
 		name           string
 		server, client transport.Options
@@ -266,6 +267,9 @@ func TestCertificates(t *testing.T) {
 		{"client is above the wildcard", allow(server, "a.b.example.org"), wild, "server", "none of those that are allowed"},
 		{"server is another", server, allow(client, "spiffe://example.org/host/2"), "client", "none of those that are allowed"},
 		{"server is on another host", elsewhere, client, "client", "allow it by name"},
+		{"server is on another host, as it may be", elsewhere, anyHost(client), "", ""},
+		{"hostile server, on any host", hostile, anyHost(client), "client", "unknown authority"},
+		{"server is another, on any host", server, anyHost(allow(client, "spiffe://example.org/host/2")), "client", "none of those that are allowed"},
 		{"client has another pin", pinned(server, hostilePin), pinned(client, serverPin), "server", "none of those that are pinned"},
 		{"server has another pin", pinned(server, clientPin), pinned(client, hostilePin), "client", "none of those that are pinned"},
 		{"expired client", server, expired, "server", "valid from"},

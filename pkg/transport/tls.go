@@ -161,7 +161,7 @@ func (o Options) verify(s tls.ConnectionState, host string) (Identity, error) {
 	switch {
 	case len(o.Allow) > 0 && !o.allows(is):
 		return Identity{}, fmt.Errorf("%w: it is none of those that are allowed (%s)", ErrRefused, is)
-	case len(o.Allow) == 0 && host != "":
+	case len(o.Allow) == 0 && host != "" && !o.AnyHost:
 		if err := leaf.VerifyHostname(host); err != nil {
 			return Identity{}, fmt.Errorf("%w: %w (%s); if that is who it should be, allow it by name", ErrRefused, err, is)
 		}

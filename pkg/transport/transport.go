@@ -34,6 +34,10 @@ type Options struct {
 	// whoever has the key.
 	Allow []string
 
+	// AnyHost takes, when dialling over TLS with an empty Allow, whoever has a certificate of Authorities, whatever host it is for: for
+	// callers to whom the other side proves in another way who it is.
+	AnyHost bool
+
 	// Stdio is what stdio: is.
 	Stdio io.ReadWriteCloser
 

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/coder/websocket"
@@ -114,6 +115,16 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 	w := &webSocketListener{queue: newQueue(l.Addr())}
 	w.server = http.Server{
 		ReadHeaderTimeout: opening, ReadTimeout: opening, IdleTimeout: opening, MaxHeaderBytes: 16 << 10,
+		ConnState: func(conn net.Conn, is http.ConnState) {
+			switch is {
+			case http.StateNew:
+				if w.opening.Add(1) > maxOpening {
+					conn.Close()
+				}
+			case http.StateHijacked, http.StateClosed:
+				w.opening.Add(-1)
+			}
+		},
 		ErrorLog: slog.NewLogLogger(o.log().Handler(), slog.LevelDebug),
 		Handler: http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 			if r.URL.Path != "/"+path {
@@ -128,6 +139,11 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 					http.Error(rw, "refused", http.StatusForbidden)
 					return
 				}
+			}
+			defer w.opening.Add(-1) // until it is accepted
+			if w.opening.Add(1) > maxOpening {
+				http.Error(rw, "busy", http.StatusServiceUnavailable)
+				return
 			}
 			// What another site's page in somebody's browser asks for is refused there, by its Origin.
 			ws, err := websocket.Accept(rw, r, &websocket.AcceptOptions{CompressionMode: websocket.CompressionDisabled})
@@ -150,6 +166,7 @@ type webSocketListener struct {
 	*queue
 	server  http.Server
 	serving sync.WaitGroup
+	opening atomic.Int64 // clients that are on their way
 }
 
 func (l *webSocketListener) Close() error {

@@ -479,7 +479,10 @@ func rules(slot int, all []*active) rule.Table {
 				}
 			}
 			r := rule.Of(where, rule.Is(a.Protocol), rule.ToPort(s.port), rule.ToAddress(inside, a.InternalPort))
-			pre.Rules, out.Rules = append(pre.Rules, r), append(out.Rules, r)
+			out.Rules = append(out.Rules, r)
+			if !s.addr.IsLoopback() { // which is for programs of this host, whatever a neighbour sends here
+				pre.Rules = append(pre.Rules, r)
+			}
 			if s.addr.Is4() && (s.addr.IsLoopback() || s.addr.IsUnspecified()) && !masked[a.to.veth] {
 				masked[a.to.veth] = true
 				post.Rules = append(post.Rules, rule.Of(rule.Out(a.to.veth), rule.From(netip.MustParsePrefix("127.0.0.0/8")), rule.Masquerade()))

@@ -142,6 +142,28 @@ func TestForward(t *testing.T) {
 	}
 }
 
+// TestLoopbackFromOutside: what is for programs of this host is not reached by a neighbour who sends it packets for 127.0.0.1.
+func TestLoopbackFromOutside(t *testing.T) {
+	s := newSite(t, nat.Config{Count: 1})
+	for _, external := range []string{"127.0.0.1", s.Addr4("a").String()} {
+		s.mustOpen(t, forward.Forward{Netns: s.names[0], InternalPort: 8, Protocol: rule.UDP, External: external + ":3333"})
+	}
+	if testnet.SeenWithin(s.Host("a"), "udp", netip.MustParseAddr("127.0.0.1"), 3333, testnet.Patience) == "" {
+		t.Fatal("a program of this host does not reach it")
+	}
+	// The neighbour's own kernel would not send such a packet: one of its rules makes it of another.
+	testnet.Run(t, s.Host("world"), "sysctl", "-qw", "net.ipv4.conf.all.route_localnet=1", "net.ipv4.conf.eth0.route_localnet=1")
+	testnet.Run(t, s.Host("world"), "nft", "add table ip forge; add chain ip forge out { type nat hook output priority -100; }; add rule ip forge out ip daddr "+
+		s.Addr4("a").String()+" udp dport 4444 dnat to 127.0.0.1:3333")
+	testnet.Run(t, s.Host("world"), "ip", "rule", "add", "to", "127.0.0.1", "lookup", "77", "priority", "0")
+	testnet.Run(t, s.Host("world"), "ip", "rule", "del", "priority", "0", "lookup", "local")
+	testnet.Run(t, s.Host("world"), "ip", "route", "add", "127.0.0.1", "via", s.Addr4("a").String(), "dev", "eth0", "table", "77")
+	testnet.Run(t, s.Host("world"), "ip", "rule", "add", "priority", "1", "lookup", "local")
+	if got := testnet.SeenWithin(s.Host("world"), "udp", s.Addr4("a"), 4444, testnet.Unseen); got != "" {
+		t.Errorf("a neighbour reaches it, seen as %s", got)
+	}
+}
+
 // TestFourOnly: IPv6 from outside reaches a guest that has none.
 func TestFourOnly(t *testing.T) {
 	s := newSite(t, nat.Config{Count: 1, IPv6: nat.Off})

@@ -45,20 +45,26 @@ func (c Config) outside(veths []string, ipv6 bool) rule.Table {
 		rule.Of(rule.InSet(vethSet), rule.Redirected(), rule.Accept()), // a forward of another guest
 		rule.Of(rule.InSet(vethSet), rule.NotOut(c.HostInterface), rule.Drop()),
 	)
+	// What is translated on its way out: no other host has a route there, or should.
+	hidden := []netip.Prefix{c.NamespaceVethCIDR, c.HostVethCIDR}
+	for _, p := range []netip.Prefix{c.NamespaceVethCIDR6, c.HostVethCIDR6} {
+		if ipv6 && p.Addr().IsPrivate() {
+			hidden = append(hidden, p)
+		}
+	}
 	if c.DenyIncoming {
 		forward.Rules = append(forward.Rules,
 			rule.Of(rule.OutSet(vethSet), rule.State(rule.Established|rule.Related), rule.Accept()),
 			rule.Of(rule.OutSet(vethSet), rule.Drop()),
 		)
-	}
-	post := rule.Chain{Name: "postrouting", Hook: rule.PostRouting, Priority: rule.SourceNAT, NAT: true, Rules: []rule.Rule{
-		rule.Of(rule.Out(c.HostInterface), rule.From(c.NamespaceVethCIDR), rule.Masquerade()),
-		rule.Of(rule.Out(c.HostInterface), rule.From(c.HostVethCIDR), rule.Masquerade()), // programs in the namespaces
-	}}
-	for _, p := range []netip.Prefix{c.NamespaceVethCIDR6, c.HostVethCIDR6} {
-		if ipv6 && p.Addr().IsPrivate() {
-			post.Rules = append(post.Rules, rule.Of(rule.Out(c.HostInterface), rule.From(p), rule.Masquerade()))
+	} else {
+		for _, p := range hidden { // this host routes, now, also for neighbours who try
+			forward.Rules = append(forward.Rules, rule.Of(rule.OutSet(vethSet), rule.To(p), rule.State(rule.New), rule.NotRedirected(), rule.Drop()))
 		}
+	}
+	post := rule.Chain{Name: "postrouting", Hook: rule.PostRouting, Priority: rule.SourceNAT, NAT: true}
+	for _, p := range hidden { // those of the veth pairs are of programs in the namespaces
+		post.Rules = append(post.Rules, rule.Of(rule.Out(c.HostInterface), rule.From(p), rule.Masquerade()))
 	}
 	return rule.Table{Name: c.table(), Sets: []rule.Set{{Name: vethSet, Interfaces: veths}}, Chains: []rule.Chain{raw, input, forward, post}}
 }

@@ -74,6 +74,14 @@ func TestNAT(t *testing.T) {
 	testnet.Echo(t, h.Host("a"), 7)
 	testnet.Echo(t, one.Namespace(), 8)
 	testnet.Echo(t, two.Namespace(), 8)
+	// A neighbour who makes use of this host as a router.
+	for _, a := range []netip.Addr{all[0].Inside, all[0].Outer, all[0].Inside6, all[0].Outer6} {
+		via := h.Addr4("a")
+		if a.Is6() {
+			via = h.Addr6("a")
+		}
+		testnet.Run(t, h.Host("world"), "ip", "route", "add", a.String(), "via", via.String())
+	}
 
 	for _, c := range []struct {
 		what    string
@@ -93,6 +101,10 @@ func TestNAT(t *testing.T) {
 		{"guest to guest at its outer address", one.Namespace(), all[1].Outer, 8, netip.Addr{}, false},
 		{"guest to guest, IPv6", one.Namespace(), all[1].Inside6, 8, netip.Addr{}, false},
 		{"guest to guest at its outer address, IPv6", one.Namespace(), all[1].Outer6, 8, netip.Addr{}, false},
+		{"neighbour to guest", h.Host("world"), all[0].Inside, 8, netip.Addr{}, false},
+		{"neighbour to guest at its outer address", h.Host("world"), all[0].Outer, 8, netip.Addr{}, false},
+		{"neighbour to guest, IPv6", h.Host("world"), all[0].Inside6, 8, netip.Addr{}, false},
+		{"neighbour to guest at its outer address, IPv6", h.Host("world"), all[0].Outer6, 8, netip.Addr{}, false},
 		{"guest to a blocked address of its host", one.Namespace(), all[0].Outer.Next(), 7, netip.Addr{}, false},
 	} {
 		for _, network := range []string{"tcp", "udp"} {

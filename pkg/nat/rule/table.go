@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
+	"github.com/mdlayher/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -76,9 +77,14 @@ type Table struct {
 }
 
 // open connects to netfilter in a network namespace.
+// batchSize bounds a batch, which is one message, in bytes: it has room for the 64 KiB flows that there can be to one address, and more.
+const batchSize = 16 << 20
+
 func open(ns netns.NsHandle) (*nftables.Conn, error) {
 	// Lasting: one socket for all of a batch and its answers, rather than one for each call.
-	c, err := nftables.New(nftables.WithNetNSFd(int(ns)), nftables.AsLasting())
+	c, err := nftables.New(nftables.WithNetNSFd(int(ns)), nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
+		return c.SetWriteBuffer(batchSize)
+	}))
 	if err != nil {
 		return nil, fmt.Errorf("connect to netfilter: %w", err)
 	}
@@ -126,8 +132,14 @@ func (t Table) replace(ns netns.NsHandle) error {
 			return err
 		}
 		id++
-		if err := c.AddSet(&nftables.Set{Table: table, ID: id, Name: s.Name, KeyType: key}, s.elements()); err != nil {
+		set := &nftables.Set{Table: table, ID: id, Name: s.Name, KeyType: key}
+		if err := c.AddSet(set, nil); err != nil {
 			return err
+		}
+		for part := range slices.Chunk(s.elements(), elementsAtOnce) {
+			if err := c.SetAddElements(set, part); err != nil {
+				return err
+			}
 		}
 	}
 	for _, ch := range t.Chains {
@@ -142,6 +154,9 @@ func (t Table) replace(ns netns.NsHandle) error {
 	}
 	return c.Flush()
 }
+
+// elementsAtOnce is how many elements of a set are added by one message: their list is one attribute of netlink, of 64 KiB at most.
+const elementsAtOnce = 512
 
 func interfaces(table *nftables.Table, name string) *nftables.Set {
 	return &nftables.Set{Table: table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}

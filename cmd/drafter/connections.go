@@ -200,13 +200,23 @@ func keepOn(ctx context.Context, k *flow.Keeper, out io.Writer) error {
 	return nil
 }
 
+// givenConnections keeps the connections of a guest of which it was learnt by a process without its machine that it runs elsewhere.
+func givenConnections(ctx context.Context, k *flow.Keeper, out io.Writer) error {
+	if k.State() == flow.Diverted {
+		if err := k.Left(); err != nil {
+			return err
+		}
+	}
+	return closeKeeper(ctx, k, out)
+}
+
 // closeKeeper ends the keeping of connections when its peer is closed. With a guest that has moved, that is when they have ended.
 func closeKeeper(ctx context.Context, k *flow.Keeper, out io.Writer) error {
 	var err error
 	switch k.State() {
 	case flow.Away:
 		err = keepOn(ctx, k, out)
-	case flow.Home:
+	case flow.Home, flow.Leaving:
 		err = k.End()
 	}
 	return errors.Join(err, k.Close())

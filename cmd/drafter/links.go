@@ -46,6 +46,7 @@ func (l *links) options(give bool) transport.Options {
 // with a good certificate, so may they.
 func (l *links) both() transport.Options {
 	o := l.Options
+	o.AnyHost = true // they prove to be places of the VM, and tell addresses, not names
 	give, take := l.options(true).Allow, l.options(false).Allow
 	if o.Allow = nil; len(give) > 0 && len(take) > 0 {
 		o.Allow = slices.Concat(take, l.destinations)

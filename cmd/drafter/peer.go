@@ -386,6 +386,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		end, err = awaitTaker(ctx, cfg, op, desk, opts.control != "", reports, out)
 		switch {
 		case end == givenAway || err != nil:
+			if keeper != nil && err == nil {
+				err = givenConnections(cmd.Context(), keeper, out)
+			}
 			return interrupted(cmd, err)
 		case end == givenLeft:
 			return leave(cmd)

@@ -421,6 +421,116 @@ func TestOccupied(t *testing.T) {
 	}
 }
 
+// begin begins a move as far as the pause of the guest.
+func (s *sites) begin(t *testing.T, from, to string) {
+	t.Helper()
+	a, b := s.all[from].k, s.all[to].k
+	answer, err := b.Accept(a.Offer())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Connect(t.Context(), answer); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Divert(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDiscardWhileAsked: a destination that gives up while it is told of connections ends, and so does who tells it.
+func TestDiscardWhileAsked(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	talks := s.talks(t, 1)
+	s.begin(t, "a", "b")
+	a, b := s.all["a"].k, s.all["b"].k
+	discarded, handed := make(chan error, 1), make(chan error, 1)
+	b.Busy(func() { // so that it gives up first, and is asked before it has
+		go func() { discarded <- b.Discard() }()
+		time.Sleep(50 * time.Millisecond)
+		go func() { _, err := a.Hand(context.Background()); handed <- err }()
+		time.Sleep(50 * time.Millisecond)
+	})
+	for what, end := range map[string]chan error{"discard": discarded, "hand over": handed} {
+		select {
+		case err := <-end:
+			if (err != nil) != (what == "hand over") {
+				t.Errorf("%s: got error %v", what, err)
+			}
+		case <-time.After(testnet.Patience):
+			t.Fatalf("%s does not end", what)
+		}
+	}
+	if err := a.Undo(); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range talks {
+		k.GoesOn(t, "after it")
+	}
+}
+
+// TestOwnerDiesExpecting: a place that dies while the guest is on its way back to it keeps its connections as before.
+func TestOwnerDiesExpecting(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	talks := s.talks(t, 1)
+	s.move("b")
+	a, b := s.all["a"].k, s.all["b"].k
+	answer, err := a.Accept(b.Offer())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Connect(t.Context(), answer); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Undo(); err != nil {
+		t.Fatal(err)
+	}
+	s.all["a"].open()
+	if a = s.all["a"].k; a.State() != flow.Away {
+		t.Errorf("it is %s, want away", a.State())
+	}
+	for _, k := range talks {
+		k.GoesOn(t, "after it")
+	}
+	s.move("a")
+	for _, k := range talks {
+		k.GoesOn(t, "at home")
+	}
+}
+
+// TestTaken: who asked before anybody could hear it is heard, and not forgotten nor remembered for ever.
+func TestTaken(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	s.talks(t, 1)
+	s.move("b")
+	a := s.all["a"]
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if k, err := flow.Open(ctx, flow.Config{Netns: a.ns.Name}); err == nil {
+		k.Close()
+		t.Fatal("two keep the same")
+	}
+	select {
+	case <-a.k.Taken():
+		t.Error("nobody wants it any more, and it is given up")
+	case <-time.After(100 * time.Millisecond):
+	}
+	old, gone := a.k, make(chan error, 1)
+	go func() { <-old.Taken(); gone <- old.Close() }()
+	a.open()
+	if err := <-gone; err != nil {
+		t.Error(err)
+	}
+	if a.k.State() != flow.Away {
+		t.Errorf("it is %s, want away", a.k.State())
+	}
+}
+
 // TestStates: what is asked for in the wrong order is refused, and changes nothing.
 func TestStates(t *testing.T) {
 	s := newSites(t, "a", "b")

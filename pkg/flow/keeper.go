@@ -116,9 +116,8 @@ type Keeper struct {
 	tunnels map[uint32]*tunnel
 	dialing map[uint32]context.CancelFunc // of those that we dial
 	done    chan struct{}                 // closed when there is nothing to keep
-	taken   chan struct{}                 // closed when another process wants the namespace
+	taken   chan struct{}                 // closed, and replaced, when another process wants the namespace
 	closed  bool
-	before  *saved           // of a place that expects the guest back
 	mac     net.HardwareAddr // of a guest that is expected; nil: not known
 }
 
@@ -127,10 +126,11 @@ type saved struct {
 	State State `json:"state"`
 	vm
 	Self   uint32           `json:"self"`
-	Guest  uint32           `json:"guest"`  // the place where the guest is, or goes to
-	Source uint32           `json:"source"` // of Expecting: the place that it comes from
-	Places map[uint32]known `json:"places"` // that there are tunnels to
-	Since  time.Time        `json:"since"`  // of Away
+	Guest  uint32           `json:"guest"`            // the place where the guest is, or goes to
+	Source uint32           `json:"source"`           // of Expecting: the place that it comes from
+	Places map[uint32]known `json:"places"`           // that there are tunnels to
+	Since  time.Time        `json:"since"`            // of Away
+	Before *saved           `json:"before,omitempty"` // of a place that expects the guest back: what is again if it does not come
 }
 
 // known is what is known of another place.
@@ -212,20 +212,25 @@ func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
 func (k *Keeper) load() error {
 	b, err := os.ReadFile(k.file)
 	if errors.Is(err, os.ErrNotExist) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
 		k.saved = saved{State: Vacant, Places: make(map[uint32]known)}
 		close(k.done)
 		return nil
 	} else if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, &k.saved); err != nil {
+	var s saved
+	if err := json.Unmarshal(b, &s); err != nil {
 		return fmt.Errorf("decode %q: %w", k.file, err)
 	}
-	if k.saved.Places == nil {
-		k.saved.Places = make(map[uint32]known)
-	}
-	if k.saved.State == Expecting { // what was to come did not
-		return k.vacate()
+	k.mu.Lock()
+	k.saved = s.clone()
+	k.mu.Unlock()
+	if s.State == Expecting { // what was to come did not
+		if err := k.discard(); err != nil || s.Before == nil {
+			return err
+		}
 	}
 	for p := range k.saved.Places {
 		if err := k.connect(p, false); err != nil {
@@ -372,9 +377,9 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 	k.mu.Unlock()
 
 	if err := k.change(func(s *saved) {
-		k.before = nil
+		s.Before = nil
 		if back {
-			k.before = &was
+			s.Before = &was
 		} else {
 			s.Places = make(map[uint32]known)
 			k.done = make(chan struct{})
@@ -485,6 +490,7 @@ func (k *Keeper) leave(place uint32) error {
 	k.mu.Unlock()
 	if t != nil {
 		t.close()
+		k.tasks.Go(t.wait)
 	}
 	return errors.Join(err, k.kernel.noBack(place), k.kernel.removeTun(place), k.kernel.unpin(place), k.rules())
 }
@@ -854,7 +860,7 @@ func (k *Keeper) Arrive() error {
 	}
 	defer end()
 	k.mu.Lock()
-	back, mac := k.before != nil, k.mac
+	back, mac := k.saved.Before != nil, k.mac
 	k.mu.Unlock()
 	if mac != nil {
 		err = k.kernel.neighbours(mac)
@@ -862,9 +868,8 @@ func (k *Keeper) Arrive() error {
 	if back { // with the connections that began meanwhile
 		err = errors.Join(err, k.rules())
 	}
-	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State = Home }))
+	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State, s.Before = Home, nil }))
 	k.mu.Lock()
-	k.before = nil
 	all := make([]*tunnel, 0, len(k.tunnels))
 	for _, t := range k.tunnels {
 		all = append(all, t)
@@ -890,21 +895,16 @@ func (k *Keeper) Discard() error {
 
 func (k *Keeper) discard() error {
 	k.mu.Lock()
-	before := k.before
-	k.before = nil
-	all := make(map[uint32]*tunnel)
-	for p, t := range k.tunnels {
-		all[p] = t
-	}
-	k.mu.Unlock()
-	for _, t := range all {
+	before := k.saved.Before
+	for _, t := range k.tunnels {
 		t.release(false)
 	}
+	k.mu.Unlock()
 	if before == nil {
 		return k.vacate()
 	}
 	var errs []error
-	for p := range all {
+	for _, p := range k.places() {
 		if _, had := before.Places[p]; !had {
 			errs = append(errs, k.leave(p))
 		}
@@ -929,8 +929,13 @@ func (k *Keeper) vacate() error {
 	return errors.Join(errs...)
 }
 
-// Taken is closed when another process wants to keep what is kept here: Close, or it fails. It never is while the guest is here.
-func (k *Keeper) Taken() <-chan struct{} { return k.taken }
+// Taken is closed when another process wants, after the call, to keep what is kept here: Close, or it fails. It never is while the guest is
+// here.
+func (k *Keeper) Taken() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.taken
+}
 
 // Done is closed when there is nothing to keep, or to expect.
 func (k *Keeper) Done() <-chan struct{} {

@@ -94,10 +94,11 @@ func (k *Keeper) take(ctx context.Context) error {
 				return
 			}
 			conn.Close()
-			if k.yields() {
-				k.log.Info("another process keeps the connections from now on")
+			if k.yields() { // it asks again and again, until somebody here has heard it
+				k.mu.Lock()
 				close(k.taken)
-				return
+				k.taken = make(chan struct{})
+				k.mu.Unlock()
 			}
 		}
 	})
@@ -158,14 +159,18 @@ func (k *Keeper) release() error {
 	if k.yield != nil {
 		k.yield.Close()
 	}
+	k.step.Lock() // whoever makes tunnels has to see that they are closed
 	k.mu.Lock()
+	k.closed = true
 	all := make([]*tunnel, 0, len(k.tunnels))
 	for _, t := range k.tunnels {
 		all = append(all, t)
 	}
 	k.mu.Unlock()
+	k.step.Unlock()
 	for _, t := range all {
 		t.close()
+		t.wait()
 	}
 	k.tasks.Wait()
 	if k.lock != nil {

@@ -54,7 +54,7 @@ func newTunnel(place uint32, file *os.File, log *slog.Logger, hear func(*tunnel,
 	return t
 }
 
-// close ends the tunnel. The interface stays.
+// close ends the tunnel; wait waits for what runs in it, which may be held up by whoever holds Keeper.step. The interface stays.
 func (t *tunnel) close() {
 	t.mu.Lock()
 	t.closed = true
@@ -65,8 +65,9 @@ func (t *tunnel) close() {
 		s.close()
 	}
 	t.file.Close()
-	t.tasks.Wait()
 }
+
+func (t *tunnel) wait() { t.tasks.Wait() }
 
 // batch is how many bytes are taken from an interface at a time.
 const batch = 4 * maxFrame
@@ -251,7 +252,7 @@ func (t *tunnel) ask(ctx context.Context, m message) (message, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
-	answer, err := s.ask(ctx, m)
+	answer, err := s.ask(ctx, m, t.run)
 	if err == nil && answer.Error != "" {
 		err = fmt.Errorf("it answers: %s", answer.Error)
 	}
@@ -259,6 +260,16 @@ func (t *tunnel) ask(ctx context.Context, m message) (message, error) {
 		return message{}, fmt.Errorf("%s: place %d: %w", m.Say, t.place, err)
 	}
 	return answer, nil
+}
+
+// run has f run as a task of the tunnel, unless it is closed.
+func (t *tunnel) run(f func()) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.closed {
+		t.tasks.Go(f)
+	}
+	return !t.closed
 }
 
 // session is a connection that has proven to be with a place.
@@ -287,6 +298,7 @@ func (s *session) close() {
 func (s *session) write(b []byte) error {
 	s.writing.Lock()
 	defer s.writing.Unlock()
+	_ = s.conn.SetWriteDeadline(time.Now().Add(silence)) // where there are none, the silence of the other side ends it
 	_, err := s.conn.Write(b)
 	return err
 }
@@ -299,7 +311,8 @@ func (s *session) say(m message) error {
 	return s.write(appendFrame(nil, frameSay, b))
 }
 
-func (s *session) ask(ctx context.Context, m message) (message, error) {
+// ask says something by a task, as what is written before it may take longer than ctx lasts.
+func (s *session) ask(ctx context.Context, m message, run func(func()) bool) (message, error) {
 	answer := make(chan message, 1)
 	s.mu.Lock()
 	s.number++
@@ -311,10 +324,17 @@ func (s *session) ask(ctx context.Context, m message) (message, error) {
 		defer s.mu.Unlock()
 		delete(s.answers, m.Number)
 	}()
-	if err := s.say(m); err != nil {
-		return message{}, err
+	failed := make(chan error, 1)
+	if !run(func() {
+		if err := s.say(m); err != nil {
+			failed <- err
+		}
+	}) {
+		return message{}, errDown
 	}
 	select {
+	case err := <-failed:
+		return message{}, err
 	case a := <-answer:
 		return a, nil
 	case <-s.ended:

@@ -24,13 +24,16 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 	}
 	k.mu.Lock()
 	state, guest, self, source := k.saved.State, k.saved.Guest, k.saved.Self, k.saved.Source
-	info := k.saved.Places[t.place]
+	info, over := k.saved.Places[t.place], k.closed || k.tunnels[t.place] != t
 	k.mu.Unlock()
+	if over {
+		return ErrClosed
+	}
 	// Only the place that has the guest says where it goes.
 	fromGuest := state == Away && t.place == guest
 	switch m.Say {
 	case sayPoint:
-		if !fromGuest || m.Place == 0 || m.Place > maxPlace || m.Place == self {
+		if !fromGuest || m.Place == 0 || m.Place > maxPlace || m.Place == self || m.Place == t.place {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
 		return k.point(m.Place, m.Address)
@@ -57,7 +60,7 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 	case sayGone:
 		place := t.place
 		k.mu.Lock()
-		if k.saved.Places[m.Place].Relay == t.place {
+		if m.Place != 0 { // one that it relays for, whose own word was not heard here
 			place, info = m.Place, k.saved.Places[m.Place]
 		}
 		k.mu.Unlock()

@@ -59,6 +59,7 @@ type keeping struct {
 	handed  chan struct{} // closed when Hand has ended; nil before
 	begun   bool          // Connect was called
 	diverts bool          // and Divert has succeeded
+	cancel  func()        // ends Connect
 }
 
 func (p *Peer) keep() *keeping {
@@ -82,8 +83,10 @@ func (k *keeping) connect(ctx context.Context, answer json.RawMessage) {
 		return
 	}
 	k.begun = true
+	ctx, k.cancel = context.WithCancel(ctx)
 	k.tasks.Go(func() {
 		defer close(k.ready)
+		defer k.cancel()
 		k.err = k.net.Connect(ctx, answer)
 	})
 }
@@ -107,6 +110,7 @@ func (k *keeping) divert(ctx context.Context) {
 	}
 	k.diverts = err == nil
 	if err != nil {
+		k.cancel() // the guest is not going to stand still for it
 		k.log.Error("connections of the guest are not kept", "error", err)
 	}
 }
@@ -151,10 +155,14 @@ func (k *keeping) undo() {
 
 // left is done when the guest runs at the destination. It may be done twice.
 func (k *keeping) left() {
-	if k == nil || !k.diverts {
+	if k == nil || !k.begun {
 		return
 	}
-	k.diverts = false
+	if !k.diverts { // it went without its connections
+		k.undo()
+		return
+	}
+	k.begun, k.diverts = false, false
 	if err := k.net.Left(); err != nil {
 		k.log.Error("connections of the guest that began here end", "error", err)
 	}
@@ -174,7 +182,13 @@ func (t *target) Network(_ context.Context, offer json.RawMessage) (json.RawMess
 		}
 		t.cfg.Logger.Error("connections of the guest are not kept", "error", err)
 	}
-	if _, err := n.Start(); err != nil {
+	fresh, err := n.Start()
+	if err == nil && !fresh { // what is left of a guest whose machine is no more: two cannot be in one place
+		if err = n.End(); err == nil {
+			_, err = n.Start()
+		}
+	}
+	if err != nil {
 		return nil, errors.Join(migrate.Refuse("there is no place for the guest's network"), fmt.Errorf("network: %w", err))
 	}
 	t.kept = began

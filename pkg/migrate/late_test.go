@@ -35,7 +35,6 @@ type lateDevice struct {
 	hold    chan struct{} // the first page is not filled before this is closed
 
 	forgone atomic.Bool // nobody needs what is missing
-	kept    atomic.Bool // the guest overwrites no page as a whole any more, so that what is missing stays so
 }
 
 func (l *lateDevice) Forgone() bool { return l.forgone.Load() }
@@ -116,9 +115,6 @@ func (l *lateDevice) use(r *rand.Rand, frozen block.Device) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	what := r.IntN(4)
-	if what == 3 && l.kept.Load() {
-		what = 0
-	}
 	if what == 3 { // whole: what was there does not matter
 		fill(p, r.Uint64())
 		l.missing.take(page)

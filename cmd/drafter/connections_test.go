@@ -26,8 +26,6 @@ func TestDialTold(t *testing.T) {
 		"127.0.0.1:1":                   "psk",
 		"nonsense://":                   "",
 		"EXEC:touch " + ran:             "",
-		" exec:touch " + ran:            "",
-		"fd:0":                          "",
 		"exec://touch " + ran:           "exec",
 	} {
 		if conn, err := dialTold(transport.Options{}, scheme)(t.Context(), address); err == nil {

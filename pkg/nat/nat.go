@@ -316,7 +316,8 @@ func (n *NAT) Config() Config {
 	return c
 }
 
-// Claim gives a namespace that nobody has claimed, and makes one if there is none. When the addresses are used up, the error wraps
+// Claim gives a namespace that nobody has claimed, in which no guest is and of which no connections are kept, and makes one if there is
+// none. When the addresses are used up, the error wraps
 // [ErrExhausted].
 func (n *NAT) Claim(ctx context.Context) (Namespace, error) {
 	n.mu.Lock()
@@ -325,9 +326,17 @@ func (n *NAT) Claim(ctx context.Context) (Namespace, error) {
 		return Namespace{}, ErrClosed
 	}
 	for _, i := range sorted(n.made) {
-		if !n.claimed[i] {
+		if n.claimed[i] {
+			continue
+		}
+		ns := n.cfg.namespace(i, n.ipv6)
+		free, err := n.free(ns)
+		if err != nil {
+			return Namespace{}, fmt.Errorf("claim network namespace %q: %w", ns.Name, err)
+		}
+		if free {
 			n.claimed[i] = true
-			return n.cfg.namespace(i, n.ipv6), nil
+			return ns, nil
 		}
 	}
 	for i := range n.Config().Capacity() {
@@ -356,6 +365,17 @@ func (n *NAT) Claim(ctx context.Context) (Namespace, error) {
 		return ns, nil
 	}
 	return Namespace{}, fmt.Errorf("claim a network namespace of NAT %q: %w: release one, or give larger CIDRs", n.cfg.Prefix, ErrExhausted)
+}
+
+// free reports whether nobody needs a namespace that is not claimed: one that was taken over from a process that died may have a guest, or
+// keep the connections of one.
+func (n *NAT) free(ns Namespace) (bool, error) {
+	_, used, err := n.inspect(ns)
+	if err != nil || used {
+		return false, err
+	}
+	kept, err := keepsConnections(ns.Name)
+	return !kept, err
 }
 
 // ErrKept is wrapped by the error of Release for a namespace that keeps connections of a guest which has moved.

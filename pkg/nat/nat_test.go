@@ -378,6 +378,19 @@ func TestClaim(t *testing.T) {
 	if err := n.Release(second.Name); err == nil {
 		t.Error("a second release: got no error")
 	}
+	if err := os.WriteFile(kept, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if ns, err := n.Claim(ctx); !errors.Is(err, nat.ErrExhausted) {
+		t.Errorf("a claim where one keeps connections: got %v, %v, want ErrExhausted", ns, err)
+	}
+	if err := os.Remove(kept); err != nil {
+		t.Fatal(err)
+	}
+	if ns, err := n.Claim(ctx); !errors.Is(err, nat.ErrExhausted) {
+		t.Errorf("a claim where a guest is: got %v, %v, want ErrExhausted", ns, err)
+	}
+	g.Pause()
 	again, err := n.Claim(ctx)
 	if err != nil || again != second {
 		t.Errorf("a claim after a release: got %v, %v, want %v", again, err, second)

@@ -218,8 +218,6 @@ func TestLeaksAreFound(t *testing.T) {
 
 	t.Run("descriptors", func(t *testing.T) {
 		first := r.sleeper(t, "x", nil)
-		time.Sleep(100 * time.Millisecond) // until it sleeps
-		before := r.holdings(first, "x")
 		memfd, err := unix.MemfdCreate("drafter-0123456789abcdef", unix.MFD_CLOEXEC)
 		if err != nil {
 			t.Fatal(err)
@@ -235,15 +233,13 @@ func TestLeaksAreFound(t *testing.T) {
 			files = append(files, f)
 		}
 		pid, want := r.sleeper(t, "x", nil, files...), []string{"1 × /memfd:drafter-ID", "2 × socket"}
-		now := r.holdings(pid, "x")
-		for end := time.Now().Add(10 * time.Second); !slices.Equal(now.more(before), want); now = r.holdings(pid, "x") {
+		before, now := r.holdings(first, "x"), r.holdings(pid, "x")
+		for end := time.Now().Add(10 * time.Second); !slices.Equal(now.more(before), want) || len(before.more(now)) > 0; {
 			if time.Now().After(end) { // a program that begins has files of its libraries open for a moment
-				t.Fatalf("found %q, want %q", now.more(before), want)
+				t.Fatalf("found %q, want %q, and of what is not open %q", now.more(before), want, before.more(now))
 			}
 			time.Sleep(10 * time.Millisecond)
-		}
-		if more := before.more(now); len(more) > 0 {
-			t.Errorf("found %q, which is not open", more)
+			before, now = r.holdings(first, "x"), r.holdings(pid, "x")
 		}
 	})
 	t.Run("a namespace", func(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -650,6 +651,16 @@ func (k *Keeper) tunnel(place uint32) *tunnel {
 	return k.tunnels[place]
 }
 
+// owners are the tunnels to the places that own connections, but for one place. It is called with mu held.
+func (k *Keeper) owners(except uint32) (all []*tunnel) {
+	for p, info := range k.saved.Places {
+		if t := k.tunnels[p]; info.Owner && p != except && t != nil {
+			all = append(all, t)
+		}
+	}
+	return all
+}
+
 // Connect makes the tunnels to the destination, by what it has answered: ours, and those of the other places that own connections. The
 // guest runs meanwhile. Where one of these cannot reach the destination, this place will relay.
 func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
@@ -663,12 +674,7 @@ func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 	}
 	defer end()
 	k.mu.Lock()
-	self, owners := k.saved.Self, make([]*tunnel, 0, len(k.saved.Places))
-	for p, info := range k.saved.Places {
-		if info.Owner && p != a.Place {
-			owners = append(owners, k.tunnels[p])
-		}
-	}
+	self, owners := k.saved.Self, k.owners(a.Place)
 	k.mu.Unlock()
 	if a.Place == self {
 		return fmt.Errorf("connect with the destination: %w: it calls itself place %d, which is this one", errMalformed, a.Place)
@@ -780,13 +786,7 @@ func (k *Keeper) undo() error {
 	err := k.kernel.restore()
 	k.mu.Lock()
 	target := k.saved.Guest
-	owner := k.saved.Places[target].Owner
-	var others []*tunnel
-	for p, info := range k.saved.Places {
-		if p != target && info.Owner {
-			others = append(others, k.tunnels[p])
-		}
-	}
+	owner, others := k.saved.Places[target].Owner, k.owners(target)
 	self := k.saved.Self
 	k.mu.Unlock()
 	err = errors.Join(err, k.change(func(s *saved) { s.State, s.Guest = Home, s.Self }))
@@ -794,7 +794,7 @@ func (k *Keeper) undo() error {
 		return err
 	}
 	for _, t := range others {
-		if t != nil && t.up() {
+		if t.up() {
 			k.tasks.Go(func() { _, _ = t.ask(k.ctx, message{Say: sayForget, Place: target}) })
 		}
 	}
@@ -813,12 +813,7 @@ func (k *Keeper) Left() error {
 	defer end()
 	k.mu.Lock()
 	target := k.saved.Guest
-	var others []*tunnel
-	for p, info := range k.saved.Places {
-		if p != target && info.Owner {
-			others = append(others, k.tunnels[p])
-		}
-	}
+	others := k.owners(target)
 	k.mu.Unlock()
 	if err := k.change(func(s *saved) {
 		s.State, s.Since = Away, time.Now()
@@ -870,10 +865,7 @@ func (k *Keeper) Arrive() error {
 	}
 	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State, s.Before = Home, nil }))
 	k.mu.Lock()
-	all := make([]*tunnel, 0, len(k.tunnels))
-	for _, t := range k.tunnels {
-		all = append(all, t)
-	}
+	all := slices.Collect(maps.Values(k.tunnels))
 	k.mu.Unlock()
 	for _, t := range all {
 		if lost := t.release(true); lost > 0 {

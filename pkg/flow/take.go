@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"time"
 
@@ -132,12 +134,7 @@ func (k *Keeper) End() error {
 	}
 	defer end()
 	k.mu.Lock()
-	var owners []*tunnel
-	for p, info := range k.saved.Places {
-		if info.Owner && k.tunnels[p] != nil {
-			owners = append(owners, k.tunnels[p])
-		}
-	}
+	owners := k.owners(0) // there is no place 0
 	k.mu.Unlock()
 	ctx, cancel := context.WithTimeout(k.ctx, time.Second)
 	defer cancel()
@@ -162,10 +159,7 @@ func (k *Keeper) release() error {
 	k.step.Lock() // whoever makes tunnels has to see that they are closed
 	k.mu.Lock()
 	k.closed = true
-	all := make([]*tunnel, 0, len(k.tunnels))
-	for _, t := range k.tunnels {
-		all = append(all, t)
-	}
+	all := slices.Collect(maps.Values(k.tunnels))
 	k.mu.Unlock()
 	k.step.Unlock()
 	for _, t := range all {

@@ -138,9 +138,18 @@ type SourceConfig struct {
 	// Reconnect brings new streams to the same destination when the link died after the commit: it dials, or waits for the
 	// destination to do so. It is called again and again until RescueTimeout is over since the link was lost, and should
 	// return when its ctx ends. Nil: a link that dies then leaves the guest in doubt, or its content unsettled.
+	//
+	// If the first stream has a method Visits() bool that says true, somebody has come without having been asked, who may be anybody:
+	// Reconnect is called again at once, and of all visitors the one counts that proves to be the destination. Streams with a method
+	// ChannelBinding() []byte (RFC 5056) prove also that nobody is between the two sides. Those of peer.Lobby and of pkg/transport have these.
 	Reconnect func(ctx context.Context) ([]io.ReadWriter, error)
+	// Admit, if set, is asked about streams of Reconnect before anything is said there; an error refuses them. It is called concurrently.
+	Admit func(ctx context.Context, streams []io.ReadWriter) error
 	// RescueTimeout is how long the destination is looked for. 0 means 5 min.
 	RescueTimeout time.Duration
+	// Interruptible has the end of ctx end a session of [RejoinSource], too, and not only the search for the destination: for a source that is
+	// no more than files, and can be started again.
+	Interruptible bool
 
 	// Progress, if set, is called at each change of state and about five times a second, never twice at the same time.
 	// It must return quickly.
@@ -189,8 +198,11 @@ type DestinationConfig struct {
 
 	// Reconnect brings new streams to the same source when the link died after the commit, or may have: it dials, or waits
 	// for the source to do so. It is called again and again until RescueTimeout is over since the link was lost, and should
-	// return when its ctx ends. Nil: a link that dies then leaves the source in doubt, or the guest without content.
+	// return when its ctx ends. Nil: a link that dies then leaves the source in doubt, or the guest without content. Of streams that have
+	// methods, SourceConfig.Reconnect says more.
 	Reconnect func(ctx context.Context) ([]io.ReadWriter, error)
+	// Admit is that of SourceConfig.
+	Admit func(ctx context.Context, streams []io.ReadWriter) error
 	// RescueTimeout is how long the source is looked for. 0 means 5 min.
 	RescueTimeout time.Duration
 

@@ -143,7 +143,10 @@ type content struct {
 	jobs    chan *wire.Buffer // content frames on their way to a device
 	phase   atomic.Uint32
 	write   func(*wire.Buffer) error // content to a device
+	ready   chan struct{}            // closed when content may come, in a session after the first
 }
+
+func (c *content) part(why error) { c.link.part(why) }
 
 // Phases of content.
 const (

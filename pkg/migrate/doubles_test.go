@@ -342,7 +342,7 @@ func newRig(shapes []shape) *rig {
 		r.source.Devices = append(r.source.Devices, d)
 		r.target.sizes[s.name] = s.size
 	}
-	r.source.ID = "test"
+	r.source.ID = "test.secret"
 	r.source.NoCompression = true // what a test says of bytes and of the speed of its link is about content
 	r.source.Guest, r.source.Journal, r.source.Logger = r.guest, r.src, quiet
 	r.dest.Target, r.dest.Journal, r.dest.Logger = r.target, r.dst, quiet

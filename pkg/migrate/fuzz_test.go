@@ -194,7 +194,7 @@ func FuzzDemands(f *testing.F) {
 			if in[0]&4 != 0 {
 				r.Offset++
 			}
-			err := s.demanded(int(in[0]%3), r)
+			err := s.demanded(s.serving.Load(), int(in[0]%3), r)
 			if bad := in[0]%3 != 0 || r.Offset%4096 != 0 || r.End() > 1<<20; bad != (err != nil) {
 				t.Errorf("demand %v of device %d: %v", r, in[0]%3, err)
 			}

@@ -4,12 +4,14 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
@@ -45,16 +47,14 @@ func pretend(rw io.ReadWriter, role wire.Role, first []byte, say func(wire.Heade
 func TestImpostor(t *testing.T) {
 	noLeak(t)
 	rejoin := func(standing, more string) []byte {
-		text := fmt.Sprintf(`{"id":"test","standing":%q%s}`, standing, more)
+		text := fmt.Sprintf(`0123456789abcdef{"id":"test","standing":%q%s}`, standing, more)
 		return wire.Append(nil, wire.Header{Type: wire.TypeRejoin}, []byte(text))
 	}
-	zeros := `,"proof":"` + strings.Repeat("0", 32) + `"`
 	abort := wire.Append(nil, wire.Header{Type: wire.TypeAbort, Flags: wire.FlagNeverRan}, wire.Abort{Code: wire.CodeInternal}.Encode())
 	destinations := map[string][]byte{
 		"settled":             rejoin("settled", ""),
-		"settled, guessed":    rejoin("settled", zeros),
 		"never ran":           rejoin("never-ran", ""),
-		"never ran, guessed":  rejoin("never-ran", zeros),
+		"without a proof":     wire.Append(nil, wire.Header{Type: wire.TypeRejoin}, []byte(`{"id":"test","standing":"never-ran"}`)),
 		"runs":                rejoin("runs", `,"devices":[{"name":"memory","size":1052672,"missing":true}]`),
 		"owned":               rejoin("owned", ""),
 		"never ran, an abort": abort,
@@ -63,7 +63,6 @@ func TestImpostor(t *testing.T) {
 	// all others, over as many streams.
 	move := func(t *testing.T, times int32, streams int, source, destination func([]io.ReadWriter)) {
 		r := newRig(smallShape)
-		r.source.ID = "test.secret"
 		late := r.postCopy(1)
 		late.holdBack()
 		x := newExchange(1, nil)
@@ -160,4 +159,183 @@ func TestImpostor(t *testing.T) {
 			})
 		})
 	}
+}
+
+// impostor is somebody who plays a role that is not his, and says what he has to say.
+func impostor(role wire.Role) []io.ReadWriter {
+	a, b := net.Pipe()
+	says := wire.Append(nil, wire.Header{Type: wire.TypeSeek}, []byte("test."+strings.Repeat("0", 32)))
+	if role == wire.RoleDestination {
+		says = wire.Append(nil, wire.Header{Type: wire.TypeRejoin}, []byte(`0123456789abcdef{"id":"test","standing":"never-ran"}`))
+	}
+	go pretend(b, role, says, func(wire.Header, []byte) []byte { return nil })
+	return []io.ReadWriter{a}
+}
+
+// after is a Reconnect that brings other streams the first time.
+func after(first []io.ReadWriter, then func(context.Context) ([]io.ReadWriter, error)) func(context.Context) ([]io.ReadWriter, error) {
+	return func(ctx context.Context) ([]io.ReadWriter, error) {
+		if streams := first; streams != nil {
+			first = nil
+			return streams, nil
+		}
+		return then(ctx)
+	}
+}
+
+// channel is a stream that says what channel it is.
+type channel struct {
+	net.Conn
+	is string
+}
+
+func (c channel) ChannelBinding() []byte { return []byte(c.is) }
+
+// Somebody whom each side takes for the other, and who passes on what the other says, is of no use to himself where both know their
+// channels, and goes unnoticed where one of them does not.
+func TestRelay(t *testing.T) {
+	noLeak(t)
+	// within has all streams of a side be channels.
+	within := func(rws []io.ReadWriter, is string) {
+		for i, rw := range rws {
+			if is != "" {
+				rws[i] = channel{rw.(net.Conn), fmt.Sprint(is, i)}
+			}
+		}
+	}
+	// unbound takes the capability to bind proofs out of a preface.
+	unbound := func(preface []byte) { preface[27] &^= wire.CapBound }
+	for name, tc := range map[string]struct {
+		source, destination string // channels
+		change              func(preface []byte)
+		passes              bool
+	}{
+		"channels of their own":      {source: "a", destination: "b"},
+		"capabilities taken away":    {source: "a", destination: "b", change: unbound},
+		"the same channel":           {source: "a", destination: "a", passes: true},
+		"a channel at the source":    {source: "a", passes: true},
+		"at the destination":         {destination: "b", passes: true},
+		"one whose capability fades": {source: "a", change: unbound},
+		"no channels":                {passes: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				const streams = 2
+				r := newRig(smallShape)
+				late := r.postCopy(1)
+				late.holdBack()
+				x := newExchange(streams, nil)
+				r.connect(x)
+				a, sourceEnd := pipes(streams)
+				destinationEnd, b := pipes(streams)
+				for i := range streams {
+					for from, to := range map[io.ReadWriter]io.ReadWriter{sourceEnd[i]: destinationEnd[i], destinationEnd[i]: sourceEnd[i]} {
+						go func() {
+							defer interrupt(to)
+							defer interrupt(from)
+							preface := make([]byte, wire.PrefaceSize)
+							if _, err := io.ReadFull(from, preface); err != nil {
+								return
+							}
+							if tc.change != nil {
+								tc.change(preface)
+							}
+							to.Write(preface)
+							io.Copy(to, from)
+						}()
+					}
+				}
+				within(a, tc.source)
+				within(b, tc.destination)
+				r.source.Reconnect, r.dest.Reconnect = after(a, x.dial), after(b, x.accept)
+				c, d := x.pair()
+				r.source.OnState = func(s SourceState) {
+					if s == SourceServing {
+						interruptAll(c)
+						r.releaseSoon()
+					}
+				}
+				o := r.move(t.Context(), c, d)
+				r.verifyEnd(t, o, "moved", "running")
+				late.verify(t)
+				if passed := x.session == 1; passed != tc.passes {
+					t.Errorf("it has passed: %v, want %v", passed, tc.passes)
+				}
+			})
+		})
+	}
+}
+
+// visitor is a stream of somebody who came without having been asked.
+type visitor struct{ net.Conn }
+
+func (visitor) Visits() bool { return true }
+
+// Many who come and prove nothing keep nobody waiting.
+func TestVisitors(t *testing.T) {
+	noLeak(t)
+	for _, role := range []wire.Role{wire.RoleSource, wire.RoleDestination} {
+		t.Run("at the "+role.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				r := newRig(smallShape)
+				late := r.postCopy(1)
+				late.holdBack()
+				x := newExchange(1, nil)
+				r.connect(x)
+				mine, theirs := &r.source.Reconnect, &r.dest.Reconnect
+				if role == wire.RoleDestination {
+					mine, theirs = theirs, mine
+				}
+				// The other side is far away, and visitors are many: one each millisecond, of whom every second says nothing.
+				const comes, roundTrip = 5 * time.Second, 20 * time.Millisecond
+				began := time.Now()
+				var took time.Duration
+				*theirs = func(ctx context.Context) ([]io.ReadWriter, error) {
+					sleep(ctx, comes-time.Since(began))
+					return x.dial(ctx)
+				}
+				calls := 0
+				*mine = func(ctx context.Context) ([]io.ReadWriter, error) {
+					ctx, cancel := context.WithTimeout(ctx, time.Millisecond)
+					defer cancel()
+					if streams, err := x.accept(ctx); err == nil {
+						took = time.Since(began)
+						return []io.ReadWriter{visitor{distant{streams[0].(net.Conn), roundTrip}}}, nil
+					}
+					if calls++; calls%2 == 0 {
+						return []io.ReadWriter{visitor{impostor(role.Opposite())[0].(net.Conn)}}, nil
+					}
+					mute, _ := net.Pipe()
+					return []io.ReadWriter{visitor{mute}}, nil
+				}
+				c, d := x.pair()
+				var served []time.Duration
+				r.source.OnState = func(s SourceState) {
+					if s == SourceServing {
+						if served = append(served, time.Since(began)); len(served) == 1 {
+							interruptAll(c)
+							r.releaseSoon()
+						}
+					}
+				}
+				o := r.move(t.Context(), c, d)
+				r.verifyEnd(t, o, "moved", "running")
+				late.verify(t)
+				if calls < 1000 || len(served) != 2 || served[1]-comes > 10*roundTrip {
+					t.Errorf("after %d visitors, the other side came at %s and was served at %s", calls, took, served)
+				}
+			})
+		})
+	}
+}
+
+// distant is a stream of which each read takes a while.
+type distant struct {
+	net.Conn
+	by time.Duration
+}
+
+func (s distant) Read(b []byte) (int, error) {
+	time.Sleep(s.by)
+	return s.Conn.Read(b)
 }

@@ -381,91 +381,103 @@ func (d *destination) reconnect(ctx context.Context, lost error) error {
 	d.log.Warn("the link to the source is gone; trying to meet again", "error", lost)
 	d.leaveSession(lost)
 	d.unmet = true
-	return seeker{d.cfg.Reconnect, d.cfg.RescueTimeout}.meet(ctx, lost, func(ctx context.Context, streams []io.ReadWriter) (bool, error) {
-		d.leaveSession(lost)
+	return meet(ctx, seeker{d.cfg.Reconnect, d.cfg.Admit, d.cfg.RescueTimeout, d.log}, lost, d.prove, func(c *content) (bool, error) {
 		d.unmet = true
-		c, err := d.rejoin(ctx, streams)
+		more, err := d.rejoin(c)
 		if err != nil {
-			d.log.Debug("the source was not met", "error", err)
 			d.leaveSession(err)
 			return false, err
 		}
 		d.unmet = false
-		if c == nil {
+		if !more {
 			return true, nil
 		}
 		return true, d.takeIn(c)
 	})
 }
 
-// rejoin begins a session after the first. Where nothing is missing it is over when the source has understood that, and the
-// content is nil.
-func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*content, error) {
+// prove begins a session with somebody who may be the source, and returns when it has proven that it is. It changes nothing of d, and may be
+// called concurrently.
+func (d *destination) prove(ctx context.Context, streams []io.ReadWriter) (_ *content, err error) {
 	l, err := d.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
 		return nil, err
 	}
-	d.link, d.streams = l, cmp.Or(d.streams, len(l.streams))
 	c := d.newContent(l, 4*ackEvery)
 	c.phase.Store(contentLate)
-	ready := make(chan struct{})
+	c.ready = make(chan struct{})
 	l.onBulk = func(h wire.Header, check wire.Check, r *wire.Reader) error {
 		select {
-		case <-ready: // content may overtake, on another stream, the word that it comes
+		case <-c.ready: // content may overtake, on another stream, the word that it comes
 			return c.receive(h, check, r)
 		case <-l.ctx.Done():
 			return nil
 		}
 	}
-	l.start(context.WithoutCancel(ctx))
-	done := l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")
+	goOn := l.begin(ctx)
+	defer func() {
+		if err != nil {
+			l.part(err)
+		}
+	}()
+	defer l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")()
 	m, err := l.expect(wire.TypeSeek)
+	if err == nil {
+		_, err = l.sought(m, d.manifest.ID)
+	}
+	if err == nil && !goOn() {
+		err = context.Cause(l.ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
-	id, err := l.sought(m, d.manifest.ID)
-	if err != nil {
-		return nil, err
-	}
-	done()
-	done = l.limit(d.cfg.HandshakeTimeout, "understanding where the guest stands")
+	return c, nil
+}
+
+// rejoin begins a session after the first with the source. Where nothing is missing it is over when the source has understood that;
+// otherwise there is more to it.
+func (d *destination) rejoin(c *content) (more bool, err error) {
+	l := c.link
+	d.link, d.streams = l, cmp.Or(d.streams, len(l.streams))
+	done := l.limit(d.cfg.HandshakeTimeout, "understanding where the guest stands")
 	serve := d.standing == wire.Owned || d.standing == wire.Runs
 	if serve {
 		for _, dev := range d.devices {
 			d.forgo(dev)
 		}
 	}
-	say := wire.Rejoin{ID: id, Proof: wire.Proof(d.manifest.ID, wire.RoleDestination, l.sessions), Standing: d.standing, Fresh: d.fresh}
+	say := wire.Rejoin{Standing: d.standing, Fresh: d.fresh}
 	if serve {
 		for _, dev := range d.devices {
 			say.Devices = append(say.Devices, wire.RejoinDevice{Device: wire.Device{Name: dev.name, Size: dev.size}, Missing: dev.late != nil})
 		}
 	}
-	payload, err := say.Encode()
+	payload, err := say.Encode(d.manifest.ID, l.meeting)
 	if err != nil {
-		return nil, err
+		return false, err
 	}
 	if err := l.send(wire.Header{Type: wire.TypeRejoin}, payload); err != nil {
-		return nil, err
+		return false, err
 	}
 	if !serve {
 		if _, err := l.next(); !errors.Is(err, errBye) {
-			return nil, fmt.Errorf("the source did not confirm: %w", err)
+			return false, fmt.Errorf("the source did not confirm: %w", err)
 		}
 		done()
 		d.told = true
-		return nil, nil
+		return false, nil
 	}
 	for i, dev := range d.devices {
 		if dev.late == nil {
 			continue
 		}
 		if err := wire.EncodeMissing(uint16(i), dev.lacking.runs(), l.send); err != nil {
-			return nil, err
+			return false, err
 		}
 	}
-	if m, err = l.expect(wire.TypeServe); err != nil {
-		return nil, err
+	m, err := l.expect(wire.TypeServe)
+	if err != nil {
+		return false, err
 	}
 	done()
 	d.reconnects++
@@ -478,12 +490,12 @@ func (d *destination) rejoin(ctx context.Context, streams []io.ReadWriter) (*con
 	d.makeRoom(l)
 	d.flow(c)
 	d.workers.Go(func() { d.demand(l) })
-	close(ready)
+	close(c.ready)
 	d.unmet = false
 	if d.standing == wire.Runs {
 		d.state.set(DestinationFilling)
 	}
-	return c, nil
+	return true, nil
 }
 
 // Forgoer is a [Late] of which what is missing may come to be needed by nobody, as memory whose machine has ended.

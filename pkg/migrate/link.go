@@ -37,10 +37,10 @@ const (
 // All writers take from one bulk queue, which spreads content over the streams as fast as each takes it. A reader never
 // waits for a writer, so that two sides which write at the same time cannot block each other.
 type link struct {
-	sessions wire.Sessions // what a proof in this session is made of
-	role     wire.Role     // ours
-	version  uint16        // of the protocol, that both sides speak
-	log      *slog.Logger
+	meeting wire.Meeting // what a proof in this session is good for
+	role    wire.Role    // ours
+	version uint16       // of the protocol, that both sides speak
+	log     *slog.Logger
 
 	// ctx ends when the migration has failed or is over; its cause is why.
 	ctx  context.Context
@@ -114,6 +114,15 @@ func interruptAll(streams []io.ReadWriter) {
 	}
 }
 
+// binding is what a stream calls the channel that it is, which nobody but its two ends can be at the end of; nil: nothing. Those of
+// pkg/transport that are encrypted have it, and a caller's own may.
+func binding(rw io.ReadWriter) []byte {
+	if s, ok := rw.(interface{ ChannelBinding() []byte }); ok {
+		return s.ChannelBinding()
+	}
+	return nil
+}
+
 // greeting is how a side introduces itself.
 type greeting struct {
 	role    wire.Role
@@ -140,7 +149,12 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 		p   wire.Preface
 		err error
 	}
-	ours := wire.Preface{Newest: g.newest, Oldest: wire.OldestVersion, Role: role, Purpose: g.purpose}
+	ours := wire.Preface{Newest: g.newest, Oldest: wire.OldestVersion, Role: role, Purpose: g.purpose, Capabilities: wire.CapBound}
+	for _, rw := range rws {
+		if binding(rw) == nil {
+			ours.Capabilities &^= wire.CapBound
+		}
+	}
 	session := rand.Uint64()
 	version := g.newest
 	var wg sync.WaitGroup
@@ -240,10 +254,7 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	if lone >= 0 {
 		rws, theirs = rws[lone:lone+1], theirs[lone:lone+1]
 	}
-	l := &link{role: role, version: version, sessions: wire.Sessions{Source: session, Destination: theirs[0].Session}, control: make(chan message, 8), closing: make(chan struct{})}
-	if role == wire.RoleDestination {
-		l.sessions = wire.Sessions{Source: theirs[0].Session, Destination: session}
-	}
+	l := &link{role: role, version: version, control: make(chan message, 8), closing: make(chan struct{})}
 	for i, rw := range rws {
 		s := &stream{rw: rw, index: i, urgent: make(chan *wire.Buffer, 16), readerDone: make(chan struct{}), link: l}
 		if role == wire.RoleDestination {
@@ -259,6 +270,15 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 	for i, s := range l.streams {
 		if s.index != i {
 			return nil, fmt.Errorf("%w: stream %d of the source is missing or came twice", wire.ErrMalformed, i)
+		}
+	}
+	l.meeting = wire.Meeting{Source: wire.End{Session: session, Capabilities: ours.Capabilities}, Destination: wire.End{Session: theirs[0].Session, Capabilities: theirs[0].Capabilities}}
+	if role == wire.RoleDestination {
+		l.meeting.Source, l.meeting.Destination = l.meeting.Destination, l.meeting.Source
+	}
+	if bound := func(p wire.Preface) bool { return p.Capabilities&wire.CapBound != 0 }; bound(ours) && !slices.ContainsFunc(theirs, func(p wire.Preface) bool { return !bound(p) }) {
+		for _, s := range l.streams {
+			l.meeting.Channels = append(l.meeting.Channels, binding(s.rw))
 		}
 	}
 	return l, nil
@@ -278,6 +298,13 @@ func (l *link) start(ctx context.Context) (ignoreCancel func() bool) {
 	}
 	l.wg.Go(l.watch)
 	return ignoreCancel
+}
+
+// begin is start for a session in which nothing is at stake yet: when ctx ends before the returned function is called, the link fails, and
+// the other side is not told why.
+func (l *link) begin(ctx context.Context) (goOn func() bool) {
+	l.start(context.WithoutCancel(ctx))
+	return context.AfterFunc(ctx, func() { l.fail(context.Cause(ctx)) })
 }
 
 // send queues a control frame. It fails when the link does.
@@ -488,12 +515,7 @@ func (s *stream) readFrames() error {
 	}
 }
 
-func (l *link) peer() wire.Role {
-	if l.role == wire.RoleSource {
-		return wire.RoleDestination
-	}
-	return wire.RoleSource
-}
+func (l *link) peer() wire.Role { return l.role.Opposite() }
 
 func (s *stream) write() {
 	l := s.link

@@ -196,8 +196,7 @@ func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, id 
 	if err := d.cfg.Journal.Abort(context.WithoutCancel(ctx), id); err != nil {
 		return asked, fmt.Errorf("record that the guest of migration %q never ran: %w", asked, err)
 	}
-	say := wire.Rejoin{ID: asked, Proof: wire.Proof(id, wire.RoleDestination, l.sessions), Standing: wire.NeverRan}
-	payload, err := say.Encode()
+	payload, err := (&wire.Rejoin{Standing: wire.NeverRan}).Encode(id, l.meeting)
 	if err != nil {
 		return asked, err
 	}
@@ -212,13 +211,13 @@ func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, id 
 
 // sought reads what a source asks for, which must be the migration id, and must be its own.
 func (l *link) sought(m message, id string) (asked string, err error) {
-	asked, proof, err := wire.ParseSeek(m.payload)
+	seek, err := wire.DecodeSeek(m.payload)
 	switch {
 	case err != nil:
-	case asked != wire.PublicID(id):
-		err = tell(wire.CodeRefused, fmt.Errorf("source speaks of migration %q, not of %q", asked, wire.PublicID(id)), "this is another migration")
-	case !wire.Proves(proof, id, wire.RoleSource, l.sessions):
-		err = tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the source of migration %q", ErrUnproven, asked), "this is not the source of that migration")
+	case seek.ID != wire.PublicID(id):
+		err = tell(wire.CodeRefused, fmt.Errorf("source speaks of migration %q, not of %q", seek.ID, wire.PublicID(id)), "this is another migration")
+	case !seek.Proves(id, l.meeting):
+		err = tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the source of migration %q", ErrUnproven, seek.ID), "this is not the source of that migration")
 	}
-	return asked, err
+	return seek.ID, err
 }

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
+	"sync"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -44,58 +46,200 @@ func severed(err error) bool {
 // seeker meets the other side again.
 type seeker struct {
 	reconnect func(context.Context) ([]io.ReadWriter, error)
+	admit     func(context.Context, []io.ReadWriter) error
 	timeout   time.Duration
+	log       *slog.Logger
 }
 
-// meet calls session with new streams until it was of use, the time is over, or ctx ends. The error is the session's, or says
-// why there was none. lost is why the session before ended.
-func (k seeker) meet(ctx context.Context, lost error, session func(context.Context, []io.ReadWriter) (useful bool, err error)) error {
+// proven is a session with somebody who has proven to be the other side.
+type proven interface{ part(why error) }
+
+// meet calls session with whoever has proven, to prove, to be the other side, until that was of use, the time is over, or ctx ends. The
+// error is the session's, or says why there was none. lost is why the session before ended.
+func meet[P proven](ctx context.Context, k seeker, lost error, prove func(context.Context, []io.ReadWriter) (P, error),
+	session func(P) (useful bool, err error)) error {
 	if k.reconnect == nil {
 		return lost
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, k.timeout, fmt.Errorf("the other side was not found again within %v: %w", k.timeout, os.ErrDeadlineExceeded))
 	defer cancel()
-	wait := retryMin
-	pause := time.NewTimer(retryMin / 5) // sessions that die at once must not make us spin
-	defer pause.Stop()
-	select {
-	case <-pause.C:
-	case <-ctx.Done():
-		return fmt.Errorf("%w (after: %w)", context.Cause(ctx), lost)
+	f := &search[P]{seeker: k, prove: prove, found: make(chan P)}
+	defer f.tasks.Wait()
+	for wait := retryMin / 5; ; wait = min(max(2*wait, retryMin), retryMax) { // sessions that die at once must not make us spin
+		if !sleep(ctx, wait) {
+			break
+		}
+		p, ok := f.find(ctx)
+		if !ok {
+			break
+		}
+		useful, err := session(p)
+		if useful {
+			return err
+		}
+		f.note(err)
 	}
-	for said := error(nil); ; {
-		streams, err := k.reconnect(ctx)
+	if err := f.heard(); err != nil {
+		return fmt.Errorf("%w (last: %w; after: %w)", context.Cause(ctx), err, lost)
+	}
+	return fmt.Errorf("%w (after: %w)", context.Cause(ctx), lost)
+}
+
+// sleep reports whether ctx goes on after a while.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// search looks for the other side.
+type search[P proven] struct {
+	seeker
+	prove func(context.Context, []io.ReadWriter) (P, error)
+	found chan P
+	tasks sync.WaitGroup // of those who are proving, or are sent away
+
+	mu         sync.Mutex // guards what follows
+	last, said error      // of attempts; said is what the other side has said, and tells more than that it was not there the next time
+	warned     bool
+}
+
+// find returns the first who has proven to be the other side, and no other is looked for then. Otherwise ctx has ended.
+func (f *search[P]) find(ctx context.Context) (p P, ok bool) {
+	looking, stop := context.WithCancelCause(ctx)
+	looked := make(chan struct{})
+	go func() {
+		defer close(looked)
+		f.look(looking)
+	}()
+	select {
+	case p = <-f.found:
+		ok = true
+	case <-ctx.Done():
+	}
+	stop(errFound)
+	<-looked // the next session may be long: nobody takes streams meanwhile
+	return p, ok
+}
+
+var errFound = errors.New("the other side was found, or is not looked for any more")
+
+// visits reports whether streams are of somebody who came without having been asked, as through a peer.Lobby. That can be anybody, and many.
+func visits(streams []io.ReadWriter) bool {
+	s, ok := streams[0].(interface{ Visits() bool })
+	return ok && s.Visits()
+}
+
+// maxVisitors is how many streams those may have who are proving at a time who they are. Whoever has been at it for longest makes room for
+// the next: the other side needs a round trip or two for it.
+const maxVisitors = 512
+
+// look brings streams to whoever may be the other side, until ctx ends. Those that were dialled one after the other, and visitors, of whom any
+// may be the one, all at a time.
+func (f *search[P]) look(ctx context.Context) {
+	type visitor struct {
+		streams int
+		end     context.CancelCauseFunc
+	}
+	var visitors []visitor
+	total := 0 // of their streams
+	for wait := retryMin; ; {
+		streams, err := f.reconnect(ctx)
 		if err == nil {
 			if err = checkStreams(streams); err != nil {
 				interruptAll(streams)
 			}
 		}
+		if err == nil && ctx.Err() != nil {
+			interruptAll(streams)
+			return
+		}
+		if err == nil && visits(streams) {
+			visit, end := context.WithCancelCause(ctx)
+			visitors = append(visitors, visitor{len(streams), end})
+			for total += len(streams); total > maxVisitors; visitors = visitors[1:] { // who may have left by itself long ago
+				visitors[0].end(errors.New("it has not proven who it is, and others wait"))
+				total -= visitors[0].streams
+			}
+			f.tasks.Go(func() {
+				defer end(nil)
+				if err := f.try(visit, streams); err != nil {
+					f.note(err)
+				}
+			})
+			continue
+		}
 		if err == nil {
-			var useful bool
-			useful, err = session(ctx, streams)
-			if useful {
-				return err
+			if err = f.try(ctx, streams); err == nil {
+				return
 			}
 		}
-		// What the other side says tells more than that it was not there the next time.
-		var peer *PeerError
-		if errors.As(err, &peer) {
-			said = err
-		} else if said != nil && ctx.Err() != nil {
-			err = said
+		if ctx.Err() != nil {
+			return
 		}
-		if ctx.Err() == nil {
-			t := time.NewTimer(wait)
-			select {
-			case <-t.C:
-				wait = min(2*wait, retryMax)
-				continue
-			case <-ctx.Done():
-				t.Stop()
-			}
+		f.note(err)
+		if !sleep(ctx, wait) {
+			return
 		}
-		return fmt.Errorf("%w (last: %w; after: %w)", context.Cause(ctx), err, lost)
+		wait = min(2*wait, retryMax)
 	}
+}
+
+// try has whoever is at the other end prove that it is the other side, and returns when it was found or has failed.
+func (f *search[P]) try(ctx context.Context, streams []io.ReadWriter) error {
+	if f.admit != nil {
+		if err := f.admit(ctx, streams); err != nil {
+			interruptAll(streams)
+			return fmt.Errorf("%w: %w", errNotAdmitted, err)
+		}
+	}
+	p, err := f.prove(ctx, streams)
+	if err != nil {
+		return err
+	}
+	select {
+	case f.found <- p:
+		return nil
+	case <-ctx.Done():
+		p.part(context.Cause(ctx))
+		return context.Cause(ctx)
+	}
+}
+
+var errNotAdmitted = errors.New("somebody came who is not admitted")
+
+// note remembers why an attempt failed. One of those who are refused is warned of, as they may be many.
+func (f *search[P]) note(err error) {
+	if errors.Is(err, errFound) {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	level := slog.LevelDebug
+	if (errors.Is(err, ErrUnproven) || errors.Is(err, errNotAdmitted)) && !f.warned {
+		f.warned, level = true, slog.LevelWarn
+	}
+	f.log.Log(context.Background(), level, "the other side was not met", "error", err)
+	f.last = err
+	var peer *PeerError
+	if errors.As(err, &peer) {
+		f.said = err
+	}
+}
+
+// heard is the error of all attempts that tells most.
+func (f *search[P]) heard() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.said != nil {
+		return f.said
+	}
+	return f.last
 }
 
 func (s *source) mayReconnect(err error) bool {
@@ -115,16 +259,14 @@ func (s *source) reconnect(ctx context.Context, lost error) error {
 	s.met = false
 	s.log.Warn("the link to the destination is gone; trying to meet again", "error", lost)
 	s.leaveSession(lost)
-	return seeker{s.cfg.Reconnect, s.cfg.RescueTimeout}.meet(ctx, lost, func(ctx context.Context, streams []io.ReadWriter) (bool, error) {
-		s.leaveSession(lost)
-		err := s.rejoin(ctx, streams)
-		var peer *PeerError
-		if !s.proven && errors.As(err, &peer) && peer.NeverRan {
-			err = fmt.Errorf("%w: it says that the guest never ran there", ErrUnproven) // from whichever call this came
+	return meet(ctx, seeker{s.cfg.Reconnect, s.cfg.Admit, s.cfg.RescueTimeout, s.log}, lost, s.prove, func(r *rejoined) (bool, error) {
+		if s.cfg.Interruptible {
+			defer context.AfterFunc(ctx, func() { r.fail(context.Cause(ctx)) })()
 		}
-		useful := err == nil || s.met || s.proven && errors.As(err, &peer) && peer.NeverRan
+		err := s.rejoin(r)
+		var peer *PeerError
+		useful := err == nil || s.met || errors.As(err, &peer) && peer.NeverRan
 		if !useful {
-			s.log.Debug("the destination was not met", "error", err)
 			s.leaveSession(err)
 		}
 		return useful, err
@@ -142,37 +284,59 @@ func (s *source) leaveSession(why error) {
 	s.link = nil
 }
 
-// rejoin is one session after the first. s.proven says whether it was with the destination, and s.met whether the two sides understood
-// each other. What was heard in a session without proof may not change anything.
-func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
-	s.met, s.proven = false, false
+// rejoined is a session with the destination after the first, of which it has said where the guest stands.
+type rejoined struct {
+	*link
+	says *wire.Rejoin
+}
+
+// prove begins a session with somebody who may be the destination, and returns when it has proven that it is. It changes nothing of s, and
+// may be called concurrently.
+func (s *source) prove(ctx context.Context, streams []io.ReadWriter) (_ *rejoined, err error) {
 	l, err := s.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	s.begin(context.WithoutCancel(ctx), l)
-	done := l.limit(min(s.cfg.HandshakeTimeout, proofTimeout), "proving what it is")
-	if err := l.send(wire.Header{Type: wire.TypeSeek}, wire.EncodeSeek(s.cfg.ID, l.sessions)); err != nil {
-		return err
+	s.attach(l)
+	goOn := l.begin(ctx)
+	defer func() {
+		if err != nil {
+			l.part(err)
+		}
+	}()
+	defer l.limit(min(s.cfg.HandshakeTimeout, proofTimeout), "proving what it is")()
+	public := wire.PublicID(s.cfg.ID)
+	if err := l.send(wire.Header{Type: wire.TypeSeek}, wire.EncodeSeek(s.cfg.ID, l.meeting)); err != nil {
+		return nil, err
 	}
 	m, err := l.expect(wire.TypeRejoin)
+	var peer *PeerError
+	if errors.As(err, &peer) && peer.NeverRan {
+		return nil, fmt.Errorf("%w: it says that the guest of migration %q never ran there", ErrUnproven, public) // from whichever call this came
+	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	r, err := wire.DecodeRejoin(m.payload)
-	if err != nil {
-		return err
-	}
-	switch public := wire.PublicID(s.cfg.ID); {
+	switch {
+	case err != nil:
+		return nil, err
 	case r.ID != public:
-		return tell(wire.CodeRefused, fmt.Errorf("destination speaks of migration %q, not of %q", r.ID, public), "this is another migration")
-	case !wire.Proves(r.Proof, s.cfg.ID, wire.RoleDestination, l.sessions):
-		s.log.Warn("refused a peer that calls itself the destination and cannot prove it", "standing", r.Standing)
-		return tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the destination of migration %q", ErrUnproven, public), "this is not the destination of that migration")
+		return nil, tell(wire.CodeRefused, fmt.Errorf("destination speaks of migration %q, not of %q", r.ID, public), "this is another migration")
+	case !r.Proves(s.cfg.ID, l.meeting):
+		return nil, tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the destination of migration %q, and says of the guest: %s", ErrUnproven, public, r.Standing), "this is not the destination of that migration")
+	case !goOn():
+		return nil, context.Cause(l.ctx)
 	}
-	s.proven = true
-	done()
-	done = l.limit(s.cfg.HandshakeTimeout, "saying what the destination misses")
+	return &rejoined{l, r}, nil
+}
+
+// rejoin goes through a session after the first. s.met says whether the two sides understood each other.
+func (s *source) rejoin(with *rejoined) error {
+	s.met = false
+	l, r := with.link, with.says
+	s.enter(l)
+	done := l.limit(s.cfg.HandshakeTimeout, "saying what the destination misses")
 	s.log.Info("met the destination again", "standing", r.Standing)
 	switch r.Standing {
 	case wire.NeverRan:
@@ -206,7 +370,7 @@ func (s *source) rejoin(ctx context.Context, streams []io.ReadWriter) error {
 	}
 	s.delivered.Store(nil)
 	s.flow()
-	s.window.narrow(serveLimit(len(streams)))
+	s.window.narrow(serveLimit(len(l.streams)))
 	s.makeRoom()
 	v := s.newServing(missing, missing)
 	v.start() // before the destination hears that it may demand

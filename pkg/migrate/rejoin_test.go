@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
 var cutSeeds = flag.Int("migrate.cuts", 100, "histories of cut links that TestCutsAnywhere goes through, for each kind of switch")
@@ -202,7 +203,7 @@ func TestReunitedInEveryState(t *testing.T) {
 	}
 }
 
-// A source process that dies while serving, and is started again.
+// A source process that dies while serving, and is started again. It first meets somebody else.
 func TestRejoinSource(t *testing.T) {
 	noLeak(t)
 	synctest.Test(t, func(t *testing.T) {
@@ -220,7 +221,7 @@ func TestRejoinSource(t *testing.T) {
 			}
 			if now == SourceUnsettled {
 				cfg := r.source
-				cfg.OnState, cfg.Reconnect = nil, x.dial
+				cfg.OnState, cfg.Reconnect = nil, after(impostor(wire.RoleDestination), x.dial)
 				go func() {
 					rep, err := RejoinSource(context.Background(), cfg)
 					if err == nil && rep.Outcome != "moved" {
@@ -327,7 +328,7 @@ func TestRejoinSourceLost(t *testing.T) {
 	}
 }
 
-// A destination process that dies while pages are missing, and is started again.
+// A destination process that dies while pages are missing, and is started again. It first meets somebody else.
 func TestRejoinDestination(t *testing.T) {
 	noLeak(t)
 	for _, cuts := range []int{0, 2} {
@@ -353,8 +354,8 @@ func TestRejoinDestination(t *testing.T) {
 					}
 					if now == DestinationIncomplete {
 						cfg := r.dest
-						cfg.OnState, cfg.Reconnect = nil, x.accept
-						claim := Claim{ID: "test", Complete: late.Complete, Devices: func(_ context.Context, ask func(int, block.Range)) (out []ClaimDevice, _ error) {
+						cfg.OnState, cfg.Reconnect = nil, after(impostor(wire.RoleSource), x.accept)
+						claim := Claim{ID: r.source.ID, Complete: late.Complete, Devices: func(_ context.Context, ask func(int, block.Range)) (out []ClaimDevice, _ error) {
 							for i, name := range late.names {
 								d := ClaimDevice{Name: name, Size: late.frozen[name].Size()}
 								if l := late.late[i]; l != nil {
@@ -420,19 +421,18 @@ func TestDisclaim(t *testing.T) {
 			defer close(done)
 			cfg := r.dest
 			cfg.Journal = fresh
-			ask := func(owned bool) (string, error) {
+			if _, err := Disclaim(context.Background(), impostor(wire.RoleSource), cfg, r.source.ID); !errors.Is(err, ErrUnproven) || fresh.record != "" {
+				t.Errorf("somebody else was told: %v, record %q", err, fresh.record)
+			}
+			ask := func(id string) (string, error) {
 				s, err := x.accept(context.Background())
 				if err != nil {
 					return "", err
 				}
-				id := "test"
-				if owned {
-					id = "other"
-				}
 				return Disclaim(context.Background(), s, cfg, id)
 			}
-			_, refused = ask(true)
-			id, err := ask(false)
+			_, refused = ask("other")
+			id, err := ask(r.source.ID)
 			ids = append(ids, id)
 			if err != nil {
 				t.Errorf("disclaim: %v", err)
@@ -443,7 +443,7 @@ func TestDisclaim(t *testing.T) {
 		if refused == nil || !strings.Contains(refused.Error(), "not of \"other\"") {
 			t.Errorf("the guest of another migration was disclaimed: %v", refused)
 		}
-		if len(ids) != 1 || ids[0] != "test" || fresh.record != "abort test" {
+		if len(ids) != 1 || ids[0] != "test" || fresh.record != "abort test.secret" {
 			t.Errorf("ids %q, record %q", ids, fresh.record)
 		}
 		r.verifyEnd(t, o, "kept", "discarded")

@@ -101,11 +101,7 @@ func (v *serving) start() {
 }
 
 // demanded notes what somebody waits for. It is called by the link's readers.
-func (s *source) demanded(device int, r block.Range) error {
-	v := s.serving.Load()
-	if v == nil {
-		return unexpectedFrame(wire.TypeDemand, "nothing to demand")
-	}
+func (s *source) demanded(v *serving, device int, r block.Range) error {
 	if device >= len(v.devices) || v.devices[device].left == nil {
 		return fmt.Errorf("%w: demand for device %d, which misses nothing", wire.ErrMalformed, device)
 	}

@@ -156,11 +156,11 @@ type source struct {
 	release    func() // of spare processors; nil without them
 
 	met       bool   // the latest attempt to meet the destination again succeeded
-	proven    bool   // who was met in it has proven to be the destination
 	version   uint16 // of the protocol
 	wireBytes int64  // written to links that are gone
 	streams   int    // of the first session; 0 before it
 
+	current    atomic.Pointer[link]   // s.link, or one that has failed, for the readers of links
 	checking   atomic.Bool            // what is sent from now on, the guest may run on as soon as it is there
 	acked      atomic.Pointer[window] // s.window, for the link's readers
 	serving    atomic.Pointer[serving]
@@ -333,16 +333,33 @@ func (s *source) open(ctx context.Context, purpose wire.Purpose, streams []io.Re
 
 // begin lets frames flow over a link. The link fails when ctx is canceled, until the returned function is called.
 func (s *source) begin(ctx context.Context, l *link) (ignoreCancel func() bool) {
+	s.attach(l)
+	s.enter(l)
+	return l.start(ctx)
+}
+
+// enter makes a link that of the session.
+func (s *source) enter(l *link) {
 	s.link, s.streams = l, cmp.Or(s.streams, len(l.streams))
-	l.onDemand = s.demanded
+	s.current.Store(l)
+}
+
+// attach has what comes over a link count, once it is that of the session.
+func (s *source) attach(l *link) {
+	l.onDemand = func(device int, r block.Range) error {
+		v := s.serving.Load()
+		if v == nil || s.current.Load() != l {
+			return unexpectedFrame(wire.TypeDemand, "nothing to demand")
+		}
+		return s.demanded(v, device, r)
+	}
 	l.onAck = func(device int, total int64) error {
 		w := s.acked.Load()
-		if w == nil {
+		if w == nil || s.current.Load() != l {
 			return unexpectedFrame(wire.TypeAck, "nothing to acknowledge")
 		}
 		return w.ack(device, total)
 	}
-	return l.start(ctx)
 }
 
 // flow prepares for sending content of s.devices over the link, from the start.

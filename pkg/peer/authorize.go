@@ -73,20 +73,13 @@ func (f Authorize) meet(ctx context.Context, streams []io.ReadWriter, r Request)
 	return err
 }
 
-// again is find, of the other side of a migration whose link was cut, but whom it finds is asked about.
-func (f Authorize) again(give bool, migration func() string, find func(context.Context) ([]io.ReadWriter, error)) func(context.Context) ([]io.ReadWriter, error) {
-	if f == nil || find == nil {
-		return find
+// again decides about who comes to go on with a migration whose link was cut: it is what migrate's Admit asks for.
+func (f Authorize) again(give bool, migration func() string) func(context.Context, []io.ReadWriter) error {
+	if f == nil {
+		return nil
 	}
-	return func(ctx context.Context) ([]io.ReadWriter, error) {
-		streams, err := find(ctx)
-		if err == nil {
-			err = f.meet(ctx, streams, Request{Give: give, Migration: wire.PublicID(migration()), Rejoin: true})
-		}
-		if err != nil {
-			return nil, err
-		}
-		return streams, nil
+	return func(ctx context.Context, streams []io.ReadWriter) error {
+		return f.meet(ctx, streams, Request{Give: give, Migration: wire.PublicID(migration()), Rejoin: true})
 	}
 }
 

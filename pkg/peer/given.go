@@ -78,16 +78,8 @@ var errMemoryLost = errors.New("it is lost, as the source's machine ended with i
 //
 // Cancelling ctx ends it at any time, also while there is a link: the files are as they were.
 func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
-	find := g.cfg.Authorize.again(true, g.given.Migration, g.cfg.FindDestination)
-	if find == nil {
+	if g.cfg.FindDestination == nil {
 		return &migrate.Report{}, fmt.Errorf("%w: no way to find the other peer: set Config.FindDestination", migrate.ErrInDoubt)
-	}
-	reconnect := func(within context.Context) ([]io.ReadWriter, error) {
-		streams, err := find(within)
-		if err == nil {
-			context.AfterFunc(ctx, func() { closeAll(streams) })
-		}
-		return streams, err
 	}
 	var devices []migrate.SourceDevice
 	stationary := make(map[string]bool)
@@ -106,7 +98,7 @@ func (g *Given) Rejoin(ctx context.Context) (*migrate.Report, error) {
 	}
 	report, err := migrate.RejoinSource(ctx, migrate.SourceConfig{
 		ID: g.given.Migration(), Devices: devices, Guest: givenSource{g.given}, Journal: givenSource{g.given}, Concurrency: g.cfg.Concurrency,
-		ResumeTimeout: g.cfg.RescueTimeout, Reconnect: reconnect, RescueTimeout: g.cfg.RescueTimeout,
+		ResumeTimeout: g.cfg.RescueTimeout, Reconnect: g.cfg.FindDestination, Admit: g.cfg.Authorize.again(true, g.given.Migration), Interruptible: true, RescueTimeout: g.cfg.RescueTimeout,
 		Progress: g.cfg.Progress, OnState: g.cfg.OnState, Logger: g.cfg.Logger,
 	})
 	if err != nil && g.given.Kept() && !errors.Is(err, migrate.ErrUnsettled) && !errors.Is(err, migrate.ErrInDoubt) {

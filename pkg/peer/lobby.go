@@ -52,67 +52,59 @@ type Lobby struct {
 
 	mu     sync.Mutex // guards what follows
 	groups map[uint64]*group
-	guests int       // connections that nobody has taken yet
-	mute   list.List // of these, those that have not said what they are, each a *visitor, the oldest first
+	guests list.List // connections that nobody has taken yet, each a *visitor, the oldest first
 	full   time.Time // when it was last said that there is no room
 }
 
-// visitor is a connection that has not said what it is.
+// visitor is a connection in the lobby.
 type visitor struct {
 	conn net.Conn
-	at   *list.Element // in mute; nil: it has said it, or has to go
-	gone bool          // it made room, and is not counted any more
+	at   *list.Element // in guests; nil: it has left
 }
 
 // maxGuests is how many connections may be in the lobby at a time, as they cost descriptors.
 const maxGuests = 1024
 
-// enter counts a connection, if there is room. Who has been mute for longest makes room for it: a peer says what it is within
-// milliseconds, so that those who only hold places, and prove nothing, keep nobody out.
-func (b *Lobby) enter(conn net.Conn) (*visitor, bool) {
+// enter lets a connection in. Who has been here for longest makes room for it: a peer says what it is, brings all its streams and is taken
+// within a round trip or two, so that those who only hold places, and prove nothing, keep nobody out.
+func (b *Lobby) enter(conn net.Conn) *visitor {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.guests == maxGuests {
+	if b.guests.Len() == maxGuests {
 		if time.Since(b.full) > handshakeTime {
 			b.full = time.Now()
-			b.log.Warn("too many connections wait: those that say nothing are closed", "from", conn.RemoteAddr(), "waiting", maxGuests)
+			b.log.Warn("too many connections wait: those that have waited for longest are closed", "from", conn.RemoteAddr(), "waiting", maxGuests)
 		}
-		oldest := b.mute.Front()
-		if oldest == nil {
-			return nil, false
-		}
-		v := b.mute.Remove(oldest).(*visitor)
-		v.at, v.gone = nil, true
-		b.guests--
-		v.conn.Close()
+		oldest := b.guests.Front().Value.(*visitor)
+		b.leave(oldest)
+		oldest.conn.Close()
 	}
-	b.guests++
 	v := &visitor{conn: conn}
-	v.at = b.mute.PushBack(v)
-	return v, true
+	v.at = b.guests.PushBack(v)
+	return v
 }
 
-// heard notes that a connection has said what it is, and reports whether it may stay.
-func (b *Lobby) heard(v *visitor) bool {
+// here reports whether a connection may stay.
+func (b *Lobby) here(v *visitor) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if v.at != nil {
-		b.mute.Remove(v.at)
-		v.at = nil
+	return v.at != nil
+}
+
+// leave is enter undone. It is called with mu held.
+func (b *Lobby) leave(visitors ...*visitor) {
+	for _, v := range visitors {
+		if v.at != nil {
+			b.guests.Remove(v.at)
+			v.at = nil
+		}
 	}
-	return !v.gone
-}
-
-// leave is enter undone, for n connections.
-func (b *Lobby) leave(n int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.guests -= n
 }
 
 // group is a session of which streams are missing.
 type group struct {
 	streams []io.ReadWriter // nil where one is missing
+	guests  []*visitor      // that they are
 	missing int
 	from    net.Addr
 	who     transport.Identity
@@ -192,21 +184,9 @@ func (b *Lobby) accept() {
 			continue
 		}
 		pause = time.Millisecond
-		v, ok := b.enter(conn)
-		if !ok {
-			conn.Close()
-			continue
-		}
+		v := b.enter(conn)
 		b.tasks.Go(func() { b.meet(conn, v) })
 	}
-}
-
-// opposite is the role of whoever meets a role.
-func opposite(r wire.Role) wire.Role {
-	if r == wire.RoleSource {
-		return wire.RoleDestination
-	}
-	return wire.RoleSource
 }
 
 // spoken is a connection of which the first bytes were read already.
@@ -214,10 +194,21 @@ type spoken struct {
 	net.Conn
 	first io.Reader
 	who   transport.Identity
+	asked bool // it is the only one who can be meant
 }
 
 // Identity is for transport.IdentityOf.
 func (h *spoken) Identity() transport.Identity { return h.who }
+
+// ChannelBinding and Visits are for migrate: see its SourceConfig.Reconnect.
+func (h *spoken) ChannelBinding() []byte {
+	if c, ok := h.Conn.(interface{ ChannelBinding() []byte }); ok {
+		return c.ChannelBinding()
+	}
+	return nil
+}
+
+func (h *spoken) Visits() bool { return !h.asked }
 
 func (h *spoken) Read(p []byte) (int, error) {
 	if n, err := h.first.Read(p); n > 0 || err != io.EOF {
@@ -228,11 +219,11 @@ func (h *spoken) Read(p []byte) (int, error) {
 
 // meet hears what a connection is, and brings it to its group.
 func (b *Lobby) meet(conn net.Conn, v *visitor) {
-	done := 1 // connections that are no longer here when it returns
+	leaving := []*visitor{v} // when it returns
 	defer func() {
-		if b.heard(v) {
-			b.leave(done)
-		}
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.leave(leaving...)
 	}()
 	stop := context.AfterFunc(b.ctx, func() { conn.Close() })
 	defer stop()
@@ -241,7 +232,7 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	who, err := transport.Handshake(ctx, conn)
 	if err != nil {
 		conn.Close()
-		if b.heard(v) && b.ctx.Err() == nil {
+		if b.here(v) && b.ctx.Err() == nil {
 			b.log.Warn("refused a connection", "from", conn.RemoteAddr(), "reason", err)
 		}
 		return
@@ -249,7 +240,7 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	_ = conn.SetDeadline(time.Now().Add(b.patience)) // where there are none, Close ends it
 	var said bytes.Buffer
 	p, err := wire.ReadPreface(io.TeeReader(conn, &said))
-	if !b.heard(v) {
+	if !b.here(v) {
 		conn.Close()
 		return
 	}
@@ -264,13 +255,13 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	}
 	if err != nil {
 		// Whoever it is may learn whom it has met.
-		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: opposite(b.role)}
+		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: b.role.Opposite()}
 		_, _ = conn.Write(ours.Append(nil))
 		conn.Close()
 		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
 		return
 	}
-	stream := &spoken{conn, &said, who}
+	stream := &spoken{Conn: conn, first: &said, who: who}
 	if p.Streams <= 1 { // version 1 knows not how many it has, and has one
 		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr(), Peer: who})
 		return
@@ -289,11 +280,12 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 		return
 	}
 	g.streams[p.Stream] = stream
+	g.guests = append(g.guests, v)
 	g.missing--
 	whole := g.missing == 0
-	done = 0
+	leaving = nil
 	if whole {
-		done = len(g.streams)
+		leaving = g.guests
 		g.late.Stop()
 		delete(b.groups, p.Session)
 	}
@@ -309,7 +301,7 @@ func (b *Lobby) giveUp(session uint64, g *group) {
 	defer b.mu.Unlock()
 	if b.groups[session] == g {
 		delete(b.groups, session)
-		b.guests -= len(g.has())
+		b.leave(g.guests...)
 		b.log.Warn("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
 		g.drop()
 	}
@@ -349,7 +341,7 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 			a.Close()
 			return
 		}
-		refuse(a.Streams, opposite(b.role), wire.CodeCanceled, "this peer is busy: try again later") // who has not been asked about learns no more
+		refuse(a.Streams, b.role.Opposite(), wire.CodeCanceled, "this peer is busy: try again later") // who has not been asked about learns no more
 	case <-b.ctx.Done():
 		a.Close()
 	}

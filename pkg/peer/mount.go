@@ -167,7 +167,7 @@ func ReceiveMounter(ctx context.Context, cfg MounterConfig, streams []io.ReadWri
 	r := &mountReceiver{Mounter: &Mounter{cfg: cfg, gate: new(gate)}, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: r, Journal: r, Concurrency: cfg.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: cfg.Progress, Logger: cfg.Logger,
-		Reconnect: cfg.Authorize.again(false, func() string { return r.id }, cfg.FindSource), RescueTimeout: cfg.RescueTimeout,
+		Reconnect: cfg.FindSource, Admit: cfg.Authorize.again(false, func() string { return r.id }), RescueTimeout: cfg.RescueTimeout,
 	})
 	if err != nil {
 		if r.still != nil {
@@ -267,7 +267,7 @@ func (m *Mounter) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.R
 	id := wire.NewID()
 	return send(ctx, streams, migrate.SourceConfig{
 		ID: id, Devices: slices.Clone(m.exported), Spec: spec, Guest: mountSource{m}, Journal: mountSource{m}, Concurrency: m.cfg.Concurrency,
-		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.Authorize.again(true, func() string { return id }, m.cfg.FindDestination), RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
+		ResumeTimeout: m.cfg.RescueTimeout, Reconnect: m.cfg.FindDestination, Admit: m.cfg.Authorize.again(true, func() string { return id }), RescueTimeout: m.cfg.RescueTimeout, Progress: m.cfg.Progress, OnState: m.cfg.OnState, Logger: m.cfg.Logger,
 	})
 }
 

@@ -256,8 +256,8 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 	r := &rest{claim: claim, cancel: cancel, done: make(chan struct{})}
 	cfg := migrate.DestinationConfig{
 		Journal: &target{instance: i}, Concurrency: p.cfg.Concurrency, OwnThreads: p.cfg.OwnThreads, RescueTimeout: p.cfg.RescueTimeout,
-		Reconnect: p.cfg.Authorize.again(false, func() string { return claim.ID }, p.cfg.FindSource),
-		Progress:  p.cfg.Progress, Logger: p.cfg.Logger,
+		Reconnect: p.cfg.FindSource, Admit: p.cfg.Authorize.again(false, func() string { return claim.ID }),
+		Progress: p.cfg.Progress, Logger: p.cfg.Logger,
 		OnState: func(s migrate.DestinationState) {
 			if s == migrate.DestinationFilling {
 				p.thaw(i)
@@ -351,7 +351,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	defer t.stopWatch()
 	report, err := migrate.Receive(receiving, streams, migrate.DestinationConfig{
 		Target: t, Journal: t, Concurrency: cfg.Concurrency, OwnThreads: cfg.OwnThreads, MaxState: runner.StateDeviceSize, Progress: cfg.Progress, Logger: cfg.Logger,
-		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.Authorize.again(false, t.migration, cfg.FindSource), RescueTimeout: cfg.RescueTimeout, OnState: cfg.OnReceive,
+		DisablePostCopy: cfg.DisablePostCopy, Reconnect: cfg.FindSource, Admit: cfg.Authorize.again(false, t.migration), RescueTimeout: cfg.RescueTimeout, OnState: cfg.OnReceive,
 	})
 	switch {
 	case err == nil:
@@ -512,7 +512,7 @@ func (p *Peer) source() (migrate.SourceConfig, error) {
 	}
 	return migrate.SourceConfig{
 		ID: id, Devices: devices, Spec: spec, Network: kept.offer(), Guest: source{p.instance, kept}, Journal: source{p.instance, kept}, Goal: p.cfg.Goal, Concurrency: p.cfg.Concurrency,
-		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.Authorize.again(true, func() string { return id }, p.cfg.FindDestination), RescueTimeout: p.cfg.RescueTimeout,
+		ResumeTimeout: p.cfg.RescueTimeout, Reconnect: p.cfg.FindDestination, Admit: p.cfg.Authorize.again(true, func() string { return id }), RescueTimeout: p.cfg.RescueTimeout,
 		Progress: p.cfg.Progress, OnState: p.cfg.OnState, Logger: p.cfg.Logger,
 	}, nil
 }

@@ -220,7 +220,7 @@ func (s *Server) wait(me *session) {
 // Rejoin gives the peer at the other end of streams, which lost its link to this or another server of the package, what it lacks
 // (Lobby.Rejoin says who comes for that). It returns as Serve does.
 func (s *Server) Rejoin(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
-	if err := s.cfg.Authorize.give(ctx, streams); err != nil {
+	if err := s.cfg.Authorize.meet(ctx, streams, Request{Give: true, Migration: s.id, Rejoin: true}); err != nil {
 		return &migrate.Report{}, err
 	}
 	return s.session(ctx, streams, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
@@ -229,6 +229,11 @@ func (s *Server) Rejoin(ctx context.Context, streams []io.ReadWriter) (*migrate.
 		s.mu.Unlock()
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
+		for _, stream := range streams {
+			if s, ok := stream.(*spoken); ok {
+				s.asked = true
+			}
+		}
 		used := false
 		cfg.Reconnect = func(context.Context) ([]io.ReadWriter, error) {
 			if used { // the next time, it will be another call

@@ -146,7 +146,7 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 	w := &writer{Terminator: t, streams: streams}
 	report, err := migrate.Receive(ctx, streams, migrate.DestinationConfig{
 		Target: w, Journal: w, Concurrency: t.Concurrency, MaxState: runner.StateDeviceSize - block.PageSize, Progress: t.Progress, Logger: t.Logger,
-		Copy: t.Copy, Reconnect: t.Authorize.again(false, func() string { return w.id }, t.FindSource), RescueTimeout: t.RescueTimeout,
+		Copy: t.Copy, Reconnect: t.FindSource, Admit: t.Authorize.again(false, func() string { return w.id }), RescueTimeout: t.RescueTimeout,
 	})
 	if err != nil {
 		if w.still != nil {
@@ -184,8 +184,7 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 		t.RescueTimeout = time.Minute
 	}
 	var migration string
-	find := t.Authorize.again(false, func() string { return migration }, t.FindSource)
-	cfg := migrate.DestinationConfig{Reconnect: find, RescueTimeout: t.RescueTimeout, Progress: t.Progress, Logger: t.Logger}
+	cfg := migrate.DestinationConfig{Reconnect: t.FindSource, Admit: t.Authorize.again(false, func() string { return migration }), RescueTimeout: t.RescueTimeout, Progress: t.Progress, Logger: t.Logger}
 	path, ok := t.place(runner.StateDevice)
 	if !ok {
 		return false, fmt.Errorf("there is no device %q", runner.StateDevice)
@@ -246,6 +245,9 @@ func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig,
 	defer cancel()
 	for {
 		streams, err := cfg.Reconnect(ctx)
+		if err == nil && cfg.Admit != nil {
+			err = cfg.Admit(ctx, streams)
+		}
 		if err == nil {
 			if _, err = migrate.Disclaim(ctx, streams, cfg, migration); err == nil {
 				return nil

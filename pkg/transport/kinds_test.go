@@ -205,6 +205,45 @@ func TestClose(t *testing.T) {
 	}
 }
 
+// Both ends of a protected channel have the same name for it, and no other channel has it.
+func TestChannelBinding(t *testing.T) {
+	binding := func(c net.Conn) []byte {
+		if b, ok := c.(interface{ ChannelBinding() []byte }); ok {
+			return b.ChannelBinding()
+		}
+		return nil
+	}
+	seen := make(map[string]string)
+	for range 2 {
+		for _, k := range kinds(t) {
+			dialled, accepted, _ := connect(t, k)
+			a, b := binding(dialled), binding(accepted)
+			if want := k.name == "tls" || k.name == "psk" || k.name == "quic"; want != (len(a) == 32) || !bytes.Equal(a, b) {
+				t.Errorf("%s: %x and %x", k.name, a, b)
+			}
+			if other, ok := seen[string(a)]; ok && a != nil {
+				t.Errorf("%s and %s have both %x", k.name, other, a)
+			}
+			seen[string(a)] = k.name
+		}
+	}
+	k := kinds(t)[2]
+	l, err := k.server.Listen(t.Context(), k.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go net.Dial("tcp", l.Addr().String())
+	conn, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if b := binding(conn); b != nil {
+		t.Errorf("before the handshake: %x", b)
+	}
+}
+
 // TestIdentities looks at who is said to be at the other end.
 func TestIdentities(t *testing.T) {
 	for _, k := range kinds(t) {

@@ -92,9 +92,10 @@ type pskConn struct {
 	initiator  bool
 	rekeyAfter uint64
 
-	begin sync.Mutex // guards the handshake
-	done  bool
-	err   error
+	begin   sync.Mutex // guards the handshake
+	done    bool
+	err     error
+	binding []byte // the hash of the handshake
 
 	reading sync.Mutex // guards what follows
 	in      direction
@@ -125,7 +126,9 @@ func (c *pskConn) handshake(ctx context.Context) (Identity, error) {
 	defer c.begin.Unlock()
 	if !c.done {
 		c.done = true
-		c.err = interruptible(ctx, c.Conn, c.agree)
+		if c.err = interruptible(ctx, c.Conn, c.agree); c.err != nil {
+			c.binding = nil
+		}
 	}
 	return c.identity(), c.err
 }
@@ -143,6 +146,13 @@ func (c *pskConn) Identity() Identity {
 	c.begin.Lock()
 	defer c.begin.Unlock()
 	return c.identity()
+}
+
+// ChannelBinding is for bound: the hash of the handshake (Noise, 11.2).
+func (c *pskConn) ChannelBinding() []byte {
+	c.begin.Lock()
+	defer c.begin.Unlock()
+	return c.binding
 }
 
 // agree makes the channel.
@@ -189,6 +199,7 @@ func (c *pskConn) agree() error {
 		if c.out.cipher, c.in.cipher, err = receive(); err != nil {
 			return err
 		}
+		c.binding = s.ChannelBinding()
 		return c.writeMessage(nil)
 	}
 	if _, _, err := receive(); err != nil {
@@ -197,6 +208,7 @@ func (c *pskConn) agree() error {
 	if c.in.cipher, c.out.cipher, err = send(); err != nil {
 		return err
 	}
+	c.binding = s.ChannelBinding()
 	switch proof, err := c.readMessage(); {
 	case err != nil:
 		return err

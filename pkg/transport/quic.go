@@ -128,6 +128,9 @@ func (c *quicConn) handshake(context.Context) (Identity, error) { return c.is, n
 // Identity is for IdentityOf.
 func (c *quicConn) Identity() Identity { return c.is }
 
+// ChannelBinding is for bound.
+func (c *quicConn) ChannelBinding() []byte { return exported(c.conn.ConnectionState().TLS) }
+
 func (c *quicConn) LocalAddr() net.Addr  { return quicAddr{c.conn.LocalAddr()} }
 func (c *quicConn) RemoteAddr() net.Addr { return quicAddr{c.conn.RemoteAddr()} }
 

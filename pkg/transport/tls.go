@@ -252,6 +252,9 @@ func (c *tlsConn) Identity() Identity {
 	return c.is
 }
 
+// ChannelBinding is for bound.
+func (c *tlsConn) ChannelBinding() []byte { return exported(c.ConnectionState()) }
+
 func dialTLS(ctx context.Context, o Options, hostport string) (net.Conn, error) {
 	conn, err := dialTCP(ctx, o, hostport)
 	if err != nil {

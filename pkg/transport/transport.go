@@ -2,6 +2,7 @@ package transport
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -154,6 +155,25 @@ func IdentityOf(stream io.ReadWriter) Identity {
 		return s.Identity()
 	}
 	return Identity{}
+}
+
+// bound is a connection that has a channel of its own between the two ends, for which it has a name that nobody else can make another
+// channel have (RFC 5056). Its ChannelBinding is for migrate, which proves with it that nobody is between the two sides of a
+// migration; it is nil before the handshake.
+type bound interface{ ChannelBinding() []byte }
+
+var _, _, _ bound = (*tlsConn)(nil), (*pskConn)(nil), (*quicConn)(nil)
+
+// exported is the binding of a TLS channel: 32 bytes of its exporter (RFC 8446, 7.5).
+func exported(s tls.ConnectionState) []byte {
+	if !s.HandshakeComplete {
+		return nil
+	}
+	b, err := s.ExportKeyingMaterial("EXPORTER-drafter", nil, 32)
+	if err != nil { // not of TLS 1.3
+		return nil
+	}
+	return b
 }
 
 // interruptible runs f, which uses a connection, and ends it when ctx ends.

@@ -162,15 +162,16 @@ const (
 	Settled  Standing = "settled"   // it runs here, and nothing is missing, durably
 )
 
-// Rejoin is the payload of a Rejoin frame. For each device with Missing set, Missing frames follow, in which a device is known
-// by its position here.
+// Rejoin is the payload of a Rejoin frame, behind a proof. For each device with Missing set, Missing frames follow, in which a device is
+// known by its position here.
 type Rejoin struct {
-	ID       string   `json:"id"`              // its public part
-	Proof    string   `json:"proof,omitempty"` // the destination's
+	ID       string   `json:"id"` // its public part
 	Standing Standing `json:"standing"`
 	// Fresh: the destination remembers nothing of what it received before, so digests are of what comes from now on.
 	Fresh   bool           `json:"fresh,omitempty"`
 	Devices []RejoinDevice `json:"devices,omitempty"`
+
+	proof, said []byte // of a payload that was decoded
 }
 
 // RejoinDevice is a device in a Rejoin.
@@ -180,9 +181,6 @@ type RejoinDevice struct {
 }
 
 func (r *Rejoin) check() error {
-	if len(r.Proof) > 2*proofSize {
-		return fmt.Errorf("proof of %d bytes: at most %d are allowed", len(r.Proof), 2*proofSize)
-	}
 	switch r.Standing {
 	case NeverRan, Owned, Runs, Settled:
 	default:
@@ -195,29 +193,39 @@ func (r *Rejoin) check() error {
 	return m.check()
 }
 
-// Encode returns the payload of a Rejoin frame. It fails when a limit is broken.
-func (r *Rejoin) Encode() ([]byte, error) {
+// Encode returns the payload of a Rejoin frame, by which the destination proves that it is this side of the migration id, and says all
+// this. It fails when a limit is broken.
+func (r *Rejoin) Encode(id string, m Meeting) ([]byte, error) {
+	r.ID = PublicID(id)
 	if err := r.check(); err != nil {
 		return nil, fmt.Errorf("encode rejoin: %w", err)
 	}
-	b, err := json.Marshal(r)
-	if err != nil || len(b) > MaxPayload {
-		return nil, fmt.Errorf("encode rejoin of %d bytes: %w", len(b), err)
+	said, err := json.Marshal(r)
+	if err == nil && proofSize+len(said) > MaxPayload {
+		err = fmt.Errorf("at most %d bytes fit", MaxPayload-proofSize)
 	}
-	return b, nil
+	if err != nil {
+		return nil, fmt.Errorf("encode rejoin of %d bytes: %w", len(said), err)
+	}
+	return append(prove(id, RoleDestination, m, said), said...), nil
 }
 
 // DecodeRejoin decodes the payload of a Rejoin frame.
 func DecodeRejoin(b []byte) (*Rejoin, error) {
-	r := new(Rejoin)
-	if len(b) > MaxPayload {
+	if len(b) < proofSize || len(b) > MaxPayload {
 		return nil, fmt.Errorf("%w: rejoin of %d bytes", ErrMalformed, len(b))
 	}
-	if err := json.Unmarshal(b, r); err != nil {
+	r := &Rejoin{proof: b[:proofSize], said: b[proofSize:]}
+	if err := json.Unmarshal(r.said, r); err != nil {
 		return nil, fmt.Errorf("%w: rejoin: %w", ErrMalformed, err)
 	}
 	if err := r.check(); err != nil {
 		return nil, fmt.Errorf("%w: rejoin: %w", ErrMalformed, err)
 	}
 	return r, nil
+}
+
+// Proves reports whether it is the destination of the migration id that has said this, in this meeting.
+func (r *Rejoin) Proves(id string, m Meeting) bool {
+	return proves(r.proof, id, RoleDestination, m, r.said)
 }

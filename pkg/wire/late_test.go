@@ -2,6 +2,7 @@ package wire
 
 import (
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"math/rand/v2"
 	"slices"
@@ -79,15 +80,19 @@ func TestLateLimits(t *testing.T) {
 		"standing \"dances\"": `{"id":"a","standing":"dances"}`,
 		"migration id":        `{"id":"../a","standing":"runs"}`,
 		"named twice":         `{"id":"a","standing":"runs","devices":[{"name":"x","size":1},{"name":"x","size":1}]}`,
-		"proof of 33":         `{"id":"a","standing":"runs","proof":"` + strings.Repeat("0", 33) + `"}`,
 		"size -1":             `{"id":"a","standing":"runs","devices":[{"name":"x","size":-1}]}`,
 	} {
-		if _, err := DecodeRejoin([]byte(doc)); !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), want) {
+		if _, err := DecodeRejoin(append(make([]byte, proofSize), doc...)); !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: error %v, want %q", doc, err, want)
 		}
 	}
-	if _, _, err := ParseSeek([]byte("../x")); !errors.Is(err, ErrMalformed) {
-		t.Errorf("seek of a path: %v", err)
+	if _, err := DecodeRejoin(make([]byte, proofSize-1)); !errors.Is(err, ErrMalformed) {
+		t.Errorf("half a proof: %v", err)
+	}
+	for _, bad := range []string{"../x", "", "a.b", "a.xyz!"} {
+		if _, err := DecodeSeek([]byte(bad)); !errors.Is(err, ErrMalformed) {
+			t.Errorf("seek of %q: %v", bad, err)
+		}
 	}
 	for _, h := range []Header{{Type: TypeMissing}, {Type: TypeServe}, {Type: TypeAccept, Length: 2}} {
 		if err := h.Check(1); !errors.Is(err, ErrMalformed) {
@@ -102,34 +107,62 @@ func TestLateLimits(t *testing.T) {
 // TestProof holds proofs to bytes, and to what they must not be good for.
 func TestProof(t *testing.T) {
 	const id = "VM1.SECRET"
-	s := Sessions{Source: 1, Destination: 2}
-	source, destination := Proof(id, RoleSource, s), Proof(id, RoleDestination, s)
-	for got, want := range map[string]string{source: "4ba287b415470bac3987a0cea99829e7", destination: "1628c9a4b23dc0ac9c15b5a151e6a92c"} {
-		if got != want {
-			t.Errorf("proof %s, want %s", got, want)
+	m := Meeting{Source: End{1, CapBound}, Destination: End{2, CapBound}, Channels: [][]byte{{3}, {4, 5}}}
+	said := []byte("said")
+	source, destination := prove(id, RoleSource, m, nil), prove(id, RoleDestination, m, said)
+	for want, got := range map[string][]byte{"98738e3aab5149e3045a3333a28df87d": source, "ff3fc7418374cba56d37f17ae51ab189": destination} {
+		if hex.EncodeToString(got) != want {
+			t.Errorf("proof %x, want %s", got, want)
 		}
 	}
-	if b := EncodeSeek(id, s); string(b) != "VM1."+source {
+	if b := EncodeSeek(id, m); string(b) != "VM1."+hex.EncodeToString(source) {
 		t.Errorf("seek %q", b)
 	}
-	if public, proof, err := ParseSeek(EncodeSeek(id, s)); public != "VM1" || proof != source || err != nil {
-		t.Errorf("%q, %q, %v", public, proof, err)
+	if b := EncodeSeek("VM1", m); string(b) != "VM1" {
+		t.Errorf("seek %q", b)
 	}
-	if public, proof, err := ParseSeek(EncodeSeek("VM1", s)); public != "VM1" || proof != "" || err != nil {
-		t.Errorf("%q, %q, %v", public, proof, err)
+	for _, id := range []string{id, "VM1"} {
+		s, err := DecodeSeek(EncodeSeek(id, m))
+		if err != nil || s.ID != "VM1" || !s.Proves(id, m) {
+			t.Errorf("seek of %q: %+v, %v", id, s, err)
+		}
+		r, err := DecodeRejoin(must((&Rejoin{Standing: Runs}).Encode(id, m)))
+		if err != nil || r.ID != "VM1" || !r.Proves(id, m) {
+			t.Errorf("rejoin of %q: %+v, %v", id, r, err)
+		}
 	}
-	if !Proves(source, id, RoleSource, s) || !Proves("", "VM1", RoleSource, s) {
-		t.Error("what proves is refused")
+	for name, change := range map[string]func(*Meeting){
+		"turned round":          func(m *Meeting) { m.Source, m.Destination = m.Destination, m.Source },
+		"source's session":      func(m *Meeting) { m.Source.Session++ },
+		"destination's session": func(m *Meeting) { m.Destination.Session++ },
+		"capability":            func(m *Meeting) { m.Source.Capabilities = 0 },
+		"destination's too":     func(m *Meeting) { m.Destination.Capabilities = 0 },
+		"channel":               func(m *Meeting) { m.Channels = [][]byte{{3}, {4, 6}} },
+		"channels' border":      func(m *Meeting) { m.Channels = [][]byte{{3, 4}, {5}} },
+		"fewer channels":        func(m *Meeting) { m.Channels = [][]byte{{3}} },
+		"no channel":            func(m *Meeting) { m.Channels = nil },
+	} {
+		other := m
+		change(&other)
+		if proves(source, id, RoleSource, other, nil) || proves(destination, id, RoleDestination, other, said) {
+			t.Errorf("%s: what was proven in one meeting proves in another", name)
+		}
 	}
 	for _, bad := range []bool{
-		Proves(source, id, RoleDestination, s), Proves(destination, id, RoleSource, s), Proves("", id, RoleSource, s),
-		Proves(source, id, RoleSource, Sessions{Source: 2, Destination: 1}), Proves(source, "VM1.OTHER", RoleSource, s), Proves(source, "VM1", RoleSource, s),
+		proves(source, id, RoleDestination, m, nil), proves(destination, id, RoleSource, m, said), proves(nil, id, RoleSource, m, nil),
+		proves(make([]byte, proofSize), id, RoleSource, m, nil), proves(destination, id, RoleDestination, m, []byte("others")),
+		proves(source, "VM1.OTHER", RoleSource, m, nil), proves(source, "VM1", RoleSource, m, nil),
 	} {
 		if bad {
 			t.Error("what does not prove is taken")
 		}
 	}
-	if a, b := NewID(), NewID(); a == b || PublicID(a) == a || PublicID(a) == PublicID(b) || len(EncodeSeek(a, s)) > MaxName || CheckName(a) != nil {
+	runs := must((&Rejoin{Standing: Runs}).Encode(id, m))
+	never := bytes.Replace(runs, []byte(Runs), []byte(NeverRan), 1)
+	if r, err := DecodeRejoin(never); err != nil || r.Standing != NeverRan || r.Proves(id, m) {
+		t.Errorf("a standing that was changed on its way proves: %+v, %v", r, err)
+	}
+	if a, b := NewID(), NewID(); a == b || PublicID(a) == a || PublicID(a) == PublicID(b) || len(EncodeSeek(a, m)) > MaxName || CheckName(a) != nil {
 		t.Errorf("ids %q, %q", a, b)
 	}
 }
@@ -155,7 +188,7 @@ func TestNegotiatePurpose(t *testing.T) {
 func FuzzLate(f *testing.F) {
 	f.Add(missing(3, Run{5, 2}, Run{300, 1})[HeaderSize:], uint64(5*PageSize), 1)
 	f.Add([]byte(`{"copy":true,"postpone":[true,false]}`), uint64(0), 2)
-	f.Add([]byte(`{"id":"m1","standing":"runs","fresh":true,"devices":[{"name":"memory","size":4096,"missing":true}]}`), uint64(0), 0)
+	f.Add([]byte(`0123456789abcdef{"id":"m1","standing":"runs","fresh":true,"devices":[{"name":"memory","size":4096,"missing":true}]}`), uint64(0), 0)
 	f.Add([]byte("m1"), uint64(0), 0)
 	f.Fuzz(func(t *testing.T, b []byte, offset uint64, n int) {
 		if len(b) > MaxPayload {
@@ -176,12 +209,12 @@ func FuzzLate(f *testing.F) {
 			}
 		}
 		if r, err := DecodeRejoin(b); err == nil {
-			if _, err := r.Encode(); err != nil && len(b) < MaxPayload/8 {
+			if _, err := r.Encode(r.ID, Meeting{}); err != nil && len(b) < MaxPayload/8 {
 				t.Errorf("cannot encode what was decoded: %v", err)
 			}
 		}
-		if id, _, err := ParseSeek(b); err == nil && CheckName(id) != nil {
-			t.Errorf("id %q", id)
+		if s, err := DecodeSeek(b); err == nil && CheckName(s.ID) != nil {
+			t.Errorf("id %q", s.ID)
 		}
 		if v, err := ParseDemand(b); err == nil && v <= 0 {
 			t.Errorf("demand of %d", v)

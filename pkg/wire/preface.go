@@ -51,6 +51,14 @@ func (r Role) String() string {
 	return fmt.Sprintf("role %d", uint8(r))
 }
 
+// Opposite is the role of whoever meets a role.
+func (r Role) Opposite() Role {
+	if r == RoleSource {
+		return RoleDestination
+	}
+	return RoleSource
+}
+
 // Purpose says what streams are for. It exists since version 2; before, it is always to migrate.
 type Purpose uint8
 
@@ -80,8 +88,11 @@ type Preface struct {
 	Stream         uint8  // which stream of the sender's session this is, from 0
 	Streams        uint8  // how many there are
 	Session        uint64 // chosen at random by the sender, the same on all its streams
-	Capabilities   uint32 // what the sender can do beyond the version; unknown bits are ignored; none is defined yet
+	Capabilities   uint32 // what the sender can do beyond the version, the same on all its streams; unknown bits are ignored
 }
+
+// CapBound is the capability of a side that can bind its proofs to the channel of each of its streams: see [Meeting].
+const CapBound = 1 << 0
 
 // Append appends the encoded preface to b.
 func (p Preface) Append(b []byte) []byte {

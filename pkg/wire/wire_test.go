@@ -54,8 +54,8 @@ var golden = []struct {
 		"43 00 0000 00000018 0000000000000000 0000000000000000 00000000000000000000000000000000"},
 	{"copied", Append(nil, Header{Type: TypeCopied}, nil), "44 00 0000 00000000 0000000000000000"},
 	{"seek", Append(nil, Header{Type: TypeSeek}, []byte("m1")), "60 00 0000 00000002 0000000000000000 6d31"},
-	{"rejoin", Append(nil, Header{Type: TypeRejoin}, must((&Rejoin{ID: "m1", Standing: Runs, Devices: []RejoinDevice{{Device{Name: "memory", Size: 4096}, true}}}).Encode())),
-		"61 00 0000 00000056 0000000000000000 " + hex.EncodeToString([]byte(`{"id":"m1","standing":"runs","devices":[{"name":"memory","size":4096,"missing":true}]}`))},
+	{"rejoin", Append(nil, Header{Type: TypeRejoin}, must((&Rejoin{Standing: Runs, Devices: []RejoinDevice{{Device{Name: "memory", Size: 4096}, true}}}).Encode("m1", Meeting{}))),
+		"61 00 0000 00000066 0000000000000000 00000000000000000000000000000000 " + hex.EncodeToString([]byte(`{"id":"m1","standing":"runs","devices":[{"name":"memory","size":4096,"missing":true}]}`))},
 	{"serve", Append(nil, Header{Type: TypeServe, Flags: FlagFresh}, nil), "62 01 0000 00000000 0000000000000000"},
 }
 

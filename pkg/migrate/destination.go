@@ -124,6 +124,7 @@ type destination struct {
 
 	unmet      bool // the latest attempt to meet the source again failed
 	told       bool // the source has ended the conversation, so it knows
+	untold     error
 	lateBytes  int64
 	reconnects int
 	wireBytes  int64 // read from links that are gone
@@ -902,7 +903,7 @@ func (d *destination) report(streams int, err error) *Report {
 			r.Digests = digestsOf(d.manifest.Devices, d.summary, r.Shared)
 		}
 	}
-	r.WireBytes, r.LateBytes, r.Reconnects = d.wireBytes, d.lateBytes, d.reconnects
+	r.WireBytes, r.LateBytes, r.Reconnects, r.Untold = d.wireBytes, d.lateBytes, d.reconnects, d.untold
 	if d.link != nil {
 		r.WireBytes += d.link.read.Load()
 	}

@@ -524,16 +524,15 @@ func (d *destination) tell(ctx context.Context) {
 		done := l.limit(d.cfg.HandshakeTimeout, "the source's last word")
 		<-l.ctx.Done()
 		done()
-		d.told = d.told || l.heardEnd.Load()
-		if d.told || !d.mayReconnect(context.Cause(l.ctx)) {
-			return
+		if d.told = d.told || l.heardEnd.Load(); !d.told && !d.mayReconnect(context.Cause(l.ctx)) {
+			d.untold = fmt.Errorf("%w: %w", errUntold, context.Cause(l.ctx))
 		}
 	}
-	if d.told || d.cfg.Reconnect == nil || d.version < 2 {
+	if d.told || d.untold != nil || d.version < 2 {
 		return
 	}
-	if err := d.reconnect(ctx, errUntold); err != nil {
-		d.log.Warn("the source could not be told how the migration ended: it may be in doubt", "standing", d.standing, "error", err)
+	if d.untold = d.reconnect(ctx, errUntold); d.untold != nil {
+		d.log.Warn("the source could not be told how the migration ended: it may be in doubt", "standing", d.standing, "error", d.untold)
 	}
 }
 

@@ -69,6 +69,9 @@ type Report struct {
 	Demands    int64 `json:"demands,omitempty"`    // how often the destination asked for content that somebody waited for
 	Reconnects int   `json:"reconnects,omitempty"` // how often the two sides met again after the link had died
 
+	// Untold is why the source could not be told how the migration ended, at a destination that has everything: it may be in doubt.
+	Untold error `json:"-"`
+
 	DataBytes  int64 `json:"data_bytes"`  // content that was sent or received as such
 	ZeroBytes  int64 `json:"zero_bytes"`  // content that was sent or received as runs of zeros
 	StateBytes int64 `json:"state_bytes"` // device state

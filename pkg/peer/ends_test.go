@@ -162,6 +162,9 @@ func TestServeTerminate(t *testing.T) {
 				return
 			}
 			sameVM(t, dir, pkg)
+			if state, err := os.ReadFile(filepath.Join(dir, "state.bin")); err != nil || bytes.Contains(state[:block.PageSize], []byte(s.id)) {
+				t.Errorf("the package names the migration that it came by (%v)", err)
+			}
 			for _, d := range m.Devices {
 				if d.SHA256 == "" {
 					t.Errorf("device %q has no digest in the manifest", d.Name)

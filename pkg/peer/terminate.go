@@ -154,6 +154,11 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 		}
 		return nil, report, err
 	}
+	if report.Untold == nil { // nobody will ask again, and packages are passed on
+		if err := w.forget(); err != nil {
+			t.Logger.Warn("the package still names the migration that it came by", "error", err)
+		}
+	}
 	if err := w.still.close(); err != nil {
 		return nil, report, fmt.Errorf("write down VM: it is here, but: %w", err)
 	}
@@ -168,6 +173,17 @@ func (t Terminator) Receive(ctx context.Context, streams []io.ReadWriter) (*vmpa
 		}
 	}
 	return manifest, report, nil
+}
+
+// forget takes the migration, with its secret, out of the record of a VM whose source knows that it is here.
+func (w *writer) forget() error {
+	state := w.still.device(runner.StateDevice)
+	r, err := runner.ReadRecord(state)
+	if err != nil {
+		return err
+	}
+	r.Migration = ""
+	return runner.WriteRecord(state, r)
 }
 
 // Settle tells the source of a VM what has become of it, after a terminator, or a mounter with the same files, has died before
@@ -203,7 +219,7 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 	migration = record.Migration
 	switch {
 	case migration == "":
-		return false, errors.New("the VM did not come from a peer, or was resumed since: nobody needs to be told")
+		return false, errors.New("the VM did not come from a peer, its source knows that it is here, or it was resumed since: nobody needs to be told")
 	case record.Status == runner.Receiving || record.Status == runner.Discarded:
 		cfg.Journal = &writer{still: s}
 		return false, t.disclaim(ctx, cfg, migration)
@@ -235,7 +251,10 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 		}
 		return devices, nil
 	}
-	_, err = migrate.RejoinDestination(ctx, claim, cfg)
+	report, err := migrate.RejoinDestination(ctx, claim, cfg)
+	if err == nil {
+		err = report.Untold
+	}
 	return true, err
 }
 
@@ -243,6 +262,7 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig, migration string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, t.RescueTimeout, fmt.Errorf("the source was not found within %s", t.RescueTimeout))
 	defer cancel()
+	var last error
 	for {
 		streams, err := cfg.Reconnect(ctx)
 		if err == nil && cfg.Admit != nil {
@@ -253,9 +273,12 @@ func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig,
 				return nil
 			}
 		}
+		if last == nil || ctx.Err() == nil {
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%w (last: %w)", context.Cause(ctx), err)
+			return fmt.Errorf("%w (last: %w)", context.Cause(ctx), last)
 		case <-time.After(250 * time.Millisecond): // it may be busy being started
 		}
 	}

@@ -105,14 +105,24 @@ func runForwarder(cmd *cobra.Command, opts forwarderOptions) error {
 	if err != nil {
 		return interrupted(cmd, err)
 	}
+	if len(forwards) == 0 {
+		fmt.Fprintln(out, "Forwarding nothing")
+	}
 	if opts.file != "" {
-		file.follow(ctx, func(forwards []forward.Forward, err error) {
+		said := ""
+		file.follow(ctx, func(forwards []forward.Forward, err error) bool {
 			if err == nil {
 				err = f.Set(ctx, forwards)
 			}
-			if err != nil && ctx.Err() == nil {
+			if err == nil {
+				said = ""
+				return true
+			}
+			if ctx.Err() == nil && said != err.Error() { // once, as it is tried again and again
+				said = err.Error()
 				log.Error("the forwards stay as they are", "file", opts.file, "error", err)
 			}
+			return false
 		})
 	}
 	<-ctx.Done()
@@ -147,9 +157,9 @@ func (w *watched) read() ([]forward.Forward, error) {
 // look is how often a file is looked at.
 const look = time.Second
 
-// follow calls f with what the file says whenever it has changed, until ctx ends. A file that is away for a moment, as it
-// is replaced, has not changed.
-func (w *watched) follow(ctx context.Context, f func([]forward.Forward, error)) {
+// follow calls f with what the file says whenever it has changed, and again while f says that it could not be used, as a namespace may be made
+// soon, until ctx ends. A file that is away for a moment, as it is replaced, has not changed.
+func (w *watched) follow(ctx context.Context, f func([]forward.Forward, error) bool) {
 	tick := time.NewTicker(look)
 	defer tick.Stop()
 	for {
@@ -157,8 +167,8 @@ func (w *watched) follow(ctx context.Context, f func([]forward.Forward, error)) 
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			if changed, err := w.changed(); err == nil && changed {
-				f(w.read())
+			if changed, err := w.changed(); err == nil && changed && !f(w.read()) {
+				w.last = nil
 			}
 		}
 	}

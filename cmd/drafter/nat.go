@@ -174,12 +174,19 @@ func runNAT(cmd *cobra.Command, opts natOptions) error {
 	if used.IPv6 == nat.Off {
 		families = "IPv4"
 	}
-	fmt.Fprintf(out, "%d network namespaces, %s to %s, %s by %s, in %s; Ctrl-C removes them\n",
-		len(all), all[0].Name, all[len(all)-1].Name, families, used.HostInterface, time.Since(began).Round(time.Millisecond))
+	made := fmt.Sprintf("1 network namespace, %s", all[0].Name)
+	if len(all) > 1 {
+		made = fmt.Sprintf("%d network namespaces, %s to %s", len(all), all[0].Name, all[len(all)-1].Name)
+	}
+	fmt.Fprintf(out, "%s, %s by %s, in %s; Ctrl-C removes all\n", made, families, used.HostInterface, time.Since(began).Round(time.Millisecond))
 	<-ctx.Done()
 	if err := n.Close(ctx); err != nil {
 		return err
 	}
-	fmt.Fprintf(out, "Removed %d network namespaces\n", len(all))
+	if len(all) == 1 {
+		fmt.Fprintf(out, "Removed 1 network namespace\n")
+	} else {
+		fmt.Fprintf(out, "Removed %d network namespaces\n", len(all))
+	}
 	return nil
 }

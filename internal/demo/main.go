@@ -2,11 +2,17 @@
 // packages it, starts a peer, and moves the VM A → B → A → B while a client writes numbered keys. At the end it reads every
 // acknowledged write back.
 //
+// A and B are hosts of their own, as far as networks go: each has an address, NAT (drafter nat) and a forward of port 3333 to the guest (drafter
+// forwarder), and the client is on a third one. It connects to A, and its connections stay, wherever the VM is.
+//
+//	demo-client ──┐           ┌── demo-a: drafter nat, drafter forwarder ── demoa0: drafter peer, the VM
+//	              ├── wire ───┤
+//	              ┘           └── demo-b: drafter nat, drafter forwarder ── demob0
+//
 // Progress goes to stderr; the last line on stdout is one JSON object. The exit status is 1 if anything was lost or failed.
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -18,9 +24,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
-	"regexp"
-	"strings"
-	"sync"
+	"slices"
 	"syscall"
 	"time"
 
@@ -62,8 +66,11 @@ type demo struct {
 	bin, out string
 	stderr   io.Writer
 	began    time.Time
-	network  *testnet.Network
+	hosts    *testnet.Hosts
 	client   *democlient.Client
+
+	services   []*process          // of the hosts
+	forwarders map[string]*process // of these, by host
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err error) {
@@ -76,15 +83,28 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	d := &demo{bin: *bin, out: *out, stderr: stderr, began: time.Now()}
+	d := &demo{bin: *bin, out: *out, stderr: stderr, began: time.Now(), forwarders: make(map[string]*process)}
 
 	if os.Getuid() != 0 {
 		return errors.New("must run as root: it makes network namespaces, and drafter looks into the hypervisor's memory")
 	}
-	if d.network, err = testnet.New(testnet.Config{Name: "demo", Peers: []string{"a", "b"}}); err != nil {
+	if d.hosts, err = testnet.NewHosts("demo", "a", "b", "client"); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, d.network.Close()) }()
+	defer func() { err = errors.Join(err, d.hosts.Close()) }()
+	if err := os.MkdirAll(d.path("demo"), 0o755); err != nil {
+		return err
+	}
+	defer func() {
+		for _, p := range slices.Backward(d.services) {
+			err = errors.Join(err, p.stop())
+		}
+	}()
+	for _, host := range []string{"a", "b"} {
+		if err := d.startHost(ctx, host); err != nil {
+			return err
+		}
+	}
 	if err := d.makePackage(ctx); err != nil {
 		return err
 	}
@@ -140,7 +160,7 @@ func (d *demo) makePackage(ctx context.Context) error {
 		packed = append(packed, map[string]string{"name": name, "path": filepath.Join(folder, file)})
 		extracted = append(extracted, map[string]string{"name": name, "path": filepath.Join(shipped, file)})
 	}
-	if err := d.drafter(ctx, "snapshotter", "--netns", "demo-a", "--memory-size", "512", "--devices", asJSON(made),
+	if err := d.drafter(ctx, "snapshotter", "--netns", netnsOf("a"), "--memory-size", "512", "--devices", asJSON(made),
 		"--resume-timeout", "3m", "--enable-output=false", "--chroot-base-dir", d.path("vms")); err != nil {
 		return err
 	}
@@ -204,9 +224,9 @@ func (d *demo) moveAround(ctx context.Context, moves int, pause time.Duration) (
 	if err != nil {
 		return nil, err
 	}
-	peers := []*peerProcess{at}
+	peers := []*process{at}
 	defer func() {
-		for _, p := range peers {
+		for _, p := range slices.Backward(peers) {
 			err = errors.Join(err, p.stop())
 		}
 	}()
@@ -226,14 +246,17 @@ func (d *demo) moveAround(ctx context.Context, moves int, pause time.Duration) (
 		return nil, err
 	}
 
+	if err := d.forwardAt(ctx, "a"); err != nil {
+		return nil, err
+	}
 	if d.client, err = democlient.Start(ctx, democlient.Config{
-		Address: testnet.GuestIPv4.String() + ":6379", Namespace: d.network.Client(), Timeout: 20 * time.Second,
+		Address: d.external("a"), Namespace: d.hosts.Host("client"), Timeout: 20 * time.Second,
 		Logger: slog.New(slog.NewTextHandler(d.stderr, nil)),
 	}); err != nil {
 		return nil, err
 	}
 	defer d.client.Stop()
-	d.say("client: writes numbered keys, one after the other")
+	d.say("client: has connected to %s, and writes numbered keys, one after the other", d.external("a"))
 
 	for n := range moves {
 		if err := wait(ctx, pause); err != nil {
@@ -249,9 +272,14 @@ func (d *demo) moveAround(ctx context.Context, moves int, pause time.Duration) (
 		from := at
 		at = to
 		m, err := d.awaitMove(ctx, from, to, before)
-		if err := errors.Join(err, from.stop()); err != nil {
+		if err != nil {
 			return nil, err
 		}
+		// Connections that are there stay where they began; those that others make from now on begin where the VM is.
+		if err := d.forwardAt(ctx, name); err != nil {
+			return nil, err
+		}
+		d.client.At(d.external(name))
 		d.say("move %d of %d, %s → %s: downtime %.1f ms, client's longest gap %.1f ms, %.2f s in all, %d rounds, %d MiB sent",
 			n+1, moves, from.name, to.name, m.DowntimeMS, m.ClientGapMS, m.TotalMS/1000, m.Rounds, m.BytesSent>>20)
 		r.Migrations = append(r.Migrations, *m)
@@ -271,12 +299,12 @@ func (d *demo) moveAround(ctx context.Context, moves int, pause time.Duration) (
 		return nil, fmt.Errorf("read the writes back: %w", err)
 	}
 	r.Verified = r.LostWrites == 0 && r.AckedWrites > 0
-	d.say("peer %s: suspend and save", at.name)
+	d.say("%s: suspend and save", at.name)
 	return r, nil
 }
 
 // awaitMove follows one migration from its start to what its source reports.
-func (d *demo) awaitMove(ctx context.Context, from, to *peerProcess, before time.Time) (*migration, error) {
+func (d *demo) awaitMove(ctx context.Context, from, to *process, before time.Time) (*migration, error) {
 	if _, err := to.await(ctx, `(Received VM) on`); err != nil {
 		return nil, err
 	}
@@ -318,110 +346,17 @@ func wait(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// peerProcess is a `drafter peer` that runs.
-type peerProcess struct {
-	name    string
-	cmd     *exec.Cmd
-	reports string
-	ended   chan struct{} // closed when the process has ended and err is set
-	err     error
-	once    sync.Once
-	stopErr error
-
-	mu    sync.Mutex // guards lines and grown
-	lines []string   // not yet looked at
-	grown chan struct{}
-}
-
-// startPeer starts peer NAME in its network namespace, with its instance's folder.
-func (d *demo) startPeer(ctx context.Context, name string, more ...string) (*peerProcess, error) {
-	p := &peerProcess{name: name, reports: d.path("demo", "report-"+name+".jsonl"), ended: make(chan struct{}), grown: make(chan struct{})}
-	if err := os.RemoveAll(p.reports); err != nil {
+// startPeer starts a peer on a host, with that host's instance.
+func (d *demo) startPeer(ctx context.Context, host string, more ...string) (*process, error) {
+	reports := d.path("demo", "report-"+host+".jsonl")
+	if err := os.RemoveAll(reports); err != nil {
 		return nil, err
 	}
-	args := append([]string{"peer", "--package", d.path("demo", "package"), "--instance", d.path("demo", "instance-"+name),
-		"--netns", "demo-" + name, "--laddr", "127.0.0.1:0", "--chroot-base-dir", d.path("vms"), "--enable-output=false",
-		"--resume-timeout", "3m", "--report", p.reports}, more...)
-	p.cmd = exec.Command(filepath.Join(d.bin, "drafter"), args...)
-	stderr, err := p.cmd.StderrPipe()
-	if err != nil {
-		return nil, err
+	p, err := d.start(host, "peer "+host, append([]string{"peer", "--package", d.path("demo", "package"), "--instance", d.path("demo", "instance-"+host),
+		"--netns", netnsOf(host), "--laddr", "psk://" + d.hosts.Addr4(host).String() + ":0", "--psk-file", d.path("demo", "key"), "--chroot-base-dir", d.path("vms"),
+		"--enable-output=false", "--resume-timeout", "3m", "--report", reports}, more...)...)
+	if err == nil {
+		p.reports = reports
 	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	go func() {
-		defer close(p.ended)
-		for scanner := bufio.NewScanner(stderr); scanner.Scan(); {
-			p.mu.Lock()
-			p.lines = append(p.lines, scanner.Text())
-			close(p.grown)
-			p.grown = make(chan struct{})
-			p.mu.Unlock()
-		}
-		p.err = p.cmd.Wait()
-	}()
-	return p, nil
-}
-
-// await waits until the peer has printed a line that matches, and returns its first group.
-func (p *peerProcess) await(ctx context.Context, pattern string) (string, error) {
-	re := regexp.MustCompile(pattern)
-	seen := 0
-	for {
-		p.mu.Lock()
-		lines, grown := p.lines, p.grown
-		p.mu.Unlock()
-		for ; seen < len(lines); seen++ {
-			if m := re.FindStringSubmatch(lines[seen]); m != nil {
-				return m[1], nil
-			}
-		}
-		select {
-		case <-grown:
-		case <-p.ended:
-			p.mu.Lock()
-			said := strings.Join(p.lines, "\n")
-			more := len(p.lines) > seen
-			p.mu.Unlock()
-			if more {
-				continue
-			}
-			return "", fmt.Errorf("peer %s ended (%v) and said:\n%s", p.name, p.err, said)
-		case <-ctx.Done():
-			return "", context.Cause(ctx)
-		}
-	}
-}
-
-// lastReport is what the peer said of its last migration.
-func (p *peerProcess) lastReport() (*migrate.Report, error) {
-	b, err := os.ReadFile(p.reports)
-	if err != nil {
-		return nil, err
-	}
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	report := new(migrate.Report)
-	if err := json.Unmarshal([]byte(lines[len(lines)-1]), report); err != nil {
-		return nil, fmt.Errorf("report of peer %s: %w", p.name, err)
-	}
-	return report, nil
-}
-
-// stop asks the peer to close its instance, if it has not ended yet, and waits for it.
-func (p *peerProcess) stop() error {
-	p.once.Do(func() {
-		select {
-		case <-p.ended:
-		default:
-			p.cmd.Process.Signal(os.Interrupt)
-			<-p.ended
-		}
-		if p.err != nil {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.stopErr = fmt.Errorf("peer %s: %w; it said:\n%s", p.name, p.err, strings.Join(p.lines, "\n"))
-		}
-	})
-	return p.stopErr
+	return p, err
 }

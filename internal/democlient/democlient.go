@@ -49,6 +49,9 @@ type Client struct {
 
 	writes, pings *timeline
 	reconnects    atomic.Int64
+
+	mu      sync.Mutex // guards address
+	address string
 }
 
 // Stats is what has happened so far.
@@ -90,7 +93,7 @@ func Start(ctx context.Context, cfg Config) (*Client, error) {
 	}
 
 	ctx, cancel := context.WithCancel(ctx)
-	c := &Client{cfg: cfg, token: rand.Text(), cancel: cancel}
+	c := &Client{cfg: cfg, address: cfg.Address, token: rand.Text(), cancel: cancel}
 	writer, err := c.firstConn(ctx)
 	if err != nil {
 		cancel()
@@ -186,12 +189,25 @@ func (c *Client) payload(n int) string {
 	return fmt.Sprintf("%s %08x", s, crc32.ChecksumIEEE([]byte(s)))
 }
 
+// At has connections that are made from now on go to another address: those that are there stay.
+func (c *Client) At(address string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.address = address
+}
+
+func (c *Client) at() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.address
+}
+
 // Verify reads every key acknowledged so far back and returns how many are missing or have another value than was
 // written. An error means that not all could be read. The first few lost keys are logged.
 func (c *Client) Verify(ctx context.Context) (lost int, err error) {
 	lost, err = c.verify(ctx, c.writes.count())
 	if err != nil {
-		return lost, fmt.Errorf("verify keys of %q: %w", c.cfg.Address, err)
+		return lost, fmt.Errorf("verify keys of %q: %w", c.at(), err)
 	}
 	return lost, nil
 }
@@ -256,7 +272,7 @@ func (c *Client) keep(ctx context.Context, role string, cn *conn, work func(cont
 		if ctx.Err() != nil {
 			return
 		}
-		logger := c.cfg.Logger.With("role", role, "address", c.cfg.Address)
+		logger := c.cfg.Logger.With("role", role, "address", c.at())
 		logger.Info("connection broke, connecting again", "error", err)
 		for {
 			if !c.pause(ctx) {
@@ -351,7 +367,7 @@ type conn struct {
 func (c *Client) dial(ctx context.Context) (*conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
-	nc, err := testnet.DialContext(ctx, c.cfg.Namespace, "tcp", c.cfg.Address)
+	nc, err := testnet.DialContext(ctx, c.cfg.Namespace, "tcp", c.at())
 	if err != nil {
 		return nil, err
 	}

@@ -33,7 +33,8 @@
 //	mount SOURCE DIR TYPE, umount DIR
 //	cat FILE, put FILE TEXT         contents, quoted as Go does; write and fsync
 //	net IFACE CIDR [GATEWAY]        bring an interface up, with an address and a default route
-//	listen PORT                     serve TCP echo
+//	listen PORT                     serve TCP and UDP echo
+//	call tcp|udp ADDRESS            connect, and echo what comes; over UDP after a hello
 //	run PROGRAM ARG…                run to its end. Its output, quoted
 //	spawn PROGRAM ARG…              run in the background, output to the console. Its pid
 //	reboot, poweroff, panic

@@ -1,4 +1,4 @@
-// Package testnet joins network namespaces by a bridge, so that tests and the demo can move a guest between peers on one
+// Package testnet joins network namespaces by a bridge, so that tests and benchmarks can move a guest between peers on one
 // host and reach it all the while. It needs root, changes nothing in the host's own namespace, and uses no programs.
 //
 //	     NAME-client                      NAME-a                      NAME-b
@@ -25,10 +25,10 @@
 //
 // # Example
 //
-//	network, err := testnet.New(testnet.Config{Name: "demo", Peers: []string{"a", "b"}})
+//	network, err := testnet.New(testnet.Config{Name: "bench", Peers: []string{"a", "b"}})
 //	if err != nil { … }
 //	defer network.Close()
-//	… drafter peer --netns demo-a --interface tap0 …
+//	… drafter peer --netns bench-a --interface tap0 …
 //	conn, err := testnet.DialContext(ctx, network.Client(), "tcp", "172.16.0.2:6379")
 //	… the VM is resumed in demo-b …
 //	err = network.Moved("b")

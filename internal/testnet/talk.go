@@ -2,6 +2,7 @@ package testnet
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -13,8 +14,12 @@ import (
 	"time"
 )
 
-// TalkTick is how often a Talk says a number.
+// TalkTick is how often a Talk says a number, unless it is told otherwise.
 const TalkTick = 5 * time.Millisecond
+
+// unanswered is how many numbers a Talk over TCP says at most before the first of them has come back: who has many on a slow guest measures
+// gaps, and not how long its queues are.
+const unanswered = 16
 
 // Talk is a connection with an echo on which numbers are sent, tick by tick, and expected back: over TCP each, in order; datagrams
 // are counted.
@@ -25,6 +30,7 @@ type Talk struct {
 	conn  net.Conn
 	udp   bool
 	greet bool
+	tick  time.Duration
 	tasks sync.WaitGroup
 
 	mu          sync.Mutex // guards what follows
@@ -39,7 +45,8 @@ type TalkTo struct {
 	Name    string
 	Network string // tcp or udp
 	Addr    netip.AddrPort
-	Greets  bool // it begins with a line, as an Echo does over TCP
+	Greets  bool          // it begins with a line, as an Echo does over TCP
+	Tick    time.Duration // how often a number is said; 0 means TalkTick
 }
 
 // NewTalk begins a talk from within a namespace. It ends when the test does.
@@ -51,12 +58,73 @@ func NewTalk(t testing.TB, namespace string, to TalkTo) *Talk {
 	if err != nil {
 		t.Fatalf("%s: %v", to.Name, err)
 	}
-	k := &Talk{Name: to.Name, conn: conn, udp: to.Network == "udp", greet: to.Greets}
+	return begin(t, conn, to)
+}
+
+func begin(t testing.TB, conn net.Conn, to TalkTo) *Talk {
+	k := &Talk{Name: to.Name, conn: conn, udp: to.Network == "udp", greet: to.Greets, tick: cmp.Or(to.Tick, TalkTick)}
 	k.tasks.Go(k.say)
 	k.tasks.Go(k.listen)
 	t.Cleanup(k.Stop)
 	return k
 }
+
+// AwaitTalk waits in a namespace for somebody who calls, and answers. The result says where, at a free port of to.Addr; the function waits for
+// the call, and then the talk begins.
+func AwaitTalk(t testing.TB, namespace string, to TalkTo) (netip.AddrPort, func() *Talk) {
+	t.Helper()
+	var addr net.Addr
+	called := make(chan net.Conn, 1)
+	err := Do(namespace, func() error {
+		if to.Network == "udp" {
+			p, err := net.ListenUDP("udp", net.UDPAddrFromAddrPort(to.Addr))
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { p.Close() })
+			addr = p.LocalAddr()
+			go func() {
+				if _, from, err := p.ReadFromUDPAddrPort(make([]byte, 100)); err == nil {
+					called <- datagrams{p, from}
+				}
+			}()
+			return nil
+		}
+		l, err := net.Listen("tcp", to.Addr.String())
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { l.Close() })
+		addr = l.Addr()
+		go func() {
+			if c, err := l.Accept(); err == nil {
+				called <- c
+			}
+		}()
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return netip.MustParseAddrPort(addr.String()), func() *Talk {
+		t.Helper()
+		select {
+		case conn := <-called:
+			return begin(t, conn, to)
+		case <-time.After(6 * Patience):
+			t.Fatalf("%s: nobody calls", to.Name)
+			return nil
+		}
+	}
+}
+
+// datagrams are those to and from one caller.
+type datagrams struct {
+	*net.UDPConn
+	with netip.AddrPort
+}
+
+func (d datagrams) Write(b []byte) (int, error) { return d.WriteToUDPAddrPort(b, d.with) }
 
 // Stop ends a talk. It may be called twice.
 func (k *Talk) Stop() {
@@ -76,16 +144,21 @@ func (k *Talk) fail(err error) {
 }
 
 func (k *Talk) say() {
-	tick := time.NewTicker(TalkTick)
+	tick := time.NewTicker(k.tick)
 	defer tick.Stop()
 	for range tick.C {
 		k.mu.Lock()
-		over := k.ended || k.err != nil
-		k.sent++
+		over, wait := k.ended || k.err != nil, !k.udp && k.sent-k.heard >= unanswered
+		if !wait {
+			k.sent++
+		}
 		n := k.sent
 		k.mu.Unlock()
 		if over {
 			return
+		}
+		if wait {
+			continue
 		}
 		if _, err := k.conn.Write(binary.BigEndian.AppendUint64(nil, n)); err != nil {
 			k.fail(err)

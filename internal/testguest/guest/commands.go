@@ -73,6 +73,8 @@ func (g *guest) do(args []string) (string, error) {
 		return "", network(arg(1), arg(2), arg(3))
 	case "listen":
 		return "", listenEcho(arg(1))
+	case "call":
+		return "", callEcho(arg(1), arg(2))
 	case "run":
 		out, err := exec.Command(arg(1), args[2:]...).CombinedOutput()
 		return strconv.Quote(string(out)), err
@@ -400,10 +402,15 @@ func network(name, addr, gateway string) error {
 	return netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.ParseIP(gateway)})
 }
 
-// listenEcho answers on a TCP port with whatever it receives.
+// listenEcho answers on a port with what comes there, over TCP and UDP.
 func listenEcho(port string) error {
 	l, err := net.Listen("tcp", ":"+port)
 	if err != nil {
+		return err
+	}
+	p, err := net.ListenPacket("udp", ":"+port)
+	if err != nil {
+		l.Close()
 		return err
 	}
 	go func() {
@@ -412,11 +419,47 @@ func listenEcho(port string) error {
 			if err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				io.Copy(c, c)
-			}()
+			go echo(c)
+		}
+	}()
+	go func() {
+		b := make([]byte, 2000)
+		for {
+			n, from, err := p.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			p.WriteTo(b[:n], from)
 		}
 	}()
 	return nil
+}
+
+// callEcho connects to an address, and answers there with what comes. Over UDP it says something first.
+func callEcho(network, address string) error {
+	c, err := net.DialTimeout(network, address, 20*time.Second)
+	if err != nil {
+		return err
+	}
+	if network == "udp" {
+		if _, err := c.Write([]byte("hello")); err != nil {
+			return err
+		}
+	}
+	go echo(c)
+	return nil
+}
+
+func echo(c net.Conn) {
+	defer c.Close()
+	b := make([]byte, 32<<10)
+	for {
+		n, err := c.Read(b)
+		if err == nil {
+			_, err = c.Write(b[:n])
+		}
+		if err != nil {
+			return
+		}
+	}
 }

@@ -15,7 +15,7 @@ import (
 // the guest has noticed nothing.
 func TestCommandAdopt(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	w.checkClean(t)
 	kill := func(t *testing.T, c *command) {
 		t.Helper()
@@ -102,7 +102,7 @@ func TestCommandAdopt(t *testing.T) {
 	})
 
 	t.Run("closing", func(t *testing.T) {
-		for _, after := range []time.Duration{5, 20, 40, 80, 160, 320} {
+		for _, after := range sample[time.Duration](t, 5, 20, 40, 80, 160, 320) {
 			c.Process.Signal(syscall.SIGTERM)
 			w.pass(c, after)
 			kill(t, c)
@@ -113,7 +113,7 @@ func TestCommandAdopt(t *testing.T) {
 	})
 
 	t.Run("starting", func(t *testing.T) {
-		for _, after := range []time.Duration{0, 10, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, -1} {
+		for _, after := range sample[time.Duration](t, 0, 10, 20, 30, 40, 50, 60, 70, 80, 100, 120, 150, 200, -1) {
 			c.Process.Signal(syscall.SIGTERM)
 			c.wait(t, 0)
 			w.checkClean(t)

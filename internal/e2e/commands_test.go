@@ -262,6 +262,44 @@ func (w *workshop) snapshot(t *testing.T, name string, more ...string) *command 
 	return c
 }
 
+// sharedPackage is what pack copies. TestMain removes it.
+var sharedPackage struct {
+	once sync.Once
+	dir  string // empty: it could not be made
+}
+
+// pack puts a package with a guest whose services run into w.dir/package. It is made once for all tests, which takes longer than most of what
+// they do with it.
+func (w *workshop) pack(t *testing.T) {
+	t.Helper()
+	cp := func(from, to string) error {
+		if out, err := exec.Command("cp", "-a", "--sparse=always", from, to).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy package: %w: %s", err, out)
+		}
+		return nil
+	}
+	sharedPackage.once.Do(func() {
+		w.snapshot(t, "package").wait(t, 0)
+		dir, err := os.MkdirTemp("", "dr-package")
+		if err == nil {
+			err = cp(w.path("package"), dir)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		sharedPackage.dir = dir
+	})
+	if _, err := os.Stat(w.path("package")); err == nil {
+		return
+	}
+	if sharedPackage.dir == "" {
+		t.Fatal("the package could not be made: another test says why")
+	}
+	if err := cp(filepath.Join(sharedPackage.dir, "package"), w.dir); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // do has the guest do something.
 func (w *workshop) do(t *testing.T, command string) string {
 	t.Helper()
@@ -560,7 +598,7 @@ func TestCommandSnapshotterInterrupted(t *testing.T) {
 // TestCommandPeer runs, interrupts and breaks peers of one package.
 func TestCommandPeer(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	w.checkClean(t)
 
 	// What the guest has when a peer starts must be what it had when the last one was closed, however that was.
@@ -581,7 +619,7 @@ func TestCommandPeer(t *testing.T) {
 	}
 
 	t.Run("signals at many moments", func(t *testing.T) {
-		for n, after := range []time.Duration{0, 10, 30, 50, 70, 90, 120, 160, 250, 500, -1} {
+		for n, after := range sample[time.Duration](t, 0, 10, 30, 50, 70, 90, 120, 160, 250, 500, -1) {
 			c := w.start(t, w.console, w.peer("package", "instance")...)
 			sig := []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP}[n%3]
 			if after < 0 {
@@ -862,7 +900,7 @@ func (w *workshop) testPackagerInterrupted(t *testing.T) {
 		{"archive", 1, line},
 		{"extracted", 7, []string{"packager", "--package-path", archive, "--extract", "--devices", "[" + strings.Join(extract, ",") + "]"}},
 	} {
-		for _, after := range []time.Duration{5, 15, 30, 60, 120, 240, 480} {
+		for _, after := range sample[time.Duration](t, 5, 15, 30, 60, 120, 240, 480) {
 			if err := os.MkdirAll(filepath.Dir(archive), 0o700); err != nil {
 				t.Fatal(err)
 			}
@@ -897,10 +935,12 @@ func (w *workshop) testMigrationInterrupted(t *testing.T, verify func(*testing.T
 	c.Process.Signal(os.Interrupt)
 	c.wait(t, 0)
 	moved := 0
-	for n, moment := range []struct {
+	type moment struct {
 		destination bool          // it is interrupted
 		after       time.Duration // ms after its start; -1: when the destination says that the VM runs
-	}{{true, 150}, {false, 250}, {true, 400}, {false, 500}, {true, 700}, {false, 900}, {true, -1}, {false, -1}, {true, 1200}, {false, 1600}} {
+	}
+	for n, moment := range sample(t, moment{true, 150}, moment{false, 250}, moment{true, 400}, moment{false, 500}, moment{true, 700}, moment{false, 900},
+		moment{true, -1}, moment{false, -1}, moment{true, 1200}, moment{false, 1600}) {
 		source := w.start(t, w.console, w.peer("package", holder, "--laddr", "127.0.0.1:0")...)
 		addr := source.waitFor(t, "Serving on ")
 		verify(t)

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"github.com/drafter-vm/drafter/internal/testguest"
 	"github.com/drafter-vm/drafter/internal/testnet"
 	"github.com/drafter-vm/drafter/pkg/forward"
@@ -30,14 +32,37 @@ func goOn(t *testing.T, when string, talks []*testnet.Talk) (gaps []time.Duratio
 	return gaps
 }
 
-// TestCommandConnections: connections of clients with a VM, over IPv4 and IPv6, go on while it moves between hosts with NAT, and home again.
+// histogram says how many of some gaps, which are in order, are how long.
+func histogram(gaps []time.Duration) string {
+	var b strings.Builder
+	for rest := gaps; len(rest) > 0; {
+		limit := 10 * time.Millisecond
+		for limit < rest[0] {
+			limit *= 2
+		}
+		n, _ := slices.BinarySearch(rest, limit+1)
+		fmt.Fprintf(&b, "%d up to %s, ", n, limit)
+		rest = rest[n:]
+	}
+	return fmt.Sprintf("%slongest %s", b.String(), gaps[len(gaps)-1])
+}
+
+// TestCommandConnections: connections between a VM and others, in both directions, of TCP and UDP and over IPv4 and IPv6, go on while it moves
+// between hosts with NAT, along a chain and home again.
 func TestCommandConnections(t *testing.T) {
+	const (
+		inbound  = 100 // TCP; of both families
+		calls    = 20  // of the guest; of these, 4 UDP
+		sessions = 4   // UDP, to the guest
+		began    = inbound + calls + sessions
+		tick     = time.Millisecond
+	)
 	w := newWorkshop(t)
-	h := testnet.NewTestHosts(t, "a", "b", "world")
+	h := testnet.NewTestHosts(t, "a", "b", "c", "world")
 	prefix := "e" + h.Host("")[1:5]
 	netns := make(map[string]string)
 	forwards := make(map[string]*forward.Forwarder)
-	for _, host := range []string{"a", "b"} {
+	for _, host := range []string{"a", "b", "c"} {
 		err := testnet.Do(h.Host(host), func() error {
 			n, err := nat.Open(context.Background(), nat.Config{Prefix: prefix + host, Count: 1})
 			if err != nil {
@@ -80,21 +105,42 @@ func TestCommandConnections(t *testing.T) {
 		for name, f := range forwards {
 			var list []forward.Forward
 			if name == host {
-				list = []forward.Forward{{Netns: netns[host], InternalPort: 6379, Protocol: rule.TCP, External: ":3333"}}
+				for _, protocol := range []rule.Protocol{rule.TCP, rule.UDP} {
+					list = append(list, forward.Forward{Netns: netns[host], InternalPort: 6379, Protocol: protocol, External: ":3333"})
+				}
 			}
 			if err := f.Set(context.Background(), list); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	talksAt := func(host string, n int) (talks []*testnet.Talk) {
+	var talks []*testnet.Talk
+	// comeTo begins talks with a host, half of them in each family.
+	comeTo := func(host, network string, n int) {
 		t.Helper()
-		for range n {
-			for _, a := range []netip.Addr{h.Addr4(host), h.Addr6(host)} {
-				talks = append(talks, testnet.NewTalk(t, h.Host("world"), testnet.TalkTo{Name: fmt.Sprintf("connection %d to %s", len(talks), a), Network: "tcp", Addr: netip.AddrPortFrom(a, 3333)}))
-			}
+		for i := range n {
+			addr := []netip.Addr{h.Addr4(host), h.Addr6(host)}[i%2]
+			talks = append(talks, testnet.NewTalk(t, h.Host("world"), testnet.TalkTo{
+				Name: fmt.Sprintf("%s %d to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 3333), Tick: tick,
+			}))
 		}
-		return talks
+	}
+	// call has the guest begin talks.
+	call := func(network string, n int) {
+		t.Helper()
+		for i := range n {
+			addr := []netip.Addr{h.Addr4("world"), h.Addr6("world")}[i%2]
+			at, called := testnet.AwaitTalk(t, h.Host("world"), testnet.TalkTo{
+				Name: fmt.Sprintf("%s %d of the guest to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 0), Tick: tick,
+			})
+			w.do(t, fmt.Sprintf("call %s %s", network, at))
+			talks = append(talks, called())
+		}
+	}
+	say := func(move string, from *command) {
+		t.Helper()
+		report := from.waitFor(t, "Sent VM to ")
+		t.Logf("%s: %s; gaps of %d connections: %s", move, downtimeOf(report), len(talks), histogram(goOn(t, move, talks)))
 	}
 
 	w.snapshot(t, "package", "--netns", netns["a"], "--interface", "tap0").wait(t, 0)
@@ -104,47 +150,78 @@ func TestCommandConnections(t *testing.T) {
 		w.do(t, command)
 	}
 	forwardAt("a")
-	talks := talksAt("a", 10)
+	comeTo("a", "tcp", inbound)
+	comeTo("a", "udp", sessions)
+	call("tcp", calls-4)
+	call("udp", 4)
 	goOn(t, "at the begin", talks)
+	t.Logf("before any move: gaps %s", histogram(goOn(t, "before any move", talks)))
 
 	b := peerOn("b", "at-b", "--raddr", a.waitFor(t, "Serving on "))
 	b.waitFor(t, "Received VM")
-	report := a.waitFor(t, "Sent VM to ")
-	a.waitFor(t, "Keeping 20 connections that began here")
-	gaps := goOn(t, "after the first move", talks)
-	t.Logf("first move: %s; gaps %v", downtimeOf(report), gaps)
+	say("a to b", a)
+	a.waitFor(t, fmt.Sprintf("Keeping %d connections that began here", began))
 	forwardAt("b")
-	talks = append(talks, talksAt("b", 2)...)
-	goOn(t, "with those that begin there", talks)
+	comeTo("b", "tcp", 2)
+	call("tcp", 2)
+	goOn(t, "with those that begin at b", talks)
 
 	// The process that keeps the first ones dies, and another one goes on.
 	a.Process.Kill()
 	<-a.done
 	kept := start("a", nil, []string{"connections", "--netns", netns["a"]})
-	kept.waitFor(t, "Keeping 20 connections that began here")
+	kept.waitFor(t, fmt.Sprintf("Keeping %d connections that began here", began))
 	goOn(t, "after a kill", talks)
 
-	home := peerOn("a", "at-a-again", "--raddr", b.waitFor(t, "Serving on "))
+	c := peerOn("c", "at-c", "--raddr", b.waitFor(t, "Serving on "))
+	c.waitFor(t, "Received VM")
+	say("b to c", b)
+	b.waitFor(t, "Keeping 4 connections that began here")
+	forwardAt("c")
+	comeTo("c", "tcp", 2)
+	call("udp", 2)
+	goOn(t, "with those that begin at c", talks)
+
+	home := peerOn("a", "at-a-again", "--raddr", c.waitFor(t, "Serving on "))
 	home.waitFor(t, "Received VM")
-	report = b.waitFor(t, "Sent VM to ")
+	say("c to a", c)
 	kept.waitFor(t, "Another process keeps the connections")
 	kept.wait(t, 0)
-	gaps = goOn(t, "at home again", talks)
-	t.Logf("second move: %s; gaps %v", downtimeOf(report), gaps)
 	if got := w.do(t, "mem verify"); got == "" {
 		t.Error("the memory was not verified")
 	}
-	b.waitFor(t, "Keeping 4 connections that began here")
 	for _, k := range talks {
+		if sent, unanswered := k.Datagrams(); sent > 0 {
+			t.Logf("%s: %d datagrams, %d of them not answered", k.Name, sent, unanswered)
+		}
 		k.Stop()
 	}
-	b.waitFor(t, "The last connection that began here has ended")
-	b.wait(t, 0)
+	for _, p := range []*command{b, c} {
+		p.Process.Signal(os.Interrupt) // a datagram's connection would be kept for two minutes more
+		p.wait(t, 0)
+	}
 	home.Process.Signal(os.Interrupt)
 	home.wait(t, 0)
 	for host, ns := range netns {
 		if left := string(testnet.Run(t, ns, "sh", "-c", "ip -o link; ip rule; ip -6 rule; nft list tables")); strings.Contains(left, "dft") || strings.Contains(left, "lookup 1000") || strings.Contains(left, "drafter-flow") {
 			t.Errorf("in the namespace on %s is left:\n%s", host, left)
+		}
+		err := testnet.Do(ns, func() error {
+			for _, family := range []netlink.InetFamily{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+				flows, err := netlink.ConntrackTableList(netlink.ConntrackTable, family)
+				if err != nil {
+					return err
+				}
+				for _, f := range flows {
+					if f.Mark != 0 {
+						t.Errorf("in the namespace on %s is left: %s", host, f)
+					}
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Error(err)
 		}
 	}
 	w.checkClean(t)

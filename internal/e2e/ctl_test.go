@@ -36,7 +36,7 @@ func (w *workshop) ctl(t *testing.T, rc int, args ...string) (out, said string) 
 // TestCommandCtl controls a peer by its socket.
 func TestCommandCtl(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	socket, other := w.path("a.sock"), w.path("b.sock")
 	status := func(t *testing.T, socket string) (s control.Status) {
 		t.Helper()

@@ -55,7 +55,7 @@ func commitThief(t *testing.T, peer string, pushes bool, stolen func()) (addr st
 // keeps the VM paused, until the destination is started again and says that it did not.
 func TestCommandDoubt(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	addr := freePort(t)
 	src := w.start(t, w.console, w.peer("package", "here", "--laddr", addr)...)
 	src.waitFor(t, "Serving on ")

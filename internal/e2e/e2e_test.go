@@ -11,6 +11,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -63,12 +64,29 @@ func TestMain(m *testing.M) {
 	// Under nohup(1) the commands would inherit that SIGHUP is ignored, and honour it. A caught one they do not inherit.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	status := m.Run()
+	os.RemoveAll(sharedPackage.dir)
 	whole := flag.Lookup("test.run").Value.String() == "" && !testing.Short()
 	if status == 0 && whole && os.Getuid() == 0 && guests.Load() == 0 {
 		fmt.Fprintln(os.Stderr, "end-to-end tests: no guest was made, so nothing was tested")
 		status = 1
 	}
 	os.Exit(status)
+}
+
+// sample is a third of the moments that a test has, chosen by chance, and the last one; with -long it is all of them. What a moment finds is in
+// the log of a test that fails.
+func sample[T any](t *testing.T, moments ...T) []T {
+	t.Helper()
+	if *long {
+		return moments
+	}
+	var some []T
+	for n := rand.IntN(3); n < len(moments)-1; n += 3 {
+		some = append(some, moments[n])
+	}
+	some = append(some, moments[len(moments)-1])
+	t.Logf("at the moments %v of %v: all with -long", some, moments)
+	return some
 }
 
 func newContext(t *testing.T) context.Context {

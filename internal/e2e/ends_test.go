@@ -37,7 +37,7 @@ func (w *workshop) verify(t *testing.T) {
 // TestCommandTerminator moves a VM that works from a peer into a package, and resumes that.
 func TestCommandTerminator(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	source := w.start(t, w.console, w.peer("package", "instance", "--laddr", "127.0.0.1:0")...)
 	addr := source.waitFor(t, "Serving on ")
 	w.do(t, "mem start 48")
@@ -170,7 +170,7 @@ func TestCommandMounter(t *testing.T) {
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		t.Skipf("there is no FUSE here: %v", err)
 	}
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	source := w.start(t, w.console, w.peer("package", "instance", "--laddr", "127.0.0.1:0")...)
 	addr := source.waitFor(t, "Serving on ")
 	w.do(t, "mem start 48")
@@ -283,7 +283,7 @@ func writeFile(t *testing.T, p []byte) string {
 // everything.
 func TestCommandServe(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	first := w.start(t, w.console, w.peer("package", "")...)
 	first.waitFor(t, "Resumed VM")
 	w.do(t, "mem start 48")

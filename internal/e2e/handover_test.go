@@ -17,7 +17,7 @@ import (
 // TestCommandHandOver moves a VM between peers of one host over unix sockets: its memory is handed over, not copied.
 func TestCommandHandOver(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	socket := func(name string) string { return "unix://" + w.path(name+".sock") }
 	check := func(t *testing.T) {
 		t.Helper()

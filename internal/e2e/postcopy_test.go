@@ -131,7 +131,7 @@ func freePort(t *testing.T) string {
 // memory is dirty again after each round of a slow migration.
 func (w *workshop) loaded(t *testing.T, folder string) {
 	t.Helper()
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	c := w.start(t, w.console, w.peer("package", folder)...)
 	c.waitFor(t, "Resumed VM")
 	w.do(t, "mem start 32 random")

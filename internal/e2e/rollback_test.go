@@ -13,7 +13,7 @@ import (
 // return to that point.
 func TestCommandRollback(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	const keep, back = "--keep-commit-point", "--rollback"
 	start := func(folder, want string, more ...string) *command {
 		t.Helper()

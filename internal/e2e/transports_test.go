@@ -17,7 +17,7 @@ import (
 // and has strangers knock.
 func TestCommandTransports(t *testing.T) {
 	w := newWorkshop(t)
-	w.snapshot(t, "package").wait(t, 0)
+	w.pack(t)
 	flagsOf := func(change ...string) (flags, hostile []string) {
 		ours, theirs := testcert.New(t), testcert.New(t)
 		o, pin := ours.Issue(t, nil, change...)

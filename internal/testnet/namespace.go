@@ -10,6 +10,7 @@ import (
 	"runtime"
 
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 )
 
 // netnsDir is where named network namespaces are; the kernel knows no names, this is the convention of ip-netns(8).
@@ -47,6 +48,34 @@ func onThread(f func() error) error {
 		if netns.Set(home) == nil {
 			runtime.UnlockOSThread()
 		} // else the thread ends with this goroutine, and nobody meets it in the wrong namespace
+		result <- err
+	}()
+	return <-result
+}
+
+// Lacking calls f in a namespace, on a thread that has not got a capability (capabilities(7)). What f starts on other threads has it.
+func Lacking(namespace string, capability uint, f func() error) error {
+	target, err := netns.GetFromName(namespace)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+		var caps [2]unix.CapUserData
+		err := netns.Set(target)
+		if err == nil {
+			err = unix.Capget(&header, &caps[0])
+		}
+		if err == nil {
+			caps[capability/32].Effective &^= 1 << (capability % 32)
+			err = unix.Capset(&header, &caps[0])
+		}
+		if err == nil {
+			err = f()
+		}
 		result <- err
 	}()
 	return <-result

@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/drafter-vm/drafter/internal/testnet"
 	"github.com/drafter-vm/drafter/pkg/forward"
 	"github.com/drafter-vm/drafter/pkg/nat"
@@ -276,6 +278,16 @@ func TestErrors(t *testing.T) {
 				t.Errorf("got error %q, want one that says %q, of a conflict: %t", err, c.want, c.conflict)
 			}
 		})
+	}
+	err := testnet.Lacking(s.Host("a"), unix.CAP_NET_ADMIN, func() error {
+		f, err := forward.Open(context.Background(), forward.Config{}, []forward.Forward{{Netns: ns, InternalPort: 8, External: "127.0.0.1:3333"}})
+		if err == nil {
+			f.Close(context.Background())
+		}
+		return err
+	})
+	if err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
+		t.Errorf("without CAP_NET_ADMIN: %v", err)
 	}
 	testnet.Diff(t, "after refusals", before, testnet.Picture(t, s.Host("a"), ns))
 	if got := other.Forwards(); len(got) != 1 {

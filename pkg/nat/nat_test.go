@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/internal/testnet"
 	"github.com/drafter-vm/drafter/pkg/nat"
@@ -457,6 +458,18 @@ func TestOpenErrors(t *testing.T) {
 				t.Errorf("got error %q, want one that says %q", err, c.want)
 			}
 		})
+	}
+	for name, capability := range map[string]uint{"CAP_NET_ADMIN": unix.CAP_NET_ADMIN, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN} {
+		err := testnet.Lacking(h.Host("a"), capability, func() error {
+			n, err := nat.Open(context.Background(), nat.Config{Prefix: p + "x", Count: 1})
+			if err == nil {
+				n.Close(context.Background())
+			}
+			return err
+		})
+		if err == nil || !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "root") {
+			t.Errorf("without %s: %v", name, err)
+		}
 	}
 	testnet.Diff(t, "after refusals", before, testnet.Picture(t, h.Host("a"), prefix(h, "")))
 }

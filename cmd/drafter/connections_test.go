@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
@@ -83,23 +85,93 @@ func TestEitherWay(t *testing.T) {
 			c.Close()
 		}
 	}
-	// Of two, one is closed.
+	// Who comes does not end a dial: both are had, one after the other, and what is not taken is closed in the end.
 	one, f := streams()
 	two, g := streams()
-	got, err := either(t.Context(), f, g)
-	if err != nil {
-		t.Fatal(err)
+	var both way
+	both.wait(f)
+	both.dial(g)
+	ctx, end := context.WithCancel(t.Context())
+	got := make(map[io.ReadWriter]bool)
+	for range 20 {
+		s, err := both.take(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got[s[0]] = true
 	}
-	other := one
-	if got[0] == one[0] {
-		other = two
+	if !got[one[0]] && !got[two[0]] {
+		t.Errorf("neither was found: %v", got)
 	}
-	if _, err := other[1].Write([]byte{0}); err == nil {
-		t.Error("the second is still open")
+	end()
+	for _, c := range append(one, two...) {
+		c.Close()
 	}
-	got[0].(net.Conn).Close()
 	// Neither: the error is that of the address.
-	if _, err := either(t.Context(), never, fails); err != net.ErrClosed {
+	var neither way
+	neither.wait(never)
+	neither.dial(fails)
+	if _, err := neither.take(t.Context()); err != net.ErrClosed {
 		t.Errorf("nobody: %v", err)
 	}
+}
+
+// TestWayAmongStrangers: who comes, and is not the other side, keeps it from being dialled as little as from coming.
+func TestWayAmongStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var w way
+		a, b := net.Pipe()
+		c, d := net.Pipe()
+		defer func() {
+			for _, conn := range []net.Conn{a, b, c, d} {
+				conn.Close()
+			}
+		}()
+		w.wait(func(ctx context.Context) ([]io.ReadWriter, error) { // a stranger each millisecond
+			select {
+			case <-time.After(time.Millisecond):
+				return []io.ReadWriter{a}, nil
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		})
+		dials := 0
+		w.dial(func(ctx context.Context) ([]io.ReadWriter, error) { // far away
+			dials++
+			select {
+			case <-time.After(200 * time.Millisecond):
+				return []io.ReadWriter{c}, nil
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+		})
+		ctx, end := context.WithCancel(t.Context())
+		defer end()
+		began := time.Now()
+		for strangers := 0; ; strangers++ {
+			streams, err := w.take(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if streams[0] == c {
+				break
+			}
+			if time.Since(began) > time.Second {
+				t.Fatalf("after %d strangers and %d dials the other side was not found", strangers, dials)
+			}
+		}
+		if dials != 1 {
+			t.Errorf("%d dials were begun for one", dials)
+		}
+		// One that nobody takes is closed in the end.
+		if _, err := w.take(ctx); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		end()
+		synctest.Wait()
+		if _, err := d.Write([]byte{0}); err == nil {
+			t.Error("a dial that nobody took is still open")
+		}
+	})
 }

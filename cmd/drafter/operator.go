@@ -50,6 +50,17 @@ type way struct {
 	home  find          // nil: nobody can come
 	away  find          // nil: nobody is dialled
 	other chan struct{} // closed and replaced when one of these is replaced
+	call  *call         // the dial that is under way, or over and not taken yet; nil: there is none
+}
+
+// call is a dial. Those who come meanwhile, who can be anybody, do not end it.
+type call struct {
+	ctx     context.Context
+	cancel  context.CancelCauseFunc
+	done    chan struct{} // closed when what follows is set
+	streams []io.ReadWriter
+	err     error
+	keep    func() bool // that they are not closed when ctx ends; false: they were
 }
 
 // find finds the other side once.
@@ -69,7 +80,13 @@ func (w *way) set(change func()) {
 		close(w.other)
 		w.other = nil
 	}
+	if w.call != nil {
+		w.call.cancel(errElsewhere)
+		w.call = nil
+	}
 }
+
+var errElsewhere = errors.New("the other side is looked for elsewhere now")
 
 // known reports whether there is a way, and changed is closed when there is another.
 func (w *way) known() (ok bool, changed <-chan struct{}) {
@@ -90,66 +107,107 @@ func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
 	if home == nil && away == nil {
 		return nil, errors.New("there is no address at which the other side could be found, or find this one")
 	}
-	ctx, cancel := context.WithCancelCause(ctx)
+	one, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() { // until one of the two
 		select {
 		case <-changed:
-			cancel(errors.New("the other side is looked for elsewhere now"))
-		case <-ctx.Done():
+			cancel(errElsewhere)
+		case <-one.Done():
 		}
 	}()
 	switch {
 	case away == nil:
-		return home(ctx)
+		return home(one)
 	case home == nil:
-		return away(ctx)
+		return away(one)
 	}
-	return either(ctx, home, away)
+	return w.either(one, home, w.dialling(ctx, away))
+}
+
+// dialling is the dial that is under way, or was and nobody has taken its end, or else one that begins. It ends with ctx.
+func (w *way) dialling(ctx context.Context, away find) *call {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.call != nil && w.call.ctx.Err() == nil {
+		return w.call
+	}
+	c := &call{done: make(chan struct{})}
+	c.ctx, c.cancel = context.WithCancelCause(ctx)
+	w.call = c
+	go func() { // it ends soon after c.ctx
+		defer close(c.done)
+		c.streams, c.err = away(c.ctx)
+		c.keep = context.AfterFunc(c.ctx, peer.Arrival{Streams: c.streams}.Close)
+	}()
+	return c
+}
+
+// end takes the end of a dial that is over.
+func (w *way) end(c *call) ([]io.ReadWriter, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.call == c {
+		w.call = nil
+	}
+	defer c.cancel(nil)
+	if kept := c.keep(); !kept && c.err == nil {
+		return nil, context.Cause(c.ctx)
+	}
+	return c.streams, c.err
 }
 
 // visit is how long it is waited for a side that may come, after it could not be dialled. It is long enough for one that waits in the lobby,
 // which stays there for longer.
 const visit = time.Second
 
-// either is what home or away finds first. When away has failed, home has a moment more, and its error counts.
-func either(ctx context.Context, home, away find) ([]io.ReadWriter, error) {
+// either is what home or a dial finds first. A dial that is over comes before who has come, and one that goes on is there the next time. When
+// it has failed, home has a moment more, and its error counts.
+func (w *way) either(ctx context.Context, home find, away *call) ([]io.ReadWriter, error) {
 	type found struct {
 		streams []io.ReadWriter
 		err     error
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	came, dialled := make(chan found, 1), make(chan found, 1)
-	run := func(f find, to chan<- found) {
-		streams, err := f(ctx)
-		to <- found{streams, err}
-	}
-	go run(home, came)
-	go run(away, dialled)
-	// Both are waited for: what the second has found meanwhile is closed.
-	first, second := found{}, came
-	select {
-	case first = <-dialled:
-		if first.err == nil {
-			break
+	came := make(chan found, 1)
+	dialled := func() ([]io.ReadWriter, error) {
+		streams, err := w.end(away)
+		if err != nil {
+			defer time.AfterFunc(visit, cancel).Stop()
+			if c := <-came; c.err == nil {
+				return c.streams, nil
+			}
+			return nil, err
 		}
-		late := time.AfterFunc(visit, cancel)
-		defer late.Stop()
-		if c := <-came; c.err == nil {
+		cancel()
+		peer.Arrival{Streams: (<-came).streams}.Close() // who came at the same time may come again
+		return streams, nil
+	}
+	go func() {
+		streams, err := home(ctx)
+		came <- found{streams, err}
+	}()
+	select {
+	case <-away.done:
+		return dialled()
+	default:
+	}
+	select {
+	case <-away.done:
+		return dialled()
+	case c := <-came:
+		if c.err == nil {
 			return c.streams, nil
 		}
-		return nil, first.err
-	case first = <-came:
-		second = dialled
-		if first.err != nil {
-			first = <-dialled
-			return first.streams, first.err
+		came <- c
+		select {
+		case <-away.done:
+			return dialled()
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
-	cancel()
-	peer.Arrival{Streams: (<-second).streams}.Close()
-	return first.streams, nil
 }
 
 var _ control.Controlled = (*operator)(nil)

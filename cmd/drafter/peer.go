@@ -609,6 +609,10 @@ func waitsOn(ctx context.Context, address string, err error) bool {
 	return err != nil && ctx.Err() == nil && !transport.Single(address) && !errors.Is(err, migrate.ErrInDoubt) && !errors.Is(err, migrate.ErrUnsettled)
 }
 
+// askingTime is how long a source is asked whether it is in doubt, before it is asked for a VM again. It is as long as a peer.Lobby has one wait
+// whom it has no time for.
+const askingTime = 5 * time.Second
+
 // receive is peer.Receive from whom dial finds. When an earlier migration was not finished here, because this peer died, its source may
 // be waiting to hear so: then it is told, and asked again. It may be on its way to be there again itself, and is tried until the rescue
 // timeout is over. Redial is dial for that; nil: there is no other time. There is no report when nobody was there.
@@ -625,12 +629,10 @@ func receive(ctx context.Context, cfg peer.Config, dial, redial func(context.Con
 		if err == nil || !unfinished || ctx.Err() != nil || report != nil && report.ID != "" { // a source in doubt offers no VM
 			return p, report, err
 		}
-		failure := error(nil)
-		if asked, e := redial(ctx); e != nil {
-			failure = e
-		} else if id, e := peer.Disclaim(ctx, cfg, asked); e != nil {
-			failure = e
-		} else {
+		asking := cfg
+		asking.FindSource, asking.RescueTimeout = redial, min(cfg.RescueTimeout, askingTime)
+		id, failure := peer.Disclaim(ctx, asking)
+		if failure == nil {
 			cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
 			unfinished = false
 			continue
@@ -790,17 +792,15 @@ func welcome(ctx context.Context, cfg peer.Config, reception *peer.Lobby) (peer.
 		asked, stop := context.WithCancel(ctx)
 		var told sync.WaitGroup
 		told.Go(func() {
-			for {
-				streams, err := reception.Rejoin(asked)
-				if err != nil {
-					return
-				}
-				id, err := peer.Disclaim(ctx, cfg, streams)
+			for asked.Err() == nil {
+				id, err := peer.Disclaim(asked, cfg)
 				if err == nil {
 					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
 					return
 				}
-				cfg.Logger.Warn("a source that asked for an earlier migration could not be told that it was not completed here", "migration", id, "error", err)
+				if asked.Err() == nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+					cfg.Logger.Warn("the source of an earlier migration could not be told that it was not completed here", "migration", id, "error", err)
+				}
 			}
 		})
 		defer told.Wait() // what is received takes the devices

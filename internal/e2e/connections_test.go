@@ -55,7 +55,7 @@ func TestCommandConnections(t *testing.T) {
 		calls    = 20  // of the guest; of these, 4 UDP
 		sessions = 4   // UDP, to the guest
 		began    = inbound + calls + sessions
-		tick     = time.Millisecond
+		tick     = time.Millisecond // of TCP, and of what a busy guest answers
 	)
 	w := newWorkshop(t)
 	h := testnet.NewTestHosts(t, "a", "b", "c", "world")
@@ -115,13 +115,14 @@ func TestCommandConnections(t *testing.T) {
 		}
 	}
 	var talks []*testnet.Talk
+	tickOf := map[string]time.Duration{"tcp": tick, "udp": 10 * time.Millisecond} // who sends datagrams does not wait for answers
 	// comeTo begins talks with a host, half of them in each family.
 	comeTo := func(host, network string, n int) {
 		t.Helper()
 		for i := range n {
 			addr := []netip.Addr{h.Addr4(host), h.Addr6(host)}[i%2]
 			talks = append(talks, testnet.NewTalk(t, h.Host("world"), testnet.TalkTo{
-				Name: fmt.Sprintf("%s %d to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 3333), Tick: tick,
+				Name: fmt.Sprintf("%s %d to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 3333), Tick: tickOf[network],
 			}))
 		}
 	}
@@ -131,7 +132,7 @@ func TestCommandConnections(t *testing.T) {
 		for i := range n {
 			addr := []netip.Addr{h.Addr4("world"), h.Addr6("world")}[i%2]
 			at, called := testnet.AwaitTalk(t, h.Host("world"), testnet.TalkTo{
-				Name: fmt.Sprintf("%s %d of the guest to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 0), Tick: tick,
+				Name: fmt.Sprintf("%s %d of the guest to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 0), Tick: tickOf[network],
 			})
 			w.do(t, fmt.Sprintf("call %s %s", network, at))
 			talks = append(talks, called())

@@ -356,14 +356,10 @@ func (w *World) disclaim(h *Host, m Migration, meet *meeting) error {
 		other = w.Hosts[1]
 	}
 	t := &target{Process: other.Process()}
-	streams, err := meet.destination(t.ctx)
-	if err != nil {
-		return err
-	}
 	cfg := w.destinationConfig(t, m, meet)
 	cfg.Journal = deaf{}
-	_, err = migrate.Disclaim(t.ctx, streams, cfg, m.ID)
-	return err
+	cfg.Reconnect = meet.destination
+	return migrate.Disclaim(t.ctx, cfg, m.ID)
 }
 
 // deaf is the journal of a host that the guest was not given to.

@@ -141,7 +141,8 @@ type SourceConfig struct {
 	//
 	// If the first stream has a method Visits() bool that says true, somebody has come without having been asked, who may be anybody:
 	// Reconnect is called again at once, and of all visitors the one counts that proves to be the destination. Streams with a method
-	// ChannelBinding() []byte (RFC 5056) prove also that nobody is between the two sides. Those of peer.Lobby and of pkg/transport have these.
+	// ChannelBinding() []byte (RFC 5056) prove also that nobody is between the two sides. Those of a peer.Lobby visit; those of pkg/transport over
+	// TLS, QUIC and psk have a binding.
 	Reconnect func(ctx context.Context) ([]io.ReadWriter, error)
 	// Admit, if set, is asked about streams of Reconnect before anything is said there; an error refuses them. It is called concurrently.
 	Admit func(ctx context.Context, streams []io.ReadWriter) error

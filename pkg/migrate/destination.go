@@ -314,8 +314,13 @@ func (d *destination) finish() {
 	d.workers.Wait()
 	d.link.close()
 	d.wireBytes += d.link.read.Load()
-	d.told = d.told || d.link.heardEnd.Load()
+	d.told = d.told || d.link.told(d.standing)
 	d.link = nil
+}
+
+// told reports whether the source has said that it knows how the guest stands. An abort of the source says that it has the guest.
+func (l *link) told(standing wire.Standing) bool {
+	return l.heardBye.Load() || l.heardAbort.Load() && standing == wire.NeverRan
 }
 
 // walk goes through the states until the guest runs here.

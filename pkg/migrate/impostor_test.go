@@ -205,6 +205,11 @@ func TestRelay(t *testing.T) {
 	}
 	// unbound takes the capability to bind proofs out of a preface.
 	unbound := func(preface []byte) { preface[27] &^= wire.CapBound }
+	second := func(preface []byte) { // of a side's two
+		if preface[14] == 1 {
+			unbound(preface)
+		}
+	}
 	for name, tc := range map[string]struct {
 		source, destination string // channels
 		change              func(preface []byte)
@@ -212,6 +217,7 @@ func TestRelay(t *testing.T) {
 	}{
 		"channels of their own":      {source: "a", destination: "b"},
 		"capabilities taken away":    {source: "a", destination: "b", change: unbound},
+		"taken away in part":         {source: "a", destination: "b", change: second},
 		"the same channel":           {source: "a", destination: "a", passes: true},
 		"a channel at the source":    {source: "a", passes: true},
 		"at the destination":         {destination: "b", passes: true},

@@ -423,7 +423,7 @@ func (d *destination) prove(ctx context.Context, streams []io.ReadWriter) (_ *co
 	defer l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")()
 	m, err := l.expect(wire.TypeSeek)
 	if err == nil {
-		_, err = l.sought(m, d.manifest.ID)
+		err = l.sought(m, d.manifest.ID)
 	}
 	if err == nil && !goOn() {
 		err = context.Cause(l.ctx)
@@ -524,7 +524,7 @@ func (d *destination) tell(ctx context.Context) {
 		done := l.limit(d.cfg.HandshakeTimeout, "the source's last word")
 		<-l.ctx.Done()
 		done()
-		if d.told = d.told || l.heardEnd.Load(); !d.told && !d.mayReconnect(context.Cause(l.ctx)) {
+		if d.told = d.told || l.told(d.standing); !d.told && !d.mayReconnect(context.Cause(l.ctx)) {
 			d.untold = fmt.Errorf("%w: %w", errUntold, context.Cause(l.ctx))
 		}
 	}

@@ -66,7 +66,7 @@ type link struct {
 
 	compressor *compressor // of a source that may compress: it is told what the streams take
 
-	heardEnd atomic.Bool // the other side has said its last word on stream 0
+	heardBye, heardAbort atomic.Bool // the other side has said this last word on stream 0
 
 	closing chan struct{} // closed by close: writers send last and end
 	last    []byte        // the frame that ends each stream; set before closing is closed
@@ -115,7 +115,7 @@ func interruptAll(streams []io.ReadWriter) {
 }
 
 // binding is what a stream calls the channel that it is, which nobody but its two ends can be at the end of; nil: nothing. Those of
-// pkg/transport that are encrypted have it, and a caller's own may.
+// pkg/transport over TLS, QUIC and psk have it, and a caller's own may.
 func binding(rw io.ReadWriter) []byte {
 	if s, ok := rw.(interface{ ChannelBinding() []byte }); ok {
 		return s.ChannelBinding()
@@ -272,11 +272,18 @@ func connect(ctx context.Context, g greeting, rws []io.ReadWriter) (_ *link, err
 			return nil, fmt.Errorf("%w: stream %d of the source is missing or came twice", wire.ErrMalformed, i)
 		}
 	}
+	for i, p := range theirs {
+		// What one of them says is proven for all.
+		if p.Capabilities != theirs[0].Capabilities || version >= 2 && p.Session != theirs[0].Session {
+			return nil, fmt.Errorf("%w: stream %d of the %v is in session %x with capabilities %x, stream 0 in %x with %x",
+				wire.ErrMalformed, i, role.Opposite(), p.Session, p.Capabilities, theirs[0].Session, theirs[0].Capabilities)
+		}
+	}
 	l.meeting = wire.Meeting{Source: wire.End{Session: session, Capabilities: ours.Capabilities}, Destination: wire.End{Session: theirs[0].Session, Capabilities: theirs[0].Capabilities}}
 	if role == wire.RoleDestination {
 		l.meeting.Source, l.meeting.Destination = l.meeting.Destination, l.meeting.Source
 	}
-	if bound := func(p wire.Preface) bool { return p.Capabilities&wire.CapBound != 0 }; bound(ours) && !slices.ContainsFunc(theirs, func(p wire.Preface) bool { return !bound(p) }) {
+	if ours.Capabilities&theirs[0].Capabilities&wire.CapBound != 0 {
 		for _, s := range l.streams {
 			l.meeting.Channels = append(l.meeting.Channels, binding(s.rw))
 		}
@@ -443,7 +450,7 @@ func (s *stream) readFrames() error {
 		case wire.TypeBye:
 			if s.index == 0 {
 				// What it had to say before is queued. If we still wait for more, it will not come.
-				l.heardEnd.Store(true)
+				l.heardBye.Store(true)
 				l.fail(errBye)
 			}
 			return nil
@@ -457,7 +464,7 @@ func (s *stream) readFrames() error {
 				return err
 			}
 			if s.index == 0 {
-				l.heardEnd.Store(true)
+				l.heardAbort.Store(true)
 			}
 			l.fail(&PeerError{Role: l.peer(), Code: a.Code, Reason: a.Reason, NeverRan: h.Flags&wire.FlagNeverRan != 0})
 			return nil

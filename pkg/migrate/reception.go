@@ -151,66 +151,51 @@ func (d *destination) reclaim(ctx context.Context, claim Claim) error {
 // claimed stands in for the Target of a claim.
 type claimed struct{ Target }
 
-// Disclaim answers a source that asks, over streams that it dialed or that were dialed, what has become of the migration id, which this
-// host knows not to have been completed here: that the guest never ran here and never will. cfg.Journal records that first, so that it
-// stays true. A source that asks for another migration, or that cannot prove that this is its own, is refused, and nothing is recorded.
-// It returns the public part of the id that was asked for, if it came so far.
-func Disclaim(ctx context.Context, streams []io.ReadWriter, cfg DestinationConfig, id string) (asked string, err error) {
+// Disclaim tells the source of the migration id, which this host knows not to have been completed here, that the guest never ran here and
+// never will. It looks for the source by cfg.Reconnect, within cfg.RescueTimeout; who cannot prove to be it is refused. Once it was found,
+// cfg.Journal records what it is told, so that it stays true. Of cfg, Journal and Reconnect are needed; Target is not used.
+func Disclaim(ctx context.Context, cfg DestinationConfig, id string) error {
 	cfg.Target = claimed{}
-	err = cfg.check()
+	err := cfg.check()
+	if err == nil && cfg.Reconnect == nil {
+		err = errors.New("no way to reconnect: set DestinationConfig.Reconnect")
+	}
 	if err == nil {
-		err = checkStreams(streams)
+		err = wire.CheckName(id)
 	}
 	if err != nil {
-		interruptAll(streams)
-		return "", fmt.Errorf("disclaim guest: %w", err)
+		return fmt.Errorf("disclaim guest: %w", err)
 	}
 	d := newDestination(cfg, DestinationDiscarded, func() {})
-	asked, err = d.disclaim(ctx, streams, id)
-	if d.link != nil {
-		d.link.goodbye(err, false)
+	d.manifest, d.version, d.standing = &wire.Manifest{ID: id}, 2, wire.NeverRan
+	d.log = d.log.With("migration", wire.PublicID(id))
+	recorded := false
+	err = meet(ctx, seeker{cfg.Reconnect, cfg.Admit, d.cfg.RescueTimeout, d.log}, errRestarted, d.prove, func(c *content) (bool, error) {
+		d.link = c.link
+		if !recorded {
+			if err := cfg.Journal.Abort(context.WithoutCancel(ctx), id); err != nil {
+				d.leaveSession(err)
+				return true, fmt.Errorf("record that the guest never ran: %w", err)
+			}
+			recorded = true
+		}
+		_, err := d.rejoin(c)
+		if err != nil {
+			d.leaveSession(err)
+			return false, err
+		}
+		d.link.goodbye(nil, false)
 		d.finish()
-	}
+		return true, nil
+	})
 	if err != nil {
-		return asked, fmt.Errorf("disclaim guest: %w", err)
+		return fmt.Errorf("disclaim guest of migration %q: %w", wire.PublicID(id), err)
 	}
-	return asked, nil
-}
-
-func (d *destination) disclaim(ctx context.Context, streams []io.ReadWriter, id string) (asked string, err error) {
-	l, err := d.open(ctx, wire.PurposeRejoin, streams)
-	if err != nil {
-		return "", err
-	}
-	d.link = l
-	defer l.start(ctx)()
-	defer l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")()
-	m, err := l.expect(wire.TypeSeek)
-	if err != nil {
-		return "", err
-	}
-	asked, err = l.sought(m, id)
-	if err != nil {
-		return asked, err
-	}
-	if err := d.cfg.Journal.Abort(context.WithoutCancel(ctx), id); err != nil {
-		return asked, fmt.Errorf("record that the guest of migration %q never ran: %w", asked, err)
-	}
-	payload, err := (&wire.Rejoin{Standing: wire.NeverRan}).Encode(id, l.meeting)
-	if err != nil {
-		return asked, err
-	}
-	if err := l.send(wire.Header{Type: wire.TypeRejoin}, payload); err != nil {
-		return asked, err
-	}
-	if _, err := l.next(); !errors.Is(err, errBye) {
-		return asked, fmt.Errorf("the source did not confirm: %w", err)
-	}
-	return asked, nil
+	return nil
 }
 
 // sought reads what a source asks for, which must be the migration id, and must be its own.
-func (l *link) sought(m message, id string) (asked string, err error) {
+func (l *link) sought(m message, id string) error {
 	seek, err := wire.DecodeSeek(m.payload)
 	switch {
 	case err != nil:
@@ -219,5 +204,5 @@ func (l *link) sought(m message, id string) (asked string, err error) {
 	case !seek.Proves(id, l.meeting):
 		err = tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the source of migration %q", ErrUnproven, seek.ID), "this is not the source of that migration")
 	}
-	return seek.ID, err
+	return err
 }

@@ -179,10 +179,9 @@ func (f *search[P]) look(ctx context.Context) {
 				return
 			}
 		}
-		if ctx.Err() != nil {
-			return
+		if ctx.Err() == nil || !errors.Is(err, context.Cause(ctx)) {
+			f.note(err)
 		}
-		f.note(err)
 		if !sleep(ctx, wait) {
 			return
 		}

@@ -232,11 +232,16 @@ func (s *source) conclude(ctx context.Context, err error) error {
 	}
 }
 
-// end is an end of the migration that leaves the guest as it is. What the destination hears is no Abort: it has, or may get,
-// the commit, and that stands.
+// end is an end of the migration that leaves the guest as it is. What the destination hears is no Abort: it has, or may get, the commit, and
+// that stands. Where the source does not know how that ends, or has content that is missing there, the destination hears nothing: a last word
+// would say that the source can do without it.
 func (s *source) end(state SourceState) {
 	s.state.set(state)
-	if s.link != nil {
+	switch {
+	case s.link == nil:
+	case state == SourceInDoubt || state == SourceUnsettled:
+		s.leaveSession(errUntold)
+	default:
 		s.link.goodbye(nil, false)
 	}
 	s.stopTracking()

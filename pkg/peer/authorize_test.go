@@ -152,7 +152,7 @@ func TestAuthorizeEverywhere(t *testing.T) {
 			return err
 		}},
 		{"Disclaim", Request{Rejoin: true, Migration: "VM"}, func(t *testing.T, streams []io.ReadWriter) error {
-			_, err := Disclaim(t.Context(), Config{Devices: devices(void(t)), Logger: quiet, Authorize: no}, streams)
+			_, err := Disclaim(t.Context(), Config{Devices: devices(void(t)), Logger: quiet, Authorize: no, FindSource: once(streams), RescueTimeout: short})
 			return err
 		}},
 	} {

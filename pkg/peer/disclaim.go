@@ -2,29 +2,27 @@ package peer
 
 import (
 	"context"
-	"io"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// Disclaim tells the peer at the other end of streams, which is in doubt about an instance that it gave away to here, that the
-// instance never ran here and never will: the process that was to receive it died too early. The other peer then lets
-// it run again. Only the migration that the devices of cfg have on record is disclaimed; where they have none, the error
-// wraps runner.ErrNotVoid. The streams are closed when it returns.
-func Disclaim(ctx context.Context, cfg Config, streams []io.ReadWriter) (migration string, err error) {
+// Disclaim tells the peer that is in doubt about an instance which it gave away to here that the instance never ran here and never will: the
+// process that was to receive it died too early. The other peer then lets it run again. It is looked for by Config.FindSource, within
+// Config.RescueTimeout. Only the migration that the devices of cfg have on record is disclaimed; where they have none, the error wraps
+// runner.ErrNotVoid.
+func Disclaim(ctx context.Context, cfg Config) (migration string, err error) {
 	cfg = cfg.withDefaults()
 	v, err := runner.OpenVoid(cfg.runner())
 	if err != nil {
-		Arrival{Streams: streams}.Close()
 		return "", err
 	}
 	defer v.Close()
-	if err := cfg.Authorize.meet(ctx, streams, Request{Migration: wire.PublicID(v.Migration()), Rejoin: true}); err != nil {
-		return "", err
-	}
-	return migrate.Disclaim(ctx, streams, migrate.DestinationConfig{Journal: voidJournal{v}, Logger: cfg.Logger}, v.Migration())
+	migration = wire.PublicID(v.Migration())
+	return migration, migrate.Disclaim(ctx, migrate.DestinationConfig{
+		Journal: voidJournal{v}, Reconnect: cfg.FindSource, Admit: cfg.Authorize.again(false, func() string { return v.Migration() }), RescueTimeout: cfg.RescueTimeout, Logger: cfg.Logger,
+	}, v.Migration())
 }
 
 // CheckVacant reports, as an error that says what can be done, that the devices of cfg hold an instance already, so that Receive

@@ -58,8 +58,8 @@ type Lobby struct {
 
 // visitor is a connection in the lobby.
 type visitor struct {
-	conn net.Conn
-	at   *list.Element // in guests; nil: it has left
+	at    *list.Element // in guests; nil: it has left
+	evict func()        // sends it away, after it has left
 }
 
 // maxGuests is how many connections may be in the lobby at a time, as they cost descriptors.
@@ -69,7 +69,7 @@ const maxGuests = 1024
 // within a round trip or two, so that those who only hold places, and prove nothing, keep nobody out.
 func (b *Lobby) enter(conn net.Conn) *visitor {
 	b.mu.Lock()
-	defer b.mu.Unlock()
+	evict := func() {}
 	if b.guests.Len() == maxGuests {
 		if time.Since(b.full) > handshakeTime {
 			b.full = time.Now()
@@ -77,10 +77,12 @@ func (b *Lobby) enter(conn net.Conn) *visitor {
 		}
 		oldest := b.guests.Front().Value.(*visitor)
 		b.leave(oldest)
-		oldest.conn.Close()
+		evict = oldest.evict
 	}
-	v := &visitor{conn: conn}
+	v := &visitor{evict: func() { conn.Close() }}
 	v.at = b.guests.PushBack(v)
+	b.mu.Unlock()
+	evict()
 	return v
 }
 
@@ -89,6 +91,17 @@ func (b *Lobby) here(v *visitor) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return v.at != nil
+}
+
+// stay has visitors, if they are still here, be sent away in another way from now on. It is called with mu held.
+func (b *Lobby) stay(evict func(), visitors ...*visitor) bool {
+	for _, v := range visitors {
+		if v.at == nil {
+			return false
+		}
+		v.evict = evict
+	}
+	return true
 }
 
 // leave is enter undone. It is called with mu held.
@@ -258,40 +271,47 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 		ours := wire.Preface{Newest: wire.Version, Oldest: wire.OldestVersion, Role: b.role.Opposite()}
 		_, _ = conn.Write(ours.Append(nil))
 		conn.Close()
-		b.hand(b.New, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)})
+		b.hand(wire.PurposeMigrate, Arrival{From: conn.RemoteAddr(), Err: fmt.Errorf("%w: %w", ErrStranger, err)}, v)
 		return
 	}
 	stream := &spoken{Conn: conn, first: &said, who: who}
+	if !stop() { // the lobby is closed; from here on, what ends it is not the lobby's end, but who waits for it
+		return
+	}
 	if p.Streams <= 1 { // version 1 knows not how many it has, and has one
-		b.arrive(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr(), Peer: who})
+		b.hand(p.Purpose, Arrival{Streams: []io.ReadWriter{stream}, From: conn.RemoteAddr(), Peer: who}, v)
 		return
 	}
 	b.mu.Lock()
 	g := b.groups[p.Session]
 	if g == nil {
 		g = &group{streams: make([]io.ReadWriter, p.Streams), missing: int(p.Streams), from: conn.RemoteAddr(), who: who, purpose: p.Purpose}
-		b.groups[p.Session] = g
-		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g) })
 	}
-	if int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose || !g.who.Equal(who) {
+	contradicts := int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose || !g.who.Equal(who)
+	if contradicts || b.ctx.Err() != nil || !b.stay(func() { b.giveUp(p.Session, g) }, v) {
 		b.mu.Unlock()
-		b.log.Warn("refused a stream that contradicts others of its session", "from", conn.RemoteAddr())
+		if contradicts {
+			b.log.Warn("refused a stream that contradicts others of its session", "from", conn.RemoteAddr())
+		}
 		conn.Close()
 		return
+	}
+	if g.late == nil {
+		b.groups[p.Session] = g
+		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g) })
 	}
 	g.streams[p.Stream] = stream
 	g.guests = append(g.guests, v)
 	g.missing--
-	whole := g.missing == 0
 	leaving = nil
-	if whole {
+	if g.missing == 0 {
 		leaving = g.guests
 		g.late.Stop()
 		delete(b.groups, p.Session)
 	}
 	b.mu.Unlock()
-	if whole {
-		b.arrive(g.purpose, Arrival{Streams: g.streams, From: g.from, Peer: g.who})
+	if leaving != nil {
+		b.hand(g.purpose, Arrival{Streams: g.streams, From: g.from, Peer: g.who}, g.guests...)
 	}
 }
 
@@ -302,7 +322,7 @@ func (b *Lobby) giveUp(session uint64, g *group) {
 	if b.groups[session] == g {
 		delete(b.groups, session)
 		b.leave(g.guests...)
-		b.log.Warn("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
+		b.log.Debug("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
 		g.drop()
 	}
 }
@@ -321,17 +341,22 @@ func (g *group) has() (streams []io.ReadWriter) {
 	return streams
 }
 
-func (b *Lobby) arrive(purpose wire.Purpose, a Arrival) {
-	if purpose == wire.PurposeRejoin {
-		b.hand(b.rejoin, a)
-	} else {
-		b.hand(b.New, a)
-	}
-}
-
 // hand gives an arrival to whoever waits for it. Who has waited in vain for as long as a handshake takes is sent away, and
-// will come again.
-func (b *Lobby) hand(to chan Arrival, a Arrival) {
+// will come again. What was taken is the taker's, whatever becomes of the lobby.
+func (b *Lobby) hand(purpose wire.Purpose, a Arrival, guests ...*visitor) {
+	to := b.New
+	if purpose == wire.PurposeRejoin {
+		to = b.rejoin
+	}
+	ctx, evict := context.WithCancel(b.ctx)
+	defer evict()
+	b.mu.Lock()
+	here := b.stay(evict, guests...)
+	b.mu.Unlock()
+	if !here {
+		a.Close()
+		return
+	}
 	t := time.NewTimer(b.patience / 2)
 	defer t.Stop()
 	select {
@@ -342,7 +367,7 @@ func (b *Lobby) hand(to chan Arrival, a Arrival) {
 			return
 		}
 		refuse(a.Streams, b.role.Opposite(), wire.CodeCanceled, "this peer is busy: try again later") // who has not been asked about learns no more
-	case <-b.ctx.Done():
+	case <-ctx.Done():
 		a.Close()
 	}
 }

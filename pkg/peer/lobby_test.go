@@ -218,9 +218,32 @@ func TestLobbyFull(t *testing.T) {
 			}
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			if n := b.guests.Len(); n > maxGuests {
-				t.Errorf("%d connections are there: at most %d are allowed", n, maxGuests)
+			if n, groups := b.guests.Len(), len(b.groups); n > maxGuests || groups > n {
+				t.Errorf("%d connections are there, of %d incomplete sessions: at most %d are allowed", n, groups, maxGuests)
 			}
 		})
+	}
+}
+
+// TestLobbyTaken: what was taken is its taker's, also when the lobby is closed at once.
+func TestLobbyTaken(t *testing.T) {
+	for range 100 {
+		b := newTestLobby(t, time.Minute)
+		conn := knock(t, b, destination(1, 0, 1, wire.PurposeMigrate))
+		a := <-b.New
+		if err := b.Close(); err != nil || a.Err != nil {
+			t.Fatal(err, a.Err)
+		}
+		if _, err := wire.ReadPreface(a.Streams[0]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write([]byte("x")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := a.Streams[0].Read(make([]byte, 1)); err != nil {
+			t.Fatalf("it was closed: %v", err)
+		}
+		a.Close()
+		conn.Close()
 	}
 }

@@ -222,7 +222,7 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 		return false, errors.New("the VM did not come from a peer, its source knows that it is here, or it was resumed since: nobody needs to be told")
 	case record.Status == runner.Receiving || record.Status == runner.Discarded:
 		cfg.Journal = &writer{still: s}
-		return false, t.disclaim(ctx, cfg, migration)
+		return false, migrate.Disclaim(ctx, cfg, migration)
 	case record.Status != runner.Saved:
 		return false, fmt.Errorf("the VM is not saved but %s: nobody needs to be told", record.Status)
 	}
@@ -256,32 +256,6 @@ func (t Terminator) Settle(ctx context.Context) (here bool, err error) {
 		err = report.Untold
 	}
 	return true, err
-}
-
-// disclaim tells the source of a migration that it was not completed here, and never will be.
-func (t Terminator) disclaim(ctx context.Context, cfg migrate.DestinationConfig, migration string) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, t.RescueTimeout, fmt.Errorf("the source was not found within %s", t.RescueTimeout))
-	defer cancel()
-	var last error
-	for {
-		streams, err := cfg.Reconnect(ctx)
-		if err == nil && cfg.Admit != nil {
-			err = cfg.Admit(ctx, streams)
-		}
-		if err == nil {
-			if _, err = migrate.Disclaim(ctx, streams, cfg, migration); err == nil {
-				return nil
-			}
-		}
-		if last == nil || ctx.Err() == nil {
-			last = err
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%w (last: %w)", context.Cause(ctx), last)
-		case <-time.After(250 * time.Millisecond): // it may be busy being started
-		}
-	}
 }
 
 // closeAll closes streams that nobody will use.

@@ -1,6 +1,7 @@
 package transport
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -118,11 +119,9 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 		ConnState: func(conn net.Conn, is http.ConnState) {
 			switch is {
 			case http.StateNew:
-				if w.opening.Add(1) > maxOpening {
-					conn.Close()
-				}
+				w.opening.enter(conn)
 			case http.StateHijacked, http.StateClosed:
-				w.opening.Add(-1)
+				w.opening.leave(conn)
 			}
 		},
 		ErrorLog: slog.NewLogLogger(o.log().Handler(), slog.LevelDebug),
@@ -140,8 +139,8 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 					return
 				}
 			}
-			defer w.opening.Add(-1) // until it is accepted
-			if w.opening.Add(1) > maxOpening {
+			defer w.waiting.Add(-1) // until it is accepted
+			if w.waiting.Add(1) > maxOpening {
 				http.Error(rw, "busy", http.StatusServiceUnavailable)
 				return
 			}
@@ -166,7 +165,42 @@ type webSocketListener struct {
 	*queue
 	server  http.Server
 	serving sync.WaitGroup
-	opening atomic.Int64 // clients that are on their way
+	opening places       // clients that are on their way
+	waiting atomic.Int64 // those that are here, and not accepted yet
+}
+
+// places are connections that have not got anywhere yet, at most maxOpening. Who has been at it for longest makes room for the next: those
+// who only hold places keep nobody out.
+type places struct {
+	mu sync.Mutex // guards what follows
+	in list.List  // of net.Conn, the oldest first
+	at map[net.Conn]*list.Element
+}
+
+func (p *places) enter(conn net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.at == nil {
+		p.at = make(map[net.Conn]*list.Element)
+	}
+	if p.in.Len() == maxOpening {
+		oldest := p.in.Remove(p.in.Front()).(net.Conn)
+		delete(p.at, oldest)
+		if t, ok := oldest.(*tls.Conn); ok {
+			oldest = t.NetConn() // without a goodbye, for which it may be waited
+		}
+		oldest.Close()
+	}
+	p.at[conn] = p.in.PushBack(conn)
+}
+
+func (p *places) leave(conn net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e, ok := p.at[conn]; ok {
+		p.in.Remove(e)
+		delete(p.at, conn)
+	}
 }
 
 func (l *webSocketListener) Close() error {

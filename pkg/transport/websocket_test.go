@@ -25,53 +25,53 @@ func resources(t *testing.T) (goroutines, descriptors int) {
 	return runtime.NumGoroutine(), len(fds)
 }
 
-// TestWebSocketMute: of those who connect and say nothing, no more than some are there at a time.
+// TestWebSocketMute: of those who connect and say nothing, no more than some are there at a time, and they keep nobody out.
 func TestWebSocketMute(t *testing.T) {
 	const bound, more = 1024, 50 // the first is that of clients on their way
-	l, err := transport.Listen(t.Context(), "ws://127.0.0.1:0/")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	refused := 0
-	var all []net.Conn
-	for range bound + more {
-		conn, err := net.Dial("tcp", l.Addr().String())
-		if err != nil {
-			t.Fatal(err)
+	for _, k := range kinds(t) {
+		if !strings.HasPrefix(k.name, "ws") {
+			continue
 		}
-		defer conn.Close()
-		all = append(all, conn)
-	}
-	for _, conn := range all[bound:] {
-		conn.SetReadDeadline(time.Now().Add(5 * time.Second))
-		if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			refused++
-		}
-	}
-	if refused != more {
-		t.Errorf("%d of %d were refused, want %d", refused, bound+more, more)
-	}
-	for _, conn := range all {
-		conn.Close()
-	}
-	go func() { // until l is closed
-		for {
-			if _, err := l.Accept(); err != nil {
-				return
+		t.Run(k.name, func(t *testing.T) {
+			l, err := k.server.Listen(t.Context(), k.address)
+			if err != nil {
+				t.Fatal(err)
 			}
-		}
-	}()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	for { // the server hears of them one after the other
-		conn, err := transport.Dial(ctx, "ws://"+l.Addr().String())
-		if err == nil {
+			defer l.Close()
+			var all []net.Conn
+			for range bound + more {
+				conn, err := net.Dial("tcp", l.Addr().String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer conn.Close()
+				all = append(all, conn)
+			}
+			go func() { // until l is closed
+				for {
+					if _, err := l.Accept(); err != nil {
+						return
+					}
+				}
+			}()
+			ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second) // before any has to go by itself
+			defer cancel()
+			conn, err := k.client.Dial(ctx, dialable(l, k.address))
+			if err != nil {
+				t.Fatalf("who says something is kept out: %v", err)
+			}
 			conn.Close()
-			return
-		} else if ctx.Err() != nil {
-			t.Fatal(err)
-		}
+			closed := 0
+			for _, conn := range all[:more] {
+				conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+				if _, err := conn.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+					closed++
+				}
+			}
+			if closed != more {
+				t.Errorf("%d of the %d that came first are closed", closed, more)
+			}
+		})
 	}
 }
 

@@ -5,8 +5,10 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -22,10 +24,14 @@ import (
 // goOn waits until all have heard more, and returns the longest gaps since it was asked before, in order.
 func goOn(t *testing.T, when string, talks []*testnet.Talk) (gaps []time.Duration) {
 	t.Helper()
+	var all sync.WaitGroup
 	for _, k := range talks {
-		if k.GoesOn(t, when); t.Failed() {
-			t.FailNow()
-		}
+		all.Go(func() { k.GoesOn(t, when) })
+	}
+	if all.Wait(); t.Failed() {
+		t.FailNow()
+	}
+	for _, k := range talks {
 		gaps = append(gaps, k.Gap().Round(time.Millisecond))
 	}
 	slices.Sort(gaps)
@@ -55,8 +61,13 @@ func TestCommandConnections(t *testing.T) {
 		calls    = 20  // of the guest; of these, 4 UDP
 		sessions = 4   // UDP, to the guest
 		began    = inbound + calls + sessions
-		tick     = time.Millisecond // of TCP, and of what a busy guest answers
 	)
+	// Where the guest's processor is emulated, it answers a few hundred times a second: few of the connections then show the gaps, and the others that
+	// they are there.
+	tick, others := 20*time.Millisecond, 500*time.Millisecond
+	if cpu, err := os.ReadFile("/proc/cpuinfo"); err == nil && regexp.MustCompile(`\b(vmx|svm)\b`).Match(cpu) {
+		tick, others = time.Millisecond, time.Millisecond
+	}
 	w := newWorkshop(t)
 	h := testnet.NewTestHosts(t, "a", "b", "c", "world")
 	prefix := "e" + h.Host("")[1:5]
@@ -115,14 +126,21 @@ func TestCommandConnections(t *testing.T) {
 		}
 	}
 	var talks []*testnet.Talk
-	tickOf := map[string]time.Duration{"tcp": tick, "udp": 10 * time.Millisecond} // who sends datagrams does not wait for answers
+	fast := 4
+	next := func(network string) time.Duration {
+		if fast == 0 || network == "udp" {
+			return others
+		}
+		fast--
+		return tick
+	}
 	// comeTo begins talks with a host, half of them in each family.
 	comeTo := func(host, network string, n int) {
 		t.Helper()
 		for i := range n {
 			addr := []netip.Addr{h.Addr4(host), h.Addr6(host)}[i%2]
 			talks = append(talks, testnet.NewTalk(t, h.Host("world"), testnet.TalkTo{
-				Name: fmt.Sprintf("%s %d to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 3333), Tick: tickOf[network],
+				Name: fmt.Sprintf("%s %d to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 3333), Tick: next(network),
 			}))
 		}
 	}
@@ -132,7 +150,7 @@ func TestCommandConnections(t *testing.T) {
 		for i := range n {
 			addr := []netip.Addr{h.Addr4("world"), h.Addr6("world")}[i%2]
 			at, called := testnet.AwaitTalk(t, h.Host("world"), testnet.TalkTo{
-				Name: fmt.Sprintf("%s %d of the guest to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 0), Tick: tickOf[network],
+				Name: fmt.Sprintf("%s %d of the guest to %s", network, i, addr), Network: network, Addr: netip.AddrPortFrom(addr, 0), Tick: next(network),
 			})
 			w.do(t, fmt.Sprintf("call %s %s", network, at))
 			talks = append(talks, called())
@@ -147,7 +165,7 @@ func TestCommandConnections(t *testing.T) {
 	w.snapshot(t, "package", "--netns", netns["a"], "--interface", "tap0").wait(t, 0)
 	a := peerOn("a", "at-a")
 	a.waitFor(t, "Resumed VM")
-	for _, command := range []string{"net lo 127.0.0.1/8", "net eth0 172.16.0.2/30 172.16.0.1", "net eth0 fd00:172:16::2/64 fd00:172:16::1", "listen 6379", "mem start 16"} {
+	for _, command := range []string{"net lo 127.0.0.1/8", "net eth0 172.16.0.2/30 172.16.0.1", "net eth0 fd00:172:16::2/64 fd00:172:16::1", "listen 6379"} {
 		w.do(t, command)
 	}
 	forwardAt("a")
@@ -188,9 +206,6 @@ func TestCommandConnections(t *testing.T) {
 	say("c to a", c)
 	kept.waitFor(t, "Another process keeps the connections")
 	kept.wait(t, 0)
-	if got := w.do(t, "mem verify"); got == "" {
-		t.Error("the memory was not verified")
-	}
 	for _, k := range talks {
 		if sent, unanswered := k.Datagrams(); sent > 0 {
 			t.Logf("%s: %d datagrams, %d of them not answered", k.Name, sent, unanswered)

@@ -17,12 +17,8 @@ import (
 // TalkTick is how often a Talk says a number, unless it is told otherwise.
 const TalkTick = 5 * time.Millisecond
 
-// unanswered is how many numbers a Talk over TCP says at most before the first of them has come back: who has many on a slow guest measures
-// gaps, and not how long its queues are.
-const unanswered = 16
-
-// Talk is a connection with an echo on which numbers are sent, tick by tick, and expected back: over TCP each, in order; datagrams
-// are counted.
+// Talk is a connection with an echo on which numbers are sent, tick by tick, and expected back: over TCP each, in order, and none before the
+// last is back, so that many talks with a slow guest measure gaps, and not how long its queues are; datagrams are counted.
 type Talk struct {
 	// Name is for messages.
 	Name string
@@ -148,7 +144,7 @@ func (k *Talk) say() {
 	defer tick.Stop()
 	for range tick.C {
 		k.mu.Lock()
-		over, wait := k.ended || k.err != nil, !k.udp && k.sent-k.heard >= unanswered
+		over, wait := k.ended || k.err != nil, !k.udp && k.sent > k.heard
 		if !wait {
 			k.sent++
 		}
@@ -200,7 +196,7 @@ func (k *Talk) listen() {
 func (k *Talk) GoesOn(t testing.TB, when string) {
 	t.Helper()
 	k.mu.Lock()
-	target := k.heard + 15
+	target := k.heard + uint64(max(2, 15*TalkTick/k.tick))
 	k.mu.Unlock()
 	for end := time.Now().Add(6 * Patience); ; time.Sleep(TalkTick) {
 		k.mu.Lock()

@@ -105,7 +105,7 @@ type Config struct {
 }
 
 // Copy is a file or folder of the host that goes into the guest.
-type Copy struct{ Host, Guest string }
+type Copy struct{ Host, Guest string } // path on this host
 
 // Progress is how far one stage of a build is.
 type Progress struct {

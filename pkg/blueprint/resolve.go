@@ -16,8 +16,8 @@ import (
 
 // Package is one version of a binary package, exactly: what a lock file holds a line of.
 type Package struct {
-	Name    string
-	Version string
+	Name    string // as Debian has it
+	Version string // the same
 	Arch    string // "amd64" or "all"
 	SHA256  string // of the .deb, lower-case hex
 	Size    int64  // of the .deb, bytes

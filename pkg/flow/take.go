@@ -21,12 +21,12 @@ const takeTime = 5 * time.Second
 
 // Kept is what is kept in a namespace, as it is written down.
 type Kept struct {
-	State State     `json:"state"`
-	VM    string    `json:"vm,omitempty"`
-	Place uint32    `json:"place,omitempty"` // the namespace's own number
-	Guest uint32    `json:"guest,omitempty"` // the place where the guest is
-	Since time.Time `json:"since,omitzero"`  // when it left
-	Other []Place   `json:"others,omitempty"`
+	State State     `json:"state"`            // what goes on there
+	VM    string    `json:"vm,omitempty"`     // the machine's id, the same on all hosts
+	Place uint32    `json:"place,omitempty"`  // the namespace's own number
+	Guest uint32    `json:"guest,omitempty"`  // the place where the guest is
+	Since time.Time `json:"since,omitzero"`   // when it left
+	Other []Place   `json:"others,omitempty"` // number of the place that the guest goes to, or came from
 }
 
 // Read reads what is kept in a namespace, whoever keeps it. It says nothing of who is connected.

@@ -301,8 +301,8 @@ func (k *Keeper) finish() {
 
 // Place is another place of a VM, for people.
 type Place struct {
-	Number    uint32 `json:"number"`
-	Address   string `json:"address"`
+	Number    uint32 `json:"number"`              // in the order in which the guest came to the places
+	Address   string `json:"address"`             // at which its tunnels are accepted
 	Connected bool   `json:"connected,omitempty"` // there is a tunnel
 	Relay     uint32 `json:"relay,omitempty"`     // it is reached through this place only
 	Guest     bool   `json:"guest,omitempty"`     // the guest is there

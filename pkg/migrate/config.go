@@ -59,7 +59,7 @@ type Confirmer interface {
 
 // SourceDevice is a device to be sent.
 type SourceDevice struct {
-	Name   string
+	Name   string       // unique in a migration: see wire.CheckName
 	Device block.Device // only read; [block.Extents] is used if it has it
 	// Tracker reports writes to Device during the migration. Nil declares that nobody writes to it: it is sent once.
 	Tracker block.Tracker
@@ -98,8 +98,8 @@ type SourceConfig struct {
 	// they are not kept. With it, the Guest is to be a [Networker].
 	Network json.RawMessage
 
-	Guest   Guest
-	Journal Journal
+	Guest   Guest   // required
+	Journal Journal // nil: nothing is put on record
 
 	// Goal is what the migration is to achieve, for devices whose Policy leaves it to that.
 	Goal Goal
@@ -166,8 +166,8 @@ type SourceConfig struct {
 
 // DestinationConfig configures [Receive]. Target is required.
 type DestinationConfig struct {
-	Target  Target
-	Journal Journal
+	Target  Target  // required
+	Journal Journal // nil: nothing is put on record
 
 	// Concurrency is how many goroutines write content to the devices. 0 means 4; more than 64 counts as 64.
 	Concurrency int

@@ -36,9 +36,9 @@ var (
 // PeerError is the reason the other side gave for ending the migration.
 type PeerError struct {
 	Role     wire.Role // who gave it
-	Code     wire.Code
-	Reason   string // printable
-	NeverRan bool   // the peer promised, durably, never to run the guest
+	Code     wire.Code // what kind of reason
+	Reason   string    // printable
+	NeverRan bool      // the peer promised, durably, never to run the guest
 }
 
 func (e *PeerError) Error() string {

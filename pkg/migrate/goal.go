@@ -116,9 +116,9 @@ func transfer(bytes int64, bandwidth float64) time.Duration {
 
 // History is how the copying of one device went so far.
 type History struct {
-	Device string
-	Size   int64 // bytes
-	Policy Policy
+	Device string  // name
+	Size   int64   // bytes
+	Policy Policy  // that the device has
 	Whole  bool    // the guest cannot run at the destination before all of it is there, with PostCopy neither
 	Rounds []Round // those that are complete, in order; none: nothing was sent yet
 	Dirty  Dirty   // what was written and not sent since. Without rounds it means nothing: everything is to be sent.
@@ -175,9 +175,9 @@ func (a *Action) UnmarshalText(text []byte) error {
 
 // Decision is what [Decide] says after a look at all devices.
 type Decision struct {
-	At     Millis `json:"at_ms"` // since the start of the migration
-	Action Action `json:"action"`
-	Reason string `json:"reason"`
+	At     Millis `json:"at_ms"`  // since the start of the migration
+	Action Action `json:"action"` // what is done next
+	Reason string `json:"reason"` // why, for people
 
 	Share float64 `json:"throttle,omitempty"` // of its time that the guest is to be held back from now on, 0 to 0.99
 	Wait  Millis  `json:"wait_ms,omitempty"`  // before the next round; what is written meanwhile goes with it

@@ -8,8 +8,8 @@ import (
 
 // Part is a named part of the downtime.
 type Part struct {
-	Name     string `json:"part"`
-	Duration Millis `json:"ms"`
+	Name     string `json:"part"` // one of the constants Part…
+	Duration Millis `json:"ms"`   // of all times together
 
 	// Took is how long it took in truth, when that is more than Duration: of what happens at the same time, each moment
 	// counts for one part only, the one that ends next.

@@ -78,7 +78,7 @@ func (p Policy) precopies() bool {
 
 // Round is one round of one device that was sent.
 type Round struct {
-	Device   string `json:"device"`
+	Device   string `json:"device"`   // name
 	Index    int    `json:"round"`    // 0: the first, of everything
 	Start    Millis `json:"start_ms"` // since the start of the migration; the same for all devices that cycle together
 	Blocks   int64  `json:"blocks"`   // of Policy.BlockSize that were dirty
@@ -94,7 +94,7 @@ type Round struct {
 // Dirty measures what was written to a device and not sent since.
 type Dirty struct {
 	Blocks int64 // of Policy.BlockSize
-	Bytes  int64
+	Bytes  int64 // at that time
 }
 
 // Verdict is what a policy with fixed numbers says after a look at its device.

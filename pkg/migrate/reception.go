@@ -69,9 +69,9 @@ type Claim struct {
 
 // ClaimDevice is a device of a Claim.
 type ClaimDevice struct {
-	Name string
-	Size int64 // bytes
-	Late Late  // nil: nothing of it is missing
+	Name string // as it was in the migration
+	Size int64  // bytes
+	Late Late   // nil: nothing of it is missing
 }
 
 // RejoinDestination is the destination's part of a migration after the commit, in a process that was restarted and has adopted

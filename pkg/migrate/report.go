@@ -29,20 +29,20 @@ func (m Millis) String() string { return time.Duration(m).Round(10 * time.Micros
 
 // Phase is the time spent in one state, in the order the states were passed.
 type Phase struct {
-	Name     string `json:"name"`
-	Duration Millis `json:"ms"`
+	Name     string `json:"name"` // of the state
+	Duration Millis `json:"ms"`   // in milliseconds in JSON
 }
 
 // Report tells how a migration went, as one side saw it. Send and Receive return one whether they fail or not.
 type Report struct {
-	ID      string `json:"id"`
+	ID      string `json:"id"`              // public part of the migration's id
 	Role    string `json:"role"`            // "source" or "destination"
 	Outcome string `json:"outcome"`         // the last state
 	Error   string `json:"error,omitempty"` // why, when it failed
-	Streams int    `json:"streams"`
+	Streams int    `json:"streams"`         // how many the first session had
 
-	Total  Millis  `json:"total_ms"`
-	Phases []Phase `json:"phases"`
+	Total  Millis  `json:"total_ms"` // from the call to its end
+	Phases []Phase `json:"phases"`   // in the order in which they were passed
 
 	// Downtime is how long the guest did not run. At the source: from the call of Guest.Pause until the destination
 	// said that it runs (or until it was resumed here), which is at most one network trip more than the truth. At the

@@ -44,9 +44,9 @@ func (c Config) fingerprint(n Namespace) string {
 
 // Inside is what a namespace of a NAT says of itself.
 type Inside struct {
-	Prefix        string // of the NAT
-	Interface     string // the tap
-	Guest, Guest6 netip.Addr
+	Prefix        string     // of the NAT
+	Interface     string     // the tap
+	Guest, Guest6 netip.Addr // address of the guest in its namespace
 }
 
 // Lookup finds out whether a namespace was made by a NAT, by its name.

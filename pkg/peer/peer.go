@@ -33,10 +33,10 @@ type Device struct {
 
 // Config is a peer's instance on this host.
 type Config struct {
-	Devices []Device    // the disks among them in the order the guest sees them
-	Backend vmm.Backend // runs the machine
-	Host    runner.Host
-	Hooks   runner.Hooks
+	Devices []Device     // the disks among them in the order the guest sees them
+	Backend vmm.Backend  // runs the machine
+	Host    runner.Host  // where machines run on this host
+	Hooks   runner.Hooks // called on the way; nil ones are left out
 
 	// ForceOwner and Clone are those of runner.Config.
 	ForceOwner, Clone bool

@@ -44,7 +44,7 @@ const (
 
 // Capabilities is what can be done for one VMM's RAM: chosen once, when the VMM is started or adopted.
 type Capabilities struct {
-	Rung     Rung
+	Rung     Rung   // the best way that this host has
 	Tracking string // TrackingUserfaultfd or TrackingHashing
 	Lazy     bool   // the guest may run while its RAM is being filled
 	Reason   string // why it is not better; empty on Full

@@ -124,7 +124,7 @@ func (d Description) Encode() ([]byte, error) {
 
 // DeviceConfig is where a device of an instance lives on this host.
 type DeviceConfig struct {
-	Name string
+	Name string // one of the names of devices, or that of a disk
 
 	// Base is the file that the device starts from. With an overlay it is only read. Without one it is the device: disks
 	// are written in place, memory and state are replaced when the instance is closed.
@@ -185,8 +185,8 @@ type Config struct {
 	// Backend runs the machine.
 	Backend vmm.Backend
 
-	Host  Host
-	Hooks Hooks
+	Host  Host  // where machines run on this host
+	Hooks Hooks // called on the way; nil ones are left out
 
 	// ForceOwner lets Resume take back an instance that was given to another peer which never confirmed that it runs it.
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.

@@ -289,8 +289,8 @@ func (i *Instance) checkBootable(state *device) error {
 
 // Incoming is a device that a migration will bring.
 type Incoming struct {
-	Name string
-	Size int64 // bytes
+	Name string // of a device
+	Size int64  // bytes
 
 	// Memory, for the device of memory, is the memfd of the source's machine on this host, with all that is in it: nothing of it
 	// comes. Prepare takes it over. Not with Config.KeepCommitPoint.
@@ -1216,8 +1216,8 @@ func (i *Instance) AfterResume(ctx context.Context) error {
 
 // Device is a device of an instance as a migration sees it.
 type Device struct {
-	Config  DeviceConfig
-	Block   block.Device
+	Config  DeviceConfig  // as it was given
+	Block   block.Device  // its content
 	Tracker block.Tracker // nil for a device that does not change while the instance runs
 
 	// Overlay knows what differs from the base. Nil where there is none, and for memory, whose overlay is what it was when it

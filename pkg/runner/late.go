@@ -285,9 +285,9 @@ func (i *Instance) Ask(ask Ask) { i.late.ask.Store(&ask) }
 
 // Arriving is a device of an instance that was received.
 type Arriving struct {
-	Name string
-	Size int64 // bytes
-	Late Late  // nil: all of it is here
+	Name string // of a device
+	Size int64  // bytes
+	Late Late   // nil: all of it is here
 }
 
 // Arriving returns all devices of an instance that was received, and the migration that brings them.

@@ -75,7 +75,7 @@ var ErrNotSaved = errors.New("instance holds no saved state")
 
 // Record is the header of a state device: the instance's status and where its device state lies.
 type Record struct {
-	Status    Status
+	Status    Status    // where the instance stands
 	Migration string    // id of the migration that the status comes from, with its secret, at most 64 bytes; empty if none
 	Time      time.Time // when it was written; of one that is Kept, when the guest began to run from the commit point
 	Length    int64     // bytes of device state that follow; 0 if there is none

@@ -33,7 +33,7 @@ const (
 
 // Device is one device of the package that is made.
 type Device struct {
-	Name string
+	Name string // of the device
 
 	// Input is the blueprint's file: copied to Output, the copy is used. A device that is made here (state, memory,
 	// config) has none. Any other device without Input is used where it is: its Output must exist, and a disk's changes.
@@ -45,7 +45,7 @@ type Device struct {
 
 // Config is a snapshot to create. Backend and Devices must be set; the zero value of the rest is usable.
 type Config struct {
-	Backend vmm.Backend
+	Backend vmm.Backend // the hypervisor; required
 
 	// Devices are the package's devices. "state", "memory", "config", "kernel" and at least one disk are needed. In the guest
 	// "disk" comes first, as /dev/vda, then "oci", then the others in the order given.
@@ -66,8 +66,8 @@ type Config struct {
 	// SettleTime is how long a guest without liveness is given to boot. Default: 30 s.
 	SettleTime time.Duration
 
-	Host  runner.Host
-	Hooks runner.Hooks
+	Host  runner.Host  // where machines run on this host
+	Hooks runner.Hooks // called on the way; nil ones are left out
 
 	// ResumeTimeout bounds the boot until liveness and agent have answered. Default: one minute.
 	ResumeTimeout time.Duration

@@ -124,21 +124,21 @@ type Spec struct {
 	Version     string   `json:"version"`               // of the hypervisor, "10.0.2"
 	MachineType string   `json:"machineType,omitempty"` // versioned: "pc-q35-10.0"
 	Accel       string   `json:"accel"`                 // "kvm" or "tcg" once described; "auto" (or empty) before
-	CPUCount    int      `json:"cpuCount"`
+	CPUCount    int      `json:"cpuCount"`              // virtual CPUs, at least 1
 	CPUModel    string   `json:"cpuModel,omitempty"`    // from --cpu-template; empty: the backend's default
 	CPUFeatures []string `json:"cpuFeatures,omitempty"` // what the guest may use, and a host or its VMM must have
 	MemorySize  int64    `json:"memorySize"`            // bytes, a multiple of 1 MiB
 	Disks       []Disk   `json:"disks"`                 // in the order the guest sees them
 	MAC         string   `json:"mac,omitempty"`         // empty: no network interface
 	Sockets     bool     `json:"sockets"`               // has a guest channel (vsock)
-	BootArgs    string   `json:"bootArgs,omitempty"`
+	BootArgs    string   `json:"bootArgs,omitempty"`    // the kernel's command line
 }
 
 // Disk is a disk as the guest sees it.
 type Disk struct {
-	Name     string `json:"name"` // device name; the disk's serial number in the guest
-	Size     int64  `json:"size"` // bytes, a multiple of 512
-	ReadOnly bool   `json:"readOnly,omitempty"`
+	Name     string `json:"name"`               // device name; the disk's serial number in the guest
+	Size     int64  `json:"size"`               // bytes, a multiple of 512
+	ReadOnly bool   `json:"readOnly,omitempty"` // the guest cannot write
 }
 
 // Config is one machine on this host.

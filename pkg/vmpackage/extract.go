@@ -31,7 +31,7 @@ type ExtractOptions struct {
 
 // Extraction is what [Extract] did.
 type Extraction struct {
-	Manifest *Manifest
+	Manifest *Manifest // of the archive
 	// Ignored are the devices of the archive that were not asked for.
 	Ignored []string
 }

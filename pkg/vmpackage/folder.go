@@ -12,14 +12,14 @@ import (
 
 // Package is a package in a folder, whose devices can be used where they are.
 type Package struct {
-	Dir      string
-	Manifest *Manifest
+	Dir      string          // the folder
+	Manifest *Manifest       // as it is in the folder
 	Devices  []PackageDevice // in the order of the manifest
 }
 
 // PackageDevice is a device of a [Package].
 type PackageDevice struct {
-	Name string
+	Name string // of the device
 	Path string // Dir joined with the name of the file
 	Size int64  // bytes
 }

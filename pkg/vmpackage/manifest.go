@@ -54,7 +54,7 @@ type Manifest struct {
 
 // Device describes a device of a package.
 type Device struct {
-	Name      string `json:"name"`
+	Name      string `json:"name"`             // of the device
 	File      string `json:"file"`             // name of the file in the folder or archive, without directories
 	Size      int64  `json:"size"`             // bytes, > 0
 	SHA256    string `json:"sha256,omitempty"` // of all Size bytes, lower-case hex; empty, in folders only: not known

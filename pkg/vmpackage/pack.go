@@ -19,13 +19,13 @@ import (
 // File is where a device lies, or is to lie, on this host.
 type File struct {
 	Name string // of the device
-	Path string
+	Path string // on this host
 }
 
 // Progress says how far a call is. A call may have several stages; each starts with Done 0 and, unless the call fails,
 // ends with Done = Total.
 type Progress struct {
-	Stage Stage
+	Stage Stage // what is done now
 	Done  int64 // bytes
 	Total int64 // bytes
 }
@@ -80,7 +80,7 @@ func ParseLevel(s string) (Level, error) {
 
 // PackOptions is how to pack. The zero value is good.
 type PackOptions struct {
-	Level Level
+	Level Level // of zstd; 0 means its default
 
 	// Concurrency is how many cores may be used; 0: all. The result does not depend on it.
 	Concurrency int

@@ -128,8 +128,8 @@ func (t Type) String() string {
 
 // Header opens every frame.
 type Header struct {
-	Type   Type
-	Flags  uint8
+	Type   Type   // of the frame
+	Flags  uint8  // of this type
 	Device uint16 // position in the manifest
 	Length uint32 // of the payload, bytes
 	Offset uint64 // byte position, or a total: see the type
@@ -325,10 +325,10 @@ const BufferSize = MaxPayload + (MaxPayload/PageSize)*(CheckFrameSize+HeaderSize
 // Buffer holds whole frames on their way to a stream, or a payload on its way from one. It comes from a pool: whoever
 // holds it last calls Release, and does not touch it again.
 type Buffer struct {
-	Header Header // of the payload, when the Buffer holds one that was received
-	N      int    // bytes in use
-	Check  Check  // that came before the payload
-	B      [BufferSize]byte
+	Header Header           // of the payload, when the Buffer holds one that was received
+	N      int              // bytes in use
+	Check  Check            // that came before the payload
+	B      [BufferSize]byte // the frames
 }
 
 var buffers = sync.Pool{New: func() any { return new(Buffer) }}

@@ -165,8 +165,8 @@ const (
 // Rejoin is the payload of a Rejoin frame, behind a proof. For each device with Missing set, Missing frames follow, in which a device is
 // known by its position here.
 type Rejoin struct {
-	ID       string   `json:"id"` // its public part
-	Standing Standing `json:"standing"`
+	ID       string   `json:"id"`       // its public part
+	Standing Standing `json:"standing"` // of the guest, at the destination
 	// Fresh: the destination remembers nothing of what it received before, so digests are of what comes from now on.
 	Fresh   bool           `json:"fresh,omitempty"`
 	Devices []RejoinDevice `json:"devices,omitempty"`

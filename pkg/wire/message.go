@@ -36,7 +36,7 @@ func CheckName(s string) error {
 
 // Device describes a device in a Manifest.
 type Device struct {
-	Name string `json:"name"`
+	Name string `json:"name"` // unique in the manifest: see CheckName
 	Size int64  `json:"size"` // bytes
 
 	// Base is the digest, in hexadecimal, of the base that the device was made from, if there is one that the destination
@@ -52,9 +52,9 @@ const MaxHandle = 64
 
 // Manifest says what a migration will bring. A device is known by its position from then on.
 type Manifest struct {
-	ID      string          `json:"id"`     // of the migration, with its secret
-	Window  int64           `json:"window"` // bytes of content frames the source keeps unacknowledged at most
-	Devices []Device        `json:"devices"`
+	ID      string          `json:"id"`             // of the migration, with its secret
+	Window  int64           `json:"window"`         // bytes of content frames the source keeps unacknowledged at most
+	Devices []Device        `json:"devices"`        // a device is known by its position here
 	Spec    json.RawMessage `json:"spec,omitempty"` // the machine; opaque here
 
 	// Network is what the destination needs to keep the guest's connections; opaque here. Empty: they are not kept.
@@ -137,15 +137,15 @@ func (d Digest) String() string { return hex.EncodeToString(d[:]) }
 
 // Part is what one side knows of one device, or of the device state: how much was sent and what it adds up to.
 type Part struct {
-	Total  int64 // bytes of content frames, headers included; for the state, its length
-	Digest Digest
+	Total  int64  // bytes of content frames, headers included; for the state, its length
+	Digest Digest // of that content
 }
 
 const summarySize = 8 + 16
 
 // Summary is the payload of Final and Prepared.
 type Summary struct {
-	State   Part
+	State   Part   // of the device state
 	Devices []Part // in manifest order
 }
 
@@ -204,7 +204,7 @@ func (c Code) String() string {
 
 // Abort is the payload of an Abort frame.
 type Abort struct {
-	Code   Code
+	Code   Code   // what kind of reason
 	Reason string // for a person; at most MaxReason bytes of printable text
 }
 

@@ -82,13 +82,13 @@ func (p Purpose) String() string {
 // Both sides number their streams and choose a session, so that whoever accepts connections can tell which belong
 // together. From then on the source's numbers count. A destination of version 1 sends zeros.
 type Preface struct {
-	Newest, Oldest uint16 // versions the sender speaks
-	Role           Role
-	Purpose        Purpose
-	Stream         uint8  // which stream of the sender's session this is, from 0
-	Streams        uint8  // how many there are
-	Session        uint64 // chosen at random by the sender, the same on all its streams
-	Capabilities   uint32 // what the sender can do beyond the version, the same on all its streams; unknown bits are ignored
+	Newest, Oldest uint16  // versions the sender speaks
+	Role           Role    // of the sender
+	Purpose        Purpose // of all streams of the session
+	Stream         uint8   // which stream of the sender's session this is, from 0
+	Streams        uint8   // how many there are
+	Session        uint64  // chosen at random by the sender, the same on all its streams
+	Capabilities   uint32  // what the sender can do beyond the version, the same on all its streams; unknown bits are ignored
 }
 
 // CapBound is the capability of a side that can bind its proofs to the channel of each of its streams: see [Meeting].

@@ -26,7 +26,7 @@ func PublicID(id string) string {
 
 // Meeting is what the two sides of a session know of it, and a proof is good for: no other.
 type Meeting struct {
-	Source, Destination End
+	Source, Destination End // what each side has said
 
 	// Channels has, for each stream in the source's order, what only the two ends of its channel can know, so that nobody can be between
 	// them and pass proofs on. It is empty unless both sides have said CapBound.

@@ -12,8 +12,8 @@ import (
 
 // TrackerSubject is a tracker and what it tracks.
 type TrackerSubject struct {
-	Tracker block.Tracker
-	Size    int64 // bytes, at least MinSize
+	Tracker block.Tracker // what is tested
+	Size    int64         // bytes, at least MinSize
 
 	// Write changes what is tracked, by the way that the tracker watches. Read reads it back. Both are called concurrently,
 	// though not for the same bytes.

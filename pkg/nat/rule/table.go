@@ -41,39 +41,39 @@ var (
 
 // Chain is a list of rules, asked in their order until one accepts or drops. What none decides is accepted.
 type Chain struct {
-	Name     string
-	Hook     Hook
-	Priority Priority
-	NAT      bool // the rules translate; asked about the first packet of each connection only
-	Rules    []Rule
+	Name     string   // unique in the table
+	Hook     Hook     // where packets meet it
+	Priority Priority // among other chains of the hook: the lower, the earlier
+	NAT      bool     // the rules translate; asked about the first packet of each connection only
+	Rules    []Rule   // in this order
 }
 
 // Set is a named set of interfaces, for [InSet] and [OutSet].
 type Set struct {
-	Name       string
-	Interfaces []string
+	Name       string   // by which rules name it
+	Interfaces []string // names of those in it
 }
 
 // Flow is one direction of a connection of TCP or UDP, to wherever the rule says.
 type Flow struct {
-	Protocol Protocol
-	From     netip.AddrPort
-	ToPort   uint16
+	Protocol Protocol       // TCP or UDP
+	From     netip.AddrPort // who has begun it
+	ToPort   uint16         // at the other end
 }
 
 // FlowSet is a named set of flows of one family, for [InFlows] and [InFlows6].
 type FlowSet struct {
-	Name  string
-	IPv6  bool
+	Name  string // by which rules name it
+	IPv6  bool   // its flows are of IPv6, or else of IPv4
 	Flows []Flow // others of the other family are left out
 }
 
 // Table is all the rules of one purpose, under a name that is nobody else's.
 type Table struct {
-	Name     string
-	Sets     []Set
-	FlowSets []FlowSet
-	Chains   []Chain
+	Name     string    // of the family inet
+	Sets     []Set     // of interfaces
+	FlowSets []FlowSet // of connections
+	Chains   []Chain   // in any order
 }
 
 // open connects to netfilter in a network namespace.

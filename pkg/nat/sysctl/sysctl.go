@@ -15,7 +15,7 @@ import (
 
 // Setting is a key below /proc/sys, as net/ipv4/ip_forward, and the value that it is to have.
 type Setting struct {
-	Key, Value string
+	Key, Value string // path below /proc/sys
 
 	// Aside is for a setting that the kernel changes itself when one before it in the list is changed: it is put back with the others.
 	Aside bool

@@ -589,4 +589,22 @@ func TestStrangers(t *testing.T) {
 	for _, k := range talks {
 		k.GoesOn(t, "after strangers")
 	}
+	// Many who say nothing keep no other place out: the owner, which was started again, comes in among them.
+	for range 3 * 64 {
+		conn, err := testnet.DialContext(t.Context(), s.Host("world"), "tcp", places[0].Address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	owner := s.all["a"]
+	if err := owner.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	owner.open()
+	began := time.Now()
+	for _, k := range talks {
+		k.GoesOn(t, "among strangers")
+	}
+	t.Logf("back among strangers after %s", time.Since(began).Round(time.Millisecond))
 }

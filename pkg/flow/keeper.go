@@ -101,7 +101,7 @@ type Keeper struct {
 	cfg    Config
 	log    *slog.Logger
 	kernel *kernel
-	doors  chan struct{} // a place for each connection whose other end has not proven who it is
+	doors  doors
 	lock   *os.File
 	yield  net.Listener
 	file   string // of the state
@@ -182,7 +182,7 @@ func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	k := &Keeper{cfg: cfg, doors: make(chan struct{}, maxDoors), log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
+	k := &Keeper{cfg: cfg, log: cfg.Logger.With("netns", cfg.Netns), tunnels: make(map[uint32]*tunnel), dialing: make(map[uint32]context.CancelFunc), done: make(chan struct{}), taken: make(chan struct{})}
 	k.ctx, k.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer func() {
 		if err != nil {
@@ -573,9 +573,6 @@ func (k *Keeper) dialOnce(ctx context.Context, place uint32, address string, t *
 	return nil
 }
 
-// maxDoors bounds how many connections may be on their way to prove who they are; each holds 330 KiB meanwhile.
-const maxDoors = 64
-
 // accept takes the connections of other places.
 func (k *Keeper) accept() {
 	for {
@@ -594,18 +591,11 @@ func (k *Keeper) accept() {
 			}
 			continue
 		}
-		select {
-		case k.doors <- struct{}{}:
-		default: // the others of this VM dial again
-			conn.Close()
-			continue
-		}
+		d := k.doors.enter(conn)
 		k.tasks.Go(func() {
-			err := k.meet(conn)
-			<-k.doors
-			if err != nil {
+			if err := k.meet(d); err != nil {
 				conn.Close()
-				if k.ctx.Err() == nil {
+				if k.doors.leave(d) && k.ctx.Err() == nil {
 					k.log.Warn("refused a connection of another place", "from", conn.RemoteAddr(), "reason", err)
 				}
 			}
@@ -613,7 +603,8 @@ func (k *Keeper) accept() {
 	}
 }
 
-func (k *Keeper) meet(conn net.Conn) error {
+func (k *Keeper) meet(d *door) error {
+	conn := d.conn
 	stop := context.AfterFunc(k.ctx, func() { conn.Close() })
 	defer stop()
 	if k.cfg.Handshake != nil {
@@ -639,6 +630,9 @@ func (k *Keeper) meet(conn net.Conn) error {
 	k.mu.Unlock()
 	if t == nil {
 		return errors.New("it is no place of this VM any more")
+	}
+	if !k.doors.leave(d) {
+		return net.ErrClosed
 	}
 	t.join(conn, r)
 	return nil

@@ -103,6 +103,10 @@ func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
 	_, changed := w.known()
 	w.mu.Lock()
 	home, away := w.home, w.away
+	var dial *call
+	if home != nil && away != nil {
+		dial = w.dialling(ctx)
+	}
 	w.mu.Unlock()
 	if home == nil && away == nil {
 		return nil, errors.New("there is no address at which the other side could be found, or find this one")
@@ -122,19 +126,18 @@ func (w *way) take(ctx context.Context) ([]io.ReadWriter, error) {
 	case home == nil:
 		return away(one)
 	}
-	return w.either(one, home, w.dialling(ctx, away))
+	return w.either(one, home, dial)
 }
 
-// dialling is the dial that is under way, or was and nobody has taken its end, or else one that begins. It ends with ctx.
-func (w *way) dialling(ctx context.Context, away find) *call {
-	w.mu.Lock()
-	defer w.mu.Unlock()
+// dialling is the dial that is under way, or was and nobody has taken its end, or else one that begins. It ends with ctx. It is called with mu held.
+func (w *way) dialling(ctx context.Context) *call {
 	if w.call != nil && w.call.ctx.Err() == nil {
 		return w.call
 	}
 	c := &call{done: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(ctx)
 	w.call = c
+	away := w.away
 	go func() { // it ends soon after c.ctx
 		defer close(c.done)
 		c.streams, c.err = away(c.ctx)

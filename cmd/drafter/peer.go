@@ -798,8 +798,15 @@ func welcome(ctx context.Context, cfg peer.Config, reception *peer.Lobby) (peer.
 					cfg.Logger.Info("told the source that an earlier migration was not completed here", "migration", id)
 					return
 				}
-				if asked.Err() == nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+				if asked.Err() != nil || errors.Is(err, runner.ErrNotVoid) {
+					return
+				}
+				if !errors.Is(err, os.ErrDeadlineExceeded) {
 					cfg.Logger.Warn("the source of an earlier migration could not be told that it was not completed here", "migration", id, "error", err)
+					select {
+					case <-time.After(time.Second):
+					case <-asked.Done():
+					}
 				}
 			}
 		})

@@ -84,7 +84,7 @@ type SourceDevice struct {
 // SourceConfig configures [Send]. Devices and Guest are required.
 type SourceConfig struct {
 	// ID names the migration in both journals, and in logs by its public part ([wire.PublicID]): what follows a dot is a secret by which
-	// the two sides know each other again when the link was cut. Empty: a random one.
+	// the two sides know each other again when the link was cut, and what precedes it has at most 31 bytes then. Empty: a random one.
 	ID string
 
 	// Devices are sent in one migration, under one authority. The destination must have each name.
@@ -378,6 +378,9 @@ func checkHeartbeat(d time.Duration) error {
 func (c *SourceConfig) check() error {
 	if c.ID == "" {
 		c.ID = wire.NewID()
+	}
+	if err := wire.CheckID(c.ID); err != nil {
+		return fmt.Errorf("SourceConfig.ID: %w", err)
 	}
 	if c.Guest == nil {
 		return fmt.Errorf("no guest: set SourceConfig.Guest")

@@ -291,11 +291,16 @@ func (d *destination) discard(cancelable context.Context, failure error) error {
 	if d.link != nil && (neverRan || shared) {
 		d.link.goodbye(failure, neverRan)
 	}
+	if neverRan {
+		d.standing = wire.NeverRan
+	}
 	d.finish()
 	d.state.set(DestinationDiscarded)
 	if neverRan {
-		d.standing = wire.NeverRan
 		d.tell(cancelable)
+		if d.link != nil {
+			d.link.goodbye(nil, false)
+		}
 		d.finish()
 		if f, ok := d.cfg.Target.(Forgetter); ok && d.told && d.prepared {
 			if err := f.Forget(ctx); err != nil {

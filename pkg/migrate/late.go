@@ -399,6 +399,8 @@ func (d *destination) reconnect(ctx context.Context, lost error) error {
 // prove begins a session with somebody who may be the source, and returns when it has proven that it is. It changes nothing of d, and may be
 // called concurrently.
 func (d *destination) prove(ctx context.Context, streams []io.ReadWriter) (_ *content, err error) {
+	ctx, cancel := limitProof(ctx, d.cfg.HandshakeTimeout)
+	defer cancel()
 	l, err := d.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
 		return nil, err
@@ -417,15 +419,16 @@ func (d *destination) prove(ctx context.Context, streams []io.ReadWriter) (_ *co
 	goOn := l.begin(ctx)
 	defer func() {
 		if err != nil {
+			goOn()
 			l.part(err)
 		}
 	}()
-	defer l.limit(min(d.cfg.HandshakeTimeout, proofTimeout), "saying what migration this is")()
 	m, err := l.expect(wire.TypeSeek)
 	if err == nil {
 		err = l.sought(m, d.manifest.ID)
 	}
 	if err == nil && !goOn() {
+		<-l.ctx.Done() // which follows
 		err = context.Cause(l.ctx)
 	}
 	if err != nil {

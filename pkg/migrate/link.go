@@ -69,8 +69,8 @@ type link struct {
 	heardBye, heardAbort atomic.Bool // the other side has said this last word on stream 0
 
 	closing chan struct{} // closed by close: writers send last and end
-	last    []byte        // the frame that ends each stream; set before closing is closed
-	abort   bool          // last is an Abort: nothing queued is worth sending
+	last    []byte        // the frame that ends each stream, nil if they end without one; set before closing is closed
+	abort   bool          // last is an Abort, or nil: nothing queued is worth sending
 
 	wg sync.WaitGroup // readers, writers, watchdog
 
@@ -613,6 +613,9 @@ func (s *stream) writeLast() error {
 		}
 		break
 	}
+	if s.link.last == nil {
+		return nil
+	}
 	n, err := s.rw.Write(s.link.last)
 	s.link.written.Add(int64(n))
 	return err
@@ -690,7 +693,8 @@ func (l *link) close() {
 func (l *link) drop(err error) {
 	if l.ctx != nil {
 		l.fail(err)
-		l.goodbye(nil, false)
+		l.abort = true // with nothing to say: a last word would say that all is well
+		close(l.closing)
 	}
 	for _, s := range l.streams {
 		interrupt(s.rw)

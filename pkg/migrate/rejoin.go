@@ -27,6 +27,12 @@ const (
 	proofTimeout = 3 * time.Second
 )
 
+// limitProof bounds a proof, and all that precedes it in a session.
+func limitProof(ctx context.Context, handshake time.Duration) (context.Context, context.CancelFunc) {
+	limit := min(handshake, proofTimeout)
+	return context.WithTimeoutCause(ctx, limit, fmt.Errorf("it has not proven within %v what it is: %w", limit, os.ErrDeadlineExceeded))
+}
+
 // errRestarted is why a process that was restarted looks for the other side.
 var errRestarted = errors.New("this process was restarted")
 
@@ -175,7 +181,14 @@ func (f *search[P]) look(ctx context.Context) {
 			continue
 		}
 		if err == nil {
-			if err = f.try(ctx, streams); err == nil {
+			tried := make(chan error, 1)
+			f.tasks.Go(func() { tried <- f.try(ctx, streams) })
+			select {
+			case err = <-tried:
+			case <-ctx.Done(): // letting go of what was dialled may take a while
+				return
+			}
+			if err == nil {
 				return
 			}
 		}
@@ -197,9 +210,14 @@ func (f *search[P]) try(ctx context.Context, streams []io.ReadWriter) error {
 			return fmt.Errorf("%w: %w", errNotAdmitted, err)
 		}
 	}
+	stop := context.AfterFunc(ctx, func() { interruptAll(streams) }) // also while a refusal is said
 	p, err := f.prove(ctx, streams)
-	if err != nil {
+	switch stopped := stop(); {
+	case err != nil:
 		return err
+	case !stopped:
+		p.part(context.Cause(ctx))
+		return context.Cause(ctx)
 	}
 	select {
 	case f.found <- p:
@@ -292,6 +310,8 @@ type rejoined struct {
 // prove begins a session with somebody who may be the destination, and returns when it has proven that it is. It changes nothing of s, and
 // may be called concurrently.
 func (s *source) prove(ctx context.Context, streams []io.ReadWriter) (_ *rejoined, err error) {
+	ctx, cancel := limitProof(ctx, s.cfg.HandshakeTimeout)
+	defer cancel()
 	l, err := s.open(ctx, wire.PurposeRejoin, streams)
 	if err != nil {
 		return nil, err
@@ -300,10 +320,10 @@ func (s *source) prove(ctx context.Context, streams []io.ReadWriter) (_ *rejoine
 	goOn := l.begin(ctx)
 	defer func() {
 		if err != nil {
+			goOn()
 			l.part(err)
 		}
 	}()
-	defer l.limit(min(s.cfg.HandshakeTimeout, proofTimeout), "proving what it is")()
 	public := wire.PublicID(s.cfg.ID)
 	if err := l.send(wire.Header{Type: wire.TypeSeek}, wire.EncodeSeek(s.cfg.ID, l.meeting)); err != nil {
 		return nil, err
@@ -325,6 +345,7 @@ func (s *source) prove(ctx context.Context, streams []io.ReadWriter) (_ *rejoine
 	case !r.Proves(s.cfg.ID, l.meeting):
 		return nil, tell(wire.CodeRefused, fmt.Errorf("%w: it calls itself the destination of migration %q, and says of the guest: %s", ErrUnproven, public, r.Standing), "this is not the destination of that migration")
 	case !goOn():
+		<-l.ctx.Done() // which follows
 		return nil, context.Cause(l.ctx)
 	}
 	return &rejoined{l, r}, nil

@@ -605,3 +605,39 @@ func TestUntold(t *testing.T) {
 		}
 	})
 }
+
+// A source that takes the guest back before it has committed says so: the destination looks for it no more.
+func TestAbortTells(t *testing.T) {
+	noLeak(t)
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(smallShape)
+		r.src.failCommit = errors.New("no space left")
+		searches := 0
+		r.dest.Reconnect = func(ctx context.Context) ([]io.ReadWriter, error) {
+			searches++
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		}
+		began := time.Now()
+		a, b := pipes(1)
+		o := r.move(t.Context(), a, b)
+		r.verifyEnd(t, o, "kept", "discarded")
+		if searches > 0 || time.Since(began) > 10*time.Second {
+			t.Errorf("after %s and %d searches for a source that has said it all", time.Since(began), searches)
+		}
+	})
+}
+
+// An id that a Seek could not have beside its proof is refused before anything is begun.
+func TestLongID(t *testing.T) {
+	r := newRig(smallShape)
+	for id, ok := range map[string]bool{
+		strings.Repeat("p", 31) + ".secret": true, strings.Repeat("p", 32) + ".secret": false, strings.Repeat("p", 64): true, "../p": false, "": true,
+	} {
+		cfg := r.source
+		cfg.ID = id
+		if err := cfg.check(); (err == nil) != ok {
+			t.Errorf("id %q: %v", id, err)
+		}
+	}
+}

@@ -212,6 +212,7 @@ func (s *source) conclude(ctx context.Context, err error) error {
 			// Before the last word: who has heard that need not be asked again.
 			if err := s.cfg.Journal.Done(after, s.cfg.ID); err != nil {
 				s.log.Warn("cannot record the end of the migration", "error", err)
+				s.leaveSession(errUntold) // the destination keeps on record what a process that is started again here will ask for
 			}
 			s.end(SourceMoved)
 			if goal, took := s.cfg.Goal.MaxDowntime, time.Duration(s.downtime.total()); goal > 0 && took > goal {

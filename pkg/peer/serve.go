@@ -192,7 +192,7 @@ func (s *Server) Serve(ctx context.Context, streams []io.ReadWriter) (*migrate.R
 	if err := s.cfg.Authorize.give(ctx, streams); err != nil {
 		return &migrate.Report{}, err
 	}
-	return s.session(ctx, streams, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
+	return s.session(ctx, streams, false, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
 		cfg.OnState = func(state migrate.SourceState) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -223,10 +223,8 @@ func (s *Server) Rejoin(ctx context.Context, streams []io.ReadWriter) (*migrate.
 	if err := s.cfg.Authorize.meet(ctx, streams, Request{Give: true, Migration: s.id, Rejoin: true}); err != nil {
 		return &migrate.Report{}, err
 	}
-	return s.session(ctx, streams, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
-		s.mu.Lock()
-		me.needed = true
-		s.mu.Unlock()
+	defer closeAll(streams)
+	return s.session(ctx, streams, true, func(ctx context.Context, me *session, cfg migrate.SourceConfig) (*migrate.Report, error) {
 		ctx, cancel := context.WithCancelCause(ctx)
 		defer cancel(nil)
 		for _, stream := range streams {
@@ -254,12 +252,12 @@ func (s *Server) Rejoin(ctx context.Context, streams []io.ReadWriter) (*migrate.
 	})
 }
 
-// session has a session with a peer.
-func (s *Server) session(ctx context.Context, streams []io.ReadWriter, have func(context.Context, *session, migrate.SourceConfig) (*migrate.Report, error)) (*migrate.Report, error) {
+// session has a session with a peer, which may need it already.
+func (s *Server) session(ctx context.Context, streams []io.ReadWriter, needed bool, have func(context.Context, *session, migrate.SourceConfig) (*migrate.Report, error)) (*migrate.Report, error) {
 	// Cancelling ends what was begun, but leaves no guest without what it lacks: see stop.
 	ongoing, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	me := &session{cancel: cancel, streams: streams, over: make(chan struct{})}
+	me := &session{cancel: cancel, streams: streams, needed: needed, over: make(chan struct{})}
 	s.mu.Lock()
 	if s.cut || s.closed && len(s.sessions) == 0 {
 		s.mu.Unlock()

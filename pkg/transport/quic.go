@@ -60,23 +60,18 @@ func listenQUIC(ctx context.Context, o Options, hostport string) (net.Listener, 
 	q := &quicListener{queue: newQueue(l.Addr()), listener: l}
 	q.ctx, q.cancel = context.WithCancel(context.Background())
 	q.tasks.Go(func() {
-		places := make(chan struct{}, maxOpening)
+		var way places // to a stream
 		for {
 			conn, err := l.Accept(q.ctx)
 			if err != nil {
 				q.fail(fmt.Errorf("%w: %w", net.ErrClosed, err))
 				return
 			}
-			select {
-			case places <- struct{}{}:
-			default:
-				conn.CloseWithError(0, "busy")
-				continue
-			}
+			ctx, cancel := context.WithTimeout(q.ctx, opening)
+			way.enter(conn, cancel)
 			q.tasks.Go(func() {
-				defer func() { <-places }()
-				ctx, cancel := context.WithTimeout(q.ctx, opening)
 				defer cancel()
+				defer way.leave(conn)
 				stream, err := conn.AcceptStream(ctx)
 				if err != nil {
 					o.log().Debug("no QUIC stream", "from", conn.RemoteAddr(), "error", err)

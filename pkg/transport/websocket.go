@@ -119,7 +119,13 @@ func listenHTTP(ctx context.Context, o Options, rest string, config *tls.Config)
 		ConnState: func(conn net.Conn, is http.ConnState) {
 			switch is {
 			case http.StateNew:
-				w.opening.enter(conn)
+				w.opening.enter(conn, func() {
+					if t, ok := conn.(*tls.Conn); ok {
+						t.NetConn().Close() // without a goodbye, for which it may be waited
+					} else {
+						conn.Close()
+					}
+				})
 			case http.StateHijacked, http.StateClosed:
 				w.opening.leave(conn)
 			}
@@ -169,37 +175,41 @@ type webSocketListener struct {
 	waiting atomic.Int64 // those that are here, and not accepted yet
 }
 
-// places are connections that have not got anywhere yet, at most maxOpening. Who has been at it for longest makes room for the next: those
+// places are of connections that have not got anywhere yet, at most maxOpening. Who has been at it for longest makes room for the next: those
 // who only hold places keep nobody out.
 type places struct {
 	mu sync.Mutex // guards what follows
-	in list.List  // of net.Conn, the oldest first
-	at map[net.Conn]*list.Element
+	in list.List  // of *opener, the oldest first
+	at map[any]*list.Element
 }
 
-func (p *places) enter(conn net.Conn) {
+type opener struct {
+	of    any
+	evict func() // returns at once
+}
+
+// enter gives a connection a place, from which it may be evicted until it leaves.
+func (p *places) enter(of any, evict func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.at == nil {
-		p.at = make(map[net.Conn]*list.Element)
+		p.at = make(map[any]*list.Element)
 	}
 	if p.in.Len() == maxOpening {
-		oldest := p.in.Remove(p.in.Front()).(net.Conn)
-		delete(p.at, oldest)
-		if t, ok := oldest.(*tls.Conn); ok {
-			oldest = t.NetConn() // without a goodbye, for which it may be waited
-		}
-		oldest.Close()
+		oldest := p.in.Remove(p.in.Front()).(*opener)
+		delete(p.at, oldest.of)
+		oldest.evict()
 	}
-	p.at[conn] = p.in.PushBack(conn)
+	p.at[of] = p.in.PushBack(&opener{of, evict})
 }
 
-func (p *places) leave(conn net.Conn) {
+// leave may be called by one that was evicted, too.
+func (p *places) leave(of any) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if e, ok := p.at[conn]; ok {
+	if e, ok := p.at[of]; ok {
 		p.in.Remove(e)
-		delete(p.at, conn)
+		delete(p.at, of)
 	}
 }
 

@@ -34,6 +34,17 @@ func CheckName(s string) error {
 	return nil
 }
 
+// CheckID reports why s cannot be the id of a migration: it is no name, or its public part is too long for a Seek to have it beside a proof.
+func CheckID(s string) error {
+	if err := CheckName(s); err != nil {
+		return err
+	}
+	if public := PublicID(s); public != s && len(public)+len(secretMark)+2*proofSize > MaxName {
+		return fmt.Errorf("id %q…: its public part, before the first %q, has %d bytes, and may have %d where a secret follows", public, secretMark, len(public), MaxName-len(secretMark)-2*proofSize)
+	}
+	return nil
+}
+
 // Device describes a device in a Manifest.
 type Device struct {
 	Name string `json:"name"` // unique in the manifest: see CheckName
@@ -65,7 +76,7 @@ type Manifest struct {
 const MaxNetwork = 24 << 10
 
 func (m *Manifest) check() error {
-	if err := CheckName(m.ID); err != nil {
+	if err := CheckID(m.ID); err != nil {
 		return fmt.Errorf("migration id: %w", err)
 	}
 	if m.Window < MinWindow || m.Window > MaxWindow {

@@ -356,6 +356,35 @@ func TestRelay(t *testing.T) {
 	s.done(t, "b")
 }
 
+// TestLateRelay: what comes from the guest through a tunnel, and belongs to no connection that is known, is a late part of what was relayed: it must not become
+// a connection of this place.
+func TestLateRelay(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	talks := s.talks(t, 1)
+	s.move("b")
+	for _, k := range talks {
+		k.GoesOn(t, "after the move")
+	}
+	owner := s.all["a"]
+	before, err := owner.k.Alive()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ns, to := s.all["b"].ns.Name, s.Addr4("world").String()+"/32"
+	testnet.Run(t, ns, "ip", "route", "add", to, "dev", "dft1")
+	if seen := testnet.SeenWithin(s.guest.Namespace(), "udp", s.Addr4("world"), 7, testnet.Unseen); seen != "" {
+		t.Errorf("what came late went out of the owner as a connection of its own: the world has seen %s", seen)
+	}
+	if now, err := owner.k.Alive(); err != nil || now != before {
+		t.Errorf("the owner has %d connections, and had %d (%v)", now, before, err)
+	}
+	testnet.Run(t, ns, "ip", "route", "delete", to)
+	for _, k := range talks {
+		k.GoesOn(t, "after what came late")
+	}
+}
+
 // TestOwnerDies: a dead owner costs its own connections only; one that is started again goes on.
 func TestOwnerDies(t *testing.T) {
 	s := newSites(t, "a", "b")

@@ -289,6 +289,9 @@ func (k *kernel) rules(places []uint32, own []rule.Flow) error {
 				rule.Of(rule.In(device(p)), rule.To(guest), rule.State(rule.New), rule.Unmarked(), rule.Mark(p)),
 				// What is relayed on its way back.
 				rule.Of(rule.In(device(p)), rule.From(guest), rule.Marked(), rule.CopyMark()),
+				// What was on its way back to be relayed when this place had ceased to relay: it would pass for a connection that begins
+				// here, be translated, and count as one.
+				rule.Of(rule.In(device(p)), rule.From(guest), rule.Unmarked(), rule.Unknown(), rule.Drop()),
 			)
 			forward.Rules = append(forward.Rules,
 				rule.Of(rule.In(device(p)), rule.To(guest), rule.Accept()),

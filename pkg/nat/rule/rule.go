@@ -159,8 +159,15 @@ const (
 // State matches packets of connections in one of these states.
 func State(bits uint32) Part { return bitsOf(expr.CtKeySTATE, bits, expr.CmpOpNeq) }
 
-// statusDNAT is IPS_DST_NAT of the kernel's nf_conntrack_common.h.
-const statusDNAT = 1 << 5
+// Of IPS_… of the kernel's nf_conntrack_common.h.
+const (
+	statusConfirmed = 1 << 3
+	statusDNAT      = 1 << 5
+)
+
+// Unknown matches packets that begin a connection, as far as conntrack knows: it has none for them yet. Packets of one that was not answered
+// yet are [New], too, but not unknown.
+func Unknown() Part { return bitsOf(expr.CtKeySTATUS, statusConfirmed, expr.CmpOpEq) }
 
 // Redirected matches packets of connections whose destination was translated; NotRedirected those of others.
 func Redirected() Part { return bitsOf(expr.CtKeySTATUS, statusDNAT, expr.CmpOpNeq) }

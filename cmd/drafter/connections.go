@@ -180,9 +180,12 @@ func sourceFor(host string) string {
 
 // keepOn keeps the connections of a guest that has left, until they have ended, another process keeps them, or ctx ends.
 func keepOn(ctx context.Context, k *flow.Keeper, out io.Writer) error {
-	n, err := k.Alive()
+	n, relayed, err := k.Alive()
 	if err != nil {
 		return err
+	}
+	if n == 0 && relayed > 0 {
+		fmt.Fprintf(out, "Relaying %d connections of other hosts until they do without; Ctrl-C gives them up\n", relayed)
 	}
 	if n > 0 {
 		fmt.Fprintf(out, "Keeping %d connections that began here until they end; Ctrl-C gives them up\n", n)

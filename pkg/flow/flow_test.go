@@ -275,8 +275,8 @@ func (s *sites) done(t *testing.T, host string) {
 	select {
 	case <-k.Done():
 	case <-time.After(20 * time.Second):
-		n, err := k.Alive()
-		t.Fatalf("%s keeps %d connections (%v) after 20 s", host, n, err)
+		own, relayed, err := k.Alive()
+		t.Fatalf("%s keeps %d connections, and relays %d, after 20 s (%v)", host, own, relayed, err)
 	}
 	if got := k.State(); got != flow.Vacant {
 		t.Errorf("%s is %s", host, got)
@@ -367,7 +367,7 @@ func TestLateRelay(t *testing.T) {
 		k.GoesOn(t, "after the move")
 	}
 	owner := s.all["a"]
-	before, err := owner.k.Alive()
+	before, _, err := owner.k.Alive()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -376,7 +376,7 @@ func TestLateRelay(t *testing.T) {
 	if seen := testnet.SeenWithin(s.guest.Namespace(), "udp", s.Addr4("world"), 7, testnet.Unseen); seen != "" {
 		t.Errorf("what came late went out of the owner as a connection of its own: the world has seen %s", seen)
 	}
-	if now, err := owner.k.Alive(); err != nil || now != before {
+	if now, _, err := owner.k.Alive(); err != nil || now != before {
 		t.Errorf("the owner has %d connections, and had %d (%v)", now, before, err)
 	}
 	testnet.Run(t, ns, "ip", "route", "delete", to)

@@ -229,12 +229,12 @@ func (k *Keeper) watch() {
 		k.mu.Lock()
 		late := k.cfg.Limit > 0 && time.Since(k.saved.Since) > k.cfg.Limit
 		k.mu.Unlock()
-		alive, err := k.Alive()
+		own, relayed, err := k.Alive()
 		if err != nil {
 			k.log.Warn("cannot look for connections", "error", err)
 			continue
 		}
-		if alive > 0 && !late {
+		if own+relayed > 0 && !late {
 			idle = 0
 			continue
 		}
@@ -246,22 +246,26 @@ func (k *Keeper) watch() {
 	}
 }
 
-// Alive is how many connections are kept here for a guest that is elsewhere: those that began here, and those that are relayed.
-func (k *Keeper) Alive() (int, error) {
+// Alive is how many connections are kept here for a guest that is elsewhere: those that began here, and those of other places that are relayed,
+// as they are for a moment after each move.
+func (k *Keeper) Alive() (own, relayed int, err error) {
 	flows, err := k.kernel.flows()
 	if err != nil {
-		return 0, err
+		return 0, 0, err
 	}
 	k.mu.Lock()
 	guest := k.saved.Guest
 	k.mu.Unlock()
-	n := 0
 	for _, f := range flows {
-		if f.Owner != guest && !f.over() {
-			n++
+		switch {
+		case f.over() || f.Owner != 0 && f.Owner == guest:
+		case f.Owner == 0:
+			own++
+		default:
+			relayed++
 		}
 	}
-	return n, nil
+	return own, relayed, nil
 }
 
 // Drop ends what is kept for a guest that is elsewhere, though connections are alive: their ends hear nothing any more.

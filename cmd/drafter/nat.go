@@ -174,19 +174,15 @@ func runNAT(cmd *cobra.Command, opts natOptions) error {
 	if used.IPv6 == nat.Off {
 		families = "IPv4"
 	}
-	made := fmt.Sprintf("1 network namespace, %s", all[0].Name)
+	count, names := "1 network namespace", all[0].Name
 	if len(all) > 1 {
-		made = fmt.Sprintf("%d network namespaces, %s to %s", len(all), all[0].Name, all[len(all)-1].Name)
+		count, names = fmt.Sprintf("%d network namespaces", len(all)), fmt.Sprintf("%s to %s", all[0].Name, all[len(all)-1].Name)
 	}
-	fmt.Fprintf(out, "%s, %s by %s, in %s; Ctrl-C removes all\n", made, families, used.HostInterface, time.Since(began).Round(time.Millisecond))
+	fmt.Fprintf(out, "%s, %s, %s by %s, in %s; Ctrl-C removes all\n", count, names, families, used.HostInterface, time.Since(began).Round(time.Millisecond))
 	<-ctx.Done()
 	if err := n.Close(ctx); err != nil {
 		return err
 	}
-	if len(all) == 1 {
-		fmt.Fprintf(out, "Removed 1 network namespace\n")
-	} else {
-		fmt.Fprintf(out, "Removed %d network namespaces\n", len(all))
-	}
+	fmt.Fprintf(out, "Removed %s\n", count)
 	return nil
 }

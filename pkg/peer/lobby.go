@@ -288,7 +288,7 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 		g = &group{streams: make([]io.ReadWriter, p.Streams), missing: int(p.Streams), from: conn.RemoteAddr(), who: who, purpose: p.Purpose}
 	}
 	contradicts := int(p.Streams) != len(g.streams) || g.streams[p.Stream] != nil || g.purpose != p.Purpose || !g.who.Equal(who)
-	if contradicts || b.ctx.Err() != nil || !b.stay(func() { b.giveUp(p.Session, g) }, v) {
+	if contradicts || b.ctx.Err() != nil || !b.stay(func() { b.giveUp(p.Session, g, slog.LevelDebug) }, v) {
 		b.mu.Unlock()
 		if contradicts {
 			b.log.Warn("refused a stream that contradicts others of its session", "from", conn.RemoteAddr())
@@ -298,7 +298,7 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	}
 	if g.late == nil {
 		b.groups[p.Session] = g
-		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g) })
+		g.late = time.AfterFunc(b.patience, func() { b.giveUp(p.Session, g, slog.LevelWarn) })
 	}
 	g.streams[p.Stream] = stream
 	g.guests = append(g.guests, v)
@@ -315,14 +315,14 @@ func (b *Lobby) meet(conn net.Conn, v *visitor) {
 	}
 }
 
-// giveUp ends a session whose streams did not all come.
-func (b *Lobby) giveUp(session uint64, g *group) {
+// giveUp ends a session whose streams did not all come: in time, or before many others came, of whom it is not said one by one.
+func (b *Lobby) giveUp(session uint64, g *group, level slog.Level) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.groups[session] == g {
 		delete(b.groups, session)
 		b.leave(g.guests...)
-		b.log.Debug("refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
+		b.log.Log(b.ctx, level, "refused a peer that did not bring all its streams", "from", g.from, "missing", g.missing, "of", len(g.streams))
 		g.drop()
 	}
 }

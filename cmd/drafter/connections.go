@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"net/url"
 	"strings"
 	"time"
@@ -23,21 +24,28 @@ import (
 type connectionFlags struct {
 	keep  bool
 	laddr string
+	vxlan string
 	limit time.Duration
 }
 
 func (c *connectionFlags) register(flags *pflag.FlagSet) {
 	flags.BoolVar(&c.keep, "keep-connections", true, "keep the guest's connections when it moves between network namespaces of drafter nat")
 	flags.StringVar(&c.laddr, "connections-laddr", "", "address at which the other hosts of the VM bring its packets: HOST:PORT, or as docs/transports.md has them (empty: on a free port, in the way that the VM itself goes)")
+	flags.StringVar(&c.vxlan, "connections-vxlan", "", "address of this host, IP or IP:PORT (port 4789), by which the kernel carries the packets by VXLAN to hosts that have the like: faster, and while no peer runs, too, but not authenticated nor encrypted")
 	flags.DurationVar(&c.limit, "connections-limit", 0, "how long connections are kept after the guest has left, alive or not (0: while they live)")
 }
 
 // keeper keeps the connections of a peer's guest, if that can be; nil if not.
 func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netns string, l *links) (*flow.Keeper, error) {
-	asked := c.keep && (flags.Changed("keep-connections") || c.laddr != "")
+	asked := c.keep && (flags.Changed("keep-connections") || c.laddr != "" || c.vxlan != "")
+	vxlan, err := parseVXLAN(c.vxlan)
 	switch {
+	case err != nil:
+		return nil, usageErrorf("--connections-vxlan %q: %w", c.vxlan, err)
 	case !c.keep && c.laddr != "":
 		return nil, usageErrorf("--connections-laddr has no effect with --keep-connections=false")
+	case !c.keep && c.vxlan != "":
+		return nil, usageErrorf("--connections-vxlan has no effect with --keep-connections=false")
 	case !c.keep:
 		return nil, nil
 	case netns == "" && asked:
@@ -62,6 +70,9 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 			return nil, nil
 		}
 	}
+	if vxlan.IsValid() {
+		logger(ctx).Warn("packets of the guest are neither authenticated nor encrypted on their way by VXLAN; use a trusted network", "address", vxlan)
+	}
 	o := l.both()
 	o.Logger = logger(ctx)
 	if err := o.Check(address); err != nil {
@@ -78,7 +89,7 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 		return nil, fmt.Errorf("--connections-laddr: %w", err)
 	}
 	k, err := flow.Open(ctx, flow.Config{
-		Netns: netns, Listen: listener, Address: reached(address, listener.Addr()), Limit: c.limit, Logger: logger(ctx),
+		Netns: netns, Listen: listener, Address: reached(address, listener.Addr()), VXLAN: vxlan, Limit: c.limit, Logger: logger(ctx),
 		Handshake: func(ctx context.Context, conn net.Conn) error { _, err := transport.Handshake(ctx, conn); return err },
 		Dial:      dialTold(o, transport.Scheme(address)),
 	})
@@ -87,6 +98,28 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 		return nil, err
 	}
 	return k, nil
+}
+
+// parseVXLAN parses an address for VXLAN; the zero value, if there is none.
+func parseVXLAN(s string) (netip.AddrPort, error) {
+	if s == "" {
+		return netip.AddrPort{}, nil
+	}
+	a, err := netip.ParseAddrPort(s)
+	if err != nil {
+		var ip netip.Addr
+		if ip, err = netip.ParseAddr(strings.Trim(s, "[]")); err != nil {
+			return netip.AddrPort{}, errors.New("give an IP address of this host, as 192.0.2.1 or [2001:db8::1]:4789")
+		}
+		a = netip.AddrPortFrom(ip, flow.VXLANPort)
+	}
+	switch ip := a.Addr(); {
+	case a.Port() == 0:
+		return netip.AddrPort{}, errors.New("the port cannot be 0")
+	case ip.IsUnspecified() || ip.IsMulticast() || ip.Zone() != "":
+		return netip.AddrPort{}, errors.New("give one address of this host, at which others reach it")
+	}
+	return netip.AddrPortFrom(a.Addr().Unmap(), a.Port()), nil
 }
 
 // beside is an address to listen at of the kind that the VM itself comes or goes by, on the same interface; empty where there is none.

@@ -54,7 +54,7 @@ func histogram(gaps []time.Duration) string {
 }
 
 // TestCommandConnections: connections between a VM and others, in both directions, of TCP and UDP and over IPv4 and IPv6, go on while it moves
-// between hosts with NAT, along a chain and home again.
+// between hosts with NAT, along a chain and home again. Between b and c the kernel carries their packets.
 func TestCommandConnections(t *testing.T) {
 	const (
 		inbound  = 100 // TCP; of both families
@@ -176,7 +176,8 @@ func TestCommandConnections(t *testing.T) {
 	goOn(t, "at the begin", talks)
 	t.Logf("before any move: gaps %s", histogram(goOn(t, "before any move", talks)))
 
-	b := peerOn("b", "at-b", "--raddr", a.waitFor(t, "Serving on "))
+	vxlan := func(host string) []string { return []string{"--connections-vxlan", h.Addr4(host).String()} }
+	b := peerOn("b", "at-b", append(vxlan("b"), "--raddr", a.waitFor(t, "Serving on "))...)
 	b.waitFor(t, "Received VM")
 	say("a to b", a)
 	a.waitFor(t, fmt.Sprintf("Keeping %d connections that began here", began))
@@ -192,10 +193,11 @@ func TestCommandConnections(t *testing.T) {
 	kept.waitFor(t, fmt.Sprintf("Keeping %d connections that began here", began))
 	goOn(t, "after a kill", talks)
 
-	c := peerOn("c", "at-c", "--raddr", b.waitFor(t, "Serving on "))
+	c := peerOn("c", "at-c", append(vxlan("c"), "--raddr", b.waitFor(t, "Serving on "))...)
 	c.waitFor(t, "Received VM")
 	say("b to c", b)
 	b.waitFor(t, "Keeping 4 connections that began here")
+	c.waitFor(t, "packets go to another place by VXLAN")
 	forwardAt("c")
 	comeTo("c", "tcp", 2)
 	call("udp", 2)
@@ -219,7 +221,8 @@ func TestCommandConnections(t *testing.T) {
 	home.Process.Signal(os.Interrupt)
 	home.wait(t, 0)
 	for host, ns := range netns {
-		if left := string(testnet.Run(t, ns, "sh", "-c", "ip -o link; ip rule; ip -6 rule; nft list tables")); strings.Contains(left, "dft") || strings.Contains(left, "lookup 1000") || strings.Contains(left, "drafter-flow") {
+		if left := string(testnet.Run(t, ns, "sh", "-c", "ip -o link; ip rule; ip -6 rule; nft list tables")); strings.Contains(left, "dft") || // dftx, too
+			strings.Contains(left, "lookup 1000") || strings.Contains(left, "drafter-flow") {
 			t.Errorf("in the namespace on %s is left:\n%s", host, left)
 		}
 		err := testnet.Do(ns, func() error {

@@ -23,13 +23,15 @@ import (
 
 // site is a host with a NAT, a namespace for a guest, and a keeper for its connections.
 type site struct {
-	t    *testing.T
-	h    *testnet.Hosts
-	host string
-	ns   nat.Namespace
-	k    *flow.Keeper
-	f    *forward.Forwarder
-	deaf []string // hosts that this one does not reach
+	t     *testing.T
+	h     *testnet.Hosts
+	host  string
+	ns    nat.Namespace
+	bare  string // picture of the namespace before anything is kept there
+	k     *flow.Keeper
+	f     *forward.Forwarder
+	deaf  []string // hosts that this one does not reach
+	vxlan bool     // it has VXLAN, as all of its kind
 }
 
 // sites are hosts, a guest that runs at the first of them, and a world around.
@@ -38,14 +40,22 @@ type sites struct {
 	guest *testnet.Guest
 	all   map[string]*site
 	at    *site
+
+	during func(when string) // a move, before the guest is paused; nil: nothing happens then
 }
 
 func newSites(t *testing.T, hosts ...string) *sites {
 	t.Helper()
+	return newSitesWith(t, nil, hosts...)
+}
+
+// newSitesWith has some of the hosts, by their names, have VXLAN.
+func newSitesWith(t *testing.T, vxlan []string, hosts ...string) *sites {
+	t.Helper()
 	s := &sites{Hosts: testnet.NewTestHosts(t, append(hosts, "world")...), all: make(map[string]*site)}
 	prefix := "w" + s.Host("")[1:5]
 	for _, host := range hosts {
-		x := &site{t: t, h: s.Hosts, host: host}
+		x := &site{t: t, h: s.Hosts, host: host, vxlan: slices.Contains(vxlan, host)}
 		err := testnet.Do(s.Host(host), func() error {
 			n, err := nat.Open(context.Background(), nat.Config{Prefix: prefix + host, Count: 1})
 			if err != nil {
@@ -64,6 +74,7 @@ func newSites(t *testing.T, hosts ...string) *sites {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { x.f.Close(context.Background()) })
+		x.bare = testnet.Picture(t, x.ns.Name, "none")
 		x.open()
 		s.all[host] = x
 	}
@@ -93,6 +104,9 @@ func (x *site) open() {
 			return err
 		}
 		cfg.Address = cfg.Listen.Addr().String()
+		if x.vxlan {
+			cfg.VXLAN = netip.AddrPortFrom(x.h.Addr4(x.host), flow.VXLANPort)
+		}
 		x.k, err = flow.Open(context.Background(), cfg)
 		return err
 	})
@@ -130,9 +144,15 @@ func (s *sites) move(to string) time.Duration {
 		}
 	}
 	from, there := s.at, s.all[to]
+	during := s.during
+	if during == nil {
+		during = func(string) {}
+	}
 	answer, err := there.k.Accept(from.k.Offer())
 	must(err)
+	during(to + " expects the guest")
 	must(from.k.Connect(context.Background(), answer))
+	during(from.host + " is about to send it to " + to)
 	c, err := s.guest.Open(there.ns.Name)
 	must(err)
 	must(from.k.Divert())
@@ -280,6 +300,31 @@ func (s *sites) done(t *testing.T, host string) {
 	}
 	if got := k.State(); got != flow.Vacant {
 		t.Errorf("%s is %s", host, got)
+	}
+}
+
+// TestExpected: while a guest is on its way, which takes as long as its memory, nothing stands still: neither its connections through the place
+// that expects it back, nor those which that relays.
+func TestExpected(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.all["a"].deaf, s.all["c"].deaf = []string{"c"}, []string{"a"}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.during = func(when string) {
+		for _, k := range all {
+			k.GoesOn(t, "while "+when)
+		}
+		t.Logf("while %s: %s", when, gaps(all))
+	}
+	for _, to := range []string{"b", "c", "b", "a"} {
+		s.move(to)
+		for _, k := range all {
+			k.GoesOn(t, "at "+to)
+		}
+		if to == "b" {
+			s.forward("b")
+			all = append(all, s.talks(t, 1)...)
+		}
 	}
 }
 

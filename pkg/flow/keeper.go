@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -17,7 +18,6 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/nat"
-	"github.com/drafter-vm/drafter/pkg/nat/rule"
 )
 
 // Config is a keeper of connections. The zero value of a field is its default, where one is given.
@@ -36,6 +36,11 @@ type Config struct {
 	Handshake func(context.Context, net.Conn) error
 	// Dial connects to another place, by the Address that it has told.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
+
+	// VXLAN is an address of this host, in the network namespace of the goroutine that calls Open, and a UDP port, usually [VXLANPort], by
+	// which the kernel carries packets to other places that have the like, once it has been shown to reach them: faster, and while no process
+	// of ours is there, too, but neither authenticated nor encrypted. Zero value: all packets go by the connections of Dial and Listen.
+	VXLAN netip.AddrPort
 
 	// Limit ends the keeping of connections, alive or not, that long after the guest has left. 0: they are kept while they live.
 	Limit time.Duration
@@ -104,7 +109,9 @@ type Keeper struct {
 	doors  doors
 	lock   *os.File
 	yield  net.Listener
-	file   string // of the state
+	file   string    // of the state
+	vxlan  *vxlanOwn // the interface that there is, since Open; nil: none
+	prober *prober   // of vxlan
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -127,19 +134,22 @@ type saved struct {
 	State State `json:"state"`
 	vm
 	Self   uint32           `json:"self"`
-	Guest  uint32           `json:"guest"`            // the place where the guest is, or goes to
-	Source uint32           `json:"source"`           // of Expecting: the place that it comes from
-	Places map[uint32]known `json:"places"`           // that there are tunnels to
-	Since  time.Time        `json:"since"`            // of Away
+	Guest  uint32           `json:"guest"`  // the place where the guest is, or goes to
+	Source uint32           `json:"source"` // of Expecting: the place that it comes from
+	Places map[uint32]known `json:"places"` // that there are tunnels to
+	Since  time.Time        `json:"since"`  // of Away
+	VXLAN  *vxlanOwn        `json:"vxlan,omitempty"`
 	Before *saved           `json:"before,omitempty"` // of a place that expects the guest back: what is again if it does not come
 }
 
 // known is what is known of another place.
 type known struct {
-	Address string `json:"address"`
-	Dial    bool   `json:"dial,omitempty"`  // we dial it
-	Owner   bool   `json:"owner,omitempty"` // it owns connections
-	Relay   uint32 `json:"relay,omitempty"` // reached through this place
+	Address string    `json:"address"`
+	Dial    bool      `json:"dial,omitempty"`    // we dial it
+	Owner   bool      `json:"owner,omitempty"`   // it owns connections
+	Relay   uint32    `json:"relay,omitempty"`   // reached through this place
+	VXLAN   *vxlanEnd `json:"vxlan,omitempty"`   // where it is reached by VXLAN
+	Carried bool      `json:"carried,omitempty"` // packets go to it by VXLAN
 }
 
 // relays reports whether others need this place to reach the guest.
@@ -202,6 +212,10 @@ func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
 	if err := k.load(); err != nil {
 		return nil, err
 	}
+	if k.prober != nil {
+		k.tasks.Go(func() { k.prober.serve(k.ctx, k.self) })
+		k.tasks.Go(k.carry)
+	}
 	if cfg.Listen != nil {
 		k.tasks.Go(k.accept)
 	}
@@ -213,11 +227,9 @@ func Open(ctx context.Context, cfg Config) (_ *Keeper, err error) {
 func (k *Keeper) load() error {
 	b, err := os.ReadFile(k.file)
 	if errors.Is(err, os.ErrNotExist) {
-		k.mu.Lock()
-		defer k.mu.Unlock()
 		k.saved = saved{State: Vacant, Places: make(map[uint32]known)}
 		close(k.done)
-		return nil
+		return k.furnishVXLAN()
 	} else if err != nil {
 		return err
 	}
@@ -225,9 +237,10 @@ func (k *Keeper) load() error {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return fmt.Errorf("decode %q: %w", k.file, err)
 	}
-	k.mu.Lock()
-	k.saved = s.clone()
-	k.mu.Unlock()
+	k.saved = s.clone() // nobody else knows k yet
+	if err := k.furnishVXLAN(); err != nil {
+		return err
+	}
 	if s.State == Expecting { // what was to come did not
 		if err := k.discard(); err != nil || s.Before == nil {
 			return err
@@ -306,10 +319,19 @@ func (k *Keeper) Start() (fresh bool, err error) {
 	case Away:
 		return false, fmt.Errorf("start: %w (%s): wait until they have ended, give them up (drafter connections --netns %s --drop), or use another namespace", ErrOccupied, k.vmID(), k.cfg.Netns)
 	}
-	return true, k.change(func(s *saved) {
-		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known)}
+	if err := k.change(func(s *saved) {
+		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known), VXLAN: k.vxlan}
 		k.done = make(chan struct{})
-	})
+	}); err != nil {
+		return false, err
+	}
+	if k.vxlan == nil {
+		return true, nil
+	}
+	if err := errors.Join(k.kernel.nameVXLAN(1), k.rules()); err != nil {
+		return false, errors.Join(fmt.Errorf("start: %w", err), k.vacate())
+	}
+	return true, nil
 }
 
 func (k *Keeper) vmID() string {
@@ -383,6 +405,7 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 			s.Before = &was
 		} else {
 			s.Places = make(map[uint32]known)
+			s.VXLAN = k.vxlan
 			k.done = make(chan struct{})
 		}
 		s.State, s.vm, s.Self, s.Guest, s.Source = Expecting, o.vm, self, self, o.From.Place
@@ -396,11 +419,14 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 		return nil, err
 	}
 	err = nil
+	if k.vxlan != nil {
+		err = k.kernel.nameVXLAN(self)
+	}
 	if back && !was.relays() { // what is left of when the guest was here, and nobody needs
-		err = k.kernel.unpinAll()
+		err = errors.Join(err, k.kernel.unpinAll())
 	}
 	for _, p := range k.places() {
-		err = errors.Join(err, k.connect(p, true))
+		err = errors.Join(err, k.connect(p, p == o.From.Place))
 	}
 	if mac, e := net.ParseMAC(o.MAC); e == nil && len(mac) == 6 {
 		k.mu.Lock()
@@ -431,23 +457,40 @@ func (k *Keeper) places() []uint32 {
 	return all
 }
 
-// rules writes the rules for the tunnels that there are.
-func (k *Keeper) rules() error {
-	places := k.places()
-	if len(places) == 0 {
-		return k.kernel.noRules()
-	}
-	var own []rule.Flow
-	if s := k.State(); s == Expecting || s == Home {
-		var err error
-		if own, err = k.kernel.own(); err != nil {
-			return err
-		}
-	}
-	return k.kernel.rules(places, own)
+// self is the number of this place; 0: it has none.
+func (k *Keeper) self() uint32 {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.saved.Self
 }
 
-// connect makes the tunnel to a place, as far as it is not there, and the way back to it.
+// way is how packets go to a place at the moment.
+func (k *Keeper) way(place uint32) way {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return way{place, k.saved.Places[place].Carried}
+}
+
+// rules writes the rules for the tunnels that there are.
+func (k *Keeper) rules() error {
+	var places []way
+	k.mu.Lock()
+	vxlan, back := k.vxlan, k.saved.State == Expecting && k.saved.Before != nil
+	if k.saved.State == Vacant {
+		vxlan = nil
+	}
+	for p, info := range k.saved.Places {
+		places = append(places, way{p, info.VXLAN != nil})
+	}
+	k.mu.Unlock()
+	slices.SortFunc(places, func(a, b way) int { return cmp.Compare(a.place, b.place) })
+	if len(places) == 0 && vxlan == nil {
+		return k.kernel.noRules()
+	}
+	return k.kernel.rules(places, back, vxlan)
+}
+
+// connect makes the tunnel to a place, as far as it is not there, and the way back to it. What comes by it for the guest is kept, or not.
 func (k *Keeper) connect(place uint32, hold bool) error {
 	k.mu.Lock()
 	t, info := k.tunnels[place], k.saved.Places[place]
@@ -463,14 +506,14 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 		k.mu.Unlock()
 	}
 	if hold {
-		t.hold()
+		t.hold(k.kernel.guests)
 	}
 	via := place
 	if info.Relay != 0 {
 		via = info.Relay
 	}
 	if via == place { // the interface of one that relays may not be there yet
-		if err := k.kernel.back(place, via); err != nil {
+		if err := k.kernel.back(place, k.way(via)); err != nil {
 			return err
 		}
 	}
@@ -484,11 +527,14 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 func (k *Keeper) leave(place uint32) error {
 	k.hangUp(place)
 	k.mu.Lock()
-	t := k.tunnels[place]
+	t, end := k.tunnels[place], k.saved.Places[place].VXLAN
 	delete(k.tunnels, place)
 	delete(k.saved.Places, place)
 	err := k.save()
 	k.mu.Unlock()
+	if end != nil {
+		err = errors.Join(err, k.kernel.partByVXLAN(place, *end))
+	}
 	if t != nil {
 		t.close()
 		k.tasks.Go(t.wait)
@@ -721,7 +767,8 @@ func (k *Keeper) Divert() error {
 		return err
 	}
 	defer end()
-	if err := k.kernel.redirect(k.guestPlace()); err != nil {
+	// Not by VXLAN: packets wait for the guest at the other end of the tunnel.
+	if err := k.kernel.redirect(way{place: k.guestPlace()}); err != nil {
 		return err
 	}
 	return k.change(func(s *saved) { s.State = Diverted })
@@ -812,7 +859,7 @@ func (k *Keeper) Left() error {
 	if err := k.change(func(s *saved) {
 		s.State, s.Since = Away, time.Now()
 		info := s.Places[target]
-		info.Owner = false
+		info.Owner, info.Carried = false, false
 		s.Places[target] = info
 	}); err != nil {
 		return err
@@ -849,13 +896,10 @@ func (k *Keeper) Arrive() error {
 	}
 	defer end()
 	k.mu.Lock()
-	back, mac := k.saved.Before != nil, k.mac
+	mac := k.mac
 	k.mu.Unlock()
 	if mac != nil {
 		err = k.kernel.neighbours(mac)
-	}
-	if back { // with the connections that began meanwhile
-		err = errors.Join(err, k.rules())
 	}
 	err = errors.Join(err, k.kernel.restore(), k.change(func(s *saved) { s.State, s.Before = Home, nil }))
 	k.mu.Lock()

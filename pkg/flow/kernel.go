@@ -28,6 +28,29 @@ const (
 // device is the name of the interface to a place.
 func device(place uint32) string { return fmt.Sprintf("dft%d", place) }
 
+// way is how packets go to a place: through the interface of its tunnel, or by VXLAN.
+type way struct {
+	place uint32
+	vxlan bool
+}
+
+// route is one for packets of the family of an address, without their destination.
+func (k *kernel) route(w way, like netip.Addr) (netlink.Route, error) {
+	name := device(w.place)
+	if w.vxlan {
+		name = vxlanDevice
+	}
+	link, err := k.h.LinkByName(name)
+	if err != nil {
+		return netlink.Route{}, fmt.Errorf("find interface %q: %w", name, err)
+	}
+	r := netlink.Route{LinkIndex: link.Attrs().Index, Family: families(like)}
+	if w.vxlan {
+		r.Gw, r.Flags = gateway(w.place, like).AsSlice(), int(netlink.FLAG_ONLINK)
+	}
+	return r, nil
+}
+
 // kernel is a namespace's interfaces, routes, rules and connections. Its methods may be called concurrently; what concerns one place
 // must not be.
 type kernel struct {
@@ -174,15 +197,15 @@ func (k *kernel) removeTun(place uint32) error {
 	return nil
 }
 
-// back routes what the guest answers in connections of an owner by the interface to a place: the owner, or one that relays.
-func (k *kernel) back(owner, via uint32) error {
-	link, err := k.h.LinkByName(device(via))
-	if err != nil {
-		return fmt.Errorf("find interface %q: %w", device(via), err)
-	}
+// back routes what the guest answers in connections of an owner to a place: the owner, or one that relays.
+func (k *kernel) back(owner uint32, via way) error {
 	for _, g := range k.guests {
-		all := &net.IPNet{IP: make(net.IP, g.BitLen()/8), Mask: net.CIDRMask(0, g.BitLen())}
-		if err := k.h.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: all, Table: routeTable + int(owner), Family: families(g)}); err != nil {
+		r, err := k.route(via, g)
+		if err != nil {
+			return err
+		}
+		r.Dst, r.Table = &net.IPNet{IP: make(net.IP, g.BitLen()/8), Mask: net.CIDRMask(0, g.BitLen())}, routeTable+int(owner)
+		if err := k.h.RouteReplace(&r); err != nil {
 			return fmt.Errorf("route back to place %d: %w", owner, err)
 		}
 		if err := k.h.RuleAdd(ruleOf(owner, g)); err != nil && !errors.Is(err, unix.EEXIST) {
@@ -219,14 +242,15 @@ func (k *kernel) noBack(owner uint32) error {
 }
 
 // redirect sends what is for the guest to a place.
-func (k *kernel) redirect(place uint32) error {
-	link, err := k.h.LinkByName(device(place))
-	if err != nil {
-		return fmt.Errorf("find interface %q: %w", device(place), err)
-	}
+func (k *kernel) redirect(to way) error {
 	for _, g := range k.guests {
-		if err := k.h.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: host(g)}); err != nil {
-			return fmt.Errorf("redirect %s to place %d: %w", g, place, err)
+		r, err := k.route(to, g)
+		if err != nil {
+			return err
+		}
+		r.Dst = host(g)
+		if err := k.h.RouteReplace(&r); err != nil {
+			return fmt.Errorf("redirect %s to place %d: %w", g, to.place, err)
 		}
 	}
 	return nil
@@ -252,64 +276,68 @@ func (k *kernel) restore() error {
 	return errors.Join(errs...)
 }
 
-// own are this place's connections, as packets for the guest have them.
-func (k *kernel) own() ([]rule.Flow, error) {
-	all, err := k.flows()
-	if err != nil {
-		return nil, err
+// from matches what comes in from a place, by each way that there is.
+func from(w way) []rule.Part {
+	in := []rule.Part{rule.In(device(w.place))}
+	if w.vxlan {
+		in = append(in, append(rule.In(vxlanDevice), rule.FromMAC(vxlanMAC(w.place))...))
 	}
-	var own []rule.Flow
-	for _, f := range all {
-		if f.Owner != 0 {
-			continue
-		}
-		from, port := f.From, f.To.Port()
-		if slices.Contains(k.guests, from.Addr()) { // it has begun it
-			from, port = f.To, f.From.Port()
-		}
-		own = append(own, rule.Flow{Protocol: rule.Protocol(f.Protocol), From: from, ToPort: port})
-	}
-	return own, nil
+	return in
 }
 
-// rules writes what marks connections and packets. Places are those that there are tunnels to. Own are connections of this place of which
-// packets may come through a tunnel, as the guest returns here: they have been translated on their way out, and are known to conntrack
-// under the addresses that they had before, so it must not take them for others.
-func (k *kernel) rules(places []uint32, own []rule.Flow) error {
+// ownFlows is the set of this place's connections of which packets may come back through a tunnel, as the guest returns here: they have been
+// translated on their way out, and are known to conntrack under the addresses that they had before, so it must not take them for others.
+func ownFlows(guest netip.Addr) rule.FlowSet {
+	if guest.Is4() {
+		return rule.FlowSet{Name: "own4"}
+	}
+	return rule.FlowSet{Name: "own6", IPv6: true}
+}
+
+// rules writes what marks connections and packets. Places are those that there are tunnels to, and by VXLAN, too, or not. Where the guest is
+// expected back, what is sent to it from here meanwhile is remembered. With an end of VXLAN, connections use packets that have room in those of
+// the host's network, from their first on.
+func (k *kernel) rules(places []way, back bool, vxlan *vxlanOwn) error {
 	raw := rule.Chain{Name: "raw", Hook: rule.PreRouting, Priority: rule.Raw}
 	pre := rule.Chain{Name: "prerouting", Hook: rule.PreRouting, Priority: rule.Mangle}
 	forward := rule.Chain{Name: "forward", Hook: rule.Forward, Priority: rule.Filter}
 	// What the guest says in a connection of another place goes there.
 	pre.Rules = append(pre.Rules, rule.Of(rule.In(k.tap), rule.Marked(), rule.CopyMark()))
-	for _, p := range places {
-		for _, g := range k.guests {
-			guest := rule.Host(g)
-			pre.Rules = append(pre.Rules,
-				// Who begins a connection through another place belongs to that. One that was pinned counts as new, too, until it was answered.
-				rule.Of(rule.In(device(p)), rule.To(guest), rule.State(rule.New), rule.Unmarked(), rule.Mark(p)),
-				// What is relayed on its way back.
-				rule.Of(rule.In(device(p)), rule.From(guest), rule.Marked(), rule.CopyMark()),
-				// What was on its way back to be relayed when this place had ceased to relay: it would pass for a connection that begins
-				// here, be translated, and count as one.
-				rule.Of(rule.In(device(p)), rule.From(guest), rule.Unmarked(), rule.Unknown(), rule.Drop()),
-			)
-			forward.Rules = append(forward.Rules,
-				rule.Of(rule.In(device(p)), rule.To(guest), rule.Accept()),
-				rule.Of(rule.In(device(p)), rule.From(guest), rule.Accept()),
-			)
-		}
-		forward.Rules = append(forward.Rules, rule.Of(rule.In(device(p)), rule.Drop())) // nothing else is a tunnel's to bring
-		for _, g := range k.guests {
-			mine := rule.InFlows("own4")
-			if g.Is6() {
-				mine = rule.InFlows6("own6")
-			}
-			raw.Rules = append(raw.Rules, rule.Of(rule.In(device(p)), rule.To(rule.Host(g)), mine, rule.Untracked()))
+	var sets []rule.FlowSet
+	for _, g := range k.guests {
+		set := ownFlows(g)
+		sets = append(sets, set)
+		if back {
+			forward.Rules = append(forward.Rules, rule.Of(rule.In(k.veth), rule.To(rule.Host(g)), rule.Unmarked(), rule.Remember(set)))
 		}
 	}
-	return rule.Table{
-		Name: ruleTable, FlowSets: []rule.FlowSet{{Name: "own4", Flows: own}, {Name: "own6", IPv6: true, Flows: own}}, Chains: []rule.Chain{raw, pre, forward},
-	}.Replace(k.ns)
+	for _, p := range places {
+		for _, in := range from(p) {
+			for _, g := range k.guests {
+				guest := rule.Host(g)
+				raw.Rules = append(raw.Rules, rule.Of(in, rule.To(guest), rule.InFlows(ownFlows(g)), rule.Untracked()))
+				pre.Rules = append(pre.Rules,
+					// Who begins a connection through another place belongs to that. One that was pinned counts as new, too, until it was answered.
+					rule.Of(in, rule.To(guest), rule.State(rule.New), rule.Unmarked(), rule.Mark(p.place)),
+					// What is relayed on its way back.
+					rule.Of(in, rule.From(guest), rule.Marked(), rule.CopyMark()),
+					// What was on its way back to be relayed when this place had ceased to relay: it would pass for a connection that begins
+					// here, be translated, and count as one.
+					rule.Of(in, rule.From(guest), rule.Unmarked(), rule.Unknown(), rule.Drop()),
+				)
+				forward.Rules = append(forward.Rules, rule.Of(in, rule.To(guest), rule.Accept()), rule.Of(in, rule.From(guest), rule.Accept()))
+			}
+		}
+		forward.Rules = append(forward.Rules, rule.Of(rule.In(device(p.place)), rule.Drop())) // nothing else is a tunnel's to bring
+	}
+	chains := []rule.Chain{raw, pre, forward}
+	if vxlan != nil {
+		forward.Rules = append(forward.Rules, rule.Of(rule.In(vxlanDevice), rule.Drop()))
+		chains = []rule.Chain{raw, pre, forward, {Name: "segments", Hook: rule.Forward, Priority: rule.Mangle, Rules: []rule.Rule{
+			rule.Of(rule.IPv4(), rule.ClampSegments(vxlan.Segment4)), rule.Of(rule.IPv6(), rule.ClampSegments(vxlan.Segment6)),
+		}}}
+	}
+	return rule.Table{Name: ruleTable, FlowSets: sets, Chains: chains}.Replace(k.ns)
 }
 
 func (k *kernel) noRules() error { return rule.Remove(k.ns, ruleTable) }

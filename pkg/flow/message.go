@@ -60,10 +60,12 @@ type message struct {
 	Answer bool   `json:"answer,omitempty"`
 	Error  string `json:"error,omitempty"` // of an answer
 
-	Say     verb   `json:"say,omitempty"`
-	Place   uint32 `json:"place,omitempty"`
-	Address string `json:"address,omitempty"`
-	Flows   []flow `json:"flows,omitempty"`
+	Say     verb      `json:"say,omitempty"`
+	Place   uint32    `json:"place,omitempty"`
+	Address string    `json:"address,omitempty"`
+	Flows   []flow    `json:"flows,omitempty"`
+	VXLAN   *vxlanEnd `json:"vxlan,omitempty"`
+	Carry   bool      `json:"carry,omitempty"`
 }
 
 type verb string
@@ -76,6 +78,8 @@ const (
 	sayFlows    verb = "flows"  // to the destination: these connections are the guest's
 	sayGone     verb = "gone"   // to whoever has the guest: I own no connection any more
 	sayEnd      verb = "end"    // to all: the guest is no more
+	sayVXLAN    verb = "vxlan"  // to all: I am reached by VXLAN there; the answer says where you are
+	sayCarry    verb = "carry"  // to all: send me packets by VXLAN, or not any more
 	maxPerFrame      = 300      // flows
 	helloText        = "drafter flow 1"
 )

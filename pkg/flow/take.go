@@ -41,7 +41,7 @@ func Read(name string) (Kept, error) {
 		return Kept{}, err
 	}
 	s := saved{State: Vacant}
-	file := filepath.Join(nat.StateDir, nat.FlowState(cookie)+".json")
+	file := filepath.Join(nat.StateDir(), nat.FlowState(cookie)+".json")
 	if b, err := os.ReadFile(file); err == nil {
 		if err := json.Unmarshal(b, &s); err != nil {
 			return Kept{}, fmt.Errorf("decode %q: %w", file, err)
@@ -51,7 +51,7 @@ func Read(name string) (Kept, error) {
 	}
 	k := Kept{State: s.State, VM: s.ID, Place: s.Self, Guest: s.Guest, Since: s.Since}
 	for p, info := range s.Places {
-		k.Other = append(k.Other, Place{Number: p, Address: info.Address, Relay: info.Relay, Guest: s.Guest == p, HasOwn: info.Owner})
+		k.Other = append(k.Other, Place{Number: p, Address: info.Address, Relay: info.Relay, Guest: s.Guest == p, HasOwn: info.Owner, VXLAN: info.Carried})
 	}
 	sort.Slice(k.Other, func(i, j int) bool { return k.Other[i].Number < k.Other[j].Number })
 	return k, nil
@@ -64,8 +64,8 @@ func (k *Keeper) take(ctx context.Context) error {
 		return err
 	}
 	name := nat.FlowState(cookie)
-	k.file = filepath.Join(nat.StateDir, name+".json")
-	socket := filepath.Join(nat.StateDir, name+".sock")
+	k.file = filepath.Join(nat.StateDir(), name+".json")
+	socket := filepath.Join(nat.StateDir(), name+".sock")
 	ctx, cancel := context.WithTimeoutCause(ctx, takeTime, errors.New("the process that has it does not let go"))
 	defer cancel()
 	for {
@@ -166,7 +166,13 @@ func (k *Keeper) release() error {
 		t.close()
 		t.wait()
 	}
+	if k.prober != nil {
+		k.prober.conn.Close()
+	}
 	k.tasks.Wait()
+	if k.vxlan != nil && k.State() == Vacant {
+		err = errors.Join(err, k.kernel.removeVXLAN())
+	}
 	if k.lock != nil {
 		if e := os.Remove(k.lock.Name()); e != nil && !errors.Is(e, os.ErrNotExist) {
 			err = errors.Join(err, e)

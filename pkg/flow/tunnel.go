@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -40,10 +42,10 @@ type tunnel struct {
 	mu      sync.Mutex // guards what follows
 	session *session   // nil: none
 	joined  chan struct{}
-	held    [][]byte // packets that wait, while holding
-	size    int      // of held, in bytes
-	lost    int      // packets that found no room there
-	holding bool
+	holding []netip.Addr // packets for these addresses wait; none: nothing does
+	held    [][]byte     // packets that wait
+	size    int          // of held, in bytes
+	lost    int          // packets that found no room there
 	closed  bool
 }
 
@@ -205,7 +207,7 @@ func (t *tunnel) read(s *session, r *bufio.Reader) error {
 func (t *tunnel) deliver(packet []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock() // so that none overtakes those that are released
-	if t.holding {
+	if slices.Contains(t.holding, destination(packet)) {
 		if t.size+len(packet) > maxHeld {
 			t.lost++
 			return
@@ -220,11 +222,26 @@ func (t *tunnel) deliver(packet []byte) {
 // write gives a packet to the kernel, which refuses what is none.
 func (t *tunnel) write(packet []byte) { _, _ = t.file.Write(packet) }
 
-// hold keeps packets from now on.
-func (t *tunnel) hold() {
+// destination is where a packet goes; the zero address, if it is none.
+func destination(packet []byte) netip.Addr {
+	const header = 10 // of virtio-net
+	if len(packet) < header+20 {
+		return netip.Addr{}
+	}
+	switch ip := packet[header:]; {
+	case ip[0]>>4 == 4:
+		return netip.AddrFrom4([4]byte(ip[16:]))
+	case ip[0]>>4 == 6 && len(ip) >= 40:
+		return netip.AddrFrom16([16]byte(ip[24:]))
+	}
+	return netip.Addr{}
+}
+
+// hold keeps packets for some addresses from now on.
+func (t *tunnel) hold(addrs []netip.Addr) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.holding = true
+	t.holding = addrs
 }
 
 // release delivers what was kept, or drops it, and keeps nothing any more. It returns how many packets found no room.
@@ -237,7 +254,7 @@ func (t *tunnel) release(deliver bool) (lost int) {
 		}
 	}
 	lost = t.lost
-	t.held, t.size, t.lost, t.holding = nil, 0, 0, false
+	t.held, t.size, t.lost, t.holding = nil, 0, 0, nil
 	return lost
 }
 

@@ -10,6 +10,9 @@ import (
 
 // hear answers what another place says.
 func (k *Keeper) hear(t *tunnel, m message) message {
+	if m.Say == sayVXLAN {
+		return k.answerVXLAN(t, m)
+	}
 	if err := k.heed(t, m); err != nil {
 		k.log.Warn("another place asked for what cannot be", "place", t.place, "say", m.Say, "error", err)
 		return message{Error: err.Error()}
@@ -74,6 +77,16 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		}
 		k.tasks.Go(func() { k.gone(place, state) }) // which closes the tunnel that is answered by
 		return nil
+	case sayVXLAN:
+		if !fromGuest || m.VXLAN == nil || !m.VXLAN.valid() {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.meetByVXLAN(t.place, *m.VXLAN)
+	case sayCarry:
+		if !fromGuest || m.Carry && info.VXLAN == nil {
+			return fmt.Errorf("%w: %s", ErrState, state)
+		}
+		return k.carriedTo(t.place, m.Carry)
 	case sayEnd:
 		if !fromGuest {
 			return fmt.Errorf("%w: %s", ErrState, state)
@@ -88,7 +101,7 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 func (k *Keeper) point(place uint32, address string) error {
 	if err := k.change(func(s *saved) {
 		info := s.Places[place]
-		info.Address, info.Dial = address, true
+		info.Address, info.Dial, info.Carried = address, true, false
 		s.Places[place] = info
 	}); err != nil {
 		return err
@@ -117,7 +130,7 @@ func (k *Keeper) follow(from, to uint32) error {
 	if t == nil || !t.up() {
 		return fmt.Errorf("place %d: %w", to, errDown)
 	}
-	if err := k.kernel.redirect(to); err != nil {
+	if err := k.kernel.redirect(k.way(to)); err != nil {
 		return err
 	}
 	if err := k.change(func(s *saved) { s.Guest = to }); err != nil {
@@ -135,7 +148,8 @@ func (k *Keeper) follow(from, to uint32) error {
 	return nil
 }
 
-// relayedBy routes what belongs to an owner through another place.
+// relayedBy routes what belongs to an owner through another place, unless this one reaches it: to where the guest was before, the source's owners
+// may have been relayed by this place.
 func (k *Keeper) relayedBy(owner, via uint32) error {
 	k.mu.Lock()
 	info, ok := k.saved.Places[owner]
@@ -143,11 +157,14 @@ func (k *Keeper) relayedBy(owner, via uint32) error {
 	if !ok || owner == via {
 		return fmt.Errorf("%w: place %d", errMalformed, owner)
 	}
+	if t := k.tunnel(owner); t != nil && t.up() {
+		return nil
+	}
 	info.Relay = via
 	if err := k.change(func(s *saved) { s.Places[owner] = info }); err != nil {
 		return err
 	}
-	return k.kernel.back(owner, via)
+	return k.kernel.back(owner, k.way(via))
 }
 
 // learn puts connections of other places into conntrack.
@@ -312,6 +329,7 @@ type Place struct {
 	Guest     bool   `json:"guest,omitempty"`     // the guest is there
 	Pinned    int    `json:"pinned,omitempty"`    // connections here that it owns
 	HasOwn    bool   `json:"has_own,omitempty"`   // it owns connections, as far as is known
+	VXLAN     bool   `json:"vxlan,omitempty"`     // the kernel carries packets to it
 }
 
 // Places are the other places that this one has to do with.
@@ -330,7 +348,7 @@ func (k *Keeper) Places() ([]Place, error) {
 		info, t := k.saved.Places[p], k.tunnels[p]
 		guest := k.saved.Guest == p
 		k.mu.Unlock()
-		all = append(all, Place{Number: p, Address: info.Address, Connected: t != nil && t.up(), Relay: info.Relay, Guest: guest, Pinned: pinned[p], HasOwn: info.Owner})
+		all = append(all, Place{Number: p, Address: info.Address, Connected: t != nil && t.up(), Relay: info.Relay, Guest: guest, Pinned: pinned[p], HasOwn: info.Owner, VXLAN: info.Carried})
 	}
 	return all, nil
 }

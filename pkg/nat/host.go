@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -69,8 +70,23 @@ func (c Config) outside(veths []string, ipv6 bool) rule.Table {
 	return rule.Table{Name: c.table(), Sets: []rule.Set{{Name: vethSet, Interfaces: veths}}, Chains: []rule.Chain{raw, input, forward, post}}
 }
 
-// StateDir is where it is kept what outlives a process: locks, and what settings of the host were. It is gone when the host is.
-const StateDir = "/run/drafter/net"
+// stateDir has a folder of state for each start of the host: usually one, as it is on no disk.
+const stateDir = "/run/drafter/net"
+
+// StateDir is where it is kept what outlives a process, but not the host: locks, and what settings of the host were. Cookies begin anew when the
+// host does, so the folder is of this start only, and those of others are removed, where they have not been.
+var StateDir = sync.OnceValue(func() string {
+	const file = "/proc/sys/kernel/random/boot_id" // random(4)
+	b, _ := os.ReadFile(file)
+	boot := strings.TrimSpace(string(b))
+	entries, _ := os.ReadDir(stateDir)
+	for _, e := range entries {
+		if boot != "" && e.Name() != boot {
+			_ = os.RemoveAll(filepath.Join(stateDir, e.Name()))
+		}
+	}
+	return filepath.Join(stateDir, boot)
+})
 
 // FlowState begins the names of the files below [StateDir] in which it is kept what connections a namespace, by its cookie, keeps for a
 // guest that has left it. While there is such a file, the namespace is not given to others.
@@ -78,10 +94,10 @@ func FlowState(cookie uint64) string { return fmt.Sprintf("%d-flow", cookie) }
 
 // Settings are the kernel's settings of the network namespace that within runs on a thread of, and whose cookie is given, on loan.
 func Settings(within func(func() error) error, cookie uint64) (sysctl.Settings, error) {
-	if err := os.MkdirAll(StateDir, 0o700); err != nil {
+	if err := os.MkdirAll(StateDir(), 0o700); err != nil {
 		return sysctl.Settings{}, err
 	}
-	return sysctl.Settings{File: filepath.Join(StateDir, fmt.Sprintf("%d-settings.json", cookie)), Within: within}, nil
+	return sysctl.Settings{File: filepath.Join(StateDir(), fmt.Sprintf("%d-settings.json", cookie)), Within: within}, nil
 }
 
 // Lock takes a lock on a name, which ends with this process. While another process has it, the error wraps [ErrBusy] and names that
@@ -102,10 +118,10 @@ func Lock(name string) (*os.File, error) {
 }
 
 func lock(name string) (*os.File, error) {
-	if err := os.MkdirAll(StateDir, 0o700); err != nil {
+	if err := os.MkdirAll(StateDir(), 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(StateDir, name+".lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
+	f, err := os.OpenFile(filepath.Join(StateDir(), name+".lock"), os.O_CREATE|os.O_RDWR|unix.O_CLOEXEC, 0o600)
 	if err != nil {
 		return nil, err
 	}

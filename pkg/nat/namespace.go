@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -105,6 +107,8 @@ func (n *NAT) furnish(ns Namespace, inside netns.NsHandle) error {
 		{Key: "net/ipv4/ip_forward", Value: "1"},
 		{Key: "net/ipv4/conf/all/rp_filter", Value: "0"}, // what comes through a tunnel comes from where no route leads to
 		{Key: "net/ipv4/conf/default/rp_filter", Value: "0"},
+		{Key: "net/ipv4/conf/all/send_redirects", Value: "0"}, // nobody is told to go round a host that relays
+		{Key: "net/ipv4/conf/default/send_redirects", Value: "0"},
 		{Key: "net/ipv6/conf/all/disable_ipv6", Value: "0"},
 		{Key: "net/ipv6/conf/default/disable_ipv6", Value: "0"},
 		{Key: "net/ipv6/conf/default/addr_gen_mode", Value: "1"}, // no link-local addresses: the tap's would be the guest's
@@ -113,7 +117,7 @@ func (n *NAT) furnish(ns Namespace, inside netns.NsHandle) error {
 		{Key: "net/ipv6/conf/all/forwarding", Value: "1"},
 	}
 	if !n.ipv6 {
-		settings = settings[:3]
+		settings = settings[:5]
 	}
 	if err := sysctl.Set(settings...); err != nil {
 		return err
@@ -375,6 +379,11 @@ func removeNamespace(name string) error {
 	if err == nil {
 		defer handle.Close()
 		err = Within(handle, removeLinks)
+		if cookie, e := Cookie(handle); e == nil { // of a keeper that was killed
+			if e := os.Remove(filepath.Join(StateDir(), FlowState(cookie)+".json")); e != nil && !errors.Is(e, os.ErrNotExist) {
+				err = errors.Join(err, e)
+			}
+		}
 	} else if errors.Is(err, ErrNoNamespace) {
 		err = nil
 	}

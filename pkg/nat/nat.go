@@ -392,7 +392,7 @@ func keepsConnections(name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	_, err = os.Stat(filepath.Join(StateDir, FlowState(cookie)+".json"))
+	_, err = os.Stat(filepath.Join(StateDir(), FlowState(cookie)+".json"))
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
 	}

@@ -360,7 +360,7 @@ func TestClaim(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	kept := filepath.Join(nat.StateDir, nat.FlowState(cookie)+".json") // as package flow has it
+	kept := filepath.Join(nat.StateDir(), nat.FlowState(cookie)+".json") // as package flow has it
 	if err := os.WriteFile(kept, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}

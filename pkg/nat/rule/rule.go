@@ -2,6 +2,7 @@ package rule
 
 import (
 	"encoding/binary"
+	"net"
 	"net/netip"
 
 	"github.com/google/nftables/binaryutil"
@@ -117,6 +118,15 @@ func address(p netip.Prefix, offset4, offset6 uint32, op expr.CmpOp) Part {
 	return append(part, &expr.Cmp{Op: op, Register: register, Data: a.AsSlice()})
 }
 
+// FromMAC matches packets from an Ethernet address. It goes after [In], of an interface of Ethernet.
+func FromMAC(mac net.HardwareAddr) Part {
+	const source = 6 // behind the destination, in a frame's header
+	return Part{
+		&expr.Payload{DestRegister: register, Base: expr.PayloadBaseLLHeader, Offset: source, Len: 6},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: register, Data: mac},
+	}
+}
+
 // Host is the prefix of one address.
 func Host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
@@ -186,21 +196,29 @@ func bitsOf(key expr.CtKey, bits uint32, op expr.CmpOp) Part {
 // Untracked has packets pass conntrack by: they belong to no connection, and are not translated. It is for chains at [Raw].
 func Untracked() Part { return Part{&expr.Notrack{}} }
 
-// InFlows matches packets of a [FlowSet] for IPv4, InFlows6 for IPv6.
-func InFlows(set string) Part { return inFlows(set, IPv4(), source4, 4) }
+// Remember puts a packet's connection into a [FlowSet], and matches. InFlows matches packets in the direction of those that have put theirs there.
+// Both match packets of the set's family only.
+func Remember(s FlowSet) Part {
+	return append(s.key(), &expr.Dynset{SrcRegKey: unix.NFT_REG32_00, SetName: s.Name, Operation: uint32(unix.NFT_DYNSET_OP_UPDATE)})
+}
 
-// InFlows6 is InFlows for IPv6.
-func InFlows6(set string) Part { return inFlows(set, IPv6(), source6, 16) }
+// InFlows: see Remember.
+func InFlows(s FlowSet) Part {
+	return append(s.key(), &expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: s.Name})
+}
 
-// inFlows loads a key as flowKey makes it into consecutive registers of 32 bits.
-func inFlows(set string, family Part, source, size uint32) Part {
+// key loads what the connections of a set are told apart by, but for the destination's address, into consecutive registers of 32 bits.
+func (s FlowSet) key() Part {
+	family, source, size := IPv4(), uint32(source4), uint32(4)
+	if s.IPv6 {
+		family, source, size = IPv6(), source6, 16
+	}
 	port := uint32(unix.NFT_REG32_01) + size/4
 	return append(family,
 		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: unix.NFT_REG32_00},
 		&expr.Payload{DestRegister: unix.NFT_REG32_01, Base: expr.PayloadBaseNetworkHeader, Offset: source, Len: size},
 		&expr.Payload{DestRegister: port, Base: expr.PayloadBaseTransportHeader, Offset: 0, Len: 2},
 		&expr.Payload{DestRegister: port + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
-		&expr.Lookup{SourceRegister: unix.NFT_REG32_00, SetName: set},
 	)
 }
 

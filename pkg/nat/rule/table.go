@@ -1,11 +1,10 @@
 package rule
 
 import (
-	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -54,25 +53,21 @@ type Set struct {
 	Interfaces []string // names of those in it
 }
 
-// Flow is one direction of a connection of TCP or UDP, to wherever the rule says.
-type Flow struct {
-	Protocol Protocol       // TCP or UDP
-	From     netip.AddrPort // who has begun it
-	ToPort   uint16         // at the other end
+// FlowSet is a named set of connections of one family, each in the direction of the packets that put it there ([Remember]). It forgets those
+// of which nothing came for a minute.
+type FlowSet struct {
+	Name string // by which rules name it
+	IPv6 bool   // its connections are of IPv6, or else of IPv4
 }
 
-// FlowSet is a named set of flows of one family, for [InFlows] and [InFlows6].
-type FlowSet struct {
-	Name  string // by which rules name it
-	IPv6  bool   // its flows are of IPv6, or else of IPv4
-	Flows []Flow // others of the other family are left out
-}
+// flowsRemembered bounds how many connections a FlowSet has: all that there can be to one address and port, a few times over.
+const flowsRemembered = 1 << 18
 
 // Table is all the rules of one purpose, under a name that is nobody else's.
 type Table struct {
 	Name     string    // of the family inet
 	Sets     []Set     // of interfaces
-	FlowSets []FlowSet // of connections
+	FlowSets []FlowSet // of connections; empty at first
 	Chains   []Chain   // in any order
 }
 
@@ -132,14 +127,9 @@ func (t Table) replace(ns netns.NsHandle) error {
 			return err
 		}
 		id++
-		set := &nftables.Set{Table: table, ID: id, Name: s.Name, KeyType: key}
+		set := &nftables.Set{Table: table, ID: id, Name: s.Name, KeyType: key, Dynamic: true, HasTimeout: true, Timeout: time.Minute, Size: flowsRemembered}
 		if err := c.AddSet(set, nil); err != nil {
 			return err
-		}
-		for part := range slices.Chunk(s.elements(), elementsAtOnce) {
-			if err := c.SetAddElements(set, part); err != nil {
-				return err
-			}
 		}
 	}
 	for _, ch := range t.Chains {
@@ -155,28 +145,8 @@ func (t Table) replace(ns netns.NsHandle) error {
 	return c.Flush()
 }
 
-// elementsAtOnce is how many elements of a set are added by one message: their list is one attribute of netlink, of 64 KiB at most.
-const elementsAtOnce = 512
-
 func interfaces(table *nftables.Table, name string) *nftables.Set {
 	return &nftables.Set{Table: table, Name: name, KeyType: nftables.TypeIFName, KeyByteOrder: binaryutil.NativeEndian}
-}
-
-// elements are the keys of a set of flows: protocol, address and ports, each filled up to 4 bytes.
-func (s FlowSet) elements() []nftables.SetElement {
-	var out []nftables.SetElement
-	seen := make(map[Flow]bool)
-	for _, f := range s.Flows {
-		if f.From.Addr().Is6() != s.IPv6 || seen[f] {
-			continue
-		}
-		seen[f] = true
-		key := append([]byte{byte(f.Protocol), 0, 0, 0}, f.From.Addr().AsSlice()...)
-		key = append(binary.BigEndian.AppendUint16(key, f.From.Port()), 0, 0)
-		key = append(binary.BigEndian.AppendUint16(key, f.ToPort), 0, 0)
-		out = append(out, nftables.SetElement{Key: key})
-	}
-	return out
 }
 
 func elements(names []string) []nftables.SetElement {

@@ -1,0 +1,169 @@
+package flow_test
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/drafter-vm/drafter/internal/testnet"
+	"github.com/drafter-vm/drafter/pkg/flow"
+)
+
+// byVXLAN waits until packets go between two sites by VXLAN, or by the session.
+func (s *sites) byVXLAN(t *testing.T, want bool, between ...string) {
+	t.Helper()
+	s.waitFor(t, fmt.Sprintf("VXLAN between %s and %s is not %t", between[0], between[1], want), func() bool {
+		for i, host := range between {
+			places, err := s.all[host].k.Places()
+			if err != nil {
+				t.Fatal(err)
+			}
+			found := false
+			for _, p := range places {
+				if strings.HasPrefix(p.Address, s.Addr4(between[1-i]).String()+":") {
+					found = p.VXLAN
+				}
+			}
+			if found != want {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// packets is how many have come in by an interface.
+func packets(t *testing.T, namespace, device string) int {
+	t.Helper()
+	var n int
+	if err := testnet.Do(namespace, func() error {
+		link, err := netlink.LinkByName(device)
+		if err == nil {
+			n = int(link.Attrs().Statistics.RxPackets)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// TestVXLAN: the kernel carries packets between places that have chosen so, also while a process is gone, and while it is shown that it does; the
+// session does otherwise.
+func TestVXLAN(t *testing.T) {
+	s := newSitesWith(t, []string{"a", "b"}, "a", "b", "c")
+	s.forward("a")
+	all := s.talks(t, 2)
+	goOn := func(when string) {
+		t.Helper()
+		for _, k := range all {
+			k.GoesOn(t, when)
+		}
+	}
+	goOn("at the begin")
+	for _, mss := range regexp.MustCompile(`\bmss:([0-9]+)`).FindAllStringSubmatch(string(testnet.Run(t, s.guest.Namespace(), "ss", "-tin")), -1) {
+		if n, err := strconv.Atoi(mss[1]); err != nil || n > 1500-50-40 {
+			t.Errorf("a connection has segments of %s bytes, which do not fit (%v)", mss[1], err)
+		}
+	}
+	gaps(all)
+
+	t.Logf("to b: paused for %v", s.move("b"))
+	goOn("at b")
+	s.byVXLAN(t, true, "a", "b")
+	ns := s.all["b"].ns.Name
+	session, vxlan := packets(t, ns, "dft1"), packets(t, ns, "dftx")
+	for range 5 {
+		goOn("by VXLAN")
+	}
+	if more := packets(t, ns, "dft1") - session; more > 0 {
+		t.Errorf("%d packets have come by the session", more)
+	}
+	if more := packets(t, ns, "dftx") - vxlan; more < 100 {
+		t.Errorf("only %d packets have come by VXLAN", more)
+	}
+
+	a := s.all["a"]
+	if err := a.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for range 5 {
+		goOn("without a process at a")
+	}
+	a.open()
+	goOn("with one again")
+	s.byVXLAN(t, true, "a", "b")
+	t.Logf("so far: %s", gaps(all))
+
+	b := s.Host("b")
+	testnet.Run(t, b, "nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; }; add rule inet wall in udp dport 4789 drop")
+	s.byVXLAN(t, false, "a", "b")
+	goOn("behind a wall")
+	t.Logf("until the session had taken over: %s", gaps(all))
+	testnet.Run(t, b, "nft", "delete table inet wall")
+	s.byVXLAN(t, true, "a", "b")
+	goOn("without the wall")
+	gaps(all)
+
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	for _, to := range []string{"a", "c", "b", "a"} {
+		paused := s.move(to)
+		goOn("at " + to)
+		if to != "c" {
+			s.byVXLAN(t, true, "a", "b")
+			goOn("by VXLAN")
+		}
+		t.Logf("to %s: paused for %v; %s", to, paused, gaps(all))
+	}
+	for _, k := range all {
+		if sent, unanswered := k.Datagrams(); unanswered > sent/4 { // the wall has kept some
+			t.Errorf("%s: %d of %d datagrams are unanswered", k.Name, unanswered, sent)
+		}
+		k.Stop()
+	}
+	s.forward("")
+	s.forgetUDP()
+	s.done(t, "b")
+	s.done(t, "c")
+	s.waitFor(t, "the place of the guest has to do with others", func() bool { p, err := s.at.k.Places(); return err == nil && len(p) == 0 })
+	if err := s.at.k.End(); err != nil {
+		t.Error(err)
+	}
+	s.bare(t)
+}
+
+// bare closes all keepers, of which nothing is left.
+func (s *sites) bare(t *testing.T) {
+	t.Helper()
+	for host, x := range s.all {
+		if err := x.k.Close(); err != nil {
+			t.Errorf("%s: %v", host, err)
+		}
+		testnet.Diff(t, host, x.bare, testnet.Picture(t, x.ns.Name, "none"))
+	}
+}
+
+// TestVXLANErrors: what cannot be is told before anything is changed.
+func TestVXLANErrors(t *testing.T) {
+	s := newSites(t, "a")
+	x := s.all["a"]
+	if err := x.k.End(); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := testnet.Do(s.Host("a"), func() error {
+		_, err := flow.Open(t.Context(), flow.Config{Netns: x.ns.Name, VXLAN: netip.MustParseAddrPort("198.51.100.9:4789")})
+		return err
+	}); err == nil || !strings.Contains(err.Error(), "198.51.100.9:4789: this host has no such address") {
+		t.Errorf("an address of nobody: got error %v", err)
+	}
+	s.bare(t)
+}

@@ -29,12 +29,12 @@ func main() {
 	if !signal.Ignored(syscall.SIGHUP) { // nohup(1) asks to outlive the terminal
 		signals = append(signals, syscall.SIGHUP)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), signals...)
+	// Until the process has ended: a signal that comes at the last moment must not end it otherwise.
+	ctx, _ := signal.NotifyContext(context.Background(), signals...)
 	// Whoever reads our output may leave (a pipe to head): that must not kill us and leave a VM without its peer. Taken as
 	// a signal rather than ignored, so that programs we start have it as usual.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	err := run(ctx, os.Args, os.Stdin, os.Stdout, os.Stderr)
-	stop()
 	os.Exit(exitStatus(err))
 }
 

@@ -27,6 +27,9 @@
 // end, packets go in and out of a TUN interface in the namespace (dft1, dft2, …, by the number of the other place). Both ends prove to
 // have the VM's key, which travels in the migration. The places of a VM are numbered by the order in which it came to them.
 //
+// With [Config.VXLAN] at both, the kernel carries packets between two places while probes show that it does, from when the guest has arrived until
+// it is sent elsewhere.
+//
 // An owner dials the place where the guest is. Where it cannot, the place before relays: see [Keeper.Places].
 //
 // # States
@@ -41,7 +44,8 @@
 //
 // # Invariants
 //
-//   - No packet for the guest is lost by the switch: from Divert to Arrive they wait at the destination (4 MiB for each tunnel).
+//   - No packet for the guest is lost by the switch: from Divert to Arrive they wait at the destination (4 MiB).
+//   - Before Divert nothing waits: connections go on while the guest is on its way, whatever place expects it.
 //   - A namespace keeps connections of one VM. While it does, no other may come to it ([ErrOccupied]).
 //   - A place that is dead costs its own connections only.
 //   - When the last connection of a place has ended, nothing of it is left, in its namespace or elsewhere.

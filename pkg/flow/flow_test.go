@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -49,15 +50,21 @@ func newSites(t *testing.T, hosts ...string) *sites {
 	return newSitesWith(t, nil, hosts...)
 }
 
-// newSitesWith has some of the hosts, by their names, have VXLAN.
+// newSitesWith has some of the hosts, by their names, have VXLAN. A host "a'" is another namespace of the host "a", without forwards.
 func newSitesWith(t *testing.T, vxlan []string, hosts ...string) *sites {
 	t.Helper()
-	s := &sites{Hosts: testnet.NewTestHosts(t, append(hosts, "world")...), all: make(map[string]*site)}
+	one := func(host string) bool { return !strings.HasSuffix(host, "'") }
+	s := &sites{Hosts: testnet.NewTestHosts(t, append(slices.DeleteFunc(slices.Clone(hosts), func(h string) bool { return !one(h) }), "world")...), all: make(map[string]*site)}
 	prefix := "w" + s.Host("")[1:5]
+	nats := make(map[string]*nat.NAT)
 	for _, host := range hosts {
-		x := &site{t: t, h: s.Hosts, host: host, vxlan: slices.Contains(vxlan, host)}
-		err := testnet.Do(s.Host(host), func() error {
-			n, err := nat.Open(context.Background(), nat.Config{Prefix: prefix + host, Count: 1})
+		x := &site{t: t, h: s.Hosts, host: strings.TrimSuffix(host, "'"), vxlan: slices.Contains(vxlan, host)}
+		err := testnet.Do(s.Host(x.host), func() error {
+			if !one(host) {
+				x.ns = nats[x.host].Namespaces()[1]
+				return nil
+			}
+			n, err := nat.Open(context.Background(), nat.Config{Prefix: prefix + host, Count: 2})
 			if err != nil {
 				return err
 			}
@@ -66,14 +73,16 @@ func newSitesWith(t *testing.T, vxlan []string, hosts ...string) *sites {
 					t.Error(err)
 				}
 			})
-			x.ns = n.Namespaces()[0]
+			nats[host], x.ns = n, n.Namespaces()[0]
 			x.f, err = forward.Open(context.Background(), forward.Config{}, nil)
 			return err
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { x.f.Close(context.Background()) })
+		if x.f != nil {
+			t.Cleanup(func() { x.f.Close(context.Background()) })
+		}
 		x.bare = testnet.Picture(t, x.ns.Name, "none")
 		x.open()
 		s.all[host] = x
@@ -121,6 +130,9 @@ func (x *site) open() {
 func (s *sites) forward(host string) {
 	s.at.t.Helper()
 	for name, x := range s.all {
+		if x.f == nil {
+			continue
+		}
 		var list []forward.Forward
 		if name == host {
 			for _, p := range []rule.Protocol{rule.TCP, rule.UDP} {
@@ -193,6 +205,16 @@ func (s *sites) talks(t *testing.T, n int) []*testnet.Talk {
 	return all
 }
 
+// goOn waits until all have heard more.
+func goOn(t *testing.T, when string, talks []*testnet.Talk) {
+	t.Helper()
+	var all sync.WaitGroup
+	for _, k := range talks {
+		all.Go(func() { k.GoesOn(t, when) })
+	}
+	all.Wait()
+}
+
 func gaps(talks []*testnet.Talk) string {
 	var all []time.Duration
 	lost := uint64(0)
@@ -212,22 +234,16 @@ func TestMoves(t *testing.T) {
 	before := s.pictures(t)
 	s.forward("a")
 	all := s.talks(t, 2)
-	for _, k := range all {
-		k.GoesOn(t, "at the begin")
-	}
+	goOn(t, "at the begin", all)
 	gaps(all)
 	for i, to := range []string{"b", "a", "b", "c", "b", "c", "a"} {
 		paused := s.move(to)
-		for _, k := range all {
-			k.GoesOn(t, fmt.Sprintf("after move %d, to %s", i, to))
-		}
+		goOn(t, fmt.Sprintf("after move %d, to %s", i, to), all)
 		t.Logf("move %d, to %s: paused for %v; %s", i, to, paused.Round(time.Millisecond), gaps(all))
 		if i == 2 || i == 3 { // others own connections, too
 			s.forward(to)
 			all = append(all, s.talks(t, 1)...)
-			for _, k := range all {
-				k.GoesOn(t, "with more")
-			}
+			goOn(t, "with more", all)
 		}
 	}
 	for _, k := range all {
@@ -311,16 +327,12 @@ func TestExpected(t *testing.T) {
 	s.forward("a")
 	all := s.talks(t, 1)
 	s.during = func(when string) {
-		for _, k := range all {
-			k.GoesOn(t, "while "+when)
-		}
+		goOn(t, "while "+when, all)
 		t.Logf("while %s: %s", when, gaps(all))
 	}
 	for _, to := range []string{"b", "c", "b", "a"} {
 		s.move(to)
-		for _, k := range all {
-			k.GoesOn(t, "at "+to)
-		}
+		goOn(t, "at "+to, all)
 		if to == "b" {
 			s.forward("b")
 			all = append(all, s.talks(t, 1)...)
@@ -386,9 +398,7 @@ func TestRelay(t *testing.T) {
 	s.forward("b")
 	all = append(all, s.talks(t, 1)...)
 	s.move("c")
-	for _, k := range all {
-		k.GoesOn(t, "relayed")
-	}
+	goOn(t, "relayed", all)
 	places, err := s.at.k.Places()
 	if err != nil || len(places) != 2 || places[0].Relay != 2 || places[1].Relay != 0 {
 		t.Errorf("it is said to be reached by %+v, %v", places, err)
@@ -408,9 +418,7 @@ func TestLateRelay(t *testing.T) {
 	s.forward("a")
 	talks := s.talks(t, 1)
 	s.move("b")
-	for _, k := range talks {
-		k.GoesOn(t, "after the move")
-	}
+	goOn(t, "after the move", talks)
 	owner := s.all["a"]
 	before, _, err := owner.k.Alive()
 	if err != nil {
@@ -425,9 +433,7 @@ func TestLateRelay(t *testing.T) {
 		t.Errorf("the owner has %d connections, and had %d (%v)", now, before, err)
 	}
 	testnet.Run(t, ns, "ip", "route", "delete", to)
-	for _, k := range talks {
-		k.GoesOn(t, "after what came late")
-	}
+	goOn(t, "after what came late", talks)
 }
 
 // TestOwnerDies: a dead owner costs its own connections only; one that is started again goes on.
@@ -438,31 +444,23 @@ func TestOwnerDies(t *testing.T) {
 	s.move("b")
 	s.forward("b")
 	recent := s.talks(t, 1)
-	for _, k := range old {
-		k.GoesOn(t, "before")
-	}
+	goOn(t, "before", old)
 	a := s.all["a"]
 	if err := a.k.Close(); err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range recent {
-		k.GoesOn(t, "with a dead owner of others")
-	}
+	goOn(t, "with a dead owner of others", recent)
 	a.open()
 	if a.k.State() != flow.Away {
 		t.Fatalf("after a restart it is %s", a.k.State())
 	}
-	for _, k := range append(old, recent...) {
-		k.GoesOn(t, "after a restart")
-	}
+	goOn(t, "after a restart", append(old, recent...))
 	// The next process has it from a living one, also to receive the guest.
 	first := a.k
 	go func() { <-first.Taken(); first.Close() }()
 	a.open()
 	s.move("a")
-	for _, k := range append(old, recent...) {
-		k.GoesOn(t, "at home again")
-	}
+	goOn(t, "at home again", append(old, recent...))
 }
 
 // TestOccupied: a namespace keeps connections of one VM.
@@ -482,9 +480,7 @@ func TestOccupied(t *testing.T) {
 	if _, err := a.Accept(other.Offer()); !errors.Is(err, flow.ErrOccupied) {
 		t.Errorf("another guest comes: got error %v, want ErrOccupied", err)
 	}
-	for _, k := range talks {
-		k.GoesOn(t, "after what was refused")
-	}
+	goOn(t, "after what was refused", talks)
 	// The guest ends: nobody keeps anything for it.
 	if err := s.at.k.End(); err != nil {
 		t.Fatal(err)
@@ -538,9 +534,7 @@ func TestDiscardWhileAsked(t *testing.T) {
 	if err := a.Undo(); err != nil {
 		t.Fatal(err)
 	}
-	for _, k := range talks {
-		k.GoesOn(t, "after it")
-	}
+	goOn(t, "after it", talks)
 }
 
 // TestOwnerDiesExpecting: a place that dies while the guest is on its way back to it keeps its connections as before.
@@ -567,13 +561,9 @@ func TestOwnerDiesExpecting(t *testing.T) {
 	if a = s.all["a"].k; a.State() != flow.Away {
 		t.Errorf("it is %s, want away", a.State())
 	}
-	for _, k := range talks {
-		k.GoesOn(t, "after it")
-	}
+	goOn(t, "after it", talks)
 	s.move("a")
-	for _, k := range talks {
-		k.GoesOn(t, "at home")
-	}
+	goOn(t, "at home", talks)
 }
 
 // TestTaken: who asked before anybody could hear it is heard, and not forgotten nor remembered for ever.
@@ -660,9 +650,7 @@ func TestStrangers(t *testing.T) {
 		}
 		conn.Close()
 	}
-	for _, k := range talks {
-		k.GoesOn(t, "after strangers")
-	}
+	goOn(t, "after strangers", talks)
 	// Many who say nothing keep no other place out: the owner, which was started again, comes in among them.
 	for range 3 * 64 {
 		conn, err := testnet.DialContext(t.Context(), s.Host("world"), "tcp", places[0].Address)
@@ -677,8 +665,6 @@ func TestStrangers(t *testing.T) {
 	}
 	owner.open()
 	began := time.Now()
-	for _, k := range talks {
-		k.GoesOn(t, "among strangers")
-	}
+	goOn(t, "among strangers", talks)
 	t.Logf("back among strangers after %s", time.Since(began).Round(time.Millisecond))
 }

@@ -409,10 +409,9 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 			k.done = make(chan struct{})
 		}
 		s.State, s.vm, s.Self, s.Guest, s.Source = Expecting, o.vm, self, self, o.From.Place
-		s.Places[o.From.Place] = known{Address: o.From.Address, Owner: true, Dial: s.Places[o.From.Place].Dial}
-		for _, w := range o.Owners {
-			if w.Place != self {
-				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial}
+		for _, w := range append(o.Owners, o.From) {
+			if w.Place != self { // how packets come meanwhile, of one that is known, stays
+				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial, VXLAN: s.Places[w.Place].VXLAN}
 			}
 		}
 	}); err != nil {

@@ -56,6 +56,7 @@ func (k *kernel) route(w way, like netip.Addr) (netlink.Route, error) {
 type kernel struct {
 	ns     netns.NsHandle
 	h      *netlink.Handle
+	host   *netlink.Handle // of the host's network namespace, for VXLAN; nil until then
 	tap    string
 	veth   string
 	guests []netip.Addr // of the families that there are
@@ -85,6 +86,9 @@ func (k *kernel) hasIPv6() (has bool) {
 
 func (k *kernel) close() {
 	k.h.Close()
+	if k.host != nil {
+		k.host.Close()
+	}
 	k.ns.Close()
 }
 

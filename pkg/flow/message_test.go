@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"net"
 	"net/netip"
@@ -88,5 +89,49 @@ func FuzzFrames(f *testing.F) {
 		}
 		var m message
 		_ = hearJSON(bufio.NewReader(bytes.NewReader(b)), &m)
+	})
+}
+
+// TestProbe holds a probe to bytes, and the names of places in VXLAN.
+func TestProbe(t *testing.T) {
+	b := appendProbe(nil, true, 0x010203, 4, 5)
+	if got, want := hex.EncodeToString(b), hex.EncodeToString([]byte("drafter flow probe 1"))+"01"+"00010203"+"00000004"+"0000000000000005"; got != want {
+		t.Errorf("a probe is %s, want %s", got, want)
+	}
+	if answer, from, to, number, ok := parseProbe(append(b, make([]byte, 1400)...)); !answer || from != 0x010203 || to != 4 || number != 5 || !ok {
+		t.Errorf("it is read as %t, %d, %d, %d, %t", answer, from, to, number, ok)
+	}
+	if _, _, _, _, ok := parseProbe(b[:len(b)-1]); ok {
+		t.Error("one that was cut short is read")
+	}
+	for place, want := range map[uint32][3]string{
+		1:        {"02:64:66:00:00:01", "100.64.0.1", "fe80::6466:0:0:1"},
+		maxPlace: {"02:64:66:10:00:00", "100.80.0.0", "fe80::6466:0:10:0"},
+	} {
+		got := [3]string{vxlanMAC(place).String(), gateway(place, netip.MustParseAddr("172.16.0.2")).String(), gateway(place, netip.MustParseAddr("fd00::2")).String()}
+		if got != want {
+			t.Errorf("place %d is %v, want %v", place, got, want)
+		}
+	}
+	for end, want := range map[string]bool{
+		`{"address":"192.0.2.1:4789","vni":1}`: true, `{"address":"[2001:db8::1]:4789","vni":16777215}`: true,
+		`{"address":"0.0.0.0:4789","vni":1}`: false, `{"address":"224.0.0.1:4789","vni":1}`: false, `{"address":"192.0.2.1:0","vni":1}`: false,
+		`{"address":"192.0.2.1:4789","vni":0}`: false, `{"address":"192.0.2.1:4789","vni":16777216}`: false, `{"address":"[fe80::1%eth0]:4789","vni":1}`: false, `{}`: false,
+	} {
+		var e vxlanEnd
+		if err := json.Unmarshal([]byte(end), &e); err != nil || e.valid() != want {
+			t.Errorf("%s: valid is %t, want %t (%v)", end, e.valid(), want, err)
+		}
+	}
+}
+
+func FuzzProbe(f *testing.F) {
+	f.Add(appendProbe(nil, false, 1, 2, 3))
+	f.Add([]byte(probeText))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		answer, from, to, number, ok := parseProbe(b)
+		if ok && !bytes.Equal(appendProbe(nil, answer, from, to, number), b[:probeSize]) {
+			t.Errorf("%x is read as what is written otherwise", b)
+		}
 	})
 }

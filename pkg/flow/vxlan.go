@@ -1,6 +1,7 @@
 package flow
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -26,7 +27,7 @@ const VXLANPort = 4789
 const vxlanDevice = "dftx"
 
 // vxlanEnd is where packets by VXLAN come to a place. Each place chooses the network identifier that it listens for, and sends with that of
-// the other: so they cannot collide, whatever else a host has, and two places of one host reach each other.
+// the other: so they cannot collide, whatever else a host has.
 type vxlanEnd struct {
 	Address netip.AddrPort `json:"address"`
 	VNI     uint32         `json:"vni"`
@@ -65,7 +66,7 @@ func gateway(place uint32, like netip.Addr) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: 'd', 9: 'f', 13: b[1], 14: b[2], 15: b[3]})
 }
 
-// openVXLAN makes the interface for VXLAN, anew if there is one. Its packets go by the network namespace of the calling thread.
+// openVXLAN makes the interface for VXLAN, anew if there is one. Its packets go by the host's network namespace.
 func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 	fail := func(err error) (vxlanOwn, error) {
 		return vxlanOwn{}, fmt.Errorf("carry packets by VXLAN from %s: %w", address, err)
@@ -73,14 +74,12 @@ func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 	if err := k.removeVXLAN(); err != nil {
 		return fail(err)
 	}
-	host, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	mtu, err := k.mtuOf(address.Addr())
 	if err != nil {
 		return fail(err)
 	}
-	defer host.Close()
-	mtu, err := mtuOf(host, address.Addr())
-	if err != nil {
-		return fail(err)
+	if mtu == 0 {
+		return fail(errors.New("this host has no such address"))
 	}
 	tap, err := k.h.LinkByName(k.tap)
 	if err != nil {
@@ -91,7 +90,7 @@ func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 	own := vxlanOwn{vxlanEnd: vxlanEnd{Address: address}}
 	for range 100 { // until it is one that nothing else on this host has
 		own.VNI = 1 + rand.Uint32N(1<<24-1)
-		err = host.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(own.VNI), SrcAddr: address.Addr().AsSlice(), Port: int(address.Port())})
+		err = k.host.LinkAdd(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: int(own.VNI), SrcAddr: address.Addr().AsSlice(), Port: int(address.Port())})
 		if !errors.Is(err, unix.EEXIST) {
 			break
 		}
@@ -121,22 +120,22 @@ func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 	return own, nil
 }
 
-// mtuOf is how large packets may be on the interface of a host's address, in bytes.
-func mtuOf(host *netlink.Handle, a netip.Addr) (int, error) {
-	all, err := host.AddrList(nil, families(a))
+// mtuOf is how large packets may be on the interface of an address of this host, in bytes; 0: it is none.
+func (k *kernel) mtuOf(a netip.Addr) (int, error) {
+	all, err := k.host.AddrList(nil, families(a))
 	if err != nil {
 		return 0, err
 	}
 	for _, has := range all {
 		if has.IP.Equal(a.AsSlice()) {
-			link, err := host.LinkByIndex(has.LinkIndex)
+			link, err := k.host.LinkByIndex(has.LinkIndex)
 			if err != nil {
 				return 0, err
 			}
 			return min(link.Attrs().MTU, 1<<16-1), nil
 		}
 	}
-	return 0, errors.New("this host has no such address")
+	return 0, nil
 }
 
 func (k *kernel) hasVXLAN() bool {
@@ -162,7 +161,7 @@ func (k *kernel) removeVXLAN() error {
 // nameVXLAN gives the interface the address of a place.
 func (k *kernel) nameVXLAN(self uint32) error {
 	link, err := k.h.LinkByName(vxlanDevice)
-	if err == nil {
+	if err == nil && !bytes.Equal(link.Attrs().HardwareAddr, vxlanMAC(self)) { // or its neighbours would be forgotten for nothing
 		err = k.h.LinkSetHardwareAddr(link, vxlanMAC(self))
 	}
 	if err != nil {
@@ -341,8 +340,11 @@ func (p *prober) reaches(ctx context.Context, self, place uint32) bool {
 	return false
 }
 
-// furnishVXLAN makes the interface for VXLAN, or takes up the one that was in use. It is called by Open.
+// furnishVXLAN makes the interface for VXLAN, or takes up the one that was in use. It is called by Open, in the host's network namespace.
 func (k *Keeper) furnishVXLAN() (err error) {
+	if k.kernel.host, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
 	was := k.saved.VXLAN
 	switch {
 	case was != nil && k.kernel.hasVXLAN():
@@ -513,6 +515,14 @@ func (k *Keeper) askVXLAN(t *tunnel) answered {
 		return none
 	case !k.vxlan.fits(*end):
 		t.log.Warn("packets go to another place by the connection with it: VXLAN needs the same port and family at both", "address", end.Address)
+		return none
+	}
+	// The kernel takes a short cut between two of its interfaces, on which packets keep what conntrack knows of them in one namespace.
+	if mtu, err := k.kernel.mtuOf(answer.VXLAN.Address.Addr()); err != nil {
+		t.log.Warn("cannot use VXLAN to another place", "error", err)
+		return later
+	} else if mtu > 0 {
+		t.log.Info("packets go to another place by the connection with it: it is on this host", "address", answer.VXLAN.Address)
 		return none
 	}
 	if err := k.atHome(t, func() error { return k.meetByVXLAN(t.place, *answer.VXLAN) }); err != nil {

@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -25,7 +26,7 @@ func (s *sites) byVXLAN(t *testing.T, want bool, between ...string) {
 			}
 			found := false
 			for _, p := range places {
-				if strings.HasPrefix(p.Address, s.Addr4(between[1-i]).String()+":") {
+				if strings.HasPrefix(p.Address, s.Addr4(s.all[between[1-i]].host).String()+":") {
 					found = p.VXLAN
 				}
 			}
@@ -59,13 +60,7 @@ func TestVXLAN(t *testing.T) {
 	s := newSitesWith(t, []string{"a", "b"}, "a", "b", "c")
 	s.forward("a")
 	all := s.talks(t, 2)
-	goOn := func(when string) {
-		t.Helper()
-		for _, k := range all {
-			k.GoesOn(t, when)
-		}
-	}
-	goOn("at the begin")
+	goOn(t, "at the begin", all)
 	for _, mss := range regexp.MustCompile(`\bmss:([0-9]+)`).FindAllStringSubmatch(string(testnet.Run(t, s.guest.Namespace(), "ss", "-tin")), -1) {
 		if n, err := strconv.Atoi(mss[1]); err != nil || n > 1500-50-40 {
 			t.Errorf("a connection has segments of %s bytes, which do not fit (%v)", mss[1], err)
@@ -73,13 +68,14 @@ func TestVXLAN(t *testing.T) {
 	}
 	gaps(all)
 
-	t.Logf("to b: paused for %v", s.move("b"))
-	goOn("at b")
+	s.during = func(when string) { goOn(t, "while "+when, all) }
+	t.Logf("to b: paused for %v; %s", s.move("b"), gaps(all))
+	goOn(t, "at b", all)
 	s.byVXLAN(t, true, "a", "b")
 	ns := s.all["b"].ns.Name
 	session, vxlan := packets(t, ns, "dft1"), packets(t, ns, "dftx")
 	for range 5 {
-		goOn("by VXLAN")
+		goOn(t, "by VXLAN", all)
 	}
 	if more := packets(t, ns, "dft1") - session; more > 0 {
 		t.Errorf("%d packets have come by the session", more)
@@ -93,43 +89,46 @@ func TestVXLAN(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 5 {
-		goOn("without a process at a")
+		goOn(t, "without a process at a", all)
 	}
 	a.open()
-	goOn("with one again")
+	goOn(t, "with one again", all)
 	s.byVXLAN(t, true, "a", "b")
 	t.Logf("so far: %s", gaps(all))
 
-	b := s.Host("b")
-	testnet.Run(t, b, "nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; }; add rule inet wall in udp dport 4789 drop")
-	s.byVXLAN(t, false, "a", "b")
-	goOn("behind a wall")
-	t.Logf("until the session had taken over: %s", gaps(all))
-	testnet.Run(t, b, "nft", "delete table inet wall")
-	s.byVXLAN(t, true, "a", "b")
-	goOn("without the wall")
-	gaps(all)
-
 	s.forward("b")
 	all = append(all, s.talks(t, 1)...)
-	for _, to := range []string{"a", "c", "b", "a"} {
+	for _, to := range []string{"a", "b", "c", "b"} {
 		paused := s.move(to)
-		goOn("at " + to)
+		goOn(t, "at "+to, all)
 		if to != "c" {
 			s.byVXLAN(t, true, "a", "b")
-			goOn("by VXLAN")
+			goOn(t, "by VXLAN", all)
 		}
 		t.Logf("to %s: paused for %v; %s", to, paused, gaps(all))
 	}
 	for _, k := range all {
-		if sent, unanswered := k.Datagrams(); unanswered > sent/4 { // the wall has kept some
+		if sent, unanswered := k.Datagrams(); unanswered > 20+sent/100 {
 			t.Errorf("%s: %d of %d datagrams are unanswered", k.Name, unanswered, sent)
 		}
+	}
+
+	b := s.Host("b")
+	testnet.Run(t, b, "nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; }; add rule inet wall in udp dport 4789 drop")
+	s.byVXLAN(t, false, "b", "a")
+	goOn(t, "behind a wall", all)
+	t.Logf("until the session had taken over: %s", gaps(all))
+	testnet.Run(t, b, "nft", "delete table inet wall")
+	s.byVXLAN(t, true, "b", "a")
+	goOn(t, "without the wall", all)
+	gaps(all)
+
+	for _, k := range all {
 		k.Stop()
 	}
 	s.forward("")
 	s.forgetUDP()
-	s.done(t, "b")
+	s.done(t, "a")
 	s.done(t, "c")
 	s.waitFor(t, "the place of the guest has to do with others", func() bool { p, err := s.at.k.Places(); return err == nil && len(p) == 0 })
 	if err := s.at.k.End(); err != nil {
@@ -147,6 +146,20 @@ func (s *sites) bare(t *testing.T) {
 		}
 		testnet.Diff(t, host, x.bare, testnet.Picture(t, x.ns.Name, "none"))
 	}
+}
+
+// TestVXLANOneHost: two namespaces of one host do without, as what the kernel does there loses connections.
+func TestVXLANOneHost(t *testing.T) {
+	s := newSitesWith(t, []string{"a", "a'"}, "a", "a'")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("a'")
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); {
+		s.byVXLAN(t, false, "a", "a'")
+		goOn(t, "at another place of the host", all)
+	}
+	s.move("a")
+	goOn(t, "at home", all)
 }
 
 // TestVXLANErrors: what cannot be is told before anything is changed.

@@ -410,6 +410,11 @@ func (f *Forwarder) hasIPv6() (has bool) {
 // find finds where the guest of a namespace is reached.
 func (f *Forwarder) find(namespace string) (target, error) {
 	var t target
+	if in, _, err := nat.Lookup(namespace); err != nil {
+		return t, err
+	} else if in.Closed {
+		return t, fmt.Errorf("network namespace %q denies what comes in: start its drafter nat without --allow-incoming-traffic=false", namespace)
+	}
 	handle, err := nat.OpenNamespace(namespace)
 	if err != nil {
 		return t, err

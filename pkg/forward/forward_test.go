@@ -289,6 +289,23 @@ func TestErrors(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "CAP_NET_ADMIN") {
 		t.Errorf("without CAP_NET_ADMIN: %v", err)
 	}
+	if err := testnet.Do(s.Host("a"), func() error {
+		n, err := nat.Open(context.Background(), nat.Config{Prefix: ns[:len(ns)-1] + "x", Count: 1, DenyIncoming: true, HostVethCIDR: netip.MustParsePrefix("10.1.8.0/22"), NamespaceVethCIDR: netip.MustParsePrefix("10.1.15.0/24"), IPv6: nat.Off})
+		if err != nil {
+			return err
+		}
+		closed := n.Namespaces()[0].Name
+		f, err := s.open(forward.Config{HostVethCIDR: netip.MustParsePrefix("10.1.8.0/22")}, forward.Forward{Netns: closed, InternalPort: 8, External: "127.0.0.1:3333"})
+		if err == nil {
+			f.Close(context.Background())
+		}
+		if err == nil || !strings.Contains(err.Error(), closed) || !strings.Contains(err.Error(), "--allow-incoming-traffic=false") {
+			t.Errorf("to a namespace that is closed: got error %v", err)
+		}
+		return n.Close(context.Background())
+	}); err != nil {
+		t.Error(err)
+	}
 	testnet.Diff(t, "after refusals", before, testnet.Picture(t, s.Host("a"), ns))
 	if got := other.Forwards(); len(got) != 1 {
 		t.Errorf("the other forwarder has %v", got)

@@ -38,17 +38,21 @@ var (
 // mark is what the alias of lo says in a namespace of this NAT.
 func (c Config) mark() string { return "drafter nat " + c.Prefix + " " }
 
-// fingerprint is the mark with all that a namespace depends on, and what others want to know of it.
+// fingerprint is the mark with all that a namespace depends on, and what others want to know of it, but for whether it is closed.
 func (c Config) fingerprint(n Namespace) string {
 	sum := sha256.Sum256(fmt.Append(nil, n, c.Gateway, c.Gateway6, c.Guest, c.Guest6, c.MAC))
 	return fmt.Sprintf("%s%x %s %s %s", c.mark(), sum[:8], c.Interface, c.Guest, c.Guest6)
 }
+
+// closed ends the alias in a namespace of a NAT with DenyIncoming. That is changed without making it anew.
+const closed = " closed"
 
 // Inside is what a namespace of a NAT says of itself.
 type Inside struct {
 	Prefix        string     // of the NAT
 	Interface     string     // the tap
 	Guest, Guest6 netip.Addr // address of the guest in its namespace
+	Closed        bool       // the NAT has DenyIncoming
 }
 
 // Lookup finds out whether a namespace was made by a NAT, by its name.
@@ -67,11 +71,12 @@ func Lookup(name string) (in Inside, ours bool, err error) {
 	if err != nil {
 		return in, false, fmt.Errorf("inspect network namespace %q: %w", name, err)
 	}
-	words := strings.Fields(lo.Attrs().Alias)
+	alias, denies := strings.CutSuffix(lo.Attrs().Alias, closed)
+	words := strings.Fields(alias)
 	if len(words) != 7 || words[0] != "drafter" || words[1] != "nat" {
 		return in, false, nil
 	}
-	in = Inside{Prefix: words[2], Interface: words[4]}
+	in = Inside{Prefix: words[2], Interface: words[4], Closed: denies}
 	if in.Guest, err = netip.ParseAddr(words[5]); err == nil {
 		in.Guest6, err = netip.ParseAddr(words[6])
 	}
@@ -210,7 +215,11 @@ func (n *NAT) furnish(ns Namespace, inside netns.NsHandle) error {
 		return err
 	}
 	// At last: who bears the mark is whole.
-	if err := h.LinkSetAlias(lo, c.fingerprint(ns)); err != nil {
+	alias := c.fingerprint(ns)
+	if c.DenyIncoming {
+		alias += closed
+	}
+	if err := h.LinkSetAlias(lo, alias); err != nil {
 		return fmt.Errorf("mark network namespace: %w", err)
 	}
 	return nil
@@ -356,7 +365,7 @@ func (n *NAT) inspect(ns Namespace) (found state, used bool, err error) {
 			used = true // a carrier: somebody has it open
 		}
 	}
-	if alias != n.cfg.fingerprint(ns) {
+	if strings.TrimSuffix(alias, closed) != n.cfg.fingerprint(ns) {
 		return outdated, used, nil
 	}
 	return ours, used, nil

@@ -240,7 +240,8 @@ func (c Config) checkHost(h *netlink.Handle) error {
 			}{{"host veth CIDR", c.HostVethCIDR}, {"namespace veth CIDR", c.NamespaceVethCIDR}, {"host veth IPv6 CIDR", c.HostVethCIDR6}, {"namespace veth IPv6 CIDR", c.NamespaceVethCIDR6}} {
 				// A prefix that is routed to this host may be on its interface, too.
 				routed := p.p.Addr().Is6() && !p.p.Addr().IsPrivate() && name == c.HostInterface
-				if p.p.Overlaps(netip.PrefixFrom(ip, length)) && !routed {
+				unused := p.p.Addr().Is6() && c.IPv6 == Off
+				if p.p.Overlaps(netip.PrefixFrom(ip, length)) && !routed && !unused {
 					return fmt.Errorf("%s %s overlaps with what %q has on this host, %s: give another one", p.what, p.p, name, netip.PrefixFrom(ip, length))
 				}
 			}

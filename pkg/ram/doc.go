@@ -32,6 +32,9 @@
 // Tracking registers the mapping for write protection in the asynchronous mode (Linux 6.7): the kernel resolves the
 // first write to a page by itself and remembers it; PAGEMAP_SCAN returns what it remembers and forgets it, atomically.
 //
+// A VMM that allocates its guest's RAM by itself gets ours all the same: [Spawn] maps it before the VMM's first instruction ([Options.Graft]), and
+// when the VMM comes to ask the kernel for RAM, [Memory.Graft] answers with that address.
+//
 // Outside of filling no fault comes to us, and outside of tracking no page is protected: neither costs anything then.
 //
 // # The ladder

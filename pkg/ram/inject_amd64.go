@@ -47,9 +47,11 @@ func (t *tracee) close() error {
 }
 
 // call executes one system call. The error is an errno of the call, or wraps errInject when it could not be executed.
-func (t *tracee) call(nr, a, b, c uint64) (int, error) {
+func (t *tracee) call(nr uint64, args ...uint64) (uint64, error) {
 	regs := t.regs
-	regs.Rax, regs.Rdi, regs.Rsi, regs.Rdx = nr, a, b, c
+	var a [6]uint64
+	copy(a[:], args)
+	regs.Rax, regs.Rdi, regs.Rsi, regs.Rdx, regs.R10, regs.R8, regs.R9 = nr, a[0], a[1], a[2], a[3], a[4], a[5]
 	regs.Orig_rax = ^uint64(0) // not inside a system call: the kernel must not restart execve
 	if err := unix.PtraceSetRegs(t.pid, &regs); err != nil {
 		return 0, fmt.Errorf("%w %d: %w", errInject, t.pid, err)
@@ -63,10 +65,24 @@ func (t *tracee) call(nr, a, b, c uint64) (int, error) {
 	if err := unix.PtraceGetRegs(t.pid, &regs); err != nil {
 		return 0, fmt.Errorf("%w %d: %w", errInject, t.pid, err)
 	}
-	if result := int64(regs.Rax); result < 0 {
+	const maxErrno = 4095 // of linux/err.h
+	if result := int64(regs.Rax); result < 0 && result >= -maxErrno {
 		return 0, unix.Errno(-result)
 	}
-	return int(regs.Rax), nil
+	return regs.Rax, nil
 }
+
+// allocates reports whether a process that is stopped before a system call asks for memory as a VMM does for its guest's: anywhere,
+// readable and writable, private and without reserve; and how much.
+func allocates(regs *unix.PtraceRegs) (length uint64, ok bool) {
+	const kind = unix.MAP_PRIVATE | unix.MAP_NORESERVE
+	ok = regs.Orig_rax == unix.SYS_MMAP && regs.Rdi == 0 && regs.Rdx == unix.PROT_READ|unix.PROT_WRITE && regs.R10&kind == kind
+	return regs.Rsi, ok
+}
+
+// skip has the system call not be made, setResult says what it returns.
+func skip(regs *unix.PtraceRegs) { regs.Orig_rax = ^uint64(0) }
+
+func setResult(regs *unix.PtraceRegs, result uint64) { regs.Rax = result }
 
 var errInject = errors.New("execute a system call in process")

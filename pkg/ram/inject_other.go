@@ -5,6 +5,8 @@ package ram
 import (
 	"errors"
 	"runtime"
+
+	"golang.org/x/sys/unix"
 )
 
 // canInject says that VMMs are started untouched on this architecture, without userfaultfd.
@@ -14,6 +16,9 @@ var errInject = errors.New("executing system calls in another process is not imp
 
 type tracee struct{ pid int }
 
-func (t *tracee) open() error                          { return errInject }
-func (t *tracee) close() error                         { return nil }
-func (t *tracee) call(nr, a, b, c uint64) (int, error) { return 0, errInject }
+func (t *tracee) open() error                             { return errInject }
+func (t *tracee) close() error                            { return nil }
+func (t *tracee) call(uint64, ...uint64) (uint64, error)  { return 0, errInject }
+func allocates(*unix.PtraceRegs) (length uint64, ok bool) { return 0, false }
+func skip(*unix.PtraceRegs)                               {}
+func setResult(*unix.PtraceRegs, uint64)                  {}

@@ -24,6 +24,10 @@ var ErrProcessEnded = errors.New("process of the VMM has ended")
 type Options struct {
 	// Limit is the highest rung to use; [Full] if zero. Lower ones are for tests and for working around a kernel.
 	Limit Rung
+
+	// Graft is a memory that the VMM is to use for its guest though it allocates that by itself. It is mapped into the VMM before its
+	// first instruction; [Memory.Graft] gives it. That takes ptrace: without it, Spawn fails.
+	Graft *Memory
 }
 
 // Handle is a VMM process as this package holds it: its pidfd, and the userfaultfd planted in it if that could be done.
@@ -34,6 +38,7 @@ type Handle struct {
 	uffd    *uffd // nil on Eager
 	caps    Capabilities
 	adopted bool
+	grafted uint64 // where Options.Graft is mapped; 0: it is not
 
 	done      chan struct{} // closed when the process has ended
 	watcher   sync.WaitGroup
@@ -101,11 +106,14 @@ func Spawn(cmd *exec.Cmd, opts Options) (*Handle, error) {
 	if opts.Limit < Full || opts.Limit > Eager {
 		return nil, fmt.Errorf("start %q: rung %d does not exist, use Full, Lazy or Eager", cmd.Path, opts.Limit)
 	}
-	if opts.Limit == Eager {
+	if opts.Limit == Eager && opts.Graft == nil {
 		return spawnPlain(cmd, "limited to eager by configuration")
 	}
 	// Whether ptrace is allowed must be known before: a failed cmd.Start cannot be repeated.
 	if p := probe(); !p.traceable {
+		if opts.Graft != nil {
+			return nil, fmt.Errorf("start %q with memory %q: %s", cmd.Path, opts.Graft.name, p.Reason)
+		}
 		return spawnPlain(cmd, p.Reason)
 	}
 	return spawnTraced(cmd, opts, nil)
@@ -160,6 +168,12 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		}
 	}
 
+	memory := -1
+	if opts.Graft != nil {
+		memory = 3 + len(cmd.ExtraFiles)
+		cmd.ExtraFiles = append(slices.Clip(cmd.ExtraFiles), opts.Graft.file)
+	}
+
 	// ptrace ties a tracee to one thread of the tracer: the one that forks it. With signals blocked on that thread the
 	// child is born with them blocked, so that none arrives between its stops; setSignalMask gives it its real mask.
 	err = onThread(func(mask *unix.Sigset_t) error {
@@ -167,12 +181,24 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 			return err
 		}
 		pid := cmd.Process.Pid
-		fd, reason := -1, ""
+		fd, reason, grafted := -1, "", uint64(0)
 		var fatal error
 		if err := awaitTrap(pid); err != nil {
 			reason = fmt.Sprintf("trace process %d: %v", pid, err)
+			if opts.Graft != nil {
+				fatal = errors.New(reason)
+			}
 		} else {
-			fd, reason, fatal = plant(pid, inherited)
+			if opts.Graft != nil {
+				grafted, fatal = mapInto(pid, memory, opts.Graft)
+			}
+			switch {
+			case fatal != nil:
+			case opts.Limit == Eager:
+				reason = "limited to eager by configuration"
+			default:
+				fd, reason, fatal = plant(pid, inherited)
+			}
 			if err := setSignalMask(pid, mask); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
 				fatal = fmt.Errorf("restore signal mask of process %d: %w", pid, err)
 			}
@@ -194,6 +220,9 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 			h.uffd, h.caps = negotiateRung(fd, opts.Limit)
 			fd = -1
 		}
+		if h != nil {
+			h.grafted = grafted
+		}
 		if fd >= 0 {
 			_ = unix.Close(fd)
 		}
@@ -203,6 +232,23 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		return nil, err
 	}
 	return h, nil
+}
+
+// mapInto maps a memory, of which the stopped process has inherited the descriptor, and returns where.
+func mapInto(pid, fd int, m *Memory) (addr uint64, err error) {
+	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL); err != nil {
+		return 0, fmt.Errorf("set ptrace options of process %d: %w", pid, err)
+	}
+	t := tracee{pid: pid}
+	if err := t.open(); err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, t.close()) }()
+	addr, err = t.call(unix.SYS_MMAP, 0, uint64(m.size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE, uint64(fd), 0)
+	if err != nil {
+		return 0, fmt.Errorf("map memory %q into process %d: %w", m.name, pid, err)
+	}
+	return addr, nil
 }
 
 // plant makes the stopped process create a userfaultfd and takes a copy of it. It returns the descriptor, or the reason
@@ -254,7 +300,7 @@ func plant(pid, inherited int) (fd int, reason string, fatal error) {
 		return refuse(fmt.Errorf("open pidfd of process %d: %w", pid, err))
 	}
 	defer unix.Close(pidfd)
-	fd, err = unix.PidfdGetfd(pidfd, remote, 0)
+	fd, err = unix.PidfdGetfd(pidfd, int(remote), 0)
 	if err != nil {
 		return refuse(fmt.Errorf("take userfaultfd of process %d: %w", pid, err))
 	}

@@ -36,6 +36,8 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	case role == "vmm":
 		vmmMain()
+	case role == "graft":
+		graftMain()
 	case strings.HasPrefix(role, "keeper"):
 		keeperMain()
 	case strings.HasPrefix(role, "deny:"):

@@ -1,0 +1,222 @@
+package ram
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrNotGrafted is wrapped by errors of [Memory.Graft] which say that the VMM did not get the memory, or not as its own. It must not
+// run a guest then.
+var ErrNotGrafted = errors.New("the VMM has not taken the memory")
+
+// Graft has a VMM that allocates its guest's RAM itself use this memory, which [Spawn] has mapped into it ([Options.Graft]): do has the VMM
+// allocate the RAM, and returns when it has, or when that has failed. While do runs, the VMM's main thread is traced, and what it asks
+// the kernel for (mmap(2), private, without reserve, as hypervisors written with the crate vm-memory do) is answered by addresses in that
+// mapping, until all of it is given. So the VMM may be of any build, and its seccomp filters stay as they are.
+//
+// RAM of several regions, of which all but the last have 1 GiB or more, is one after the other in the memory. The memory must be attached. An
+// error of do is returned as it is.
+func (m *Memory) Graft(do func() error) error {
+	m.mu.Lock()
+	h := m.handle
+	m.mu.Unlock()
+	if h == nil || h.grafted == 0 {
+		return fmt.Errorf("graft memory %q: %w: it was not started for that", m.name, ErrNotGrafted)
+	}
+	g := graft{pid: h.pid, next: h.grafted, left: uint64(m.size)}
+	if err := g.trace(do); err != nil {
+		return fmt.Errorf("graft memory %q into process %d: %w", m.name, h.pid, err)
+	}
+	return nil
+}
+
+// graft is the giving of a mapping to a traced VMM.
+type graft struct {
+	pid  int
+	next uint64 // address to give
+	left uint64 // bytes that were not given
+
+	mu       sync.Mutex // guards what follows
+	attached bool       // the VMM is traced
+	finished bool       // do has returned
+}
+
+func (g *graft) trace(do func() error) error {
+	done := make(chan error, 1)
+	all := g.left
+	err := onThread(func(*unix.Sigset_t) error {
+		if err := g.seize(); err != nil {
+			done <- nil
+			return err
+		}
+		go func() { // waited for by done
+			err := do()
+			g.finish()
+			done <- err
+		}()
+		return g.serve()
+	})
+	if failed := <-done; failed != nil {
+		return failed
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("%w: %w", ErrNotGrafted, err)
+	case g.left == all:
+		return fmt.Errorf("%w: it has asked for none", ErrNotGrafted)
+	case g.left > 0:
+		return fmt.Errorf("%w: it has asked for %d bytes of %d", ErrNotGrafted, all-g.left, all)
+	}
+	return nil
+}
+
+// seize begins to trace the main thread, which is stopped when it returns. Were we to die, the VMM must not run on with a part of the memory.
+func (g *graft) seize() error {
+	const options = unix.PTRACE_O_EXITKILL | unix.PTRACE_O_TRACESYSGOOD
+	if err := g.ptrace(unix.PTRACE_SEIZE, 0, options); err != nil {
+		return fmt.Errorf("trace it: %w", err)
+	}
+	g.attached = true
+	if err := g.ptrace(unix.PTRACE_INTERRUPT, 0, 0); err != nil {
+		return fmt.Errorf("stop it: %w", err)
+	}
+	_, err := g.wait()
+	return err
+}
+
+// finish ends the tracing from another thread: by a signal that the tracer keeps from the VMM, as nothing else ends its waiting.
+func (g *graft) finish() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.finished = true
+	if g.attached {
+		_ = unix.Tgkill(g.pid, g.pid, unix.SIGURG) // the process may have ended, which its tracer hears of
+	}
+}
+
+// serve answers a stopped VMM until it has all of the memory, or do has returned. It is not traced any more then.
+func (g *graft) serve() error {
+	signal := unix.Signal(0) // to deliver
+	for {
+		g.mu.Lock()
+		if g.left == 0 || g.finished {
+			g.attached = false
+			err := g.ptrace(unix.PTRACE_DETACH, 0, uintptr(signal))
+			g.mu.Unlock()
+			return err
+		}
+		g.mu.Unlock()
+		if err := g.ptrace(unix.PTRACE_SYSCALL, 0, uintptr(signal)); err != nil {
+			return err
+		}
+		status, err := g.wait()
+		if err != nil {
+			return err
+		}
+		signal = 0
+		switch {
+		case status == syscallStop:
+			if err := g.answer(); err != nil {
+				return err
+			}
+		case status>>8 == 0 && unix.Signal(status) != unix.SIGURG:
+			signal = unix.Signal(status)
+		}
+	}
+}
+
+// leastRegion is how large a region of RAM is, in bytes, that others follow: they are there because of the gap below 4 GiB.
+const leastRegion = 1 << 30
+
+// syscallStop is the status of a stop before or after a system call (PTRACE_O_TRACESYSGOOD).
+const syscallStop = int32(unix.SIGTRAP) | 0x80
+
+// wait waits until the VMM is stopped. It does not reap it.
+func (g *graft) wait() (status int32, err error) {
+	for {
+		var info unix.Siginfo
+		err := unix.Waitid(unix.P_PID, g.pid, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|unix.WALL, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("wait for it: %w", err)
+		}
+		const cldTrapped, cldStopped = 4, 5 // CLD_TRAPPED, CLD_STOPPED of siginfo.h
+		if info.Code != cldTrapped && info.Code != cldStopped {
+			return 0, ErrProcessEnded
+		}
+		err = unix.Waitid(unix.P_PID, g.pid, &info, unix.WSTOPPED|unix.WNOHANG|unix.WALL, nil) // the same again, consuming it
+		if err == nil && info.Signo != 0 {
+			return siginfoStatus(&info), nil
+		}
+	}
+}
+
+// answer lets a system call be, unless it asks for RAM.
+func (g *graft) answer() error {
+	var regs unix.PtraceRegs
+	if err := unix.PtraceGetRegs(g.pid, &regs); err != nil {
+		return fmt.Errorf("read its registers: %w", err)
+	}
+	entry, err := g.entry()
+	if err != nil {
+		return err
+	}
+	length, ok := allocates(&regs)
+	if ok = ok && (length == g.left || length >= leastRegion && length < g.left); !entry || !ok { // something of the VMM's own
+		return nil
+	}
+	skip(&regs)
+	if err := unix.PtraceSetRegs(g.pid, &regs); err != nil {
+		return fmt.Errorf("write its registers: %w", err)
+	}
+	if err := g.ptrace(unix.PTRACE_SYSCALL, 0, 0); err != nil {
+		return err
+	}
+	if status, err := g.wait(); err != nil {
+		return err
+	} else if status != syscallStop {
+		return fmt.Errorf("it stops with %#x where the end of a system call was due", status)
+	}
+	setResult(&regs, g.next)
+	if err := unix.PtraceSetRegs(g.pid, &regs); err != nil {
+		return fmt.Errorf("write its registers: %w", err)
+	}
+	g.next += length
+	g.left -= length
+	return nil
+}
+
+// syscallInfo is struct ptrace_syscall_info of linux/ptrace.h, with the member of its union that is the largest.
+type syscallInfo struct {
+	op   uint8
+	_    [3]byte
+	arch uint32
+	ip   uint64
+	sp   uint64
+	_    [8]uint64
+}
+
+// entry reports whether the VMM is stopped before a system call, rather than after it.
+func (g *graft) entry() (bool, error) {
+	const getSyscallInfo, syscallEntry = 0x420e, 1 // PTRACE_GET_SYSCALL_INFO (Linux 5.3), PTRACE_SYSCALL_INFO_ENTRY
+	var info syscallInfo
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, getSyscallInfo, uintptr(g.pid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	if errno != 0 {
+		return false, fmt.Errorf("look at its system call: %w", errno)
+	}
+	return info.op == syscallEntry, nil
+}
+
+func (g *graft) ptrace(request int, addr, data uintptr) error {
+	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, uintptr(request), uintptr(g.pid), addr, data, 0, 0)
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}

@@ -1,0 +1,247 @@
+package ram
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"testing"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// graftMain is a VMM that allocates its guest's RAM itself: "allocate N" by its main thread, "poke N" and "peek N" bytes of it.
+func graftMain() {
+	runtime.LockOSThread() // main.main runs on the main thread
+	var regions [][]byte
+	at := func(offset int) *byte {
+		for _, r := range regions {
+			if offset < len(r) {
+				return &r[offset]
+			}
+			offset -= len(r)
+		}
+		panic("offset beyond the RAM")
+	}
+	lines := bufio.NewScanner(os.Stdin)
+	for lines.Scan() {
+		var n, value int
+		switch line := lines.Text(); {
+		case scan(line, "allocate %d", &n):
+			// Others, which are not the guest's, before it.
+			for _, flags := range []uintptr{unix.MAP_PRIVATE | unix.MAP_ANONYMOUS, unix.MAP_SHARED | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE} {
+				if _, err := mmap(4096, flags); err != nil {
+					fmt.Println(err)
+				}
+			}
+			b, err := mmap(n, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+			regions = append(regions, b)
+			fmt.Println("allocated", err)
+		case scan(line, "poke %d %d", &n, &value):
+			*at(n) = byte(value)
+			fmt.Println("ok")
+		case scan(line, "peek %d", &n):
+			fmt.Println(*at(n))
+		}
+	}
+}
+
+func scan(line, format string, to ...any) bool {
+	n, err := fmt.Sscanf(line, format, to...)
+	return err == nil && n == len(to)
+}
+
+func mmap(n int, flags uintptr) ([]byte, error) {
+	addr, _, errno := unix.RawSyscall6(unix.SYS_MMAP, 0, uintptr(n), unix.PROT_READ|unix.PROT_WRITE, flags, ^uintptr(0), 0)
+	if errno != 0 {
+		return nil, errno
+	}
+	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(nil), addr)), n), nil
+}
+
+// graftVMM is such a process.
+type graftVMM struct {
+	t   *testing.T
+	in  io.Writer
+	out *bufio.Reader
+	h   *Handle
+}
+
+func startGraftVMM(t *testing.T, opts Options) *graftVMM {
+	t.Helper()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), roleEnv+"=graft")
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	v := &graftVMM{t: t, in: in, out: bufio.NewReader(out)}
+	if v.h, err = Spawn(cmd, opts); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+	return v
+}
+
+func (v *graftVMM) ask(command string) string {
+	v.t.Helper()
+	fmt.Fprintln(v.in, command)
+	line, err := v.out.ReadString('\n')
+	if err != nil {
+		v.t.Fatalf("%s: %v", command, err)
+	}
+	return strings.TrimSpace(line)
+}
+
+func (v *graftVMM) allocate(sizes ...int) func() error {
+	return func() error {
+		for _, n := range sizes {
+			if got := v.ask(fmt.Sprintf("allocate %d", n)); got != "allocated <nil>" {
+				return errors.New(got)
+			}
+		}
+		return nil
+	}
+}
+
+// TestGraft: a VMM that allocates its guest's RAM has our memory instead, in one region or two, and what comes after that is its own again.
+func TestGraft(t *testing.T) {
+	needFull(t)
+	checkLeaks(t)
+	for _, regions := range [][]int{{9 << 20}, {1 << 30, 5 << 20}} {
+		size := int64(0)
+		for _, n := range regions {
+			size += int64(n)
+		}
+		mem := create(t, size)
+		v := startGraftVMM(t, Options{Graft: mem})
+		if err := mem.Attach(t.Context(), v.h); err != nil {
+			t.Fatal(err)
+		}
+		if err := mem.Graft(v.allocate(regions...)); err != nil {
+			t.Fatal(err)
+		}
+		for i, offset := range []int64{0, size - 5<<20 - 1, size - 5<<20, size - 1} {
+			if got := v.ask(fmt.Sprintf("poke %d %d", offset, 7+i)); got != "ok" {
+				t.Fatal(got)
+			}
+			b := make([]byte, 1)
+			if _, err := mem.Device().ReadAt(b, offset); err != nil || b[0] != byte(7+i) {
+				t.Errorf("regions %v: byte %d of the memory is %d, want %d (%v)", regions, offset, b[0], 7+i, err)
+			}
+		}
+		// What it allocates from now on is its own.
+		if err := v.allocate(4096)(); err != nil {
+			t.Fatal(err)
+		}
+		v.ask(fmt.Sprintf("poke %d 9", size))
+		if err := mem.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestGraftTracks: grafted RAM is tracked and filled as any.
+func TestGraftTracks(t *testing.T) {
+	needFull(t)
+	const size = 5 << 20
+	mem := create(t, size)
+	defer mem.Close()
+	v := startGraftVMM(t, Options{Graft: mem})
+	if err := mem.Attach(t.Context(), v.h); err != nil {
+		t.Fatal(err)
+	}
+	src := make([]byte, size)
+	for page := range int64(size / pageSize) {
+		pattern(page, 1, src[page*pageSize:(page+1)*pageSize])
+	}
+	filler, err := mem.Fill(t.Context(), bytes.NewReader(src), FillOptions{demandOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mem.Graft(v.allocate(size)); err != nil {
+		t.Fatal(err)
+	}
+	for _, offset := range []int{5*pageSize + 9, size - 5} {
+		if got := v.ask(fmt.Sprintf("peek %d", offset)); got != fmt.Sprint(src[offset]) {
+			t.Errorf("byte %d is %s, want %d", offset, got, src[offset])
+		}
+	}
+	if err := filler.DeliverZeros(0, 0); err != nil {
+		t.Error(err)
+	}
+	for off := int64(0); off < size; off += pageSize {
+		if err := filler.Deliver(off, src[off:off+pageSize]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := filler.Wait(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	tracker := mem.Tracker()
+	if err := tracker.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tracker.Collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.ask(fmt.Sprintf("poke %d 9", 77*pageSize))
+	dirty, err := tracker.Collect(t.Context())
+	if err != nil || len(dirty) != 1 || dirty[0].Offset != 77*pageSize || dirty[0].Length != pageSize {
+		t.Errorf("written is %v, want page 77 (%v)", dirty, err)
+	}
+	if err := tracker.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestGraftRefused: a VMM that asks for less, or more, or nothing, or fails, or ends, is told apart, and not waited for.
+func TestGraftRefused(t *testing.T) {
+	needFull(t)
+	checkLeaks(t)
+	const size = 5 << 20
+	broken := errors.New("broken")
+	for what, c := range map[string]struct {
+		do   func(v *graftVMM) error
+		want error
+	}{
+		"nothing": {func(*graftVMM) error { return nil }, ErrNotGrafted},
+		"less":    {func(v *graftVMM) error { return v.allocate(size / 2)() }, ErrNotGrafted},
+		"more":    {func(v *graftVMM) error { return v.allocate(2 * size)() }, ErrNotGrafted},
+		"a part":  {func(v *graftVMM) error { return v.allocate(1 << 30)() }, ErrNotGrafted},
+		"fails":   {func(*graftVMM) error { return broken }, broken},
+		"ends":    {func(v *graftVMM) error { return unix.Kill(v.h.PID(), unix.SIGKILL) }, ErrNotGrafted},
+	} {
+		t.Run(what, func(t *testing.T) {
+			mem := create(t, map[bool]int64{true: 1<<30 + size, false: size}[what == "a part"])
+			defer mem.Close()
+			v := startGraftVMM(t, Options{Graft: mem})
+			if err := mem.Attach(t.Context(), v.h); err != nil {
+				t.Fatal(err)
+			}
+			if err := mem.Graft(func() error { return c.do(v) }); !errors.Is(err, c.want) {
+				t.Errorf("got error %v, want %v", err, c.want)
+			}
+		})
+	}
+	mem := create(t, size)
+	defer mem.Close()
+	if err := mem.Graft(func() error { return nil }); !errors.Is(err, ErrNotGrafted) {
+		t.Errorf("without a VMM: got error %v", err)
+	}
+}

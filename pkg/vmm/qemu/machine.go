@@ -15,7 +15,14 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/console"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
 )
+
+// identityFile is the file in Config.Dir that says which process the machine is.
+const identityFile = "qemu.json"
 
 const (
 	// maxState bounds the device state, in bytes. It has some 300 KB; far more would be RAM that ought not to be in it.
@@ -33,12 +40,12 @@ type machine struct {
 	cfg  vmm.Config
 	caps *capabilities
 	log  *slog.Logger
-	life lifecycle
+	life lifecycle.Lifecycle
 
-	process *process
+	process *process.Process
 	qmp     *client
-	console *console
-	cgroup  *cgroup
+	console *console.Console
+	cgroup  *cgroup.Group
 
 	announcer *announcer  // nil if there is no network, and if the machine was booted or adopted
 	arrived   *time.Timer // fires at each of announceTimes after a guest that was loaded began to run
@@ -83,13 +90,13 @@ func (m *machine) connect(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("connect to the console: %w", err)
 		}
-		m.console = startConsole(conn, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
+		m.console = console.Start(conn, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
 	}
 	var err error
 	if m.qmp, err = dialQMP(ctx, filepath.Join(m.cfg.Dir, qmpSocket), m.onEvent); err != nil {
 		return err
 	}
-	if m.process.child == nil {
+	if !m.process.Child() {
 		return nil // the one who started it did the rest
 	}
 	type capability struct {
@@ -132,21 +139,11 @@ func (m *machine) onEvent(name string, data json.RawMessage) {
 
 // State implements [vmm.Stater].
 func (m *machine) State() vmm.State {
-	switch m.life.state() {
-	case waiting:
-		return vmm.StateWaiting
-	case running:
-		return vmm.StateRunning
-	case paused, saved:
-		return vmm.StatePaused
-	case closed:
-		return vmm.StateClosed
-	}
-	return vmm.StateBroken
+	return m.life.VMM()
 }
 
 // PID implements [vmm.Machine].
-func (m *machine) PID() int { return m.process.pid }
+func (m *machine) PID() int { return m.process.PID }
 
 // Done implements [vmm.Machine].
 func (m *machine) Done() <-chan struct{} { return m.done }
@@ -166,7 +163,7 @@ func (m *machine) Close() error {
 	m.mu.Lock()
 	m.closing = true
 	m.mu.Unlock()
-	m.process.kill()
+	m.process.Kill()
 	<-m.done
 	return m.closeErr
 }
@@ -176,12 +173,12 @@ func (m *machine) watch() {
 	again := announceTimes[1:]
 	for waiting := true; waiting; {
 		select {
-		case <-m.process.ended:
+		case <-m.process.Ended:
 			waiting = false
 		case <-m.stopped:
 			m.checkStop()
 		case <-m.arrived.C:
-			if m.life.state() != running { // it may have been announced elsewhere
+			if m.life.State() != lifecycle.Running { // it may have been announced elsewhere
 				again = nil
 			} else if err := m.announcer.announce(); err != nil {
 				m.log.Warn("cannot announce the guest on its network", "error", err)
@@ -196,11 +193,11 @@ func (m *machine) watch() {
 	}
 	m.arrived.Stop()
 	m.announcer.close()
-	m.life.close()
+	m.life.Close()
 	m.disconnect() // events that came before the end are read by now
 	m.err = m.verdict()
 	m.closeErr = m.remove()
-	m.process.release()
+	m.process.Release()
 	m.log.Debug("machine ended", "error", m.err)
 	close(m.done)
 }
@@ -217,7 +214,7 @@ func (m *machine) checkStop() {
 	m.mu.Lock()
 	m.failure = errors.New("the virtual CPU cannot go on (QEMU's status is internal-error)")
 	m.mu.Unlock()
-	m.process.kill()
+	m.process.Kill()
 }
 
 // verdict says why the process has ended.
@@ -226,27 +223,27 @@ func (m *machine) verdict() error {
 	defer m.mu.Unlock()
 	switch {
 	case m.failure != nil:
-		return m.process.stderr.explain(m.failure)
+		return m.process.Stderr.Explain(m.failure)
 	case m.closing || m.shutdown == "guest-shutdown":
 		return nil
 	case m.shutdown == "guest-reset":
 		return vmm.ErrReboot
 	}
-	status := m.process.status
+	status := m.process.Status
 	if status == "" {
 		status = "its exit status is unknown"
 	}
 	if m.shutdown != "" {
 		status += ", reason " + m.shutdown
 	}
-	return m.process.stderr.explain(fmt.Errorf("QEMU (process %d) ended unexpectedly: %s", m.process.pid, status))
+	return m.process.Stderr.Explain(fmt.Errorf("QEMU (process %d) ended unexpectedly: %s", m.process.PID, status))
 }
 
 // disconnect ends our connections and their goroutines.
 func (m *machine) disconnect() {
 	if m.qmp != nil {
 		select {
-		case <-m.process.ended:
+		case <-m.process.Ended:
 			<-m.qmp.done // by itself, after the last event
 		default:
 			m.qmp.close()
@@ -254,17 +251,17 @@ func (m *machine) disconnect() {
 	}
 	if m.console != nil {
 		select {
-		case <-m.process.ended:
+		case <-m.process.Ended:
 		default:
-			m.console.conn.Close()
+			m.console.Disconnect()
 		}
-		m.console.close()
+		m.console.Close()
 	}
 }
 
 // remove removes what an ended process leaves.
 func (m *machine) remove() error {
-	errs := []error{m.cgroup.remove()}
+	errs := []error{m.cgroup.Remove()}
 	for _, name := range []string{qmpSocket, serialSocket, vmm.GuestChannel, identityFile, identityFile + ".tmp"} {
 		if err := os.Remove(filepath.Join(m.cfg.Dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
@@ -278,58 +275,58 @@ func (m *machine) abandon(cause error) error {
 	m.announcer.close()
 	if m.process != nil {
 		select {
-		case <-m.process.ended:
+		case <-m.process.Ended:
 		case <-time.After(100 * time.Millisecond):
 			// A process that failed is ending, and its status says more than that of one we killed.
-			m.process.kill()
-			<-m.process.ended
+			m.process.Kill()
+			<-m.process.Ended
 		}
 		m.disconnect()
-		m.process.release()
-		cause = m.process.stderr.explain(cause)
+		m.process.Release()
+		cause = m.process.Stderr.Explain(cause)
 	}
 	return errors.Join(cause, m.remove())
 }
 
 // look asks QEMU for the state of the machine, and waits for the end of a migration that an owner left.
-func (m *machine) look(ctx context.Context) (state, error) {
+func (m *machine) look(ctx context.Context) (lifecycle.State, error) {
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		var status struct{ Status string }
 		if err := m.qmp.execute(ctx, "query-status", nil, &status); err != nil {
-			return broken, err
+			return lifecycle.Broken, err
 		}
 		switch status.Status {
 		case "running":
-			return running, nil
+			return lifecycle.Running, nil
 		case "paused", "prelaunch":
-			return paused, nil
+			return lifecycle.Paused, nil
 		case "postmigrate":
-			return saved, nil
+			return lifecycle.Saved, nil
 		case "inmigrate":
 			// Either nobody called Load yet, or it failed, or its owner died in the middle.
 			if status, _, err := m.migrationStatus(ctx); err != nil {
-				return broken, err
+				return lifecycle.Broken, err
 			} else if status != "" && status != "none" {
-				return broken, nil
+				return lifecycle.Broken, nil
 			}
-			return waiting, nil
+			return lifecycle.Waiting, nil
 		case "finish-migrate":
 			select {
 			case <-tick.C:
 				continue
 			case <-ctx.Done():
-				return broken, fmt.Errorf("wait for the end of a Save: %w", context.Cause(ctx))
+				return lifecycle.Broken, fmt.Errorf("wait for the end of a Save: %w", context.Cause(ctx))
 			}
 		default:
-			return broken, fmt.Errorf("QEMU's status is %q", status.Status)
+			return lifecycle.Broken, fmt.Errorf("QEMU's status is %q", status.Status)
 		}
 	}
 }
 
 // settle finds out, after an operation failed for whatever reason, in which state the machine is.
-func (m *machine) settle(ctx context.Context) state {
+func (m *machine) settle(ctx context.Context) lifecycle.State {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
 	defer cancel()
 	now, err := m.look(ctx)
@@ -358,21 +355,21 @@ func (m *machine) failed(op string, err error) error {
 
 // Pause implements [vmm.Machine]. When ctx ends meanwhile, the guest is let run again.
 func (m *machine) Pause(ctx context.Context) error {
-	if _, err := m.life.begin("pause", running); err != nil {
+	if _, err := m.life.Begin("pause", lifecycle.Running); err != nil {
 		return err
 	}
 	began := time.Now()
 	// QEMU stops the vCPUs, waits for the devices' I/O and flushes the disks before it answers.
 	err := m.qmp.execute(ctx, "stop", nil, nil)
 	if err == nil {
-		var now state
-		if now, err = m.look(ctx); err == nil && now != paused {
+		var now lifecycle.State
+		if now, err = m.look(ctx); err == nil && now != lifecycle.Paused {
 			err = fmt.Errorf("QEMU says it is %s", now)
 		}
 	}
 	m.step("stop", began)
 	if err == nil {
-		m.life.end(paused)
+		m.life.End(lifecycle.Paused)
 		return nil
 	}
 	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
@@ -380,13 +377,13 @@ func (m *machine) Pause(ctx context.Context) error {
 	if e := m.qmp.execute(back, "cont", nil, nil); e != nil {
 		m.log.Debug("cannot undo a failed pause", "error", e)
 	}
-	m.life.end(m.settle(ctx))
+	m.life.End(m.settle(ctx))
 	return m.failed("pause", err)
 }
 
 // Resume implements [vmm.Machine].
 func (m *machine) Resume(ctx context.Context) error {
-	if _, err := m.life.begin("resume", paused, saved); err != nil {
+	if _, err := m.life.Begin("resume", lifecycle.Paused, lifecycle.Saved); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -400,7 +397,7 @@ func (m *machine) Resume(ctx context.Context) error {
 	err := m.qmp.execute(ctx, "cont", nil, nil)
 	m.step("cont", began)
 	if err != nil {
-		m.life.end(m.settle(ctx))
+		m.life.End(m.settle(ctx))
 		return m.failed("resume", err)
 	}
 	if network && !arrives {
@@ -408,7 +405,7 @@ func (m *machine) Resume(ctx context.Context) error {
 		m.announceSelf(ctx)
 	}
 	m.loaded, m.lastState = false, nil
-	m.life.end(running)
+	m.life.End(lifecycle.Running)
 	if arrives {
 		m.arrived.Reset(announceTimes[0])
 	}
@@ -418,21 +415,21 @@ func (m *machine) Resume(ctx context.Context) error {
 // Save implements [vmm.Machine]. The state is complete before the first byte is written to w; when w fails, it can be
 // saved again.
 func (m *machine) Save(ctx context.Context, w io.Writer) error {
-	from, err := m.life.begin("save", paused, saved)
+	from, err := m.life.Begin("save", lifecycle.Paused, lifecycle.Saved)
 	if err != nil {
 		return err
 	}
 	began := time.Now()
-	if from == paused {
+	if from == lifecycle.Paused {
 		m.lastState, err = m.migrateOut(ctx)
 		m.step("migrate", began)
 		if err != nil {
 			// A migration that was complete before it could be cancelled has left the machine saved, its state unread.
-			m.life.end(m.settle(ctx))
+			m.life.End(m.settle(ctx))
 			return m.failed("save", err)
 		}
 	}
-	defer m.life.end(saved)
+	defer m.life.End(lifecycle.Saved)
 	if m.lastState == nil {
 		return fmt.Errorf("save machine: a former owner saved it, and QEMU does so once between two runs: %w", vmm.ErrState)
 	}
@@ -526,10 +523,10 @@ func (m *machine) awaitMigration(ctx context.Context) error {
 		case <-m.qmp.done:
 			// The process is ending; its words are worth waiting for.
 			select {
-			case <-m.process.ended:
+			case <-m.process.Ended:
 			case <-ctx.Done():
 			}
-			return m.process.stderr.explain(errors.New("QEMU has ended"))
+			return m.process.Stderr.Explain(errors.New("QEMU has ended"))
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
@@ -573,7 +570,7 @@ func (m *machine) cancelMigration(ctx context.Context) {
 
 // Load implements [vmm.Machine]. It reads r to its end.
 func (m *machine) Load(ctx context.Context, r io.Reader) error {
-	if _, err := m.life.begin("load", waiting); err != nil {
+	if _, err := m.life.Begin("load", lifecycle.Waiting); err != nil {
 		return err
 	}
 	began := time.Now()
@@ -589,25 +586,25 @@ func (m *machine) Load(ctx context.Context, r io.Reader) error {
 		err = ctx.Err()
 	}
 	if err != nil {
-		m.life.end(waiting) // QEMU has seen nothing of it
+		m.life.End(lifecycle.Waiting) // QEMU has seen nothing of it
 		return m.failed("load", err)
 	}
 	err = m.migrateIn(ctx, text)
 	m.step("migrate-incoming", began)
 	if err != nil {
-		m.life.end(broken)
+		m.life.End(lifecycle.Broken)
 		return m.failed("load", err)
 	}
 	now, err := m.look(ctx)
-	if err == nil && now != paused {
+	if err == nil && now != lifecycle.Paused {
 		err = fmt.Errorf("QEMU says it is %s", now)
 	}
 	if err != nil {
-		m.life.end(broken)
+		m.life.End(lifecycle.Broken)
 		return m.failed("load", err)
 	}
 	m.loaded = true
-	m.life.end(paused)
+	m.life.End(lifecycle.Paused)
 	return nil
 }
 

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
 )
 
 // program is the name QEMU has in PATH.
@@ -133,11 +135,11 @@ func askBinary(ctx context.Context, binary string) (*capabilities, error) {
 		return nil, err
 	}
 	defer ours.Close()
-	var stderr tail
+	stderr := process.NewTail("QEMU")
 	cmd := exec.CommandContext(ctx, binary, "-M", "none", "-nodefaults", "-no-user-config", "-display", "none",
 		"-chardev", "socket,id=qmp,fd=3", "-mon", "chardev=qmp,mode=control")
 	cmd.ExtraFiles = []*os.File{theirs}
-	cmd.Stderr = &stderr
+	cmd.Stderr = stderr
 	err = cmd.Start()
 	theirs.Close()
 	if err != nil {
@@ -152,7 +154,7 @@ func askBinary(ctx context.Context, binary string) (*capabilities, error) {
 		ours.Close()
 		cmd.Process.Kill()
 		cmd.Wait()
-		return stderr.explain(err)
+		return stderr.Explain(err)
 	}
 	qmp, err := newClient(ctx, ours, nil)
 	if err != nil {

@@ -15,6 +15,10 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
 )
 
 // Names of the sockets in Config.Dir, beside vmm.GuestChannel.
@@ -170,12 +174,12 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := checkMemory(cfg); err != nil {
 		return nil, err
 	}
-	if id, err := readIdentity(cfg.Dir); err == nil && id.alive() {
+	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
 		return nil, fmt.Errorf("a machine runs there already, as process %d: close it, or adopt it", id.PID)
 	}
 	var cpus *unix.CPUSet
 	if cfg.NUMANode >= 0 {
-		if cpus, err = nodeCPUs(cfg.NUMANode); err != nil {
+		if cpus, err = numa.CPUs(cfg.NUMANode); err != nil {
 			return nil, err
 		}
 	}
@@ -225,7 +229,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		}
 	}
 	if cfg.CgroupVersion != 0 {
-		if m.cgroup, err = makeCgroup(cfg.CgroupVersion, cfg.CgroupName); err != nil {
+		if m.cgroup, err = cgroup.Make(cfg.CgroupVersion, cfg.CgroupName); err != nil {
 			return nil, err
 		}
 	}
@@ -234,20 +238,20 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	cmd.Dir = cfg.Dir
 	cmd.ExtraFiles = inherit.files
 	m.log.Debug("start QEMU", "command", strings.Join(cmd.Args, " "))
-	if m.process, err = spawn(cmd, cfg.Spawn, m.log); err != nil {
+	if m.process, err = process.Start(cmd, "QEMU", cfg.Spawn, m.log); err != nil {
 		return nil, err
 	}
 	inherit.close() // so that a connection ends when QEMU does
-	if err := (identity{PID: m.process.pid, Start: m.process.start}).write(cfg.Dir); err != nil {
+	if err := m.process.Identity.Write(filepath.Join(cfg.Dir, identityFile)); err != nil {
 		return nil, fmt.Errorf("record the process: %w", err)
 	}
 	if m.cgroup != nil {
-		if err := m.cgroup.add(m.process.pid); err != nil {
+		if err := m.cgroup.Add(m.process.PID); err != nil {
 			return nil, err
 		}
 	}
 	if cpus != nil {
-		if err := bindCPUs(m.process.pid, cpus); err != nil {
+		if err := numa.Bind(m.process.PID, cpus); err != nil {
 			return nil, err
 		}
 	}
@@ -258,7 +262,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		if err := m.qmp.execute(ctx, "cont", nil, nil); err != nil {
 			return nil, err
 		}
-		m.life.now = running
+		m.life.Found(lifecycle.Running)
 	}
 	go m.watch()
 	return m, nil
@@ -276,7 +280,7 @@ func (b *Backend) Adopt(ctx context.Context, cfg vmm.Config) (vmm.Machine, error
 	if err != nil {
 		return nil, fmt.Errorf("adopt machine in %q: %w", cfg.Dir, err)
 	}
-	m.log.Debug("machine adopted", "pid", m.PID(), "state", m.life.state())
+	m.log.Debug("machine adopted", "pid", m.PID(), "state", m.life.State())
 	return m, nil
 }
 
@@ -289,7 +293,7 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (*machine, error) {
 	if err != nil {
 		return nil, err
 	}
-	id, err := readIdentity(cfg.Dir)
+	id, err := process.Read(filepath.Join(cfg.Dir, identityFile))
 	if err != nil {
 		return nil, fmt.Errorf("find its process: %w", err)
 	}
@@ -297,16 +301,16 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (*machine, error) {
 		return nil, err
 	}
 	m := newMachine(cfg, caps)
-	if m.process, err = adopt(id); err != nil {
+	if m.process, err = process.Adopt(id, "QEMU"); err != nil {
 		return nil, err
 	}
 	if cfg.CgroupVersion != 0 {
-		m.cgroup = findCgroup(cfg.CgroupVersion, cfg.CgroupName)
+		m.cgroup = cgroup.Find(cfg.CgroupVersion, cfg.CgroupName)
 	}
 	// A failed adoption leaves the machine alone: whose it is, is not ours to decide.
 	letGo := func(err error) (*machine, error) {
 		m.disconnect()
-		m.process.release()
+		m.process.Release()
 		return nil, err
 	}
 	if err := m.connect(ctx); err != nil {
@@ -316,20 +320,20 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (*machine, error) {
 	if err != nil {
 		return letGo(err)
 	}
-	m.life.now = found
+	m.life.Found(found)
 	go m.watch()
 	return m, nil
 }
 
 // Reap implements [vmm.Reaper].
 func (b *Backend) Reap(cfg vmm.Config) error {
-	if id, err := readIdentity(cfg.Dir); err == nil && id.alive() {
+	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
 		return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
 	}
 	if cfg.CgroupVersion == 0 {
 		return nil
 	}
-	return findCgroup(cfg.CgroupVersion, cfg.CgroupName).remove()
+	return cgroup.Find(cfg.CgroupVersion, cfg.CgroupName).Remove()
 }
 
 // checkMemory checks the guest's RAM.

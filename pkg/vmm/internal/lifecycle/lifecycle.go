@@ -1,4 +1,5 @@
-package qemu
+// Package lifecycle is where a machine is in its life.
+package lifecycle
 
 import (
 	"fmt"
@@ -8,7 +9,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
-// state is where a machine is in its life.
+// State is where a machine is in its life.
 //
 //	        ┌──────────── cont ────────────┐
 //	        ▼                              │
@@ -21,31 +22,31 @@ import (
 // Paused and saved are one state to the callers of [vmm.Machine]. QEMU tells them apart: it migrates a machine only
 // once between two runs. The device state of a paused machine does not change, so the bytes of the first Save are kept
 // and serve the next ones.
-type state int
+type State int
 
 const (
-	waiting state = iota // for Load: no device state yet
-	running
-	paused // vCPUs stopped, devices flushed
-	saved  // paused, and QEMU has migrated; cont takes it back
-	broken // QEMU lives, but not in a state that we know: only Close is left
-	closed // the process has ended
+	Waiting State = iota // for Load: no device state yet
+	Running              // the vCPUs run
+	Paused               // vCPUs stopped, devices flushed
+	Saved                // paused, and QEMU has migrated; cont takes it back
+	Broken               // QEMU lives, but not in a state that we know: only Close is left
+	Closed               // the process has ended
 )
 
-func (s state) String() string {
+func (s State) String() string {
 	return [...]string{"waiting for Load", "running", "paused", "saved", "broken", "closed"}[s]
 }
 
-// lifecycle holds a machine's state. It is the only writer of it.
-type lifecycle struct {
+// Lifecycle holds a machine's state. It is the only writer of it.
+type Lifecycle struct {
 	mu   sync.Mutex // guards what follows; not held during an operation
-	now  state
+	now  State
 	busy string // the operation under way; empty: none
 }
 
-// begin starts an operation that is legal in the states from, and returns the state it starts from. It fails with
+// Begin starts an operation that is legal in the states from, and returns the state it starts from. It fails with
 // vmm.ErrState in other states, and while another operation is under way.
-func (l *lifecycle) begin(op string, from ...state) (state, error) {
+func (l *Lifecycle) Begin(op string, from ...State) (State, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.busy != "" {
@@ -64,25 +65,48 @@ func (l *lifecycle) begin(op string, from ...state) (state, error) {
 	return l.now, fmt.Errorf("%s machine: it is %s, not %s: %w", op, l.now, strings.Join(want, " or "), vmm.ErrState)
 }
 
-// end finishes the operation. A machine that was closed meanwhile stays closed.
-func (l *lifecycle) end(next state) {
+// End finishes the operation. A machine that was closed meanwhile stays closed.
+func (l *Lifecycle) End(next State) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.busy = ""
-	if l.now != closed {
+	if l.now != Closed {
 		l.now = next
 	}
 }
 
-// close makes the machine closed, whatever is under way.
-func (l *lifecycle) close() {
+// Close makes the machine closed, whatever is under way.
+func (l *Lifecycle) Close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.now = closed
+	l.now = Closed
 }
 
-func (l *lifecycle) state() state {
+// State is where it is.
+func (l *Lifecycle) State() State {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.now
+}
+
+// Found sets the state in which a machine was found, or started.
+func (l *Lifecycle) Found(s State) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.now = s
+}
+
+// VMM is the state as callers of a machine know it.
+func (l *Lifecycle) VMM() vmm.State {
+	switch l.State() {
+	case Waiting:
+		return vmm.StateWaiting
+	case Running:
+		return vmm.StateRunning
+	case Paused, Saved:
+		return vmm.StatePaused
+	case Closed:
+		return vmm.StateClosed
+	}
+	return vmm.StateBroken
 }

@@ -1,4 +1,4 @@
-package qemu
+package console
 
 import (
 	"bytes"
@@ -30,7 +30,7 @@ func (g *gate) Write(p []byte) (int, error) {
 func TestConsoleNeverBlocks(t *testing.T) {
 	guest, ours := net.Pipe()
 	out := &gate{open: make(chan struct{})}
-	c := startConsole(ours, out, nil, vmmtest.Logger(t))
+	c := Start(ours, out, nil, vmmtest.Logger(t))
 	line := strings.Repeat("x", 1023) + "\n"
 	const lines = 3 * consoleBuffer / 1024
 	for range lines {
@@ -43,7 +43,7 @@ func TestConsoleNeverBlocks(t *testing.T) {
 	}
 	close(out.open)
 	guest.Close()
-	c.close()
+	c.Close()
 	got := out.got.String()
 	if !strings.HasSuffix(got, "x\nthe end") {
 		t.Errorf("the end is missing: %q", got[max(0, len(got)-20):])
@@ -57,12 +57,12 @@ func TestConsoleNeverBlocks(t *testing.T) {
 func TestConsoleStuckWriter(t *testing.T) {
 	guest, ours := net.Pipe()
 	out := &gate{open: make(chan struct{})}
-	c := startConsole(ours, out, nil, vmmtest.Logger(t))
+	c := Start(ours, out, nil, vmmtest.Logger(t))
 	if _, err := io.WriteString(guest, "x"); err != nil {
 		t.Fatal(err)
 	}
 	guest.Close()
-	c.close() // returns although the writer does not
+	c.Close() // returns although the writer does not
 	close(out.open)
 	<-c.written
 }
@@ -71,14 +71,14 @@ func TestConsoleBrokenWriter(t *testing.T) {
 	guest, ours := net.Pipe()
 	r, w := io.Pipe()
 	r.CloseWithError(errors.New("no reader"))
-	c := startConsole(ours, w, nil, vmmtest.Logger(t))
+	c := Start(ours, w, nil, vmmtest.Logger(t))
 	for range 1000 {
 		if _, err := guest.Write(make([]byte, 1024)); err != nil {
 			t.Fatal(err)
 		}
 	}
 	guest.Close()
-	c.close()
+	c.Close()
 }
 
 // TestConsoleInputIsLeft shows that a console that ends takes no byte of its input with it: the next machine reads on.
@@ -91,7 +91,7 @@ func TestConsoleInputIsLeft(t *testing.T) {
 	defer w.Close()
 	for _, text := range []string{"first", "second"} {
 		guest, ours := net.Pipe()
-		c := startConsole(ours, nil, r, vmmtest.Logger(t))
+		c := Start(ours, nil, r, vmmtest.Logger(t))
 		if _, err := io.WriteString(w, text); err != nil {
 			t.Fatal(err)
 		}
@@ -100,6 +100,6 @@ func TestConsoleInputIsLeft(t *testing.T) {
 			t.Fatalf("%q, %v", got, err)
 		}
 		guest.Close()
-		c.close()
+		c.Close()
 	}
 }

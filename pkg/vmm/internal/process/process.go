@@ -1,4 +1,5 @@
-package qemu
+// Package process is the process of a VMM: a child of ours, or one that was adopted.
+package process
 
 import (
 	"bytes"
@@ -9,7 +10,6 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -18,23 +18,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// process is a QEMU process: our child, or one that was adopted.
-type process struct {
-	pid    int
-	start  uint64   // clock ticks since boot; with pid, the process's identity
-	pidfd  *os.File // nil for a child, for which os.Process has its own
-	child  *exec.Cmd
-	stderr *tail
+// Process is a VMM's process: our child, or one that was adopted.
+type Process struct {
+	Identity
+	name   string    // of the VMM, for people
+	pidfd  *os.File  // nil for a child, for which os.Process has its own
+	child  *exec.Cmd // nil for one that was adopted
+	Stderr *Tail
 
-	ended  chan struct{} // closed when the process has ended and, if ours, been reaped
-	status string        // how it ended, once it has; "" if unknown
-	clean  bool          // it ended with status 0
+	Ended  chan struct{} // closed when the process has ended and, if ours, been reaped
+	Status string        // how it ended, once it has; "" if unknown
+	Clean  bool          // it ended with status 0
 }
 
-// spawn starts a prepared command, in a session of its own: then a Ctrl-C at our terminal does not reach it, nor the SIGHUP
+// Start starts a prepared command of a VMM called name, by start if that is not nil, in a session of its own: then a Ctrl-C at our terminal does not reach it, nor the SIGHUP
 // that the kernel has for a stopped process whose parent's end leaves its process group without anybody in the same session
-// (setpgid(2), "orphaned"). QEMU would shut down, though the next owner was to let it go on.
-func spawn(cmd *exec.Cmd, start func(*exec.Cmd) error, log *slog.Logger) (*process, error) {
+// (setpgid(2), "orphaned"). It would shut down, though the next owner was to let it go on.
+func Start(cmd *exec.Cmd, name string, start func(*exec.Cmd) error, log *slog.Logger) (*Process, error) {
 	r, w, err := os.Pipe()
 	if err != nil {
 		return nil, err
@@ -55,28 +55,28 @@ func spawn(cmd *exec.Cmd, start func(*exec.Cmd) error, log *slog.Logger) (*proce
 			cmd.Process.Kill()
 			cmd.Wait()
 		}
-		return nil, fmt.Errorf("start QEMU: %w", err)
+		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
-	p := &process{pid: cmd.Process.Pid, child: cmd, stderr: new(tail), ended: make(chan struct{})}
-	p.start, _ = startTime(p.pid)
+	p := &Process{Identity: Identity{PID: cmd.Process.Pid}, name: name, child: cmd, Stderr: NewTail(name), Ended: make(chan struct{})}
+	p.Identity.Start, _ = startTime(p.PID)
 	go func() {
-		defer close(p.ended)
+		defer close(p.Ended)
 		// Its words come before its end: the pipe is empty for good once it and all that inherited it have ended.
-		p.stderr.collect(r, log)
+		p.Stderr.collect(r, log)
 		r.Close()
 		cmd.Wait()
-		p.status, p.clean = cmd.ProcessState.String(), cmd.ProcessState.Success()
+		p.Status, p.Clean = cmd.ProcessState.String(), cmd.ProcessState.Success()
 	}()
 	return p, nil
 }
 
-// adopt takes a process that may have any parent. Its stderr went to the former owner.
-func adopt(id identity) (*process, error) {
+// Adopt takes a process that may have any parent. Its stderr went to the former owner.
+func Adopt(id Identity, name string) (*Process, error) {
 	fd, err := unix.PidfdOpen(id.PID, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("process %d: %w", id.PID, err)
 	}
-	p := &process{pid: id.PID, start: id.Start, pidfd: os.NewFile(uintptr(fd), "pidfd"), stderr: new(tail), ended: make(chan struct{})}
+	p := &Process{Identity: id, name: name, pidfd: os.NewFile(uintptr(fd), "pidfd"), Stderr: NewTail(name), Ended: make(chan struct{})}
 	// Only now that the descriptor holds the process is it certain whom the number means.
 	if start, err := startTime(id.PID); err != nil || start != id.Start {
 		p.pidfd.Close()
@@ -88,7 +88,7 @@ func adopt(id identity) (*process, error) {
 		return nil, err
 	}
 	go func() {
-		defer close(p.ended)
+		defer close(p.Ended)
 		raw.Read(func(fd uintptr) bool { // a pidfd is readable when the process has ended
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
 			return n > 0 || err != nil && err != unix.EINTR
@@ -97,8 +97,8 @@ func adopt(id identity) (*process, error) {
 	return p, nil
 }
 
-// kill ends the process; ended is closed soon after.
-func (p *process) kill() {
+// Kill ends the process; Ended is closed soon after.
+func (p *Process) Kill() {
 	if p.child != nil {
 		p.child.Process.Kill()
 		return
@@ -108,47 +108,49 @@ func (p *process) kill() {
 	}
 }
 
-// release frees what we hold of an ended process.
-func (p *process) release() {
+// Release frees what we hold of an ended process.
+func (p *Process) Release() {
 	if p.pidfd != nil {
 		p.pidfd.Close()
 	}
 }
 
-// identityFile is the file in Config.Dir that says which process the machine is.
-const identityFile = "qemu.json"
+// Child reports whether it is ours, rather than adopted.
+func (p *Process) Child() bool { return p.child != nil }
 
-type identity struct {
+// Identity says which process is meant, whatever its number means later.
+type Identity struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot, field 22 of /proc/PID/stat
 }
 
-func (id identity) write(dir string) error {
+// Write writes it to a file, from which Read has it.
+func (id Identity) Write(path string) error {
 	text, err := json.Marshal(id)
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(dir, identityFile)
 	if err := os.WriteFile(path+".tmp", text, 0o600); err != nil {
 		return err
 	}
 	return os.Rename(path+".tmp", path)
 }
 
-func readIdentity(dir string) (identity, error) {
-	var id identity
-	text, err := os.ReadFile(filepath.Join(dir, identityFile))
+// Read reads what Write has written.
+func Read(path string) (Identity, error) {
+	var id Identity
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return id, err
 	}
 	if err := json.Unmarshal(text, &id); err != nil || id.PID <= 1 {
-		return id, fmt.Errorf("%s: not the identity of a process: %q", filepath.Join(dir, identityFile), text)
+		return id, fmt.Errorf("%s: not the identity of a process: %q", path, text)
 	}
 	return id, nil
 }
 
-// alive reports whether the process still exists.
-func (id identity) alive() bool {
+// Alive reports whether the process still exists.
+func (id Identity) Alive() bool {
 	start, err := startTime(id.PID)
 	return err == nil && start == id.Start
 }
@@ -170,16 +172,21 @@ func startTime(pid int) (uint64, error) {
 	return strconv.ParseUint(fields[19], 10, 64)
 }
 
-// tail keeps the end of what a process said.
-type tail struct {
+// Tail keeps the end of what a process said.
+type Tail struct {
+	name string
 	mu   sync.Mutex // guards text
 	text []byte
 }
 
+// NewTail makes the tail of a VMM called name.
+func NewTail(name string) *Tail { return &Tail{name: name} }
+
 // maxTail bounds a tail, in bytes.
 const maxTail = 4 << 10
 
-func (t *tail) Write(p []byte) (int, error) {
+// Write implements [io.Writer].
+func (t *Tail) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.text = append(t.text, p...)
@@ -190,13 +197,13 @@ func (t *tail) Write(p []byte) (int, error) {
 }
 
 // collect reads r to its end, into the tail and, line by line, into a log.
-func (t *tail) collect(r io.Reader, log *slog.Logger) {
+func (t *Tail) collect(r io.Reader, log *slog.Logger) {
 	buf := make([]byte, 4<<10)
 	for {
 		n, err := r.Read(buf)
 		t.Write(buf[:n])
 		if n > 0 {
-			log.Debug("QEMU says", "stderr", strings.TrimSpace(string(buf[:n])))
+			log.Debug("the VMM says", "vmm", t.name, "stderr", strings.TrimSpace(string(buf[:n])))
 		}
 		if err != nil {
 			return
@@ -204,17 +211,17 @@ func (t *tail) collect(r io.Reader, log *slog.Logger) {
 	}
 }
 
-func (t *tail) String() string {
+func (t *Tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return strings.TrimSpace(string(t.text))
 }
 
-// explain adds QEMU's words to an error.
-func (t *tail) explain(err error) error {
+// Explain adds the VMM's words to an error.
+func (t *Tail) Explain(err error) error {
 	words := t.String()
 	if err == nil || words == "" {
 		return err
 	}
-	return fmt.Errorf("%w: QEMU says: %s", err, words)
+	return fmt.Errorf("%w: %s says: %s", err, t.name, words)
 }

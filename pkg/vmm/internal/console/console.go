@@ -1,4 +1,5 @@
-package qemu
+// Package console pumps between a VMM's console and its owner, so that the guest never waits for either.
+package console
 
 import (
 	"errors"
@@ -17,8 +18,8 @@ const consoleBuffer = 1 << 20
 // consoleGrace is how long the end of a machine waits for a slow SerialOutput to take what is left.
 const consoleGrace = time.Second
 
-// console pumps between QEMU's serial socket and the owner's reader and writer.
-type console struct {
+// Console pumps between a VMM's console and the owner's reader and writer.
+type Console struct {
 	conn net.Conn
 	out  io.Writer
 	log  *slog.Logger
@@ -34,9 +35,9 @@ type console struct {
 	sent              chan struct{}
 }
 
-// startConsole pumps until conn ends. Either of out and in may be nil.
-func startConsole(conn net.Conn, out io.Writer, in io.Reader, log *slog.Logger) *console {
-	c := &console{conn: conn, out: out, log: log, received: make(chan struct{}), written: make(chan struct{}), input: in, sent: make(chan struct{})}
+// Start pumps until conn ends. Either of out and in may be nil.
+func Start(conn net.Conn, out io.Writer, in io.Reader, log *slog.Logger) *Console {
+	c := &Console{conn: conn, out: out, log: log, received: make(chan struct{}), written: make(chan struct{}), input: in, sent: make(chan struct{})}
 	c.more.L = &c.mu
 	go c.receive()
 	go c.write()
@@ -49,7 +50,7 @@ func startConsole(conn net.Conn, out io.Writer, in io.Reader, log *slog.Logger) 
 }
 
 // receive takes what the guest writes, always at once.
-func (c *console) receive() {
+func (c *Console) receive() {
 	defer close(c.received)
 	buf := make([]byte, 32<<10)
 	for {
@@ -71,7 +72,7 @@ func (c *console) receive() {
 	}
 }
 
-func (c *console) write() {
+func (c *Console) write() {
 	defer close(c.written)
 	for {
 		c.mu.Lock()
@@ -96,7 +97,7 @@ func (c *console) write() {
 	}
 }
 
-func (c *console) send() {
+func (c *Console) send() {
 	defer close(c.sent)
 	if _, err := io.Copy(c.conn, onlyReader{c.input}); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.log.Debug("console input ended", "error", err)
@@ -106,9 +107,9 @@ func (c *console) send() {
 // onlyReader hides a reader's WriteTo, so that a read is never in progress while a write fails.
 type onlyReader struct{ io.Reader }
 
-// close ends the pump; QEMU has ended before, so all output is there. A SerialInput that cannot be interrupted keeps
+// Close ends the pump; the VMM has ended before, so all output is there. A SerialInput that cannot be interrupted keeps
 // its goroutine until its Read returns.
-func (c *console) close() {
+func (c *Console) Close() {
 	<-c.received // the connection's end
 	c.conn.Close()
 	select {
@@ -123,3 +124,6 @@ func (c *console) close() {
 		}
 	}
 }
+
+// Disconnect ends the connection to a VMM that goes on.
+func (c *Console) Disconnect() { c.conn.Close() }

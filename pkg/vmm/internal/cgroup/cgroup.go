@@ -1,4 +1,5 @@
-package qemu
+// Package cgroup puts a machine into a cgroup of its own.
+package cgroup
 
 import (
 	"bufio"
@@ -15,15 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupParent is the cgroup that those of machines lie in.
-const cgroupParent = "drafter"
+// parent is the cgroup that those of machines lie in.
+const parent = "drafter"
 
-// cgroup is a machine's own cgroup: one folder in the v2 hierarchy, or one in each v1 hierarchy with a controller.
-type cgroup struct{ dirs []string }
+// Group is a machine's own cgroup: one folder in the v2 hierarchy, or one in each v1 hierarchy with a controller.
+type Group struct{ dirs []string }
 
-// makeCgroup makes drafter/NAME below the hierarchies of that cgroup version (1 or 2). Limits are whoever's they are to
+// Make makes drafter/NAME below the hierarchies of that cgroup version (1 or 2). Limits are whoever's they are to
 // set: on that folder, or on drafter.
-func makeCgroup(version int, name string) (*cgroup, error) {
+func Make(version int, name string) (*Group, error) {
 	if version != 1 && version != 2 {
 		return nil, fmt.Errorf("cgroup version %d: choose 1, 2, or 0 for none", version)
 	}
@@ -35,38 +36,38 @@ func makeCgroup(version int, name string) (*cgroup, error) {
 		return nil, err
 	}
 	defer mounts.Close()
-	roots := cgroupRoots(mounts, version)
-	if len(roots) == 0 {
+	found := roots(mounts, version)
+	if len(found) == 0 {
 		return nil, fmt.Errorf("cgroup version %d: no hierarchy of that version is mounted: choose the other version, or none", version)
 	}
-	c := new(cgroup)
-	for _, root := range roots {
-		dir := filepath.Join(root, cgroupParent, name)
-		if err := makeCgroupDir(root, dir); err != nil {
-			return nil, errors.Join(fmt.Errorf("make cgroup %s: %w", dir, err), c.remove())
+	c := new(Group)
+	for _, root := range found {
+		dir := filepath.Join(root, parent, name)
+		if err := makeDir(root, dir); err != nil {
+			return nil, errors.Join(fmt.Errorf("make cgroup %s: %w", dir, err), c.Remove())
 		}
 		c.dirs = append(c.dirs, dir)
 	}
 	return c, nil
 }
 
-// findCgroup is makeCgroup for one that exists.
-func findCgroup(version int, name string) *cgroup {
+// Find is Make for one that exists.
+func Find(version int, name string) *Group {
 	mounts, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
 		return nil
 	}
 	defer mounts.Close()
-	c := new(cgroup)
-	for _, root := range cgroupRoots(mounts, version) {
-		c.dirs = append(c.dirs, filepath.Join(root, cgroupParent, name))
+	c := new(Group)
+	for _, root := range roots(mounts, version) {
+		c.dirs = append(c.dirs, filepath.Join(root, parent, name))
 	}
 	return c
 }
 
-// cgroupRoots returns the mount points of the hierarchies of a version, from a file in the format of
+// roots returns the mount points of the hierarchies of a version, from a file in the format of
 // /proc/PID/mountinfo (proc_pid_mountinfo(5)).
-func cgroupRoots(mountinfo io.Reader, version int) []string {
+func roots(mountinfo io.Reader, version int) []string {
 	var roots []string
 	lines := bufio.NewScanner(mountinfo)
 	for lines.Scan() {
@@ -91,7 +92,7 @@ func unescapeMount(s string) string {
 	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
-func makeCgroupDir(root, dir string) error {
+func makeDir(root, dir string) error {
 	// Another machine's end may remove the empty parent between the two calls.
 	for range 10 {
 		if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
@@ -135,8 +136,8 @@ func inheritCpuset(root, dir string) error {
 	return nil
 }
 
-// add moves a process, all its threads, into the cgroup.
-func (c *cgroup) add(pid int) error {
+// Add moves a process, all its threads, into the cgroup.
+func (c *Group) Add(pid int) error {
 	for _, dir := range c.dirs {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0o644); err != nil {
 			return fmt.Errorf("move process %d into cgroup %s: %w", pid, dir, err)
@@ -145,8 +146,8 @@ func (c *cgroup) add(pid int) error {
 	return nil
 }
 
-// remove removes the cgroup, whose process has ended, and its parent if it was the last in it.
-func (c *cgroup) remove() error {
+// Remove removes the cgroup, whose process has ended, and its parent if it was the last in it.
+func (c *Group) Remove() error {
 	if c == nil {
 		return nil
 	}

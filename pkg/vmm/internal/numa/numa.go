@@ -1,4 +1,5 @@
-package qemu
+// Package numa binds processes to the CPUs of NUMA nodes.
+package numa
 
 import (
 	"errors"
@@ -14,8 +15,8 @@ import (
 // nodeDir is where the kernel describes NUMA nodes.
 const nodeDir = "/sys/devices/system/node"
 
-// nodeCPUs returns the CPUs of a NUMA node.
-func nodeCPUs(node int) (*unix.CPUSet, error) {
+// CPUs returns the CPUs of a NUMA node.
+func CPUs(node int) (*unix.CPUSet, error) {
 	list, err := os.ReadFile(filepath.Join(nodeDir, fmt.Sprintf("node%d", node), "cpulist"))
 	if errors.Is(err, os.ErrNotExist) {
 		online, _ := os.ReadFile(filepath.Join(nodeDir, "online"))
@@ -58,9 +59,9 @@ func parseCPUList(list string) (*unix.CPUSet, error) {
 	return set, nil
 }
 
-// bindCPUs binds every thread of a process to a set. Threads inherit the set of the one that makes them, so once a look
+// Bind binds every thread of a process to a set. Threads inherit the set of the one that makes them, so once a look
 // at all of them finds none to change, there will be none.
-func bindCPUs(pid int, set *unix.CPUSet) error {
+func Bind(pid int, set *unix.CPUSet) error {
 	for {
 		tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
 		if err != nil {

@@ -184,8 +184,32 @@ type Config struct {
 	// what it needs in the process before its first instruction. It must have cmd started when it returns nil.
 	Spawn func(cmd *exec.Cmd) error
 
+	// Graft runs do, in which the VMM allocates its guest's RAM, and sees to it that what it gets is Memory, which Spawn has prepared
+	// ([Requirements]). An error of do is returned as it is.
+	Graft func(do func() error) error
+
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+}
+
+// Requirements are what a backend needs of a machine's owner beyond what all of them do.
+type Requirements struct {
+	Graft bool // the VMM allocates RAM by itself: Config.Spawn and Config.Graft are needed
+	Paths bool // disks are attached by their paths, not by sockets
+}
+
+// Demanding is implemented by backends that have requirements.
+type Demanding interface {
+	// Requirements are the same for all machines of the backend.
+	Requirements() Requirements
+}
+
+// RequirementsOf are those of a backend.
+func RequirementsOf(b Backend) Requirements {
+	if d, ok := b.(Demanding); ok {
+		return d.Requirements()
+	}
+	return Requirements{}
 }
 
 // Boot is what a machine boots.

@@ -20,7 +20,7 @@ const consoleGrace = time.Second
 
 // Console pumps between a VMM's console and the owner's reader and writer.
 type Console struct {
-	conn net.Conn
+	conn io.ReadWriteCloser
 	out  io.Writer
 	log  *slog.Logger
 
@@ -36,7 +36,7 @@ type Console struct {
 }
 
 // Start pumps until conn ends. Either of out and in may be nil.
-func Start(conn net.Conn, out io.Writer, in io.Reader, log *slog.Logger) *Console {
+func Start(conn io.ReadWriteCloser, out io.Writer, in io.Reader, log *slog.Logger) *Console {
 	c := &Console{conn: conn, out: out, log: log, received: make(chan struct{}), written: make(chan struct{}), input: in, sent: make(chan struct{})}
 	c.more.L = &c.mu
 	go c.receive()

@@ -1,0 +1,2 @@
+// Package backends tests hypervisors together with what gives them their memory, which they may not know: package ram.
+package backends

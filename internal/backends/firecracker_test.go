@@ -1,0 +1,356 @@
+package backends
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/ram"
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
+	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+)
+
+const (
+	memorySize = 64 << 20
+	counterAt  = 4 << 20  // where the guest counts, a page after the other
+	counterEnd = 16 << 20 // and from the begin again
+	patience   = time.Minute
+)
+
+// payload is a guest without an operating system, as a kernel: an ELF program of 64 bits, which counts through memory and writes a dot on the
+// serial port each time that it has come to the end. It uses instructions that any KVM runs, or emulates.
+func payload(t testing.TB) string {
+	t.Helper()
+	const entry = 0x200000
+	code := []byte{
+		0x48, 0xc7, 0xc1, 0, 0, 0, 0, // mov rcx, 0
+		0xba, 0xf8, 0x03, 0, 0, // mov edx, 0x3f8
+		0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // next: mov rbx, counterAt
+		0x48, 0x89, 0x0b, // page: mov [rbx], rcx
+		0x48, 0x81, 0xc3, 0, 0x10, 0, 0, // add rbx, 4096
+		0x48, 0x83, 0xc1, 1, // add rcx, 1
+		0x48, 0x81, 0xfb, 0, 0, 0, 0x01, // cmp rbx, counterEnd
+		0x75, 0xe9, // jne page
+		0xb8, '.', 0, 0, 0, // mov eax, '.'
+		0xee,       // out dx, al
+		0xeb, 0xda, // jmp next
+	}
+	var elf bytes.Buffer
+	le := func(values ...any) {
+		for _, v := range values {
+			binary.Write(&elf, binary.LittleEndian, v)
+		}
+	}
+	elf.WriteString("\x7fELF\x02\x01\x01")
+	elf.Write(make([]byte, 9))
+	const headers = 64 + 56
+	le(uint16(2), uint16(62), uint32(1), uint64(entry), uint64(64), uint64(0), uint32(0), uint16(64), uint16(56), uint16(1), uint16(64), uint16(0), uint16(0))
+	le(uint32(1), uint32(5), uint64(headers), uint64(entry), uint64(entry), uint64(len(code)), uint64(len(code)), uint64(1))
+	elf.Write(code)
+	path := filepath.Join(t.TempDir(), "payload")
+	if err := os.WriteFile(path, elf.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// vm is a Firecracker with its memory.
+type vm struct {
+	vmm.Machine
+	memory *ram.Memory
+	cfg    vmm.Config
+	out    *buffer
+}
+
+// buffer keeps what is written to it.
+type buffer struct {
+	mu   sync.Mutex // guards text
+	text bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *buffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
+}
+
+// backend is Firecracker, where there is one.
+func backend(t testing.TB) *firecracker.Backend {
+	t.Helper()
+	binary := os.Getenv("FIRECRACKER_BIN")
+	if binary == "" {
+		binary, _ = exec.LookPath("firecracker")
+	}
+	if binary == "" {
+		t.Skip("SKIPPED, not tested: there is no firecracker; name one in $FIRECRACKER_BIN or put it into $PATH")
+	}
+	return firecracker.New(firecracker.Options{Binary: binary, Logger: vmmtest.Logger(t)})
+}
+
+func start(t testing.TB, b *firecracker.Backend, boot *vmm.Boot) *vm {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	spec, err := b.Describe(ctx, vmm.Spec{MemorySize: memorySize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Compatible(ctx, spec); err != nil {
+		t.Fatal(err)
+	}
+	v := &vm{out: new(buffer)}
+	if v.memory, err = ram.Create("firecracker-test", memorySize); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { v.memory.Close() })
+	dir, err := os.MkdirTemp("", "fc-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	v.cfg = vmm.Config{
+		Spec: spec, Dir: dir, Memory: v.memory.File(), Boot: boot, NUMANode: -1, SerialOutput: v.out, Logger: vmmtest.Logger(t), Graft: v.memory.Graft,
+		Spawn: func(cmd *exec.Cmd) error {
+			h, err := ram.Spawn(cmd, ram.Options{Graft: v.memory})
+			if err != nil {
+				return err
+			}
+			return v.memory.Attach(ctx, h)
+		},
+	}
+	if v.Machine, err = b.Start(ctx, v.cfg); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := v.Close(); err != nil {
+			t.Error(err)
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil || len(left) > 0 {
+			t.Errorf("it has left %v in its folder (%v)", left, err)
+		}
+	})
+	return v
+}
+
+// count is where the guest is.
+func (v *vm) count(t testing.TB) uint64 {
+	t.Helper()
+	b := make([]byte, 8)
+	if _, err := v.memory.Device().ReadAt(b, counterAt); err != nil {
+		t.Fatal(err)
+	}
+	return binary.LittleEndian.Uint64(b)
+}
+
+// goesOn waits until the guest has counted on.
+func (v *vm) goesOn(t testing.TB, from uint64) {
+	t.Helper()
+	for end := time.Now().Add(patience); v.count(t) <= from; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the guest has not come beyond %d (%v)", from, v.Err())
+		}
+	}
+}
+
+// TestFirecracker: a guest boots in our memory, is tracked while it runs, saved without a copy of its memory, goes on, and runs elsewhere while its
+// memory arrives.
+func TestFirecracker(t *testing.T) {
+	b := backend(t)
+	ctx := t.Context()
+	a := start(t, b, &vmm.Boot{Kernel: payload(t)})
+	a.goesOn(t, 0)
+	a.goesOn(t, a.count(t))
+	for end := time.Now().Add(patience); !strings.Contains(a.out.String(), ".."); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("its console says %q", a.out.String())
+		}
+	}
+	tracker := a.memory.Tracker()
+	if err := tracker.Start(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tracker.Collect(ctx); err != nil {
+		t.Fatal(err)
+	}
+	before := make([]byte, memorySize)
+	if _, err := a.memory.Device().ReadAt(before, 0); err != nil {
+		t.Fatal(err)
+	}
+	a.goesOn(t, a.count(t)+1)
+	if err := a.Pause(ctx); err != nil {
+		t.Fatal(err)
+	}
+	dirty, err := tracker.Collect(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := make([]byte, memorySize)
+	if _, err := a.memory.Device().ReadAt(after, 0); err != nil {
+		t.Fatal(err)
+	}
+	for page := int64(0); page < memorySize; page += 4096 {
+		told := false
+		for _, r := range dirty {
+			told = told || page >= r.Offset && page < r.End()
+		}
+		if !told && !bytes.Equal(before[page:page+4096], after[page:page+4096]) {
+			t.Errorf("page %#x was written, and is not told", page)
+		}
+	}
+	if err := tracker.Stop(); err != nil {
+		t.Error(err)
+	}
+
+	at := a.count(t)
+	var state, again bytes.Buffer
+	began := time.Now()
+	if err := a.Save(ctx, &state); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("saved %d bytes in %v", state.Len(), time.Since(began).Round(time.Microsecond))
+	if err := a.Save(ctx, &again); err != nil || again.Len() != state.Len() {
+		t.Errorf("saved again: %d bytes, %v", again.Len(), err)
+	}
+	if a.count(t) != at {
+		t.Error("a paused guest has counted on")
+	}
+	if err := a.Load(ctx, &again); !errors.Is(err, vmm.ErrState) {
+		t.Errorf("load into a guest: got error %v, want ErrState", err)
+	}
+	if err := a.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	a.goesOn(t, at)
+
+	c := start(t, b, nil)
+	filler, err := c.memory.Fill(ctx, slow{bytes.NewReader(after)}, ram.FillOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Load(ctx, strings.NewReader("nonsense")); err == nil || !strings.Contains(err.Error(), "no device state") {
+		t.Errorf("load nonsense: got error %v", err)
+	}
+	began = time.Now()
+	if err := c.Load(ctx, bytes.NewReader(state.Bytes())); err != nil {
+		t.Fatal(err)
+	}
+	loaded := time.Since(began)
+	if err := c.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	resumed := time.Since(began)
+	c.goesOn(t, at)
+	select {
+	case <-filler.Done():
+		t.Error("its memory was there before it ran")
+	default:
+	}
+	t.Logf("loaded in %v, runs after %v; %d faults", loaded.Round(time.Microsecond), resumed.Round(time.Microsecond), filler.Stats().Faults)
+	if err := filler.Wait(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c.goesOn(t, c.count(t))
+}
+
+// slow is a source that takes its time.
+type slow struct{ io.ReaderAt }
+
+func (s slow) ReadAt(b []byte, off int64) (int, error) {
+	time.Sleep(2 * time.Millisecond)
+	return s.ReaderAt.ReadAt(b, off)
+}
+
+// TestFirecrackerAdopt: a machine whose owner has died goes on, and is taken over.
+func TestFirecrackerAdopt(t *testing.T) {
+	b := backend(t)
+	v := start(t, b, &vmm.Boot{Kernel: payload(t)})
+	v.goesOn(t, 0)
+	cfg := v.cfg
+	cfg.Boot = nil
+	adopted, err := b.Adopt(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := adopted.(vmm.Stater).State(); got != vmm.StateRunning {
+		t.Errorf("it is %s, want running", got)
+	}
+	if err := adopted.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var state bytes.Buffer
+	if err := adopted.Save(t.Context(), &state); err != nil || state.Len() == 0 {
+		t.Errorf("saved %d bytes: %v", state.Len(), err)
+	}
+	at := v.count(t)
+	if err := adopted.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.goesOn(t, at)
+	if err := adopted.Close(); err != nil {
+		t.Error(err)
+	}
+	select {
+	case <-v.Done():
+	case <-time.After(patience):
+		t.Error("its first owner does not notice its end")
+	}
+}
+
+// TestFirecrackerRefusals: what cannot be is told by name, and leaves nothing.
+func TestFirecrackerRefusals(t *testing.T) {
+	b := backend(t)
+	ctx := t.Context()
+	for what, c := range map[string]struct {
+		spec vmm.Spec
+		want string
+	}{
+		"memory":   {vmm.Spec{MemorySize: 1000}, "memory size 1000"},
+		"CPUs":     {vmm.Spec{MemorySize: memorySize, CPUCount: 33}, "CPU count 33"},
+		"template": {vmm.Spec{MemorySize: memorySize, CPUModel: "486"}, `CPU template "486"`},
+		"accel":    {vmm.Spec{MemorySize: memorySize, Accel: "tcg"}, `accel "tcg"`},
+		"version":  {vmm.Spec{MemorySize: memorySize, Version: "0.1.0"}, `version "0.1.0"`},
+	} {
+		if _, err := b.Describe(ctx, c.spec); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got error %v, want one that says %q", what, err, c.want)
+		}
+	}
+	spec, err := b.Describe(ctx, vmm.Spec{MemorySize: memorySize})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for what, c := range map[string]struct {
+		change func(*vmm.Spec)
+		want   string
+	}{
+		"QEMU's":          {func(s *vmm.Spec) { s.Hypervisor = "qemu" }, "hypervisor"},
+		"a newer format":  {func(s *vmm.Spec) { s.MachineType = "snapshot-7.99.0" }, "machineType"},
+		"another format":  {func(s *vmm.Spec) { s.MachineType = "snapshot-3.0.0" }, "machineType"},
+		"another feature": {func(s *vmm.Spec) { s.CPUFeatures = []string{"fpu", "teleport"} }, `"teleport"`},
+	} {
+		saved := spec
+		c.change(&saved)
+		if err := b.Compatible(ctx, saved); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: got error %v, want one that says %q", what, err, c.want)
+		}
+	}
+	if _, err := firecracker.New(firecracker.Options{Binary: "/bin/true"}).Describe(ctx, vmm.Spec{MemorySize: memorySize}); err == nil || !strings.Contains(err.Error(), "is it Firecracker?") {
+		t.Errorf("another program: got error %v", err)
+	}
+}

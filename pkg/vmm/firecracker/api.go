@@ -1,0 +1,188 @@
+package firecracker
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"time"
+)
+
+// What follows is the part of Firecracker's API (its file firecracker.yaml) that is used, by the names that it has there. All of it is in 1.10;
+// fields of later versions say so.
+
+type bootSource struct {
+	KernelImagePath string `json:"kernel_image_path"`
+	InitrdPath      string `json:"initrd_path,omitempty"`
+	BootArgs        string `json:"boot_args,omitempty"`
+}
+
+type machineConfiguration struct {
+	VCPUCount   int    `json:"vcpu_count"`
+	MemSizeMiB  int64  `json:"mem_size_mib"`
+	CPUTemplate string `json:"cpu_template,omitempty"`
+}
+
+type drive struct {
+	DriveID      string `json:"drive_id"`
+	PathOnHost   string `json:"path_on_host"`
+	IsRootDevice bool   `json:"is_root_device"`
+	IsReadOnly   bool   `json:"is_read_only"`
+	CacheType    string `json:"cache_type"` // "Writeback": the guest's flushes reach the disk
+	IOEngine     string `json:"io_engine"`  // "Sync" or "Async"
+}
+
+type networkInterface struct {
+	IfaceID     string `json:"iface_id"`
+	GuestMAC    string `json:"guest_mac"`
+	HostDevName string `json:"host_dev_name"`
+}
+
+type vsock struct {
+	GuestCID int    `json:"guest_cid"`
+	UDSPath  string `json:"uds_path"`
+}
+
+type entropyDevice struct{}
+
+type action struct {
+	ActionType string `json:"action_type"` // "InstanceStart"
+}
+
+type vmState struct {
+	State string `json:"state"` // "Paused" or "Resumed"
+}
+
+type snapshotCreateParams struct {
+	SnapshotType string `json:"snapshot_type"` // "Full"
+	SnapshotPath string `json:"snapshot_path"`
+	MemFilePath  string `json:"mem_file_path"`
+}
+
+type snapshotLoadParams struct {
+	SnapshotPath string        `json:"snapshot_path"`
+	MemBackend   memoryBackend `json:"mem_backend"`
+	ResumeVM     bool          `json:"resume_vm"`
+}
+
+type memoryBackend struct {
+	BackendType string `json:"backend_type"` // "File"
+	BackendPath string `json:"backend_path"`
+}
+
+// instanceInfo is what GET / answers.
+type instanceInfo struct {
+	State string `json:"state"` // "Not started", "Running" or "Paused"
+}
+
+// maxAnswer bounds an answer, in bytes.
+const maxAnswer = 1 << 20
+
+// client speaks to one Firecracker. It is safe for concurrent use; Firecracker itself answers one request after the other.
+type client struct {
+	http http.Client
+}
+
+// newClient makes a client of the socket at a path. Nothing is connected yet.
+func newClient(socket string) *client {
+	return &client{http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", socket)
+		},
+		DisableKeepAlives: true, // a Firecracker that was adopted has nobody else's connection
+	}}}
+}
+
+// fault is Firecracker's refusal of a request.
+type fault struct {
+	method, path string
+	status       int
+	message      string
+}
+
+func (f *fault) Error() string {
+	return fmt.Sprintf("%s %s: Firecracker refuses (status %d): %s", f.method, f.path, f.status, f.message)
+}
+
+// call makes a request with a body, unless that is nil, and decodes the answer, unless result is nil.
+func (c *client) call(ctx context.Context, method, path string, body, result any) error {
+	var content io.Reader
+	if body != nil {
+		b, err := json.Marshal(body)
+		if err != nil {
+			return err
+		}
+		content = bytes.NewReader(b)
+	}
+	request, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, content)
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Accept", "application/json")
+	if body != nil {
+		request.Header.Set("Content-Type", "application/json")
+	}
+	response, err := c.http.Do(request)
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return fmt.Errorf("%s %s: %w", method, path, err)
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("%s %s: read the answer: %w", method, path, err)
+	}
+	if response.StatusCode >= 300 {
+		var said struct {
+			FaultMessage string `json:"fault_message"`
+		}
+		if json.Unmarshal(answer, &said) != nil || said.FaultMessage == "" {
+			said.FaultMessage = string(answer)
+		}
+		return &fault{method, path, response.StatusCode, said.FaultMessage}
+	}
+	if result == nil {
+		return nil
+	}
+	if err := json.Unmarshal(answer, result); err != nil {
+		return fmt.Errorf("%s %s: decode the answer: %w", method, path, err)
+	}
+	return nil
+}
+
+func (c *client) put(ctx context.Context, path string, body any) error {
+	return c.call(ctx, http.MethodPut, path, body, nil)
+}
+
+// state asks in which state the machine is.
+func (c *client) state(ctx context.Context) (string, error) {
+	var info instanceInfo
+	err := c.call(ctx, http.MethodGet, "/", nil, &info)
+	return info.State, err
+}
+
+// await waits until Firecracker answers, which it does a few milliseconds after its start.
+func (c *client) await(ctx context.Context, ended <-chan struct{}) error {
+	const first, last = 500 * time.Microsecond, 10 * time.Millisecond
+	for pause := first; ; pause = min(2*pause, last) {
+		_, err := c.state(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ended:
+			return fmt.Errorf("firecracker has ended before it answered: %w", err)
+		case <-ctx.Done():
+			return fmt.Errorf("firecracker does not answer: %w", context.Cause(ctx))
+		case <-time.After(pause):
+		}
+	}
+}
+
+// close ends connections that are idle.
+func (c *client) close() { c.http.CloseIdleConnections() }

@@ -1,0 +1,399 @@
+package firecracker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"time"
+
+	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
+)
+
+// Names of files in Config.Dir, beside vmm.SocketFile.
+const (
+	apiSocket     = "api.sock"
+	consoleInput  = "console.in"
+	consoleOutput = "console.out"
+	identityFile  = "firecracker.json"
+)
+
+// diskLink is the name of the link to a disk, by its number.
+func diskLink(n int) string { return fmt.Sprintf("%d.disk", n) }
+
+// Descriptors that a Firecracker inherits, by their numbers there.
+const (
+	stateFD  = 3 // a memfd for device state
+	memoryFD = 4 // the guest's RAM
+)
+
+// inherited is the path of a descriptor, to the process that has it.
+func inherited(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+
+// maxSocketPath is what fits into sockaddr_un (unix(7)), in bytes.
+const maxSocketPath = 107
+
+// Options configures a backend. The zero value works.
+type Options struct {
+	// Binary is Firecracker's program, a path or a name in PATH. Empty means firecracker. Config.Binary goes before it.
+	Binary string
+
+	// Logger receives events; nil means slog.Default(). Config.Logger goes before it for a machine's events.
+	Logger *slog.Logger
+}
+
+// host is where this host describes itself.
+type host struct{ kvmDevice, cpuinfo string }
+
+// Backend starts Firecracker machines. It implements [vmm.Backend], [vmm.Adopter], [vmm.Reaper] and [vmm.Demanding].
+type Backend struct {
+	opts Options
+	log  *slog.Logger
+	host host
+}
+
+var (
+	_ vmm.Backend   = (*Backend)(nil)
+	_ vmm.Adopter   = (*Backend)(nil)
+	_ vmm.Reaper    = (*Backend)(nil)
+	_ vmm.Demanding = (*Backend)(nil)
+)
+
+// New returns a backend. It starts nothing and looks at nothing yet.
+func New(opts Options) *Backend {
+	b := &Backend{opts: opts, log: opts.Logger, host: host{kvmDevice: "/dev/kvm", cpuinfo: "/proc/cpuinfo"}}
+	if b.log == nil {
+		b.log = slog.Default()
+	}
+	return b
+}
+
+// Name implements [vmm.Backend].
+func (b *Backend) Name() string { return hypervisor }
+
+// Requirements implements [vmm.Demanding].
+func (b *Backend) Requirements() vmm.Requirements { return vmm.Requirements{Graft: true, Paths: true} }
+
+// Start implements [vmm.Backend].
+func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Machine, error) {
+	began := time.Now()
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("start machine: %w", context.Cause(ctx))
+	}
+	cfg, err := b.complete(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
+	m, err := b.start(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("start machine in %q: %w", cfg.Dir, err)
+	}
+	m.log.Debug("machine started", "pid", m.PID(), "boot", cfg.Boot != nil, "took", time.Since(began))
+	return m, nil
+}
+
+// complete fills in what may be left out and checks what does not need Firecracker to be checked.
+func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
+	if cfg.Logger == nil {
+		cfg.Logger = b.log
+	}
+	var err error
+	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
+		return cfg, err
+	}
+	for _, name := range []string{apiSocket, vmm.SocketFile + "_4294967295"} {
+		if path := filepath.Join(cfg.Dir, name); len(path) > maxSocketPath {
+			return cfg, fmt.Errorf("socket %q: the path has %d bytes, but a unix socket's may have %d: choose a shorter folder", path, len(path), maxSocketPath)
+		}
+	}
+	if info, err := os.Stat(cfg.Dir); err != nil {
+		return cfg, fmt.Errorf("the machine's folder: %w", err)
+	} else if !info.IsDir() {
+		return cfg, fmt.Errorf("the machine's folder %q is no folder", cfg.Dir)
+	}
+	if cfg.UID != 0 && cfg.UID != os.Geteuid() || cfg.GID != 0 && cfg.GID != os.Getegid() {
+		return cfg, fmt.Errorf("uid %d, gid %d: Firecracker runs as another user by its jailer only, which is not used yet", cfg.UID, cfg.GID)
+	}
+	if len(cfg.Disks) != len(cfg.Spec.Disks) {
+		return cfg, fmt.Errorf("%d disks are described, but %d attached", len(cfg.Spec.Disks), len(cfg.Disks))
+	}
+	attached := make([]vmm.Attachment, len(cfg.Disks))
+	for i, at := range cfg.Disks {
+		name := cfg.Spec.Disks[i].Name
+		if at.Name != "" && at.Name != name {
+			return cfg, fmt.Errorf("disk %d is described as %q, but attached as %q: the order must be the same", i, name, at.Name)
+		}
+		if at.Path == "" || at.Socket != "" {
+			return cfg, fmt.Errorf("disk %q: Firecracker opens disks by a path, and by nothing else", name)
+		}
+		if at.Path, err = filepath.Abs(at.Path); err != nil {
+			return cfg, err
+		}
+		if _, err := os.Stat(at.Path); err != nil {
+			return cfg, fmt.Errorf("disk %q: %w", name, err)
+		}
+		attached[i] = at
+	}
+	cfg.Disks = attached
+	if cfg.Boot != nil {
+		boot := *cfg.Boot
+		for _, path := range []*string{&boot.Kernel, &boot.Initrd} {
+			if *path == "" {
+				continue
+			}
+			if *path, err = filepath.Abs(*path); err != nil {
+				return cfg, err
+			}
+			if _, err := os.Stat(*path); err != nil {
+				return cfg, fmt.Errorf("boot: %w", err)
+			}
+		}
+		cfg.Boot = &boot
+	}
+	return cfg, checkSpec(cfg.Spec)
+}
+
+// start starts the process and makes it a machine, or leaves nothing.
+func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err error) {
+	if cfg.Spawn == nil || cfg.Graft == nil {
+		return nil, errNoHooks
+	}
+	binary, err := b.find(cfg.Binary)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.checkKVM(); err != nil {
+		return nil, err
+	}
+	if err := checkMemory(cfg); err != nil {
+		return nil, err
+	}
+	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
+		return nil, fmt.Errorf("a machine runs there already, as process %d: close it, or adopt it", id.PID)
+	}
+	var cpus *unix.CPUSet
+	if cfg.NUMANode >= 0 {
+		if cpus, err = numa.CPUs(cfg.NUMANode); err != nil {
+			return nil, err
+		}
+	}
+
+	m := newMachine(cfg)
+	defer func() {
+		if err != nil {
+			err = m.abandon(err)
+		}
+	}()
+	if err := errors.Join(m.removeFiles()); err != nil { // of one that has ended without an owner
+		return nil, err
+	}
+	for i, at := range cfg.Disks {
+		if err := os.Symlink(at.Path, filepath.Join(cfg.Dir, diskLink(i))); err != nil {
+			return nil, err
+		}
+	}
+	fd, err := unix.MemfdCreate("drafter-state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a file for device state: %w", err)
+	}
+	m.state = os.NewFile(uintptr(fd), "state")
+	if m.in, m.out, err = makeConsole(cfg.Dir); err != nil {
+		return nil, err
+	}
+	memory, err := unix.FcntlInt(cfg.Memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate the memory's descriptor: %w", err)
+	}
+	ram := os.NewFile(uintptr(memory), "memory")
+	defer ram.Close()
+	if cfg.CgroupVersion != 0 {
+		if m.cgroup, err = cgroup.Make(cfg.CgroupVersion, cfg.CgroupName); err != nil {
+			return nil, err
+		}
+	}
+
+	cmd := exec.Command(binary, "--api-sock", apiSocket, "--id", "drafter", "--log-path", "/proc/self/fd/2", "--level", "Warn", "--show-level")
+	cmd.Dir = cfg.Dir
+	cmd.Stdin, cmd.Stdout = m.in, m.out
+	cmd.ExtraFiles = []*os.File{m.state, ram} // stateFD, memoryFD
+	m.log.Debug("start Firecracker", "command", strings.Join(cmd.Args, " "))
+	if err := inNamespace(cfg, func() (err error) {
+		m.process, err = process.Start(cmd, "Firecracker", cfg.Spawn, m.log)
+		return err
+	}); err != nil {
+		return nil, err
+	}
+	if err := m.process.Identity.Write(filepath.Join(cfg.Dir, identityFile)); err != nil {
+		return nil, fmt.Errorf("record the process: %w", err)
+	}
+	if m.cgroup != nil {
+		if err := m.cgroup.Add(m.process.PID); err != nil {
+			return nil, err
+		}
+	}
+	if cpus != nil {
+		if err := numa.Bind(m.process.PID, cpus); err != nil {
+			return nil, err
+		}
+	}
+	m.startConsole()
+	if err := m.api.await(ctx, m.process.Ended); err != nil {
+		return nil, err
+	}
+	if cfg.Boot != nil {
+		if err := m.boot(ctx); err != nil {
+			return nil, err
+		}
+		m.life.Found(lifecycle.Running)
+	}
+	go m.watch()
+	return m, nil
+}
+
+// inNamespace runs f on a thread in the network namespace of the guest's interface, which Firecracker opens by its name.
+func inNamespace(cfg vmm.Config, f func() error) error {
+	if cfg.Spec.MAC == "" || cfg.Netns == "" {
+		return f()
+	}
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its namespace
+		ns, err := netns.GetFromName(cfg.Netns)
+		if err != nil {
+			done <- fmt.Errorf("open network namespace %q: %w", cfg.Netns, err)
+			return
+		}
+		defer ns.Close()
+		if err := netns.Set(ns); err != nil {
+			done <- fmt.Errorf("enter network namespace %q: %w", cfg.Netns, err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// Adopt implements [vmm.Adopter]. Done of an adopted machine knows less of the reasons: its words on stderr went to the former owner, and the
+// exit status to its parent.
+func (b *Backend) Adopt(ctx context.Context, cfg vmm.Config) (vmm.Machine, error) {
+	cfg, err := b.complete(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("adopt machine: %w", err)
+	}
+	m, err := b.adopt(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("adopt machine in %q: %w", cfg.Dir, err)
+	}
+	m.log.Debug("machine adopted", "pid", m.PID(), "state", m.life.State())
+	return m, nil
+}
+
+func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err error) {
+	id, err := process.Read(filepath.Join(cfg.Dir, identityFile))
+	if err != nil {
+		return nil, fmt.Errorf("find its process: %w", err)
+	}
+	m := newMachine(cfg)
+	if m.process, err = process.Adopt(id, "Firecracker"); err != nil {
+		return nil, err
+	}
+	// A failed adoption leaves the machine alone: whose it is, is not ours to decide.
+	defer func() {
+		if err != nil {
+			m.disconnect()
+			m.process.Release()
+		}
+	}()
+	if m.state, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", id.PID, stateFD), os.O_RDWR, 0); err != nil {
+		return nil, fmt.Errorf("open its file for device state: %w", err)
+	}
+	if m.in, m.out, err = openConsole(cfg.Dir); err != nil {
+		return nil, err
+	}
+	if cfg.CgroupVersion != 0 {
+		m.cgroup = cgroup.Find(cfg.CgroupVersion, cfg.CgroupName)
+	}
+	m.startConsole()
+	found, err := m.look(ctx)
+	if err != nil {
+		return nil, err
+	}
+	m.life.Found(found)
+	go m.watch()
+	return m, nil
+}
+
+// Reap implements [vmm.Reaper].
+func (b *Backend) Reap(cfg vmm.Config) error {
+	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
+		return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
+	}
+	if cfg.CgroupVersion == 0 {
+		return nil
+	}
+	return cgroup.Find(cfg.CgroupVersion, cfg.CgroupName).Remove()
+}
+
+// checkMemory checks the guest's RAM.
+func checkMemory(cfg vmm.Config) error {
+	if cfg.Memory == nil {
+		return errors.New("there is no memory: a memfd of the machine's size is needed")
+	}
+	info, err := cfg.Memory.Stat()
+	if err != nil {
+		return fmt.Errorf("the memory: %w", err)
+	}
+	if info.Size() != cfg.Spec.MemorySize {
+		return fmt.Errorf("the memory has %d bytes, but the machine's is described with %d", info.Size(), cfg.Spec.MemorySize)
+	}
+	return nil
+}
+
+// boot tells Firecracker of the machine, and starts it.
+func (m *machine) boot(ctx context.Context) error {
+	spec := m.cfg.Spec
+	type request struct {
+		path string
+		body any
+	}
+	requests := []request{
+		{"/machine-config", machineConfiguration{spec.CPUCount, spec.MemorySize >> 20, spec.CPUModel}},
+		{"/boot-source", bootSource{m.cfg.Boot.Kernel, m.cfg.Boot.Initrd, spec.BootArgs}},
+	}
+	engine := "Async"
+	if m.cfg.IOEngineSync {
+		engine = "Sync"
+	}
+	for i, disk := range spec.Disks {
+		id := fmt.Sprintf("disk%d", i)
+		requests = append(requests, request{"/drives/" + id, drive{id, diskLink(i), false, disk.ReadOnly, "Writeback", engine}})
+	}
+	if spec.MAC != "" {
+		requests = append(requests, request{"/network-interfaces/net0", networkInterface{"net0", spec.MAC, m.cfg.Interface}})
+	}
+	if spec.Sockets {
+		requests = append(requests, request{"/vsock", vsock{guestCID, vmm.SocketFile}})
+	}
+	requests = append(requests, request{"/entropy", entropyDevice{}})
+	for _, r := range requests {
+		if err := m.api.put(ctx, r.path, r.body); err != nil {
+			return err
+		}
+	}
+	return m.cfg.Graft(func() error { return m.api.put(ctx, "/actions", action{"InstanceStart"}) })
+}
+
+// guestCID is the guest's address in vsock. Addresses are no host's business: its sockets are files.
+const guestCID = 3

@@ -1,0 +1,413 @@
+package firecracker
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc64"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/console"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
+)
+
+const (
+	// maxState bounds the device state, in bytes. It has some tens of KB.
+	maxState = 64 << 20
+
+	// settleTime is how long a cancelled operation may take to leave the machine in a known state.
+	settleTime = 10 * time.Second
+
+	// noFile is a path that cannot be opened in any folder, as there is none of the first name.
+	noFile = "no-memory/memory"
+)
+
+// machine is a Firecracker process with a virtual machine.
+type machine struct {
+	cfg  vmm.Config
+	log  *slog.Logger
+	life lifecycle.Lifecycle
+	api  *client
+
+	process *process.Process
+	console *console.Console
+	cgroup  *cgroup.Group
+
+	state   *os.File // a memfd that the process has, too
+	in, out *os.File // the process's ends of its console
+
+	mu      sync.Mutex // guards what follows
+	closing bool       // Close was called
+
+	done     chan struct{}
+	err      error // valid when done is closed
+	closeErr error // valid when done is closed: what could not be removed
+}
+
+var (
+	_ vmm.Machine = (*machine)(nil)
+	_ vmm.Stater  = (*machine)(nil)
+)
+
+func newMachine(cfg vmm.Config) *machine {
+	return &machine{
+		cfg: cfg, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), api: newClient(filepath.Join(cfg.Dir, apiSocket)), done: make(chan struct{}),
+	}
+}
+
+// makeConsole makes the FIFOs of a console.
+func makeConsole(dir string) (in, out *os.File, err error) {
+	for _, name := range []string{consoleInput, consoleOutput} {
+		if err := unix.Mkfifo(filepath.Join(dir, name), 0o600); err != nil {
+			return nil, nil, fmt.Errorf("make FIFO %q: %w", filepath.Join(dir, name), err)
+		}
+	}
+	return openConsole(dir)
+}
+
+// openConsole opens them for both directions, so that there is no end to them when others leave, and nobody waits: what the guest writes
+// when nobody reads is lost.
+func openConsole(dir string) (in, out *os.File, err error) {
+	if in, err = os.OpenFile(filepath.Join(dir, consoleInput), os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
+		return nil, nil, err
+	}
+	if out, err = os.OpenFile(filepath.Join(dir, consoleOutput), os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
+		in.Close()
+		return nil, nil, err
+	}
+	return in, out, nil
+}
+
+// startConsole pumps the console, if somebody wants that.
+func (m *machine) startConsole() {
+	if m.cfg.SerialOutput != nil || m.cfg.SerialInput != nil {
+		m.console = console.Start(fifos{m.out, m.in}, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
+	}
+}
+
+// fifos are the owner's side of a console.
+type fifos struct{ out, in *os.File }
+
+func (f fifos) Read(b []byte) (int, error)  { return f.out.Read(b) }
+func (f fifos) Write(b []byte) (int, error) { return f.in.Write(b) }
+func (f fifos) Close() error {
+	_ = f.in.SetDeadline(time.Unix(1, 0))
+	return f.out.SetDeadline(time.Unix(1, 0))
+}
+
+// State implements [vmm.Stater].
+func (m *machine) State() vmm.State { return m.life.VMM() }
+
+// PID implements [vmm.Machine].
+func (m *machine) PID() int { return m.process.PID }
+
+// Done implements [vmm.Machine].
+func (m *machine) Done() <-chan struct{} { return m.done }
+
+// Err implements [vmm.Machine].
+func (m *machine) Err() error {
+	select {
+	case <-m.done:
+		return m.err
+	default:
+		return nil
+	}
+}
+
+// Close implements [vmm.Machine].
+func (m *machine) Close() error {
+	m.mu.Lock()
+	m.closing = true
+	m.mu.Unlock()
+	m.process.Kill()
+	<-m.done
+	return m.closeErr
+}
+
+// watch waits for the process's end and cleans up after it.
+func (m *machine) watch() {
+	<-m.process.Ended
+	m.life.Close()
+	m.disconnect()
+	m.err = m.verdict()
+	m.closeErr = m.remove()
+	m.process.Release()
+	m.log.Debug("machine ended", "error", m.err)
+	close(m.done)
+}
+
+// verdict says why the process has ended. A guest that reboots ends it in the same way as one that shuts down: Firecracker has no reset.
+func (m *machine) verdict() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closing || m.process.Clean {
+		return nil
+	}
+	status := m.process.Status
+	if status == "" {
+		status = "its exit status is unknown"
+	}
+	return m.process.Stderr.Explain(fmt.Errorf("firecracker (process %d) ended unexpectedly: %s", m.process.PID, status))
+}
+
+// disconnect ends what connects us with the process.
+func (m *machine) disconnect() {
+	m.api.close()
+	if m.console != nil {
+		m.drain()
+		m.console.Disconnect()
+		m.console.Close()
+	}
+	for _, f := range []*os.File{m.in, m.out, m.state} {
+		if f != nil {
+			f.Close()
+		}
+	}
+}
+
+// drain lets the console's pump have what an ended process has written: a FIFO has no end that it could wait for.
+func (m *machine) drain() {
+	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		n := 0
+		raw, err := m.out.SyscallConn()
+		if err == nil {
+			err = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
+		}
+		if err != nil || n == 0 {
+			return
+		}
+	}
+}
+
+// files are what a machine has in its folder.
+func (m *machine) files() []string {
+	names := []string{apiSocket, consoleInput, consoleOutput, identityFile, identityFile + ".tmp", vmm.SocketFile}
+	for i := range m.cfg.Spec.Disks {
+		names = append(names, diskLink(i))
+	}
+	return names
+}
+
+func (m *machine) removeFiles() error {
+	var errs []error
+	for _, name := range m.files() {
+		if err := os.Remove(filepath.Join(m.cfg.Dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// remove removes what an ended process leaves.
+func (m *machine) remove() error { return errors.Join(m.cgroup.Remove(), m.removeFiles()) }
+
+// abandon ends a machine whose start failed with cause, and says more about that.
+func (m *machine) abandon(cause error) error {
+	if m.process != nil {
+		select {
+		case <-m.process.Ended:
+		case <-time.After(100 * time.Millisecond):
+			// A process that failed is ending, and its status says more than that of one we killed.
+			m.process.Kill()
+			<-m.process.Ended
+		}
+		cause = m.process.Stderr.Explain(cause)
+		m.process.Release()
+	}
+	m.disconnect()
+	return errors.Join(cause, m.remove())
+}
+
+// look asks Firecracker for the state of the machine.
+func (m *machine) look(ctx context.Context) (lifecycle.State, error) {
+	said, err := m.api.state(ctx)
+	if err != nil {
+		return lifecycle.Broken, err
+	}
+	switch said {
+	case "Not started":
+		return lifecycle.Waiting, nil
+	case "Running":
+		return lifecycle.Running, nil
+	case "Paused":
+		return lifecycle.Paused, nil
+	}
+	return lifecycle.Broken, fmt.Errorf("firecracker says that the machine is %q", said)
+}
+
+// settle finds out, after an operation failed for whatever reason, in which state the machine is.
+func (m *machine) settle(ctx context.Context) lifecycle.State {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	now, err := m.look(ctx)
+	if err != nil {
+		m.log.Debug("machine is in no known state", "error", err)
+	}
+	return now
+}
+
+// failed adds to an operation's error what is known if the process has ended meanwhile.
+func (m *machine) failed(op string, err error) error {
+	select {
+	case <-m.done:
+		if m.err != nil {
+			err = fmt.Errorf("%w (%w)", err, m.err)
+		}
+	default:
+	}
+	return fmt.Errorf("%s machine: %w", op, err)
+}
+
+// Pause implements [vmm.Machine]. When ctx ends meanwhile, the guest is let run again.
+func (m *machine) Pause(ctx context.Context) error {
+	if _, err := m.life.Begin("pause", lifecycle.Running); err != nil {
+		return err
+	}
+	err := m.api.call(ctx, "PATCH", "/vm", vmState{"Paused"}, nil)
+	if err == nil {
+		m.life.End(lifecycle.Paused)
+		return nil
+	}
+	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
+	defer cancel()
+	if now, e := m.look(back); e == nil && now == lifecycle.Paused {
+		if e := m.api.call(back, "PATCH", "/vm", vmState{"Resumed"}, nil); e != nil {
+			m.log.Debug("cannot undo a failed pause", "error", e)
+		}
+	}
+	m.life.End(m.settle(ctx))
+	return m.failed("pause", err)
+}
+
+// Resume implements [vmm.Machine].
+func (m *machine) Resume(ctx context.Context) error {
+	if _, err := m.life.Begin("resume", lifecycle.Paused); err != nil {
+		return err
+	}
+	if err := m.api.call(ctx, "PATCH", "/vm", vmState{"Resumed"}, nil); err != nil {
+		m.life.End(m.settle(ctx))
+		return m.failed("resume", err)
+	}
+	m.life.End(lifecycle.Running)
+	return nil
+}
+
+// Save implements [vmm.Machine].
+func (m *machine) Save(ctx context.Context, w io.Writer) error {
+	if _, err := m.life.Begin("save", lifecycle.Paused); err != nil {
+		return err
+	}
+	began := time.Now()
+	state, err := m.save(ctx)
+	m.life.End(m.settle(ctx))
+	if err != nil {
+		return m.failed("save", err)
+	}
+	if _, err := w.Write(state); err != nil {
+		return fmt.Errorf("save machine: write its state: %w", err)
+	}
+	m.log.Debug("machine saved", "bytes", len(state), "took", time.Since(began))
+	return nil
+}
+
+// save has Firecracker make a snapshot whose second file, that of RAM, cannot be opened.
+func (m *machine) save(ctx context.Context) ([]byte, error) {
+	if err := m.state.Truncate(0); err != nil {
+		return nil, err
+	}
+	defer func() { _ = m.state.Truncate(0) }() // it takes up memory
+	err := m.api.put(ctx, "/snapshot/create", snapshotCreateParams{"Full", inherited(stateFD), noFile})
+	refused := (*fault)(nil)
+	switch {
+	case err == nil:
+		return nil, fmt.Errorf("firecracker has written RAM to %q, which it was not to", noFile)
+	case !errors.As(err, &refused) || !strings.Contains(refused.message, "memory backing file"):
+		return nil, err
+	}
+	size, err := m.state.Seek(0, io.SeekEnd)
+	if err != nil {
+		return nil, err
+	}
+	state := make([]byte, min(size, maxState+1))
+	if _, err := m.state.ReadAt(state, 0); err != nil {
+		return nil, fmt.Errorf("read Firecracker's device state: %w", err)
+	}
+	if err := checkState(state); err != nil {
+		return nil, err
+	}
+	return state, nil
+}
+
+// stateSum is the polynomial of the checksum that ends device state (CRC-64 of Jones, reflected; docs/snapshotting/versioning.md of
+// Firecracker), which begins with 0 and is not inverted.
+var stateSum = crc64.MakeTable(0x95ac9329ac4bc9b5)
+
+// checkState checks what can be seen of device state: its format is Firecracker's own affair, but it is whole.
+func checkState(state []byte) error {
+	const sum = 8 // bytes
+	if len(state) > maxState {
+		return fmt.Errorf("the state has more than %d bytes", maxState)
+	}
+	if whole := len(state) - sum; whole > sum {
+		want := binary.LittleEndian.Uint64(state[whole:])
+		for _, from := range []int{0, sum} { // some builds write the length of the rest before it
+			if ^crc64.Update(^uint64(0), stateSum, state[from:whole]) == want {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("this is no device state of Firecracker, or not all of it: it has %d bytes, and no checksum at its end", len(state))
+}
+
+// Load implements [vmm.Machine].
+func (m *machine) Load(ctx context.Context, r io.Reader) error {
+	if _, err := m.life.Begin("load", lifecycle.Waiting); err != nil {
+		return err
+	}
+	began := time.Now()
+	state, err := io.ReadAll(io.LimitReader(r, maxState+1))
+	if err != nil {
+		err = fmt.Errorf("read its state: %w", err)
+	} else {
+		err = checkState(state)
+	}
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		m.life.End(lifecycle.Waiting) // Firecracker has seen nothing of it
+		return m.failed("load", err)
+	}
+	if err := m.load(ctx, state); err != nil {
+		m.life.End(lifecycle.Broken)
+		return m.failed("load", err)
+	}
+	m.life.End(lifecycle.Paused)
+	m.log.Debug("machine loaded", "bytes", len(state), "took", time.Since(began))
+	return nil
+}
+
+func (m *machine) load(ctx context.Context, state []byte) error {
+	if err := m.state.Truncate(0); err != nil {
+		return err
+	}
+	defer func() { _ = m.state.Truncate(0) }()
+	if _, err := m.state.WriteAt(state, 0); err != nil {
+		return fmt.Errorf("write its state: %w", err)
+	}
+	return m.cfg.Graft(func() error {
+		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{inherited(stateFD), memoryBackend{"File", inherited(memoryFD)}, false})
+	})
+}

@@ -84,12 +84,23 @@ func (c *connectionFlags) keeper(ctx context.Context, flags *pflag.FlagSet, netn
 	if c.laddr != "" && transport.Insecure(address) {
 		logger(ctx).Warn("packets of the guest are neither authenticated nor encrypted on their way; use a trusted network, or tls:// or psk://", "flag", "--connections-laddr", "address", transport.Redacted(address))
 	}
+	// Others dial the address that they were told, so a peer that is started again is best found there.
+	if kept, err := flow.Read(netns); err == nil && c.laddr == "" && transport.Scheme(kept.Address) == transport.Scheme(address) && hostOf(kept.Address) == hostOf(address) {
+		if l, err := o.Listen(ctx, kept.Address); err == nil {
+			return c.open(ctx, netns, kept.Address, l, vxlan, o)
+		}
+	}
 	listener, err := o.Listen(ctx, address)
 	if err != nil {
 		return nil, fmt.Errorf("--connections-laddr: %w", err)
 	}
+	return c.open(ctx, netns, reached(address, listener.Addr()), listener, vxlan, o)
+}
+
+// open opens the keeper of a namespace, which others reach by a listener at an address.
+func (c *connectionFlags) open(ctx context.Context, netns, address string, listener net.Listener, vxlan netip.AddrPort, o transport.Options) (*flow.Keeper, error) {
 	k, err := flow.Open(ctx, flow.Config{
-		Netns: netns, Listen: listener, Address: reached(address, listener.Addr()), VXLAN: vxlan, Limit: c.limit, Logger: logger(ctx),
+		Netns: netns, Listen: listener, Address: address, VXLAN: vxlan, Limit: c.limit, Logger: logger(ctx),
 		Handshake: func(ctx context.Context, conn net.Conn) error { _, err := transport.Handshake(ctx, conn); return err },
 		Dial:      dialTold(o, transport.Scheme(address)),
 	})
@@ -314,10 +325,10 @@ func runConnections(cmd *cobra.Command, opts connectionsOptions) error {
 	case k.State() == flow.Vacant:
 		fmt.Fprintf(out, "Nothing is kept in %s\n", opts.netns)
 		return nil
-	case k.State() != flow.Away:
-		return fmt.Errorf("network namespace %q: its VM runs there: start its peer again, with the command line that it had", opts.netns)
 	case opts.drop:
 		return k.Drop()
+	case k.State() != flow.Away:
+		return fmt.Errorf("network namespace %q: its VM runs there, or did: start its peer again, with the command line that it had, or give it up (--drop)", opts.netns)
 	}
 	return keepOn(ctx, k, out)
 }

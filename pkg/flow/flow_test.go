@@ -24,15 +24,16 @@ import (
 
 // site is a host with a NAT, a namespace for a guest, and a keeper for its connections.
 type site struct {
-	t     *testing.T
-	h     *testnet.Hosts
-	host  string
-	ns    nat.Namespace
-	bare  string // picture of the namespace before anything is kept there
-	k     *flow.Keeper
-	f     *forward.Forwarder
-	deaf  []string // hosts that this one does not reach
-	vxlan bool     // it has VXLAN, as all of its kind
+	t      *testing.T
+	h      *testnet.Hosts
+	host   string
+	ns     nat.Namespace
+	bare   string // picture of the namespace before anything is kept there
+	k      *flow.Keeper
+	f      *forward.Forwarder
+	deaf   []string // hosts that this one does not reach
+	vxlan  bool     // it has VXLAN, as all of its kind
+	vxlan6 bool     // over IPv6
 }
 
 // sites are hosts, a guest that runs at the first of them, and a world around.
@@ -115,6 +116,9 @@ func (x *site) open() {
 		cfg.Address = cfg.Listen.Addr().String()
 		if x.vxlan {
 			cfg.VXLAN = netip.AddrPortFrom(x.h.Addr4(x.host), flow.VXLANPort)
+			if x.vxlan6 {
+				cfg.VXLAN = netip.AddrPortFrom(x.h.Addr6(x.host), flow.VXLANPort)
+			}
 		}
 		x.k, err = flow.Open(context.Background(), cfg)
 		return err

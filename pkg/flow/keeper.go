@@ -126,6 +126,7 @@ type Keeper struct {
 	done    chan struct{}                 // closed when there is nothing to keep
 	taken   chan struct{}                 // closed, and replaced, when another process wants the namespace
 	closed  bool
+	moved   bool             // this place's address is not the one that others know
 	mac     net.HardwareAddr // of a guest that is expected; nil: not known
 }
 
@@ -133,13 +134,14 @@ type Keeper struct {
 type saved struct {
 	State State `json:"state"`
 	vm
-	Self   uint32           `json:"self"`
-	Guest  uint32           `json:"guest"`  // the place where the guest is, or goes to
-	Source uint32           `json:"source"` // of Expecting: the place that it comes from
-	Places map[uint32]known `json:"places"` // that there are tunnels to
-	Since  time.Time        `json:"since"`  // of Away
-	VXLAN  *vxlanOwn        `json:"vxlan,omitempty"`
-	Before *saved           `json:"before,omitempty"` // of a place that expects the guest back: what is again if it does not come
+	Self    uint32           `json:"self"`
+	Guest   uint32           `json:"guest"`  // the place where the guest is, or goes to
+	Source  uint32           `json:"source"` // of Expecting: the place that it comes from
+	Places  map[uint32]known `json:"places"` // that there are tunnels to
+	Since   time.Time        `json:"since"`  // of Away
+	VXLAN   *vxlanOwn        `json:"vxlan,omitempty"`
+	Address string           `json:"address,omitempty"` // that others were told last
+	Before  *saved           `json:"before,omitempty"`  // of a place that expects the guest back: what is again if it does not come
 }
 
 // known is what is known of another place.
@@ -147,7 +149,7 @@ type known struct {
 	Address string    `json:"address"`
 	Dial    bool      `json:"dial,omitempty"`    // we dial it
 	Owner   bool      `json:"owner,omitempty"`   // it owns connections
-	Relay   uint32    `json:"relay,omitempty"`   // reached through this place
+	Relay   uint32    `json:"relay,omitempty"`   // reached through this place, while there is no tunnel to it
 	VXLAN   *vxlanEnd `json:"vxlan,omitempty"`   // where it is reached by VXLAN
 	Carried bool      `json:"carried,omitempty"` // packets go to it by VXLAN
 }
@@ -246,13 +248,50 @@ func (k *Keeper) load() error {
 			return err
 		}
 	}
+	if err := k.resettle(); err != nil {
+		return err
+	}
 	for p := range k.saved.Places {
 		if err := k.connect(p, false); err != nil {
 			return err
 		}
+		if k.moved {
+			k.dial(p)
+		}
 	}
 	k.log.Info("connections are kept on", "state", k.saved.State, "vm", k.saved.ID)
 	return k.rules()
+}
+
+// resettle brings what is written down up to date with how things are now.
+func (k *Keeper) resettle() error {
+	return k.change(func(s *saved) {
+		for p := range s.Places {
+			if s.State == Away && !s.needs(p) { // it was to be left when the process ended
+				delete(s.Places, p)
+				_ = errors.Join(k.kernel.noBack(p), k.kernel.removeTun(p)) // as far as they are there
+			}
+		}
+		if k.cfg.Listen == nil || s.Address == k.cfg.Address {
+			return
+		}
+		// Others dial where they believe that this place is, if they do: so this one dials them, and tells them.
+		k.moved, s.Address = true, k.cfg.Address
+	})
+}
+
+// needs reports whether a place has something to do with this one, which the guest has left: it has the guest, or owns connections, or is the way
+// to one of these.
+func (s saved) needs(place uint32) bool {
+	if place == s.Guest || s.Places[place].Owner {
+		return true
+	}
+	for _, info := range s.Places {
+		if info.Relay == place {
+			return true
+		}
+	}
+	return false
 }
 
 // save writes down what outlives the process. No sync: connections, too, are gone when the host is. It is called with mu held.
@@ -320,7 +359,7 @@ func (k *Keeper) Start() (fresh bool, err error) {
 		return false, fmt.Errorf("start: %w (%s): wait until they have ended, give them up (drafter connections --netns %s --drop), or use another namespace", ErrOccupied, k.vmID(), k.cfg.Netns)
 	}
 	if err := k.change(func(s *saved) {
-		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known), VXLAN: k.vxlan}
+		*s = saved{State: Home, vm: vm{ID: rand.Text(), Key: rand.Text() + rand.Text(), Next: 2}, Self: 1, Guest: 1, Places: make(map[uint32]known), VXLAN: k.vxlan, Address: k.cfg.Address}
 		k.done = make(chan struct{})
 	}); err != nil {
 		return false, err
@@ -408,7 +447,7 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 			s.VXLAN = k.vxlan
 			k.done = make(chan struct{})
 		}
-		s.State, s.vm, s.Self, s.Guest, s.Source = Expecting, o.vm, self, self, o.From.Place
+		s.State, s.vm, s.Self, s.Guest, s.Source, s.Address = Expecting, o.vm, self, self, o.From.Place, k.cfg.Address
 		for _, w := range append(o.Owners, o.From) {
 			if w.Place != self { // how packets come meanwhile, of one that is known, stays
 				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial, VXLAN: s.Places[w.Place].VXLAN}
@@ -507,12 +546,8 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 	if hold {
 		t.hold(k.kernel.guests)
 	}
-	via := place
-	if info.Relay != 0 {
-		via = info.Relay
-	}
-	if via == place { // the interface of one that relays may not be there yet
-		if err := k.kernel.back(place, k.way(via)); err != nil {
+	if info.Relay == 0 { // or it is found out when it, or one that relays, is connected: see joined
+		if err := k.kernel.back(place, k.way(place)); err != nil {
 			return err
 		}
 	}
@@ -529,16 +564,18 @@ func (k *Keeper) leave(place uint32) error {
 	t, end := k.tunnels[place], k.saved.Places[place].VXLAN
 	delete(k.tunnels, place)
 	delete(k.saved.Places, place)
-	err := k.save()
 	k.mu.Unlock()
+	var errs []error
 	if end != nil {
-		err = errors.Join(err, k.kernel.partByVXLAN(place, *end))
+		errs = append(errs, k.kernel.partByVXLAN(place, *end))
 	}
 	if t != nil {
 		t.close()
 		k.tasks.Go(t.wait)
 	}
-	return errors.Join(err, k.kernel.noBack(place), k.kernel.removeTun(place), k.kernel.unpin(place), k.rules())
+	errs = append(errs, k.kernel.noBack(place), k.kernel.removeTun(place), k.kernel.unpin(place), k.rules())
+	// At last: while it is written down, the next process knows what may be left.
+	return errors.Join(append(errs, k.change(func(*saved) {}))...)
 }
 
 // dial connects to a place, again and again while it is one.
@@ -615,6 +652,7 @@ func (k *Keeper) dialOnce(ctx context.Context, place uint32, address string, t *
 		return context.Cause(ctx)
 	}
 	t.join(conn, r)
+	k.tasks.Go(func() { k.joined(t) })
 	return nil
 }
 
@@ -680,7 +718,114 @@ func (k *Keeper) meet(d *door) error {
 		return net.ErrClosed
 	}
 	t.join(conn, r)
+	k.tasks.Go(func() { k.joined(t) })
 	return nil
+}
+
+// joined does what a new connection with a place allows.
+func (k *Keeper) joined(t *tunnel) {
+	k.step.Lock()
+	defer k.step.Unlock()
+	k.mu.Lock()
+	info, known := k.saved.Places[t.place]
+	state, guest, moved, address := k.saved.State, k.saved.Guest, k.moved, k.saved.Address
+	over := k.closed || !known || k.tunnels[t.place] != t
+	var reached []uint32 // owners that may be reached in another way now
+	for p, other := range k.saved.Places {
+		if other.Relay != 0 {
+			reached = append(reached, p)
+		}
+	}
+	k.mu.Unlock()
+	if over {
+		return
+	}
+	for _, o := range reached {
+		if err := k.backTo(o); err != nil {
+			k.log.Warn("cannot change the way to another place", "place", o, "error", err)
+		}
+	}
+	if moved {
+		k.after(t, func() {
+			if _, err := t.ask(k.ctx, message{Say: sayHere, Address: address}); err != nil {
+				return // it is told again with the next connection
+			}
+			if !info.Dial { // it dials again
+				k.hangUp(t.place)
+			}
+		})
+	}
+	switch {
+	case !info.Owner:
+	case state == Leaving || state == Diverted:
+		k.pointTo(t, guest)
+	case state == Away: // it has missed where the guest went
+		k.pointTo(t, guest)
+		k.followTo(t, guest)
+	}
+}
+
+// pointTo has an owner connect with the place that the guest goes to, or is at. Where it cannot, this place relays. It does not wait.
+func (k *Keeper) pointTo(o *tunnel, to uint32) {
+	k.mu.Lock()
+	address := k.saved.Places[to].Address
+	k.mu.Unlock()
+	k.after(o, func() {
+		if _, err := o.ask(k.ctx, message{Say: sayPoint, Place: to, Address: address}); err != nil && k.ctx.Err() == nil {
+			o.log.Warn("a place that owns connections does not reach that of the guest: this one relays for it", "error", err)
+		}
+	})
+}
+
+// followTo has an owner send what is for the guest to where that is, and leaves it if it does. It does not wait.
+func (k *Keeper) followTo(o *tunnel, to uint32) {
+	k.after(o, func() {
+		if _, err := o.ask(k.ctx, message{Say: sayFollow, Place: to}); err == nil {
+			k.leaveIf(o.place, to)
+		}
+	})
+}
+
+// after does something with a tunnel's place after what was to be done with it before.
+func (k *Keeper) after(t *tunnel, f func()) {
+	k.mu.Lock()
+	before, done := t.turn, make(chan struct{})
+	t.turn = done
+	k.mu.Unlock()
+	k.tasks.Go(func() {
+		defer close(done)
+		if before != nil {
+			<-before
+		}
+		f()
+	})
+}
+
+// hop is the place to which packets for an owner go: itself, while there is a connection with it, or else the nearest that relays and is
+// connected. Without any, it is the owner. It is called with mu held.
+func (k *Keeper) hop(owner uint32) uint32 {
+	p := owner
+	for range k.saved.Places {
+		if t := k.tunnels[p]; t != nil && t.up() {
+			return p
+		}
+		if p = k.saved.Places[p].Relay; p == 0 {
+			break
+		}
+	}
+	return owner
+}
+
+// backTo routes what the guest answers in an owner's connections.
+func (k *Keeper) backTo(owner uint32) error {
+	k.mu.Lock()
+	via := k.hop(owner)
+	there := k.tunnels[via] != nil
+	k.mu.Unlock()
+	if !there {
+		return nil
+	}
+	return k.kernel.back(owner, k.way(via))
 }
 
 // tunnel is that to a place, nil if there is none.
@@ -701,7 +846,7 @@ func (k *Keeper) owners(except uint32) (all []*tunnel) {
 }
 
 // Connect makes the tunnels to the destination, by what it has answered: ours, and those of the other places that own connections. The
-// guest runs meanwhile. Where one of these cannot reach the destination, this place will relay.
+// guest runs meanwhile. The others may come to the destination later, or never: this place relays for those that have not.
 func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 	var a answer
 	if err := json.Unmarshal(answered, &a); err != nil || a.Place == 0 || a.Place > maxPlace {
@@ -714,6 +859,12 @@ func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 	defer end()
 	k.mu.Lock()
 	self, owners := k.saved.Self, k.owners(a.Place)
+	via := make(map[uint32]uint32)
+	for _, o := range owners {
+		if via[o.place] = k.hop(o.place); via[o.place] == o.place {
+			via[o.place] = self
+		}
+	}
 	k.mu.Unlock()
 	if a.Place == self {
 		return fmt.Errorf("connect with the destination: %w: it calls itself place %d, which is this one", errMalformed, a.Place)
@@ -741,18 +892,15 @@ func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 	if err := t.await(ctx); err != nil {
 		return fail(err)
 	}
+	// The destination has a way to all owners from now on, and a straight one to those that come to it, which nobody waits for.
 	var all sync.WaitGroup
 	for _, o := range owners {
 		all.Go(func() {
-			_, err := o.ask(ctx, message{Say: sayPoint, Place: a.Place, Address: a.Address})
-			if err == nil {
-				return
-			}
-			k.log.Warn("a place that owns connections does not reach the destination: this one relays for it", "place", o.place, "error", err)
-			if _, err := t.ask(ctx, message{Say: sayRelay, Place: o.place}); err != nil {
-				k.log.Error("the destination was not told that this place relays", "place", o.place, "error", err)
+			if _, err := t.ask(ctx, message{Say: sayRelay, Place: o.place, Via: via[o.place]}); err != nil {
+				k.log.Error("the destination was not told how another place is reached", "place", o.place, "error", err)
 			}
 		})
+		k.pointTo(o, a.Place)
 	}
 	all.Wait()
 	return nil
@@ -834,9 +982,7 @@ func (k *Keeper) undo() error {
 		return err
 	}
 	for _, t := range others {
-		if t.up() {
-			k.tasks.Go(func() { _, _ = t.ask(k.ctx, message{Say: sayForget, Place: target}) })
-		}
+		k.after(t, func() { _, _ = t.ask(k.ctx, message{Say: sayForget, Place: target}) })
 	}
 	if !owner { // one that owns connections is needed as before
 		err = errors.Join(err, k.leave(target))
@@ -864,12 +1010,7 @@ func (k *Keeper) Left() error {
 		return err
 	}
 	for _, t := range others {
-		// Those that reach the guest without us need us no more; the others do until they have ended.
-		k.tasks.Go(func() {
-			if _, err := t.ask(k.ctx, message{Say: sayFollow, Place: target}); err == nil {
-				k.leaveIf(t.place, target)
-			}
-		})
+		k.followTo(t, target) // those that reach the guest without us need us no more; the others do until they have ended
 	}
 	// What belongs to the place where the guest is is translated there.
 	return k.kernel.unpin(target)
@@ -879,7 +1020,13 @@ func (k *Keeper) Left() error {
 func (k *Keeper) leaveIf(place, guest uint32) {
 	k.step.Lock()
 	defer k.step.Unlock()
-	if k.State() != Away || k.guestPlace() != guest {
+	k.mu.Lock()
+	left := k.saved.State == Away && k.saved.Guest == guest
+	for _, info := range k.saved.Places {
+		left = left && info.Relay != place // or another is reached through it
+	}
+	k.mu.Unlock()
+	if !left {
 		return
 	}
 	if err := k.leave(place); err != nil {

@@ -71,17 +71,19 @@ func openKernel(c Config) (_ *kernel, err error) {
 		k.ns.Close()
 		return nil, fmt.Errorf("open netlink: %w", err)
 	}
+	tap, err := k.h.LinkByName(c.Interface)
+	if err != nil {
+		k.close()
+		return nil, fmt.Errorf("find tap %q: %w", c.Interface, err)
+	}
 	for _, g := range []netip.Addr{c.Guest, c.Guest6} {
-		if g.IsValid() && (g.Is4() || k.hasIPv6()) {
+		// Without a gateway of its family, of which a NAT without IPv6 has none, the guest reaches nobody.
+		gateways, err := k.h.AddrList(tap, families(g))
+		if g.IsValid() && (g.Is4() || err == nil && len(gateways) > 0) {
 			k.guests = append(k.guests, g)
 		}
 	}
 	return k, nil
-}
-
-func (k *kernel) hasIPv6() (has bool) {
-	_ = nat.Within(k.ns, func() error { has = nat.HasIPv6(); return nil })
-	return has
 }
 
 func (k *kernel) close() {
@@ -101,6 +103,12 @@ func families(a netip.Addr) int {
 
 func host(a netip.Addr) *net.IPNet {
 	return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
+}
+
+// used reports whether a machine has the tap open.
+func (k *kernel) used() bool {
+	tap, err := k.h.LinkByName(k.tap)
+	return err == nil && tap.Attrs().RawFlags&unix.IFF_LOWER_UP != 0
 }
 
 // guestMAC is the guest's MAC address, as this place has met it; empty if it has not.

@@ -66,6 +66,7 @@ type message struct {
 	Flows   []flow    `json:"flows,omitempty"`
 	VXLAN   *vxlanEnd `json:"vxlan,omitempty"`
 	Carry   bool      `json:"carry,omitempty"`
+	Via     uint32    `json:"via,omitempty"`
 }
 
 type verb string
@@ -74,7 +75,8 @@ const (
 	sayPoint    verb = "point"  // to an owner: the guest is about to go to Place, which listens at Address: be connected with it
 	sayFollow   verb = "follow" // to an owner: the guest is at Place
 	sayForget   verb = "forget" // to an owner: it is not going to Place after all
-	sayRelay    verb = "relay"  // to the destination: Place cannot reach you, and is reached through me
+	sayRelay    verb = "relay"  // to the destination: Place is reached through Via, or me, while it is not connected with you
+	sayHere     verb = "here"   // to any: I am reached at Address from now on
 	sayFlows    verb = "flows"  // to the destination: these connections are the guest's
 	sayGone     verb = "gone"   // to whoever has the guest: I own no connection any more
 	sayEnd      verb = "end"    // to all: the guest is no more

@@ -21,12 +21,13 @@ const takeTime = 5 * time.Second
 
 // Kept is what is kept in a namespace, as it is written down.
 type Kept struct {
-	State State     `json:"state"`            // what goes on there
-	VM    string    `json:"vm,omitempty"`     // the machine's id, the same on all hosts
-	Place uint32    `json:"place,omitempty"`  // the namespace's own number
-	Guest uint32    `json:"guest,omitempty"`  // the place where the guest is
-	Since time.Time `json:"since,omitzero"`   // when it left
-	Other []Place   `json:"others,omitempty"` // number of the place that the guest goes to, or came from
+	State   State     `json:"state"`             // what goes on there
+	VM      string    `json:"vm,omitempty"`      // the machine's id, the same on all hosts
+	Place   uint32    `json:"place,omitempty"`   // the namespace's own number
+	Address string    `json:"address,omitempty"` // at which other places have been told to find it
+	Guest   uint32    `json:"guest,omitempty"`   // the place where the guest is
+	Since   time.Time `json:"since,omitzero"`    // when it left
+	Other   []Place   `json:"others,omitempty"`  // number of the place that the guest goes to, or came from
 }
 
 // Read reads what is kept in a namespace, whoever keeps it. It says nothing of who is connected.
@@ -49,7 +50,7 @@ func Read(name string) (Kept, error) {
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return Kept{}, err
 	}
-	k := Kept{State: s.State, VM: s.ID, Place: s.Self, Guest: s.Guest, Since: s.Since}
+	k := Kept{State: s.State, VM: s.ID, Place: s.Self, Address: s.Address, Guest: s.Guest, Since: s.Since}
 	for p, info := range s.Places {
 		k.Other = append(k.Other, Place{Number: p, Address: info.Address, Relay: info.Relay, Guest: s.Guest == p, HasOwn: info.Owner, VXLAN: info.Carried})
 	}

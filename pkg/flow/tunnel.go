@@ -36,6 +36,7 @@ type tunnel struct {
 	log   *slog.Logger
 	hear  func(*tunnel, message) message // answers; called by a goroutine of its own for each message
 
+	turn  <-chan struct{} // closed when what was to be done with the place has been; nil: nothing was. Guarded by Keeper.mu
 	tasks sync.WaitGroup
 	asked chan struct{} // a place for each message that is being answered
 

@@ -86,7 +86,14 @@ func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 		return fail(fmt.Errorf("find tap %q: %w", k.tap, err))
 	}
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU, attrs.Namespace = vxlanDevice, tap.Attrs().MTU, netlink.NsFd(int(k.ns)) // whole packets of the guest: the host cuts what is too large for its network
+	// Whole packets of the guest: the host cuts what is too large for its network. Not so over IPv6, where nobody cuts what he passes on.
+	attrs.Name, attrs.MTU, attrs.Namespace = vxlanDevice, tap.Attrs().MTU, netlink.NsFd(int(k.ns))
+	if address.Addr().Is6() {
+		const least = 1280 // of IPv6 (RFC 8200, 5)
+		if attrs.MTU = min(attrs.MTU, mtu-vxlanOverhead6); attrs.MTU < least {
+			return fail(fmt.Errorf("packets of %d bytes, the most on that interface, have no room for the guest's: %d are needed", mtu, least+vxlanOverhead6))
+		}
+	}
 	own := vxlanOwn{vxlanEnd: vxlanEnd{Address: address}}
 	for range 100 { // until it is one that nothing else on this host has
 		own.VNI = 1 + rand.Uint32N(1<<24-1)
@@ -112,7 +119,7 @@ func (k *kernel) openVXLAN(address netip.AddrPort) (vxlanOwn, error) {
 		err = k.h.LinkSetUp(link)
 	}
 	if errors.Is(err, unix.EADDRINUSE) {
-		err = fmt.Errorf("UDP port %d: %w", address.Port(), err)
+		err = fmt.Errorf("UDP port %d: %w: another program has it, which ss -ulpn names; give another port, at all hosts", address.Port(), err)
 	}
 	if err != nil {
 		return fail(errors.Join(err, k.removeVXLAN()))
@@ -370,8 +377,7 @@ func (k *Keeper) furnishVXLAN() (err error) {
 	if k.saved.State == Vacant {
 		return nil
 	}
-	k.saved.VXLAN = k.vxlan
-	return k.kernel.nameVXLAN(k.saved.Self)
+	return errors.Join(k.change(func(s *saved) { s.VXLAN = k.vxlan }), k.kernel.nameVXLAN(k.saved.Self))
 }
 
 // answerVXLAN says where this place is reached by VXLAN. An answer with neither that nor an error says that it is not.
@@ -568,7 +574,7 @@ func (k *Keeper) carriedTo(place uint32, vxlan bool) error {
 		info.Carried = vxlan
 		s.Places[place] = info
 		for p, i := range s.Places {
-			if p == place && i.Relay == 0 || i.Relay == place {
+			if p == place || i.Relay != 0 && k.hop(p) == place { // mu is held by change
 				owners = append(owners, p)
 			}
 		}

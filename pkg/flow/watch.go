@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -54,7 +55,13 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		if state != Expecting || t.place != source {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
-		return k.relayedBy(m.Place, t.place)
+		return k.relayedBy(m.Place, m.Via, t.place)
+	case sayHere:
+		return k.change(func(s *saved) {
+			info := s.Places[t.place]
+			info.Address = m.Address
+			s.Places[t.place] = info
+		})
 	case sayFlows:
 		if state != Expecting || t.place != source {
 			return fmt.Errorf("%w: %s", ErrState, state)
@@ -148,23 +155,22 @@ func (k *Keeper) follow(from, to uint32) error {
 	return nil
 }
 
-// relayedBy routes what belongs to an owner through another place, unless this one reaches it: to where the guest was before, the source's owners
-// may have been relayed by this place.
-func (k *Keeper) relayedBy(owner, via uint32) error {
+// relayedBy notes through which place an owner is reached while it is not connected with this one: by that which the source names, or the source.
+func (k *Keeper) relayedBy(owner, via, source uint32) error {
 	k.mu.Lock()
 	info, ok := k.saved.Places[owner]
+	if _, known := k.saved.Places[via]; !known || via == owner {
+		via = source
+	}
 	k.mu.Unlock()
 	if !ok || owner == via {
 		return fmt.Errorf("%w: place %d", errMalformed, owner)
-	}
-	if t := k.tunnel(owner); t != nil && t.up() {
-		return nil
 	}
 	info.Relay = via
 	if err := k.change(func(s *saved) { s.Places[owner] = info }); err != nil {
 		return err
 	}
-	return k.kernel.back(owner, k.way(via))
+	return k.backTo(owner)
 }
 
 // learn puts connections of other places into conntrack.
@@ -173,14 +179,23 @@ func (k *Keeper) learn(flows []flow) error {
 	self := k.saved.Self
 	k.mu.Unlock()
 	var theirs []flow
+	skipped := 0
 	for _, f := range flows {
-		guest := slices.Contains(k.kernel.guests, f.From.Addr()) || slices.Contains(k.kernel.guests, f.To.Addr())
-		if !guest || f.Owner == 0 || f.From.Addr().Is4() != f.To.Addr().Is4() {
+		from, to := slices.Contains(k.kernel.guests, f.From.Addr()), slices.Contains(k.kernel.guests, f.To.Addr())
+		if f.Owner == 0 || f.From.Addr().Is4() != f.To.Addr().Is4() {
 			return fmt.Errorf("%w: a connection from %s to %s of place %d", errMalformed, f.From, f.To, f.Owner)
 		}
-		if f.Owner != self {
+		switch {
+		case !slices.ContainsFunc(k.kernel.guests, func(g netip.Addr) bool { return g.Is4() == f.From.Addr().Is4() }):
+			skipped++
+		case !from && !to:
+			return fmt.Errorf("%w: a connection from %s to %s, neither of which is the guest", errMalformed, f.From, f.To)
+		case f.Owner != self:
 			theirs = append(theirs, f)
 		}
+	}
+	if skipped > 0 {
+		k.log.Warn("connections of the guest end: they are of IPv6, or IPv4, which its network namespace here is without", "connections", skipped)
 	}
 	return k.kernel.pin(theirs)
 }
@@ -285,15 +300,21 @@ func (k *Keeper) Alive() (own, relayed int, err error) {
 	return own, relayed, nil
 }
 
-// Drop ends what is kept for a guest that is elsewhere, though connections are alive: their ends hear nothing any more.
+// Drop ends what is kept for a guest that is elsewhere, though connections are alive: their ends hear nothing any more. Of a guest that is here,
+// or on its way, it is given up only if its machine is not there any more.
 func (k *Keeper) Drop() error {
-	end, err := k.in("drop connections", Away, Vacant)
+	end, err := k.in("drop connections", Away, Vacant, Home, Leaving, Diverted, Expecting)
 	if err != nil {
 		return err
 	}
 	defer end()
-	if k.State() == Vacant {
+	switch state := k.State(); {
+	case state == Vacant:
 		return nil
+	case state != Away && k.kernel.used():
+		return fmt.Errorf("drop connections: a machine runs in network namespace %q: end it first: %w", k.cfg.Netns, ErrState)
+	case state != Away:
+		return k.vacate()
 	}
 	if _, err := k.askGuest(message{Say: sayGone}); err != nil {
 		k.log.Warn("the place that has the guest was not told that its connections from here end", "error", err)
@@ -346,9 +367,12 @@ func (k *Keeper) Places() ([]Place, error) {
 	for _, p := range k.places() {
 		k.mu.Lock()
 		info, t := k.saved.Places[p], k.tunnels[p]
-		guest := k.saved.Guest == p
+		guest, relay := k.saved.Guest == p, k.hop(p)
 		k.mu.Unlock()
-		all = append(all, Place{Number: p, Address: info.Address, Connected: t != nil && t.up(), Relay: info.Relay, Guest: guest, Pinned: pinned[p], HasOwn: info.Owner, VXLAN: info.Carried})
+		if relay == p {
+			relay = 0
+		}
+		all = append(all, Place{Number: p, Address: info.Address, Connected: t != nil && t.up(), Relay: relay, Guest: guest, Pinned: pinned[p], HasOwn: info.Owner, VXLAN: info.Carried})
 	}
 	return all, nil
 }

@@ -389,8 +389,10 @@ func removeNamespace(name string) error {
 		defer handle.Close()
 		err = Within(handle, removeLinks)
 		if cookie, e := Cookie(handle); e == nil { // of a keeper that was killed
-			if e := os.Remove(filepath.Join(StateDir(), FlowState(cookie)+".json")); e != nil && !errors.Is(e, os.ErrNotExist) {
-				err = errors.Join(err, e)
+			for _, kind := range []string{".json", ".json.new", ".sock", ".lock"} {
+				if e := os.Remove(filepath.Join(StateDir(), FlowState(cookie)+kind)); e != nil && !errors.Is(e, os.ErrNotExist) {
+					err = errors.Join(err, e)
+				}
 			}
 		}
 	} else if errors.Is(err, ErrNoNamespace) {

@@ -2,6 +2,7 @@ package nat
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -374,15 +375,16 @@ func (n *NAT) free(ns Namespace) (bool, error) {
 	if err != nil || used {
 		return false, err
 	}
-	kept, err := keepsConnections(ns.Name)
+	kept, err := n.keepsConnections(ns.Name)
 	return !kept, err
 }
 
 // ErrKept is wrapped by the error of Release for a namespace that keeps connections of a guest which has moved.
 var ErrKept = errors.New("it keeps connections of a VM")
 
-// keepsConnections reports whether a namespace keeps connections of a guest that is, or was, in it.
-func keepsConnections(name string) (bool, error) {
+// keepsConnections reports whether a namespace keeps connections of a guest that is, or was, in it. What a peer has left that was killed with its
+// machine is nobody's.
+func (n *NAT) keepsConnections(name string) (bool, error) {
 	handle, err := OpenNamespace(name)
 	if err != nil {
 		return false, err
@@ -392,11 +394,30 @@ func keepsConnections(name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	_, err = os.Stat(filepath.Join(StateDir(), FlowState(cookie)+".json"))
+	b, err := os.ReadFile(filepath.Join(StateDir(), FlowState(cookie)+".json"))
 	if errors.Is(err, os.ErrNotExist) {
 		return false, nil
+	} else if err != nil {
+		return false, err
 	}
-	return err == nil, err
+	var kept struct {
+		State string `json:"state"`
+	}
+	if err := json.Unmarshal(b, &kept); err != nil || kept.State == "away" {
+		return true, nil
+	}
+	lock, err := Lock(FlowState(cookie)) // which its peer holds
+	if err != nil {
+		return true, nil
+	}
+	defer lock.Close()
+	defer os.Remove(lock.Name())
+	i, ok := n.cfg.index(name)
+	if !ok {
+		return true, nil
+	}
+	_, used, err := n.inspect(n.cfg.namespace(i, n.ipv6))
+	return used, err
 }
 
 // Release takes a namespace back that was claimed. Its next guest is not reached by connections of the last one.
@@ -410,7 +431,7 @@ func (n *NAT) Release(name string) error {
 	case !ok || !n.claimed[i]:
 		return fmt.Errorf("release network namespace %q: it was not claimed", name)
 	}
-	if kept, err := keepsConnections(name); err != nil {
+	if kept, err := n.keepsConnections(name); err != nil {
 		return fmt.Errorf("release network namespace: %w", err)
 	} else if kept {
 		return fmt.Errorf("release network namespace %q: %w: wait until they have ended, or give them up (drafter connections --netns %s --drop)", name, ErrKept, name)

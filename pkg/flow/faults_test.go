@@ -1,0 +1,247 @@
+package flow_test
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/testnet"
+	"github.com/drafter-vm/drafter/pkg/flow"
+	"github.com/drafter-vm/drafter/pkg/nat"
+)
+
+// TestRelayTwice: an owner that reaches one place only is relayed for by that one, however far the guest goes.
+func TestRelayTwice(t *testing.T) {
+	s := newSites(t, "a", "b", "c", "d")
+	for _, host := range []string{"c", "d"} {
+		s.all["a"].deaf, s.all[host].deaf = append(s.all["a"].deaf, host), []string{"a"}
+	}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	for _, to := range []string{"c", "d", "c", "d"} {
+		s.move(to)
+		goOn(t, "at "+to, all)
+	}
+	time.Sleep(2 * time.Second) // what is left of places is gone a second after it is not needed
+	goOn(t, "at d for a while", all)
+	s.move("b")
+	goOn(t, "at b again", all)
+	s.move("a")
+	goOn(t, "at home", all)
+}
+
+// TestOwnerMissesMove: an owner whose process was not there during a move hears of it when it is again.
+func TestOwnerMissesMove(t *testing.T) {
+	s := newSites(t, "a", "b", "c", "d")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	goOn(t, "at b", all)
+	a := s.all["a"]
+	if err := a.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.move("c")
+	a.open()
+	goOn(t, "at c, with the owner again", all)
+	s.waitFor(t, "the owner does not reach c itself", func() bool {
+		places, err := a.k.Places()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(places) == 1 && places[0].Guest && places[0].Connected && places[0].Number == 3
+	})
+	s.done(t, "b")
+	goOn(t, "without b", all)
+	s.move("d")
+	goOn(t, "at d", all)
+}
+
+// TestGuestsPlaceRestarts: when the process at the guest's place comes back, at another address, connections of other places go on.
+func TestGuestsPlaceRestarts(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	goOn(t, "at b", all)
+	for range 2 {
+		b := s.all["b"]
+		if err := b.k.Close(); err != nil {
+			t.Fatal(err)
+		}
+		b.open()
+		if fresh, err := b.k.Start(); err != nil || fresh {
+			t.Fatalf("it is not the same guest: %t, %v", fresh, err)
+		}
+		goOn(t, "after b's restart", all)
+	}
+}
+
+// TestSilentOwner: an owner that does not answer keeps the guest no longer than others: it goes with the connections of the others.
+func TestSilentOwner(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	old := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	recent := s.talks(t, 1)
+	goOn(t, "at b", append(old, recent...))
+	s.all["a"].k.Busy(func() {
+		b, c := s.all["b"].k, s.all["c"].k
+		answer, err := c.Accept(b.Offer())
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second) // as long as a peer waits
+		defer cancel()
+		if err := b.Connect(ctx, answer); err != nil || ctx.Err() != nil {
+			t.Errorf("it waits for the owner: %v, %v", err, ctx.Err())
+		}
+		guest, err := s.guest.Open(s.all["c"].ns.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Divert(); err != nil {
+			t.Fatal(err)
+		}
+		s.guest.Pause()
+		if _, err := b.Hand(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Arrive(); err != nil {
+			t.Fatal(err)
+		}
+		s.guest.Resume(guest)
+		if err := b.Left(); err != nil {
+			t.Fatal(err)
+		}
+		s.at = s.all["c"]
+		goOn(t, "at c, with an owner that does not answer", append(old, recent...))
+	})
+	goOn(t, "when it does", append(old, recent...))
+
+}
+
+// TestMixed: to a place without IPv6 go the connections of IPv4.
+func TestMixed(t *testing.T) {
+	s := newSites(t, "a", "b")
+	x := s.all["b"]
+	if err := x.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := testnet.Do(s.Host("b"), func() error {
+		n, err := nat.Open(context.Background(), nat.Config{
+			Prefix: "v" + s.Host("")[1:5] + "x", Count: 1, IPv6: nat.Off, HostVethCIDR: netip.MustParsePrefix("10.1.8.0/24"), NamespaceVethCIDR: netip.MustParsePrefix("10.1.15.0/24"),
+		})
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() {
+			if err := n.Close(context.Background()); err != nil {
+				t.Error(err)
+			}
+		})
+		x.ns = n.Namespaces()[0]
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	x.open()
+	s.forward("a")
+	var four []*testnet.Talk
+	for _, k := range s.talks(t, 2) {
+		if !strings.Contains(k.Name, "2001:") {
+			four = append(four, k)
+		}
+	}
+	if len(four) != 8 {
+		t.Fatalf("%d connections are of IPv4", len(four))
+	}
+	goOn(t, "at the begin", four)
+	s.move("b")
+	goOn(t, "at b", four)
+	s.move("a")
+	goOn(t, "at home", four)
+}
+
+// TestVXLAN6: VXLAN goes over IPv6, too, with packets that nobody has to cut.
+func TestVXLAN6(t *testing.T) {
+	s := newSites(t, "a", "b")
+	for _, x := range s.all {
+		if err := x.k.Close(); err != nil {
+			t.Fatal(err)
+		}
+		x.vxlan, x.vxlan6 = true, true
+		x.open()
+	}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.byVXLAN(t, true, "a", "b")
+	goOn(t, "by VXLAN", all)
+	s.move("a")
+	goOn(t, "at home", all)
+}
+
+// TestDeadReleased: a namespace whose guest and peer are both gone goes back to its pool, and one that keeps connections does not.
+func TestDeadReleased(t *testing.T) {
+	h := testnet.NewTestHosts(t, "a")
+	if err := testnet.Do(h.Host("a"), func() error {
+		n, err := nat.Open(t.Context(), nat.Config{Prefix: "d" + h.Host("")[1:5] + "x"})
+		if err != nil {
+			return err
+		}
+		defer n.Close(context.Background())
+		for _, closed := range []bool{false, true} {
+			ns, err := n.Claim(t.Context())
+			if err != nil {
+				return err
+			}
+			k, err := flow.Open(t.Context(), flow.Config{Netns: ns.Name})
+			if err != nil {
+				return err
+			}
+			defer k.Close()
+			if _, err := k.Start(); err != nil {
+				return err
+			}
+			if closed { // as by a kill
+				if err := k.Close(); err != nil {
+					return err
+				}
+			}
+			if err := n.Release(ns.Name); closed != (err == nil) || !closed && !errors.Is(err, nat.ErrKept) {
+				t.Errorf("its peer is gone: %t; release: %v", closed, err)
+			}
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDead: what is kept of a guest whose machine and peer are both gone can be given up.
+func TestDead(t *testing.T) {
+	s := newSites(t, "a")
+	x := s.all["a"]
+	if err := x.k.Drop(); !errors.Is(err, flow.ErrState) {
+		t.Errorf("drop of a guest that runs: got error %v, want ErrState", err)
+	}
+	if err := x.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s.guest.Pause() // its tap is closed
+	x.open()
+	if got := x.k.State(); got != flow.Home {
+		t.Fatalf("it is %s, want home", got)
+	}
+	if err := x.k.Drop(); err != nil || x.k.State() != flow.Vacant {
+		t.Errorf("drop of a guest that is gone: %v, it is %s", err, x.k.State())
+	}
+}

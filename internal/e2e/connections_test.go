@@ -193,7 +193,8 @@ func TestCommandConnections(t *testing.T) {
 	kept.waitFor(t, fmt.Sprintf("Keeping %d connections that began here", began))
 	goOn(t, "after a kill", talks)
 
-	c := peerOn("c", "at-c", append(vxlan("c"), "--raddr", b.waitFor(t, "Serving on "))...)
+	servedByB := b.waitFor(t, "Serving on ")
+	c := peerOn("c", "at-c", append(vxlan("c"), "--raddr", servedByB)...)
 	c.waitFor(t, "Received VM")
 	say("b to c", b)
 	b.waitFor(t, "Keeping 4 connections that began here")
@@ -202,6 +203,13 @@ func TestCommandConnections(t *testing.T) {
 	comeTo("c", "tcp", 2)
 	call("udp", 2)
 	goOn(t, "with those that begin at c", talks)
+
+	// The peer that has the guest dies, and is started again by its command line.
+	c.Process.Kill()
+	<-c.done
+	c = peerOn("c", "at-c", append(vxlan("c"), "--raddr", servedByB)...)
+	c.waitFor(t, "Adopted VM")
+	goOn(t, "after a kill of the guest's peer", talks)
 
 	home := peerOn("a", "at-a-again", "--raddr", c.waitFor(t, "Serving on "))
 	home.waitFor(t, "Received VM")

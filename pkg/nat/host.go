@@ -143,27 +143,52 @@ func lock(name string) (*os.File, error) {
 // ErrBusy is wrapped by errors which say that another process has what is asked for.
 var ErrBusy = errors.New("another process has it")
 
-// needs are the settings of the host without which it forwards nothing.
+// needs are the settings of the host without which it forwards nothing, and those that change with them.
 func (n *NAT) needs() []sysctl.Setting {
 	s := []sysctl.Setting{
 		{Key: "net/ipv4/ip_forward", Value: "1"},
 		{Key: "net/ipv4/conf/all/accept_redirects", Aside: true},
 	}
-	if n.ipv6 {
-		// A host that forwards believes no router any more, unless it is told to (accept_ra 2), and would lose its own default route.
-		ra := "net/ipv6/conf/" + n.cfg.HostInterface + "/accept_ra"
-		var before string
-		_ = n.within(func() error {
-			b, err := os.ReadFile(filepath.Join("/proc/sys", ra))
-			before = strings.TrimSpace(string(b))
-			return err
-		})
-		if before == "1" {
-			s = append(s, sysctl.Setting{Key: ra, Value: "2"})
+	for _, i := range n.settingsOf("net/ipv4/conf", "forwarding") { // each is set by the one of all
+		s = append(s, sysctl.Setting{Key: "net/ipv4/conf/" + i.name + "/forwarding", Aside: true})
+	}
+	if !n.ipv6 {
+		return s
+	}
+	// A host that forwards believes no router any more, unless it is told to (accept_ra 2), and would lose its own default route.
+	for _, i := range n.settingsOf("net/ipv6/conf", "accept_ra") {
+		if i.value == "1" {
+			s = append(s, sysctl.Setting{Key: "net/ipv6/conf/" + i.name + "/accept_ra", Value: "2"})
 		}
-		s = append(s, sysctl.Setting{Key: "net/ipv6/conf/all/forwarding", Value: "1"})
+	}
+	s = append(s, sysctl.Setting{Key: "net/ipv6/conf/all/forwarding", Value: "1"})
+	for _, i := range n.settingsOf("net/ipv6/conf", "forwarding") {
+		s = append(s, sysctl.Setting{Key: "net/ipv6/conf/" + i.name + "/forwarding", Aside: true})
 	}
 	return s
+}
+
+// setting is that of one interface.
+type setting struct{ name, value string }
+
+// settingsOf are those of all of the host's interfaces, and of new ones, but for those of this NAT.
+func (n *NAT) settingsOf(folder, key string) (all []setting) {
+	_ = n.within(func() error {
+		dir := filepath.Join("/proc/sys", folder)
+		names, err := os.ReadDir(dir)
+		for _, name := range names {
+			if id, ok := strings.CutSuffix(name.Name(), vethSuffix); ok {
+				if _, ours := n.cfg.index(id); ours {
+					continue
+				}
+			}
+			if b, err := os.ReadFile(filepath.Join(dir, name.Name(), key)); err == nil && name.Name() != "all" {
+				all = append(all, setting{name.Name(), strings.TrimSpace(string(b))})
+			}
+		}
+		return err
+	})
+	return all
 }
 
 // HasIPv6 reports whether the network namespace of the calling thread has IPv6.

@@ -237,6 +237,10 @@ func TestNothingLeft(t *testing.T) {
 	a, b := prefix(h, "a"), prefix(h, "b")
 	// Settings that are not the kernel's defaults have to survive, too.
 	testnet.Run(t, h.Host("a"), "sysctl", "-qw", "net.ipv4.conf.all.accept_redirects=0", "net.ipv6.conf.eth0.accept_ra=1")
+	// An interface that forwards, though the host does not, and one that listens to routers.
+	testnet.Run(t, h.Host("a"), "sh", "-ec", `ip link add other0 type veth peer name other1
+sysctl -qw net.ipv4.conf.other0.forwarding=1 net.ipv6.conf.other0.forwarding=1
+sysctl -qw net.ipv6.conf.other1.accept_ra=1`)
 	before := testnet.Picture(t, h.Host("a"), prefix(h, ""))
 	others := nat.Config{
 		Prefix: b, Count: 2, HostVethCIDR: netip.MustParsePrefix("10.0.16.0/24"), NamespaceVethCIDR: netip.MustParsePrefix("10.0.17.0/24"),

@@ -310,6 +310,11 @@ func runConnections(cmd *cobra.Command, opts connectionsOptions) error {
 		return err
 	}
 	if opts.list {
+		if _, ours, err := nat.Lookup(opts.netns); err != nil {
+			return err
+		} else if !ours {
+			return fmt.Errorf("network namespace %q: %w", opts.netns, flow.ErrNotNAT)
+		}
 		kept, err := flow.Read(opts.netns)
 		if err != nil {
 			return err

@@ -64,7 +64,7 @@ const (
 
 var (
 	// ErrNotNAT is wrapped by the error of Open where the namespace is none of a NAT of package nat.
-	ErrNotNAT = errors.New("it was not made by drafter nat")
+	ErrNotNAT = errors.New("it was not made by drafter nat: name one that was")
 	// ErrOccupied is wrapped by errors which say that a namespace keeps connections of another VM.
 	ErrOccupied = errors.New("the network namespace keeps connections of another VM")
 	// ErrState is wrapped by errors of methods that are called in the wrong state.

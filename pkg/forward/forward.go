@@ -381,6 +381,9 @@ func (f *Forwarder) spots(ctx context.Context, external string) ([]spot, error) 
 		return all, nil
 	}
 	if a, err := netip.ParseAddr(host); err == nil {
+		if a.IsMulticast() || a == netip.AddrFrom4([4]byte{255, 255, 255, 255}) {
+			return nil, fmt.Errorf("external address %q: it is many hosts' address: give one of this host", external)
+		}
 		return []spot{{a.Unmap(), uint16(port)}}, nil
 	}
 	found, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)

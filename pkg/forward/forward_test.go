@@ -262,6 +262,8 @@ func TestErrors(t *testing.T) {
 		{"internal port 0", "internal port 0", false, []forward.Forward{{Netns: ns, External: "127.0.0.1:3333"}}},
 		{"protocol", "protocol 132", false, []forward.Forward{{Netns: ns, InternalPort: 8, Protocol: 132, External: "127.0.0.1:3333"}}},
 		{"address of others", "203.0.113.9", false, []forward.Forward{{Netns: ns, InternalPort: 8, External: "203.0.113.9:3333"}}},
+		{"multicast", `"224.0.0.1:3333"`, false, []forward.Forward{{Netns: ns, InternalPort: 8, External: "224.0.0.1:3333"}}},
+		{"broadcast", `"255.255.255.255:3333"`, false, []forward.Forward{{Netns: ns, InternalPort: 8, External: "255.255.255.255:3333"}}},
 		{"twice", "127.0.0.1:3333 to " + ns + ":8", true, []forward.Forward{
 			{Netns: ns, InternalPort: 8, External: "127.0.0.1:3333"}, {Netns: ns, InternalPort: 9, External: "0.0.0.0:3333"}}},
 		{"another program", fmt.Sprintf("process %d (", os.Getpid()), true, []forward.Forward{{Netns: ns, InternalPort: 8, External: "127.0.0.1:7777"}}},

@@ -181,6 +181,11 @@ func (c Config) Check() error {
 		if p.p != p.p.Masked() {
 			return fmt.Errorf("%s %s: its address has bits behind the prefix: did you mean %s?", p.what, p.p, p.p.Masked())
 		}
+		for _, s := range special {
+			if p.p.Overlaps(s) {
+				return fmt.Errorf("%s %s: it has addresses of %s, which no interface can have, or not for others: give a private network, as 10.0.8.0/22 or fd00:10:8::/64", p.what, p.p, s)
+			}
+		}
 	}
 	if err := c.checkOverlaps(); err != nil {
 		return err
@@ -223,6 +228,12 @@ func (c Config) Check() error {
 
 // ErrExhausted is wrapped by errors of Open and Claim which say that there are no addresses for more namespaces.
 var ErrExhausted = errors.New("the addresses are exhausted")
+
+// special are networks of which a veth pair cannot have addresses, or nobody would route them (the registries of RFC 6890).
+var special = []netip.Prefix{
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/3"),
+	netip.MustParsePrefix("::/64"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
+}
 
 func (c Config) checkOverlaps() error {
 	networks := []struct {

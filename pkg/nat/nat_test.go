@@ -437,6 +437,8 @@ func TestOpenErrors(t *testing.T) {
 		{"no default route", "lonely", nat.Config{}, "no default route"},
 		{"addresses of the host", "a", nat.Config{HostVethCIDR: cidr("198.51.100.0/24")}, `"eth0"`},
 		{"overlap", "a", nat.Config{HostVethCIDR: cidr("10.0.8.0/21")}, "10.0.15.0/24 overlaps"},
+		{"multicast", "a", nat.Config{HostVethCIDR: cidr("224.0.0.0/16")}, "224.0.0.0/16: it has addresses of 224.0.0.0/3"},
+		{"no network", "a", nat.Config{NamespaceVethCIDR: cidr("0.0.0.0/8")}, "0.0.0.0/8"},
 		{"too many", "a", nat.Config{Count: 300}, "256"},
 		{"family", "a", nat.Config{HostVethCIDR: cidr("fd00::/64")}, "IPv4"},
 		{"bits", "a", nat.Config{NamespaceVethCIDR: cidr("10.0.15.7/24")}, "10.0.15.0/24"},

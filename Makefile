@@ -62,6 +62,7 @@ test: depend build lint ## Everything: unit tests with the race detector, root-o
 test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)
 	$(GO) test -p 1 -count 1 -timeout 6h -v ./internal/faults -args -long $(FAULTFLAGS)
 	$(GO) test -p 1 -count 1 -timeout 1h -v ./internal/e2e -args -long
+	$(GO) test -p 1 -count 1 -timeout 1h -v ./pkg/flow -run TestRandomMoves -args -long
 
 test-unit: ## The quick part of the tests: no root, no VMs
 	$(GO) test -short ./...

@@ -3,7 +3,11 @@ package flow_test
 import (
 	"context"
 	"errors"
+	"flag"
+	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +16,8 @@ import (
 	"github.com/drafter-vm/drafter/pkg/flow"
 	"github.com/drafter-vm/drafter/pkg/nat"
 )
+
+var long = flag.Bool("long", false, "take hours where minutes do by default")
 
 // TestRelayTwice: an owner that reaches one place only is relayed for by that one, however far the guest goes.
 func TestRelayTwice(t *testing.T) {
@@ -126,6 +132,74 @@ func TestSilentOwner(t *testing.T) {
 	})
 	goOn(t, "when it does", append(old, recent...))
 
+}
+
+// TestRandomMoves: whatever the order in which a guest moves, does not move after all, and places that it has left are started again, its
+// connections go on.
+func TestRandomMoves(t *testing.T) {
+	steps := 10
+	if *long {
+		steps = 200
+	}
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	s := newSitesWith(t, []string{"a", "b"}, "a", "b", "c")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	for i := range steps {
+		others := slices.DeleteFunc([]string{"a", "b", "c"}, func(host string) bool { return host == s.at.host })
+		to := others[r.IntN(2)]
+		x, what := s.all[to], "move to "+to
+		switch r.IntN(4) {
+		case 0:
+			what = "undo a move to " + to
+			s.begin(t, s.at.host, to)
+			if r.IntN(2) == 0 {
+				s.guest.Pause()
+				if _, err := s.at.k.Hand(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				back, err := s.guest.Open(s.at.ns.Name)
+				if err != nil {
+					t.Fatal(err)
+				}
+				what += ", late"
+				if err := s.at.k.Undo(); err != nil {
+					t.Fatal(err)
+				}
+				s.guest.Resume(back)
+			} else if err := s.at.k.Undo(); err != nil {
+				t.Fatal(err)
+			}
+			if err := x.k.Discard(); err != nil {
+				t.Fatal(err)
+			}
+		case 1:
+			if x.k.State() != flow.Away {
+				continue
+			}
+			what = "restart " + to
+			if err := x.k.Close(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Duration(r.IntN(300)) * time.Millisecond)
+			x.open()
+		default:
+			s.move(to)
+		}
+		what = fmt.Sprintf("step %d, %s, at %s", i, what, s.at.host)
+		goOn(t, what, all)
+		time.Sleep(time.Duration(r.IntN(1500)) * time.Millisecond)
+		goOn(t, "after "+what, all)
+		t.Logf("%s: %s", what, gaps(all))
+		if t.Failed() {
+			t.FailNow()
+		}
+	}
 }
 
 // TestMixed: to a place without IPv6 go the connections of IPv4.

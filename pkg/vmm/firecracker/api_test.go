@@ -1,0 +1,238 @@
+package firecracker
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+)
+
+// schema is what Firecracker's published API says of an object: testdata/api.json has that of each version, and request.
+type schema struct {
+	Type     string            `json:"type"`
+	Enum     []string          `json:"enum"`
+	Required []string          `json:"required"`
+	Fields   map[string]schema `json:"fields"`
+}
+
+// check reports how a value does not fit.
+func (s schema) check(t *testing.T, what string, value any) {
+	t.Helper()
+	object, isObject := value.(map[string]any)
+	switch v := value.(type) {
+	case string:
+		if s.Type != "string" || len(s.Enum) > 0 && !slices.Contains(s.Enum, v) {
+			t.Errorf("%s is %q, and has to be a %s of %q", what, v, s.Type, s.Enum)
+		}
+	case bool:
+		if s.Type != "boolean" {
+			t.Errorf("%s is %t, and has to be a %s", what, v, s.Type)
+		}
+	case float64:
+		if s.Type != "integer" {
+			t.Errorf("%s is %v, and has to be a %s", what, v, s.Type)
+		}
+	}
+	if !isObject {
+		return
+	}
+	for name, v := range object {
+		field, ok := s.Fields[name]
+		if !ok {
+			t.Errorf("%s has a field %q, which is not one of %q", what, name, slices.Sorted(maps.Keys(s.Fields)))
+			continue
+		}
+		field.check(t, what+"."+name, v)
+	}
+	for _, name := range s.Required {
+		if _, ok := object[name]; !ok {
+			t.Errorf("%s lacks the field %q", what, name)
+		}
+	}
+}
+
+// recorder is a Firecracker that does nothing, and remembers what it was asked for.
+type recorder struct {
+	mu       sync.Mutex // guards what follows
+	requests []string
+	bodies   []string
+	answers  map[string]string // of requests that are refused, or have an answer: a status and the answer
+}
+
+func (r *recorder) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	body, _ := io.ReadAll(q.Body)
+	name := q.Method + " " + q.URL.Path
+	r.requests, r.bodies = append(r.requests, name), append(r.bodies, string(body))
+	status, answer, ok := strings.Cut(r.answers[name], " ")
+	switch {
+	case !ok:
+		w.WriteHeader(http.StatusNoContent)
+	case status == "400":
+		w.WriteHeader(http.StatusBadRequest)
+	}
+	io.WriteString(w, answer)
+}
+
+// recorded makes a machine of a recorder.
+func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "fc-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l, err := net.Listen("unix", filepath.Join(dir, apiSocket))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &recorder{answers: map[string]string{"GET /": `200 {"state":"Paused","id":"x","app_name":"Firecracker","vmm_version":"1.10.1"}`}}
+	server := &http.Server{Handler: r}
+	go server.Serve(l)
+	t.Cleanup(func() { server.Close() })
+	cfg.Dir, cfg.Logger, cfg.Graft = dir, vmmtest.Logger(t), func(do func() error) error { return do() }
+	m := newMachine(cfg)
+	if m.state, err = os.CreateTemp(dir, "state"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.state.Close() })
+	return m, r
+}
+
+// TestRequests: what is said to Firecracker is what it was last time, and what the API of each version takes.
+func TestRequests(t *testing.T) {
+	spec := vmm.Spec{
+		CPUCount: 2, MemorySize: 512 << 20, CPUModel: "T2", MAC: "02:0e:d9:fd:68:3d", Sockets: true, BootArgs: "console=ttyS0",
+		Disks: []vmm.Disk{{Name: "disk", Size: 1 << 20}, {Name: "oci", Size: 1 << 20, ReadOnly: true}},
+	}
+	ctx := t.Context()
+	m, r := recorded(t, vmm.Config{Spec: spec, Boot: &vmm.Boot{Kernel: "/k", Initrd: "/i"}, Interface: "tap0"})
+	if err := m.boot(ctx); err != nil {
+		t.Fatal(err)
+	}
+	m.life.Found(lifecycle.Running)
+	if err := errors.Join(m.Pause(ctx), m.Resume(ctx), m.Pause(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform open on the memory backing file: No such file"}`
+	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "no device state") {
+		t.Errorf("a state that was not written: got error %v", err)
+	}
+	r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"}`
+	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "Permission denied") {
+		t.Errorf("a state that could not be written: got error %v", err)
+	}
+	delete(r.answers, "PUT /snapshot/create")
+	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "has written RAM") {
+		t.Errorf("a snapshot with RAM: got error %v", err)
+	}
+	m.life.Found(lifecycle.Waiting)
+	if err := m.load(ctx, []byte("state")); err != nil {
+		t.Fatal(err)
+	}
+
+	const snapshot = `{"snapshot_type":"Full","snapshot_path":"/proc/self/fd/3","mem_file_path":"no-memory/memory"}`
+	want := []string{
+		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
+		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0"}`,
+		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async"}`,
+		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async"}`,
+		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,
+		"PUT /vsock " + `{"guest_cid":3,"uds_path":"vsock.sock"}`,
+		"PUT /entropy {}",
+		"PUT /actions " + `{"action_type":"InstanceStart"}`,
+		"PATCH /vm " + `{"state":"Paused"}`, "PATCH /vm " + `{"state":"Resumed"}`, "PATCH /vm " + `{"state":"Paused"}`,
+		"PUT /snapshot/create " + snapshot, "GET / ", "PUT /snapshot/create " + snapshot, "GET / ", "PUT /snapshot/create " + snapshot, "GET / ",
+		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/3","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/4"},"resume_vm":false}`,
+	}
+	for i := range max(len(want), len(r.requests)) {
+		got, wanted := "", ""
+		if i < len(r.requests) {
+			got = r.requests[i] + " " + r.bodies[i]
+		}
+		if i < len(want) {
+			wanted = want[i]
+		}
+		if got != wanted {
+			t.Errorf("request %d is %s\nwant %s", i, got, wanted)
+		}
+	}
+
+	text, err := os.ReadFile("testdata/api.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var api map[string]map[string]*schema
+	if err := json.Unmarshal(text, &api); err != nil {
+		t.Fatal(err)
+	}
+	if len(api) < 7 {
+		t.Fatalf("the API of %d versions is known", len(api))
+	}
+	for version, requests := range api {
+		for i, name := range r.requests {
+			name = strings.NewReplacer("/disk0", "/{drive_id}", "/disk1", "/{drive_id}", "/net0", "/{iface_id}").Replace(name)
+			s, ok := requests[name]
+			if !ok {
+				t.Errorf("version %s has no %s", version, name)
+				continue
+			}
+			if s == nil {
+				continue
+			}
+			s.Type = "object"
+			var body any
+			if err := json.NewDecoder(bytes.NewReader([]byte(r.bodies[i]))).Decode(&body); err != nil {
+				t.Fatal(err)
+			}
+			s.check(t, version+": "+name, body)
+		}
+	}
+}
+
+// TestFaults: Firecracker's refusals are told with what was asked for, and its silence ends with the context.
+func TestFaults(t *testing.T) {
+	m, r := recorded(t, vmm.Config{})
+	r.answers["PUT /actions"] = `400 {"fault_message":"no"}`
+	if err := m.api.put(t.Context(), "/actions", action{"InstanceStart"}); err == nil || err.Error() != "PUT /actions: Firecracker refuses (status 400): no" {
+		t.Errorf("got error %v", err)
+	}
+	r.answers["PUT /actions"] = "400 nonsense"
+	if err := m.api.put(t.Context(), "/actions", action{"InstanceStart"}); err == nil || !strings.HasSuffix(err.Error(), ": nonsense") {
+		t.Errorf("got error %v", err)
+	}
+	r.answers["GET /"] = "200 nonsense"
+	if _, err := m.api.state(t.Context()); err == nil {
+		t.Error("an answer that is none is understood")
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	gone := errors.New("gone")
+	cancel(gone)
+	if err := m.api.await(ctx, nil); !errors.Is(err, gone) {
+		t.Errorf("got error %v, want %v", err, gone)
+	}
+}
+
+func FuzzCheckState(f *testing.F) {
+	f.Add([]byte("0123456789abcdef0123456789abcdef"))
+	f.Fuzz(func(t *testing.T, state []byte) {
+		if checkState(state) == nil && len(state) <= 16 {
+			t.Errorf("%x passes for device state", state)
+		}
+	})
+}

@@ -319,3 +319,90 @@ func TestDead(t *testing.T) {
 		t.Errorf("drop of a guest that is gone: %v, it is %s", err, x.k.State())
 	}
 }
+
+// TestUndoRelayed: a move to an owner that is relayed for, which does not come about, changes nothing for its connections, then and later.
+func TestUndoRelayed(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.all["a"].deaf, s.all["c"].deaf = []string{"c"}, []string{"a"}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.move("c")
+	goOn(t, "relayed", all)
+	a, c := s.all["a"].k, s.all["c"].k
+	for range 2 {
+		answer, err := a.Accept(c.Offer())
+		if err != nil {
+			t.Fatal(err)
+		}
+		goOn(t, "expected back", all)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		if err := c.Connect(ctx, answer); err == nil {
+			t.Error("it has a way to a host that it does not reach")
+		}
+		cancel()
+		if err := a.Discard(); err != nil {
+			t.Fatal(err)
+		}
+		goOn(t, "after it did not come", all)
+	}
+	s.move("b")
+	goOn(t, "at b", all)
+	s.move("a")
+	goOn(t, "at home", all)
+}
+
+// TestReturnToRelay: a guest that goes back to where its owner's connections are relayed has no need of where it was.
+func TestReturnToRelay(t *testing.T) {
+	s := newSites(t, "a", "x", "b", "c")
+	for host, deaf := range map[string][]string{"a": {"b", "c"}, "b": {"a"}, "c": {"a", "x"}, "x": {"c"}} {
+		s.all[host].deaf = deaf
+	}
+	s.forward("a")
+	all := s.talks(t, 1)
+	for _, to := range []string{"x", "b", "c", "b", "x", "a"} {
+		s.move(to)
+		goOn(t, "at "+to, all)
+	}
+}
+
+// TestKilledDiverted: a source that has died when its guest was committed, and had not noted that it left, can have it back.
+func TestKilledDiverted(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	all := s.talks(t, 1)
+	a, b := s.all["a"], s.all["b"]
+	answer, err := b.k.Accept(a.k.Offer())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.k.Connect(t.Context(), answer); err != nil {
+		t.Fatal(err)
+	}
+	guest, err := s.guest.Open(b.ns.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.k.Divert(); err != nil {
+		t.Fatal(err)
+	}
+	s.guest.Pause()
+	if _, err := a.k.Hand(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.k.Arrive(); err != nil {
+		t.Fatal(err)
+	}
+	s.guest.Resume(guest)
+	s.at = b
+	a.open()
+	if got := a.k.State(); got != flow.Diverted {
+		t.Fatalf("it is %s, want diverted", got)
+	}
+	goOn(t, "at b", all)
+	s.move("a")
+	goOn(t, "at home", all)
+}

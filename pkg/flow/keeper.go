@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	mathrand "math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
@@ -141,6 +142,7 @@ type saved struct {
 	Since   time.Time        `json:"since"`  // of Away
 	VXLAN   *vxlanOwn        `json:"vxlan,omitempty"`
 	Address string           `json:"address,omitempty"` // that others were told last
+	Was     *known           `json:"was,omitempty"`     // what was known of the place that the guest goes to, before that; nil: nothing
 	Before  *saved           `json:"before,omitempty"`  // of a place that expects the guest back: what is again if it does not come
 }
 
@@ -239,7 +241,11 @@ func (k *Keeper) load() error {
 	if err := json.Unmarshal(b, &s); err != nil {
 		return fmt.Errorf("decode %q: %w", k.file, err)
 	}
-	k.saved = s.clone() // nobody else knows k yet
+	k.step.Lock() // what is connected is at work before all is
+	defer k.step.Unlock()
+	k.mu.Lock()
+	k.saved = s.clone()
+	k.mu.Unlock()
 	if err := k.furnishVXLAN(); err != nil {
 		return err
 	}
@@ -251,7 +257,7 @@ func (k *Keeper) load() error {
 	if err := k.resettle(); err != nil {
 		return err
 	}
-	for p := range k.saved.Places {
+	for _, p := range k.places() {
 		if err := k.connect(p, false); err != nil {
 			return err
 		}
@@ -259,8 +265,19 @@ func (k *Keeper) load() error {
 			k.dial(p)
 		}
 	}
+	if err := k.redirected(); err != nil {
+		return err
+	}
 	k.log.Info("connections are kept on", "state", k.saved.State, "vm", k.saved.ID)
 	return k.rules()
+}
+
+// redirected sees to it that what is for a guest that has left, or is about to, goes to where it is.
+func (k *Keeper) redirected() error {
+	if s, guest := k.State(), k.guestPlace(); (s == Away || s == Diverted) && k.tunnel(guest) != nil {
+		return k.kernel.redirect(k.way(guest))
+	}
+	return nil
 }
 
 // resettle brings what is written down up to date with how things are now.
@@ -278,6 +295,13 @@ func (k *Keeper) resettle() error {
 		// Others dial where they believe that this place is, if they do: so this one dials them, and tells them.
 		k.moved, s.Address = true, k.cfg.Address
 	})
+}
+
+// needs reports whether a place is needed by this one.
+func (k *Keeper) needs(place uint32) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.saved.needs(place)
 }
 
 // needs reports whether a place has something to do with this one, which the guest has left: it has the guest, or owns connections, or is the way
@@ -417,12 +441,23 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 	if k.cfg.Listen == nil {
 		return nil, errors.New("accept connections: nobody can connect to this place: give it an address to listen at")
 	}
-	end, err := k.in("accept connections", Vacant, Away)
+	end, err := k.in("accept connections", Vacant, Away, Diverted)
 	if err != nil {
 		return nil, err
 	}
 	defer end()
 	k.mu.Lock()
+	if k.saved.State == Diverted { // it went, and nobody was there to note that
+		mine := k.saved.ID == o.ID && k.saved.Key == o.Key
+		k.mu.Unlock()
+		if !mine || k.kernel.used() {
+			return nil, fmt.Errorf("accept connections: the guest's connections are %s: %w", Diverted, ErrState)
+		}
+		if err := k.left(); err != nil {
+			return nil, err
+		}
+		k.mu.Lock()
+	}
 	back := k.saved.State == Away
 	if back && (k.saved.ID != o.ID || k.saved.Key != o.Key) {
 		id := k.saved.ID
@@ -450,7 +485,7 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 		s.State, s.vm, s.Self, s.Guest, s.Source, s.Address = Expecting, o.vm, self, self, o.From.Place, k.cfg.Address
 		for _, w := range append(o.Owners, o.From) {
 			if w.Place != self { // how packets come meanwhile, of one that is known, stays
-				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial, VXLAN: s.Places[w.Place].VXLAN}
+				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial, VXLAN: s.Places[w.Place].VXLAN, Relay: s.Places[w.Place].Relay}
 			}
 		}
 	}); err != nil {
@@ -546,10 +581,8 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 	if hold {
 		t.hold(k.kernel.guests)
 	}
-	if info.Relay == 0 { // or it is found out when it, or one that relays, is connected: see joined
-		if err := k.kernel.back(place, k.way(place)); err != nil {
-			return err
-		}
+	if err := k.backTo(place); err != nil {
+		return err
 	}
 	if info.Dial {
 		k.dial(place)
@@ -600,7 +633,13 @@ func (k *Keeper) dial(place uint32) {
 			if s := t.present(); s != nil {
 				select {
 				case <-s.ended:
+					// Not at once: the other side may dial, too, and each would take the other's connection for the newer one.
 					wait = least
+					select {
+					case <-time.After(mathrand.N(2 * least)):
+					case <-ctx.Done():
+						return
+					}
 				case <-ctx.Done():
 					return
 				}
@@ -730,27 +769,28 @@ func (k *Keeper) joined(t *tunnel) {
 	info, known := k.saved.Places[t.place]
 	state, guest, moved, address := k.saved.State, k.saved.Guest, k.moved, k.saved.Address
 	over := k.closed || !known || k.tunnels[t.place] != t
-	var reached []uint32 // owners that may be reached in another way now
-	for p, other := range k.saved.Places {
-		if other.Relay != 0 {
-			reached = append(reached, p)
-		}
-	}
 	k.mu.Unlock()
 	if over {
 		return
 	}
-	for _, o := range reached {
-		if err := k.backTo(o); err != nil {
-			k.log.Warn("cannot change the way to another place", "place", o, "error", err)
+	err := k.change(func(s *saved) { // it is reached without others
+		if info, ok := s.Places[t.place]; ok && info.Relay != 0 {
+			info.Relay = 0
+			s.Places[t.place] = info
 		}
+	})
+	if err := errors.Join(err, k.backTo(t.place), k.backToRelayed()); err != nil {
+		k.log.Warn("cannot change the way to another place", "error", err)
 	}
 	if moved {
 		k.after(t, func() {
 			if _, err := t.ask(k.ctx, message{Say: sayHere, Address: address}); err != nil {
 				return // it is told again with the next connection
 			}
-			if !info.Dial { // it dials again
+			k.mu.Lock()
+			dials := k.saved.Places[t.place].Dial
+			k.mu.Unlock()
+			if !dials { // it dials again
 				k.hangUp(t.place)
 			}
 		})
@@ -828,6 +868,20 @@ func (k *Keeper) backTo(owner uint32) error {
 	return k.kernel.back(owner, k.way(via))
 }
 
+// backToRelayed is backTo for all owners that are relayed for, or were: what is connected has changed.
+func (k *Keeper) backToRelayed() error {
+	var errs []error
+	for _, p := range k.places() {
+		k.mu.Lock()
+		relayed := k.saved.Places[p].Relay != 0
+		k.mu.Unlock()
+		if relayed {
+			errs = append(errs, k.backTo(p))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // tunnel is that to a place, nil if there is none.
 func (k *Keeper) tunnel(place uint32) *tunnel {
 	k.mu.Lock()
@@ -870,8 +924,12 @@ func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 		return fmt.Errorf("connect with the destination: %w: it calls itself place %d, which is this one", errMalformed, a.Place)
 	}
 	if err := k.change(func(s *saved) {
-		info := s.Places[a.Place]
-		info.Address, info.Dial, info.Relay = a.Address, true, 0
+		info, was := s.Places[a.Place]
+		if s.Was = nil; was {
+			before := info
+			s.Was = &before
+		}
+		info.Address, info.Dial = a.Address, true
 		s.State, s.Guest, s.Places[a.Place] = Leaving, a.Place, info
 		s.Next = max(s.Next, a.Place+1)
 	}); err != nil {
@@ -895,12 +953,15 @@ func (k *Keeper) Connect(ctx context.Context, answered json.RawMessage) error {
 	// The destination has a way to all owners from now on, and a straight one to those that come to it, which nobody waits for.
 	var all sync.WaitGroup
 	for _, o := range owners {
+		k.pointTo(o, a.Place)
+		if via[o.place] == a.Place { // it relays for that one itself
+			continue
+		}
 		all.Go(func() {
 			if _, err := t.ask(ctx, message{Say: sayRelay, Place: o.place, Via: via[o.place]}); err != nil {
 				k.log.Error("the destination was not told how another place is reached", "place", o.place, "error", err)
 			}
 		})
-		k.pointTo(o, a.Place)
 	}
 	all.Wait()
 	return nil
@@ -973,21 +1034,28 @@ func (k *Keeper) Undo() error {
 func (k *Keeper) undo() error {
 	err := k.kernel.restore()
 	k.mu.Lock()
-	target := k.saved.Guest
-	owner, others := k.saved.Places[target].Owner, k.owners(target)
+	target, was, others := k.saved.Guest, k.saved.Was, k.owners(k.saved.Guest)
 	self := k.saved.Self
 	k.mu.Unlock()
-	err = errors.Join(err, k.change(func(s *saved) { s.State, s.Guest = Home, s.Self }))
+	err = errors.Join(err, k.change(func(s *saved) {
+		s.State, s.Guest, s.Was = Home, s.Self, nil
+		if was != nil && target != self {
+			s.Places[target] = *was
+		}
+	}))
 	if target == self {
 		return err
 	}
 	for _, t := range others {
 		k.after(t, func() { _, _ = t.ask(k.ctx, message{Say: sayForget, Place: target}) })
 	}
-	if !owner { // one that owns connections is needed as before
-		err = errors.Join(err, k.leave(target))
+	if was == nil {
+		return errors.Join(err, k.leave(target))
 	}
-	return err
+	if !was.Dial { // one that owns connections is needed as before
+		k.hangUp(target)
+	}
+	return errors.Join(err, k.backTo(target))
 }
 
 // Left notes that the guest runs at the destination. The connections that began here are kept until they end: see [Keeper.Done].
@@ -997,12 +1065,16 @@ func (k *Keeper) Left() error {
 		return err
 	}
 	defer end()
+	return k.left()
+}
+
+func (k *Keeper) left() error {
 	k.mu.Lock()
 	target := k.saved.Guest
 	others := k.owners(target)
 	k.mu.Unlock()
 	if err := k.change(func(s *saved) {
-		s.State, s.Since = Away, time.Now()
+		s.State, s.Since, s.Was = Away, time.Now(), nil
 		info := s.Places[target]
 		info.Owner, info.Carried = false, false
 		s.Places[target] = info
@@ -1085,7 +1157,7 @@ func (k *Keeper) discard() error {
 			errs = append(errs, k.leave(p))
 		}
 	}
-	return errors.Join(append(errs, k.change(func(s *saved) { *s = *before }), k.rules())...)
+	return errors.Join(append(errs, k.change(func(s *saved) { *s = *before }), k.rules(), k.redirected())...)
 }
 
 // vacate removes all that is kept.

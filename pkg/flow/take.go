@@ -134,6 +134,14 @@ func (k *Keeper) End() error {
 		return err
 	}
 	defer end()
+	if k.State() != Diverted { // then it may be where it went to
+		k.tellEnd()
+	}
+	return k.vacate()
+}
+
+// tellEnd tells the places that own connections that there is no guest any more.
+func (k *Keeper) tellEnd() {
 	k.mu.Lock()
 	owners := k.owners(0) // there is no place 0
 	k.mu.Unlock()
@@ -144,7 +152,6 @@ func (k *Keeper) End() error {
 			_, _ = t.ask(ctx, message{Say: sayEnd}) // one that does not hear it notices by itself that they have ended
 		}
 	}
-	return k.vacate()
 }
 
 // release ends what the process has of a keeper.

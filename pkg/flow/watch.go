@@ -50,6 +50,9 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		if !fromGuest || m.Place == guest {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
+		if k.needs(m.Place) { // for other reasons
+			return nil
+		}
 		return k.leave(m.Place)
 	case sayRelay:
 		if state != Expecting || t.place != source {
@@ -61,6 +64,13 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 			info := s.Places[t.place]
 			info.Address = m.Address
 			s.Places[t.place] = info
+			if s.Before == nil {
+				return
+			}
+			if info, ok := s.Before.Places[t.place]; ok {
+				info.Address = m.Address
+				s.Before.Places[t.place] = info
+			}
 		})
 	case sayFlows:
 		if state != Expecting || t.place != source {
@@ -126,6 +136,9 @@ func (k *Keeper) point(place uint32, address string) error {
 		return errDown
 	}
 	if err := t.await(ctx); err != nil {
+		if k.needs(place) { // it is relayed for, or owns connections
+			return err
+		}
 		return errors.Join(err, k.leave(place))
 	}
 	return nil
@@ -158,6 +171,10 @@ func (k *Keeper) follow(from, to uint32) error {
 // relayedBy notes through which place an owner is reached while it is not connected with this one: by that which the source names, or the source.
 func (k *Keeper) relayedBy(owner, via, source uint32) error {
 	k.mu.Lock()
+	if via == k.saved.Self { // this one knows better
+		k.mu.Unlock()
+		return nil
+	}
 	info, ok := k.saved.Places[owner]
 	if _, known := k.saved.Places[via]; !known || via == owner {
 		via = source
@@ -170,7 +187,7 @@ func (k *Keeper) relayedBy(owner, via, source uint32) error {
 	if err := k.change(func(s *saved) { s.Places[owner] = info }); err != nil {
 		return err
 	}
-	return k.backTo(owner)
+	return k.backToRelayed() // others may be reached through it
 }
 
 // learn puts connections of other places into conntrack.
@@ -313,7 +330,12 @@ func (k *Keeper) Drop() error {
 		return nil
 	case state != Away && k.kernel.used():
 		return fmt.Errorf("drop connections: a machine runs in network namespace %q: end it first: %w", k.cfg.Netns, ErrState)
+	case state == Diverted: // the guest is where it went to
+		if err := k.left(); err != nil {
+			return err
+		}
 	case state != Away:
+		k.tellEnd()
 		return k.vacate()
 	}
 	if _, err := k.askGuest(message{Say: sayGone}); err != nil {

@@ -81,7 +81,7 @@ var StateDir = sync.OnceValue(func() string {
 	boot := strings.TrimSpace(string(b))
 	entries, _ := os.ReadDir(stateDir)
 	for _, e := range entries {
-		if boot != "" && e.Name() != boot {
+		if boot != "" && e.Name() != boot && len(e.Name()) == len(boot) { // an id, too
 			_ = os.RemoveAll(filepath.Join(stateDir, e.Name()))
 		}
 	}

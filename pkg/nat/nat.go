@@ -401,23 +401,30 @@ func (n *NAT) keepsConnections(name string) (bool, error) {
 		return false, err
 	}
 	var kept struct {
-		State string `json:"state"`
+		State  string          `json:"state"`
+		Before json.RawMessage `json:"before"` // of a guest that was expected back
 	}
-	if err := json.Unmarshal(b, &kept); err != nil || kept.State == "away" {
+	if err := json.Unmarshal(b, &kept); err != nil || kept.State == "away" || kept.State == "diverted" || len(kept.Before) > 0 {
 		return true, nil
 	}
 	lock, err := Lock(FlowState(cookie)) // which its peer holds
 	if err != nil {
 		return true, nil
 	}
-	defer lock.Close()
-	defer os.Remove(lock.Name())
+	defer func() {
+		_ = os.Remove(lock.Name())
+		lock.Close()
+	}()
 	i, ok := n.cfg.index(name)
 	if !ok {
 		return true, nil
 	}
-	_, used, err := n.inspect(n.cfg.namespace(i, n.ipv6))
-	return used, err
+	ns := n.cfg.namespace(i, n.ipv6)
+	if _, used, err := n.inspect(ns); err != nil || used {
+		return used, err
+	}
+	// Nothing of it may come to the next guest: its interfaces, rules and connections, and what it was known by.
+	return false, errors.Join(removeNamespace(name), n.build(ns))
 }
 
 // Release takes a namespace back that was claimed. Its next guest is not reached by connections of the last one.

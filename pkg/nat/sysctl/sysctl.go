@@ -43,16 +43,21 @@ type loan struct {
 func (s Settings) Borrow(user string, settings ...Setting) error {
 	return s.update("borrow", func(loans []loan) ([]loan, error) {
 		var changes []Setting
+		lent := false // the setting before those aside is on loan already, and has changed them
 		for _, want := range settings {
 			if n := slices.IndexFunc(loans, func(l loan) bool { return l.Key == want.Key }); n >= 0 {
 				if !slices.Contains(loans[n].Users, user) {
 					loans[n].Users = append(loans[n].Users, user)
 				}
 				if !want.Aside {
-					changes = append(changes, want)
+					changes, lent = append(changes, want), true
 				}
 				continue
 			}
+			if want.Aside && lent { // of an interface that has come since: how it would be is not known
+				continue
+			}
+			lent = lent && want.Aside
 			before, err := read(want.Key)
 			if errors.Is(err, fs.ErrNotExist) || err == nil && before == want.Value && !want.Aside {
 				continue

@@ -353,6 +353,12 @@ func (k *Keeper) furnishVXLAN() (err error) {
 		return err
 	}
 	was := k.saved.VXLAN
+	if peer := k.cfg.Listen != nil; was != nil && peer && k.cfg.VXLAN != was.Address { // it is not wanted any more, or elsewhere
+		if err := errors.Join(k.forgetVXLAN(), k.kernel.removeVXLAN()); err != nil {
+			return err
+		}
+		was = nil
+	}
 	switch {
 	case was != nil && k.kernel.hasVXLAN():
 		k.vxlan = was
@@ -362,7 +368,10 @@ func (k *Keeper) furnishVXLAN() (err error) {
 			address = was.Address
 		}
 		own, err := k.kernel.openVXLAN(address)
-		if err != nil {
+		if err != nil && !k.cfg.VXLAN.IsValid() {
+			k.log.Warn("packets go by the connections with other places: VXLAN was in use, and cannot be any more", "error", err)
+			return k.forgetVXLAN()
+		} else if err != nil {
 			return err
 		}
 		k.vxlan = &own
@@ -378,6 +387,17 @@ func (k *Keeper) furnishVXLAN() (err error) {
 		return nil
 	}
 	return errors.Join(k.change(func(s *saved) { s.VXLAN = k.vxlan }), k.kernel.nameVXLAN(k.saved.Self))
+}
+
+// forgetVXLAN has packets go by the sessions.
+func (k *Keeper) forgetVXLAN() error {
+	return k.change(func(s *saved) {
+		s.VXLAN = nil
+		for p, info := range s.Places {
+			info.VXLAN, info.Carried = nil, false
+			s.Places[p] = info
+		}
+	})
 }
 
 // answerVXLAN says where this place is reached by VXLAN. An answer with neither that nor an error says that it is not.
@@ -432,7 +452,7 @@ func (k *Keeper) carry() {
 			return
 		}
 		k.mu.Lock()
-		home := k.saved.State == Home
+		home := k.saved.State == Home || k.saved.State == Leaving
 		all := make(map[uint32]*tunnel)
 		for p, t := range k.tunnels {
 			all[p] = t
@@ -472,12 +492,17 @@ func (k *Keeper) carryTo(t *tunnel, so *tried) {
 		so.asked++
 		so.answer = k.askVXLAN(t)
 	}
-	if so.answer != met {
-		return
-	}
 	k.mu.Lock()
 	self, carried := k.saved.Self, k.saved.Places[t.place].Carried
 	k.mu.Unlock()
+	if so.answer == none && carried { // not any more
+		if err := k.atHome(t, func() error { return k.carriedTo(t.place, false) }); err != nil {
+			t.log.Debug("cannot change what carries packets to another place", "error", err)
+		}
+	}
+	if so.answer != met {
+		return
+	}
 	if k.prober.reaches(k.ctx, self, t.place) {
 		so.missed = 0
 	} else if so.missed++; so.missed < probesTried {
@@ -540,7 +565,7 @@ func (k *Keeper) askVXLAN(t *tunnel) answered {
 
 // atHome does something while the guest is here and a tunnel in use.
 func (k *Keeper) atHome(t *tunnel, f func() error) error {
-	end, err := k.in("use VXLAN", Home)
+	end, err := k.in("use VXLAN", Home, Leaving)
 	if err != nil {
 		return err
 	}

@@ -148,6 +148,30 @@ func (s *sites) bare(t *testing.T) {
 	}
 }
 
+// TestVXLANGivenUp: a place that is opened without VXLAN, where it had it, has it no more, and loses nothing.
+func TestVXLANGivenUp(t *testing.T) {
+	s := newSitesWith(t, []string{"a", "b"}, "a", "b")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.byVXLAN(t, true, "a", "b")
+	for _, host := range []string{"a", "b"} {
+		x := s.all[host]
+		if err := x.k.Close(); err != nil {
+			t.Fatal(err)
+		}
+		x.vxlan = false
+		x.open()
+		s.byVXLAN(t, false, host, map[string]string{"a": "b", "b": "a"}[host])
+		goOn(t, host+" without VXLAN", all)
+		if out := string(testnet.Run(t, x.ns.Name, "ip", "-o", "link")); strings.Contains(out, "dftx") {
+			t.Errorf("%s has an interface for it still:\n%s", host, out)
+		}
+	}
+	s.move("a")
+	goOn(t, "at home", all)
+}
+
 // TestVXLANOneHost: two namespaces of one host do without, as what the kernel does there loses connections.
 func TestVXLANOneHost(t *testing.T) {
 	s := newSitesWith(t, []string{"a", "a'"}, "a", "a'")

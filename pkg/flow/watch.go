@@ -42,6 +42,9 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		}
 		return k.point(m.Place, m.Address)
 	case sayFollow:
+		if state == Away && m.Place == guest { // it has, and its answer was not heard
+			return nil
+		}
 		if !fromGuest {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}

@@ -84,7 +84,7 @@ func (g *graft) seize() error {
 	if err := g.ptrace(unix.PTRACE_INTERRUPT, 0, 0); err != nil {
 		return fmt.Errorf("stop it: %w", err)
 	}
-	_, err := g.wait()
+	_, err := awaitStop(g.pid)
 	return err
 }
 
@@ -113,7 +113,7 @@ func (g *graft) serve() error {
 		if err := g.ptrace(unix.PTRACE_SYSCALL, 0, uintptr(signal)); err != nil {
 			return err
 		}
-		status, err := g.wait()
+		status, err := awaitStop(g.pid)
 		if err != nil {
 			return err
 		}
@@ -134,28 +134,6 @@ const leastRegion = 1 << 30
 
 // syscallStop is the status of a stop before or after a system call (PTRACE_O_TRACESYSGOOD).
 const syscallStop = int32(unix.SIGTRAP) | 0x80
-
-// wait waits until the VMM is stopped. It does not reap it.
-func (g *graft) wait() (status int32, err error) {
-	for {
-		var info unix.Siginfo
-		err := unix.Waitid(unix.P_PID, g.pid, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|unix.WALL, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return 0, fmt.Errorf("wait for it: %w", err)
-		}
-		const cldTrapped, cldStopped = 4, 5 // CLD_TRAPPED, CLD_STOPPED of siginfo.h
-		if info.Code != cldTrapped && info.Code != cldStopped {
-			return 0, ErrProcessEnded
-		}
-		err = unix.Waitid(unix.P_PID, g.pid, &info, unix.WSTOPPED|unix.WNOHANG|unix.WALL, nil) // the same again, consuming it
-		if err == nil && info.Signo != 0 {
-			return siginfoStatus(&info), nil
-		}
-	}
-}
 
 // answer lets a system call be, unless it asks for RAM.
 func (g *graft) answer() error {
@@ -178,7 +156,7 @@ func (g *graft) answer() error {
 	if err := g.ptrace(unix.PTRACE_SYSCALL, 0, 0); err != nil {
 		return err
 	}
-	if status, err := g.wait(); err != nil {
+	if status, err := awaitStop(g.pid); err != nil {
 		return err
 	} else if status != syscallStop {
 		return fmt.Errorf("it stops with %#x where the end of a system call was due", status)

@@ -308,28 +308,14 @@ func plant(pid, inherited int) (fd int, reason string, fatal error) {
 }
 
 // awaitTrap waits until the traced process stops with SIGTRAP, holding back other signals that stop it meanwhile (only
-// SIGSTOP can, as the rest are blocked; its effect is lost, as with a debugger). It never reaps: the end of the process
-// is left for cmd.Wait.
+// SIGSTOP can, as the rest are blocked; its effect is lost, as with a debugger).
 func awaitTrap(pid int) error {
 	for {
-		var info unix.Siginfo
-		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|unix.WALL, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
+		status, err := awaitStop(pid)
 		if err != nil {
-			return fmt.Errorf("wait: %w", err)
+			return err
 		}
-		const cldTrapped, cldStopped = 4, 5 // CLD_TRAPPED, CLD_STOPPED of siginfo.h
-		if info.Code != cldTrapped && info.Code != cldStopped {
-			return ErrProcessEnded
-		}
-		// The same again, consuming it. A SIGKILL may have ended the stop since: then go round.
-		err = unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG|unix.WALL, nil)
-		if err != nil || info.Signo == 0 {
-			continue
-		}
-		switch sig := unix.Signal(siginfoStatus(&info)); sig {
+		switch sig := unix.Signal(status); sig {
 		case unix.SIGTRAP:
 			return nil
 		case unix.SIGSEGV, unix.SIGBUS, unix.SIGILL, unix.SIGFPE:
@@ -337,6 +323,30 @@ func awaitTrap(pid int) error {
 		}
 		if _, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_CONT, uintptr(pid), 0, 0, 0, 0); errno != 0 && errno != unix.ESRCH {
 			return fmt.Errorf("continue: %w", errno)
+		}
+	}
+}
+
+// awaitStop waits until the traced process stops, and returns with what (si_status of waitid(2)). It never reaps: the end of the process is
+// left for cmd.Wait.
+func awaitStop(pid int) (status int32, err error) {
+	for {
+		var info unix.Siginfo
+		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WSTOPPED|unix.WNOWAIT|unix.WALL, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return 0, fmt.Errorf("wait: %w", err)
+		}
+		const cldTrapped, cldStopped = 4, 5 // CLD_TRAPPED, CLD_STOPPED of siginfo.h
+		if info.Code != cldTrapped && info.Code != cldStopped {
+			return 0, ErrProcessEnded
+		}
+		// The same again, consuming it. A SIGKILL may have ended the stop since: then go round.
+		err = unix.Waitid(unix.P_PID, pid, &info, unix.WSTOPPED|unix.WNOHANG|unix.WALL, nil)
+		if err == nil && info.Signo != 0 {
+			return siginfoStatus(&info), nil
 		}
 	}
 }

@@ -72,6 +72,19 @@ func probe(ctx context.Context, binary string) (release, error) {
 	return r, nil
 }
 
+// usable finds out which Firecracker there is, if it can run here.
+func (b *Backend) usable(ctx context.Context) (release, error) {
+	binary, err := b.find("")
+	if err != nil {
+		return release{}, err
+	}
+	r, err := probe(ctx, binary)
+	if err != nil {
+		return release{}, err
+	}
+	return r, b.checkKVM()
+}
+
 // numbers are those of a version, three at least.
 func numbers(version string) []int {
 	all := make([]int, 3)
@@ -84,15 +97,8 @@ func numbers(version string) []int {
 // Describe implements [vmm.Backend]. MachineType is the format of Firecracker's device state.
 func (b *Backend) Describe(ctx context.Context, spec vmm.Spec) (vmm.Spec, error) {
 	fail := func(err error) (vmm.Spec, error) { return vmm.Spec{}, fmt.Errorf("describe machine: %w", err) }
-	binary, err := b.find("")
+	r, err := b.usable(ctx)
 	if err != nil {
-		return fail(err)
-	}
-	r, err := probe(ctx, binary)
-	if err != nil {
-		return fail(err)
-	}
-	if err := b.checkKVM(); err != nil {
 		return fail(err)
 	}
 	for _, f := range []struct{ name, got, want string }{
@@ -172,15 +178,8 @@ func (b *Backend) Compatible(ctx context.Context, saved vmm.Spec) error {
 	if saved.Accel != "kvm" {
 		return fail(fmt.Errorf("accel: saved with %q, and Firecracker has \"kvm\"", saved.Accel))
 	}
-	binary, err := b.find("")
+	r, err := b.usable(ctx)
 	if err != nil {
-		return fail(err)
-	}
-	r, err := probe(ctx, binary)
-	if err != nil {
-		return fail(err)
-	}
-	if err := b.checkKVM(); err != nil {
 		return fail(err)
 	}
 	// Firecracker reads formats of its own major version that are not newer.

@@ -2,7 +2,6 @@ package firecracker
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -17,6 +16,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/config"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
@@ -41,9 +41,6 @@ const (
 
 // inherited is the path of a descriptor, to the process that has it.
 func inherited(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
-
-// maxSocketPath is what fits into sockaddr_un (unix(7)), in bytes.
-const maxSocketPath = 107
 
 // Options configures a backend. The zero value works.
 type Options struct {
@@ -113,15 +110,8 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return cfg, err
 	}
-	for _, name := range []string{apiSocket, vmm.SocketFile + "_4294967295"} {
-		if path := filepath.Join(cfg.Dir, name); len(path) > maxSocketPath {
-			return cfg, fmt.Errorf("socket %q: the path has %d bytes, but a unix socket's may have %d: choose a shorter folder", path, len(path), maxSocketPath)
-		}
-	}
-	if info, err := os.Stat(cfg.Dir); err != nil {
-		return cfg, fmt.Errorf("the machine's folder: %w", err)
-	} else if !info.IsDir() {
-		return cfg, fmt.Errorf("the machine's folder %q is no folder", cfg.Dir)
+	if err := config.CheckFolder(cfg.Dir, apiSocket, vmm.SocketFile+"_4294967295"); err != nil {
+		return cfg, err
 	}
 	if cfg.UID != 0 && cfg.UID != os.Geteuid() || cfg.GID != 0 && cfg.GID != os.Getegid() {
 		return cfg, fmt.Errorf("uid %d, gid %d: Firecracker runs as another user by its jailer only, which is not used yet", cfg.UID, cfg.GID)
@@ -147,20 +137,8 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 		attached[i] = at
 	}
 	cfg.Disks = attached
-	if cfg.Boot != nil {
-		boot := *cfg.Boot
-		for _, path := range []*string{&boot.Kernel, &boot.Initrd} {
-			if *path == "" {
-				continue
-			}
-			if *path, err = filepath.Abs(*path); err != nil {
-				return cfg, err
-			}
-			if _, err := os.Stat(*path); err != nil {
-				return cfg, fmt.Errorf("boot: %w", err)
-			}
-		}
-		cfg.Boot = &boot
+	if cfg.Boot, err = config.Boot(cfg.Boot); err != nil {
+		return cfg, err
 	}
 	return cfg, checkSpec(cfg.Spec)
 }
@@ -177,7 +155,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := b.checkKVM(); err != nil {
 		return nil, err
 	}
-	if err := checkMemory(cfg); err != nil {
+	if err := config.CheckMemory(cfg); err != nil {
 		return nil, err
 	}
 	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
@@ -196,7 +174,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			err = m.abandon(err)
 		}
 	}()
-	if err := errors.Join(m.removeFiles()); err != nil { // of one that has ended without an owner
+	if err := m.removeFiles(); err != nil { // of one that has ended without an owner
 		return nil, err
 	}
 	for i, at := range cfg.Disks {
@@ -344,21 +322,6 @@ func (b *Backend) Reap(cfg vmm.Config) error {
 		return nil
 	}
 	return cgroup.Find(cfg.CgroupVersion, cfg.CgroupName).Remove()
-}
-
-// checkMemory checks the guest's RAM.
-func checkMemory(cfg vmm.Config) error {
-	if cfg.Memory == nil {
-		return errors.New("there is no memory: a memfd of the machine's size is needed")
-	}
-	info, err := cfg.Memory.Stat()
-	if err != nil {
-		return fmt.Errorf("the memory: %w", err)
-	}
-	if info.Size() != cfg.Spec.MemorySize {
-		return fmt.Errorf("the memory has %d bytes, but the machine's is described with %d", info.Size(), cfg.Spec.MemorySize)
-	}
-	return nil
 }
 
 // boot tells Firecracker of the machine, and starts it.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/cgroup"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/config"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
@@ -26,9 +27,6 @@ const (
 	qmpSocket    = "qmp.sock"
 	serialSocket = "serial.sock"
 )
-
-// maxSocketPath is what fits into sockaddr_un (unix(7)), in bytes.
-const maxSocketPath = 107
 
 // Options configures a backend. The zero value works.
 type Options struct {
@@ -95,15 +93,8 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return cfg, err
 	}
-	for _, name := range []string{qmpSocket, serialSocket, vmm.GuestChannel} {
-		if path := filepath.Join(cfg.Dir, name); len(path) > maxSocketPath {
-			return cfg, fmt.Errorf("socket %q: the path has %d bytes, but a unix socket's may have %d: choose a shorter folder", path, len(path), maxSocketPath)
-		}
-	}
-	if info, err := os.Stat(cfg.Dir); err != nil {
-		return cfg, fmt.Errorf("the machine's folder: %w", err)
-	} else if !info.IsDir() {
-		return cfg, fmt.Errorf("the machine's folder %q is no folder", cfg.Dir)
+	if err := config.CheckFolder(cfg.Dir, qmpSocket, serialSocket, vmm.GuestChannel); err != nil {
+		return cfg, err
 	}
 	if (cfg.UID != 0 && cfg.UID != os.Geteuid() || cfg.GID != 0 && cfg.GID != os.Getegid()) && !canConfine() {
 		return cfg, fmt.Errorf("uid %d, gid %d: only root can run QEMU as another user; this is %d, %d", cfg.UID, cfg.GID, os.Geteuid(), os.Getegid())
@@ -138,24 +129,8 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 		attached[i] = at
 	}
 	cfg.Disks = attached
-	if cfg.Boot != nil {
-		boot := *cfg.Boot
-		if boot.Kernel, err = filepath.Abs(boot.Kernel); err != nil {
-			return cfg, err
-		}
-		if boot.Initrd != "" {
-			if boot.Initrd, err = filepath.Abs(boot.Initrd); err != nil {
-				return cfg, err
-			}
-		}
-		for _, path := range []string{boot.Kernel, boot.Initrd} {
-			if _, err := os.Stat(path); path != "" && err != nil {
-				return cfg, fmt.Errorf("boot: %w", err)
-			}
-		}
-		cfg.Boot = &boot
-	}
-	return cfg, nil
+	cfg.Boot, err = config.Boot(cfg.Boot)
+	return cfg, err
 }
 
 // start starts the process and makes it a machine, or leaves nothing.
@@ -171,7 +146,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := checkSpec(cfg.Spec, caps); err != nil {
 		return nil, err
 	}
-	if err := checkMemory(cfg); err != nil {
+	if err := config.CheckMemory(cfg); err != nil {
 		return nil, err
 	}
 	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
@@ -334,21 +309,6 @@ func (b *Backend) Reap(cfg vmm.Config) error {
 		return nil
 	}
 	return cgroup.Find(cfg.CgroupVersion, cfg.CgroupName).Remove()
-}
-
-// checkMemory checks the guest's RAM.
-func checkMemory(cfg vmm.Config) error {
-	if cfg.Memory == nil {
-		return errors.New("there is no memory: a memfd of the machine's size is needed")
-	}
-	info, err := cfg.Memory.Stat()
-	if err != nil {
-		return fmt.Errorf("the memory: %w", err)
-	}
-	if info.Size() != cfg.Spec.MemorySize {
-		return fmt.Errorf("the memory has %d bytes, but the machine's is described with %d", info.Size(), cfg.Spec.MemorySize)
-	}
-	return nil
 }
 
 // openToUser lets a QEMU that runs as another user reach the NBD sockets in Dir, now and when it dials them again.

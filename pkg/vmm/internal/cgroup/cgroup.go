@@ -1,4 +1,3 @@
-// Package cgroup puts a machine into a cgroup of its own.
 package cgroup
 
 import (

@@ -1,4 +1,3 @@
-// Package console pumps between a VMM's console and its owner, so that the guest never waits for either.
 package console
 
 import (

@@ -1,4 +1,3 @@
-// Package lifecycle is where a machine is in its life.
 package lifecycle
 
 import (

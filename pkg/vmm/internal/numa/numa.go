@@ -1,4 +1,3 @@
-// Package numa binds processes to the CPUs of NUMA nodes.
 package numa
 
 import (

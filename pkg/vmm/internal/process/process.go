@@ -1,4 +1,3 @@
-// Package process is the process of a VMM: a child of ours, or one that was adopted.
 package process
 
 import (

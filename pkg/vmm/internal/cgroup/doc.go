@@ -1,0 +1,2 @@
+// Package cgroup puts a machine into a cgroup of its own.
+package cgroup

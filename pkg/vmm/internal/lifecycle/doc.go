@@ -1,0 +1,2 @@
+// Package lifecycle is where a machine is in its life.
+package lifecycle

@@ -1,0 +1,2 @@
+// Package numa binds processes to the CPUs of NUMA nodes.
+package numa

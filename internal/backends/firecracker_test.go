@@ -5,10 +5,12 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -18,6 +20,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -194,9 +197,11 @@ func TestFirecracker(t *testing.T) {
 		t.Fatal(err)
 	}
 	a.goesOn(t, a.count(t)+1)
+	began := time.Now()
 	if err := a.Pause(ctx); err != nil {
 		t.Fatal(err)
 	}
+	paused := time.Since(began)
 	dirty, err := tracker.Collect(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -220,14 +225,14 @@ func TestFirecracker(t *testing.T) {
 
 	at := a.count(t)
 	var state, again bytes.Buffer
-	began := time.Now()
 	if err := a.Save(ctx, &state); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("saved %d bytes in %v", state.Len(), time.Since(began).Round(time.Microsecond))
-	if err := a.Save(ctx, &again); err != nil || again.Len() != state.Len() {
-		t.Errorf("saved again: %d bytes, %v", again.Len(), err)
+	t.Logf("paused, and %d bytes of state saved, in %v", state.Len(), paused.Round(time.Microsecond))
+	if err := a.Save(ctx, &again); err != nil || !bytes.Equal(again.Bytes(), state.Bytes()) {
+		t.Errorf("saved again, and it is another state (%v)", err)
 	}
+	standsStill(t, a)
 	if a.count(t) != at {
 		t.Error("a paused guest has counted on")
 	}
@@ -269,6 +274,15 @@ func TestFirecracker(t *testing.T) {
 	c.goesOn(t, c.count(t))
 }
 
+// standsStill checks that a machine's devices do nothing: the thread that serves them waits for a file to be opened.
+func standsStill(t testing.TB, v *vm) {
+	t.Helper()
+	call, err := os.ReadFile(fmt.Sprintf("/proc/%d/syscall", v.PID()))
+	if number, _, _ := strings.Cut(string(call), " "); err != nil || number != strconv.Itoa(unix.SYS_OPENAT) && number != strconv.Itoa(unix.SYS_OPEN) {
+		t.Errorf("its main thread is in system call %q (%v), want open(2)", call, err)
+	}
+}
+
 // slow is a source that takes its time.
 type slow struct{ io.ReaderAt }
 
@@ -284,25 +298,40 @@ func TestFirecrackerAdopt(t *testing.T) {
 	v.goesOn(t, 0)
 	cfg := v.cfg
 	cfg.Boot = nil
-	adopted, err := b.Adopt(t.Context(), cfg)
-	if err != nil {
+	adopt := func(want vmm.State) vmm.Machine {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
+		defer cancel()
+		m, err := b.Adopt(ctx, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := m.(vmm.Stater).State(); got != want {
+			t.Fatalf("it is %s, want %s", got, want)
+		}
+		return m
+	}
+	first := adopt(vmm.StateRunning)
+	if err := first.Pause(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if got := adopted.(vmm.Stater).State(); got != vmm.StateRunning {
-		t.Errorf("it is %s, want running", got)
-	}
-	if err := adopted.Pause(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	var state bytes.Buffer
-	if err := adopted.Save(t.Context(), &state); err != nil || state.Len() == 0 {
+	var state, again bytes.Buffer
+	if err := first.Save(t.Context(), &state); err != nil || state.Len() == 0 {
 		t.Errorf("saved %d bytes: %v", state.Len(), err)
+	}
+	// It stands still, and does not answer: whoever comes next finds that out.
+	adopted := adopt(vmm.StatePaused)
+	if err := adopted.Save(t.Context(), &again); err != nil || !bytes.Equal(state.Bytes(), again.Bytes()) {
+		t.Errorf("saved again, and it is another state (%v)", err)
 	}
 	at := v.count(t)
 	if err := adopted.Resume(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	v.goesOn(t, at)
+	if err := errors.Join(adopted.Pause(t.Context()), adopted.Resume(t.Context())); err != nil {
+		t.Fatal(err)
+	}
 	if err := adopted.Close(); err != nil {
 		t.Error(err)
 	}

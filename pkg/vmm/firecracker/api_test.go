@@ -3,8 +3,10 @@ package firecracker
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"hash/crc64"
 	"io"
 	"maps"
 	"net"
@@ -71,14 +73,18 @@ type recorder struct {
 	requests []string
 	bodies   []string
 	answers  map[string]string // of requests that are refused, or have an answer: a status and the answer
+	snapshot func()            // what is done for a snapshot, if anything
 }
 
 func (r *recorder) ServeHTTP(w http.ResponseWriter, q *http.Request) {
-	r.mu.Lock()
+	r.mu.Lock() // throughout: it answers one after the other
 	defer r.mu.Unlock()
 	body, _ := io.ReadAll(q.Body)
 	name := q.Method + " " + q.URL.Path
 	r.requests, r.bodies = append(r.requests, name), append(r.bodies, string(body))
+	if name == "PUT /snapshot/create" && r.snapshot != nil {
+		r.snapshot()
+	}
 	status, answer, ok := strings.Cut(r.answers[name], " ")
 	switch {
 	case !ok:
@@ -107,12 +113,34 @@ func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 	t.Cleanup(func() { server.Close() })
 	cfg.Dir, cfg.Logger, cfg.Graft = dir, vmmtest.Logger(t), func(do func() error) error { return do() }
 	m := newMachine(cfg)
-	if m.state, err = os.CreateTemp(dir, "state"); err != nil {
+	for name, file := range map[string]**os.File{"saved": &m.saved, "loaded": &m.loaded} {
+		if *file, err = os.Create(filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := makeFIFO(dir, stillFIFO); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { m.state.Close() })
+	t.Cleanup(m.disconnect)
+	r.snapshot = func() {
+		r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform truncate on the memory backing file: Invalid argument"}`
+		if _, err := m.saved.WriteAt(someState, 0); err != nil {
+			t.Error(err)
+		}
+		if f, err := os.OpenFile(filepath.Join(dir, stillFIFO), os.O_WRONLY, 0); err != nil {
+			t.Error(err)
+		} else {
+			f.Close()
+		}
+	}
 	return m, r
 }
+
+// someState is device state as far as anybody can see.
+var someState = func() []byte {
+	state := []byte("the state of some devices")
+	return binary.LittleEndian.AppendUint64(state, ^crc64.Update(^uint64(0), stateSum, state))
+}()
 
 // TestRequests: what is said to Firecracker is what it was last time, and what the API of each version takes.
 func TestRequests(t *testing.T) {
@@ -129,24 +157,35 @@ func TestRequests(t *testing.T) {
 	if err := errors.Join(m.Pause(ctx), m.Resume(ctx), m.Pause(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform open on the memory backing file: No such file"}`
-	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "no device state") {
-		t.Errorf("a state that was not written: got error %v", err)
+	var state bytes.Buffer
+	if err := errors.Join(m.Save(ctx, &state), m.Save(ctx, &state)); err != nil || state.String() != strings.Repeat(string(someState), 2) {
+		t.Errorf("saved %q twice, and %q came of it (%v)", someState, state.String(), err)
 	}
-	r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"}`
-	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "Permission denied") {
-		t.Errorf("a state that could not be written: got error %v", err)
+	if err := m.Resume(ctx); err != nil {
+		t.Fatal(err)
 	}
-	delete(r.answers, "PUT /snapshot/create")
-	if err := m.Save(ctx, io.Discard); err == nil || !strings.Contains(err.Error(), "has written RAM") {
-		t.Errorf("a snapshot with RAM: got error %v", err)
+	r.snapshot = nil
+	for what, want := range map[string]string{
+		`400 {"fault_message":"Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"}`: "Permission denied",
+		"204 ": "has written RAM",
+	} {
+		r.answers["PUT /snapshot/create"] = what
+		if err := m.Pause(ctx); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("a snapshot that is answered with %s: got error %v", what, err)
+		}
+		m.life.Found(lifecycle.Running)
 	}
 	m.life.Found(lifecycle.Waiting)
-	if err := m.load(ctx, []byte("state")); err != nil {
+	if err := m.load(ctx, someState); err != nil {
 		t.Fatal(err)
 	}
 
-	const snapshot = `{"snapshot_type":"Full","snapshot_path":"/proc/self/fd/3","mem_file_path":"no-memory/memory"}`
+	const (
+		pause    = "PATCH /vm " + `{"state":"Paused"}`
+		resume   = "PATCH /vm " + `{"state":"Resumed"}`
+		snapshot = "PUT /snapshot/create " + `{"snapshot_type":"Full","snapshot_path":"/proc/self/fd/3","mem_file_path":"still"}`
+		look     = "GET / "
+	)
 	want := []string{
 		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
 		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0"}`,
@@ -156,9 +195,9 @@ func TestRequests(t *testing.T) {
 		"PUT /vsock " + `{"guest_cid":3,"uds_path":"vsock.sock"}`,
 		"PUT /entropy {}",
 		"PUT /actions " + `{"action_type":"InstanceStart"}`,
-		"PATCH /vm " + `{"state":"Paused"}`, "PATCH /vm " + `{"state":"Resumed"}`, "PATCH /vm " + `{"state":"Paused"}`,
-		"PUT /snapshot/create " + snapshot, "GET / ", "PUT /snapshot/create " + snapshot, "GET / ", "PUT /snapshot/create " + snapshot, "GET / ",
-		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/3","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/4"},"resume_vm":false}`,
+		pause, snapshot, resume, pause, snapshot, resume,
+		pause, snapshot, look, resume, look, pause, snapshot, look, resume, look,
+		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/4","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/5"},"resume_vm":false}`,
 	}
 	for i := range max(len(want), len(r.requests)) {
 		got, wanted := "", ""

@@ -11,27 +11,33 @@
 // Firecracker allocates its guest's RAM by itself, privately. It gets the caller's memfd instead ([vmm.Requirements]), so that RAM is tracked,
 // sent and filled as that of any machine: see docs/decisions/0007.
 //
-// # Device state
+// # Pause and device state
 //
-// Firecracker's snapshots are a file of device state and one of RAM. The first is written, and synced, before the second is opened; a path
-// that cannot be opened then ends the snapshot without a copy of RAM, and the machine goes on from there. Which file could not be opened
-// is in its answer; with any other answer, Save fails. To load, it is given an empty file of the size of RAM, whose mappings are answered with
-// the memfd.
+// Firecracker's pause is one of the vCPUs. Its devices go on: they finish requests, and write packets that arrive into the guest's memory.
+// And its snapshots are a file of device state and one of RAM, where only the first is of use. Both are settled at once: Pause begins a snapshot
+// whose file of RAM is a FIFO. The devices are drained and their state is written and synced, before the thread that does all of their work
+// comes to the FIFO, and waits there for a reader until Resume, Close, or a new owner. From the end of Pause on the guest's memory does not
+// change. At Resume the snapshot ends, as a FIFO cannot be given the size of RAM; with any other answer, Resume fails.
+//
+// To load, it is given the memfd as the file of RAM, whose mappings are answered with the memfd itself.
+//
+// What a pause costs the guest, even when it goes on here: connections of its vsock are reset, as with any snapshot of Firecracker.
 //
 // # Files in Config.Dir
 //
 //	api.sock          Firecracker's control socket
 //	console.in, .out  FIFOs: its standard input and output, which are the console
 //	vsock.sock        the guest's sockets (vmm.SocketFile), if Spec.Sockets; served by Firecracker itself
-//	NAME.disk         a link to each disk: device state has these names in it, and so fits any folder
+//	0.disk, …         a link to each disk: device state has these names in it, and so fits any folder
+//	still             the FIFO at which a paused one waits
 //	firecracker.json  which process this is, for Adopt
 //
-// The process holds two descriptors it knows nothing of: an empty memfd for device state, and the RAM.
+// The process holds three descriptors it knows nothing of: a memfd for device state that is saved, one for what is loaded, and the RAM.
 //
 // # Concurrency
 //
 // As [vmm.Machine] says. A machine has these goroutines, which have all ended when Done is closed: the waiter for the process and its
-// stderr, and two or three that pump the console.
+// stderr, two or three that pump the console, and while it is paused one that waits for an answer.
 //
 // # What it does not do
 //

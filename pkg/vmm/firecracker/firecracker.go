@@ -27,6 +27,7 @@ const (
 	apiSocket     = "api.sock"
 	consoleInput  = "console.in"
 	consoleOutput = "console.out"
+	stillFIFO     = "still"
 	identityFile  = "firecracker.json"
 )
 
@@ -35,8 +36,9 @@ func diskLink(n int) string { return fmt.Sprintf("%d.disk", n) }
 
 // Descriptors that a Firecracker inherits, by their numbers there.
 const (
-	stateFD  = 3 // a memfd for device state
-	memoryFD = 4 // the guest's RAM
+	savedFD  = 3 // a memfd for device state that is saved
+	loadedFD = 4 // one for device state that is loaded
+	memoryFD = 5 // the guest's RAM
 )
 
 // inherited is the path of a descriptor, to the process that has it.
@@ -182,11 +184,16 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			return nil, err
 		}
 	}
-	fd, err := unix.MemfdCreate("drafter-state", unix.MFD_CLOEXEC)
-	if err != nil {
-		return nil, fmt.Errorf("make a file for device state: %w", err)
+	for name, file := range map[string]**os.File{"saved": &m.saved, "loaded": &m.loaded} {
+		fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("make a file for device state: %w", err)
+		}
+		*file = os.NewFile(uintptr(fd), name)
 	}
-	m.state = os.NewFile(uintptr(fd), "state")
+	if err := makeFIFO(cfg.Dir, stillFIFO); err != nil {
+		return nil, err
+	}
 	if m.in, m.out, err = makeConsole(cfg.Dir); err != nil {
 		return nil, err
 	}
@@ -205,7 +212,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	cmd := exec.Command(binary, "--api-sock", apiSocket, "--id", "drafter", "--log-path", "/proc/self/fd/2", "--level", "Warn", "--show-level")
 	cmd.Dir = cfg.Dir
 	cmd.Stdin, cmd.Stdout = m.in, m.out
-	cmd.ExtraFiles = []*os.File{m.state, ram} // stateFD, memoryFD
+	cmd.ExtraFiles = []*os.File{m.saved, m.loaded, ram} // savedFD, loadedFD, memoryFD
 	m.log.Debug("start Firecracker", "command", strings.Join(cmd.Args, " "))
 	if err := inNamespace(cfg, func() (err error) {
 		m.process, err = process.Start(cmd, "Firecracker", cfg.Spawn, m.log)
@@ -294,8 +301,10 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			m.process.Release()
 		}
 	}()
-	if m.state, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", id.PID, stateFD), os.O_RDWR, 0); err != nil {
-		return nil, fmt.Errorf("open its file for device state: %w", err)
+	for fd, file := range map[int]**os.File{savedFD: &m.saved, loadedFD: &m.loaded} {
+		if *file, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", id.PID, fd), os.O_RDWR, 0); err != nil {
+			return nil, fmt.Errorf("open its file for device state: %w", err)
+		}
 	}
 	if m.in, m.out, err = openConsole(cfg.Dir); err != nil {
 		return nil, err
@@ -304,6 +313,9 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		m.cgroup = cgroup.Find(cfg.CgroupVersion, cfg.CgroupName)
 	}
 	m.startConsole()
+	if err := m.findStill(ctx); err != nil {
+		return nil, err
+	}
 	found, err := m.look(ctx)
 	if err != nil {
 		return nil, err

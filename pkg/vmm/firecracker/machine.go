@@ -30,8 +30,8 @@ const (
 	// settleTime is how long a cancelled operation may take to leave the machine in a known state.
 	settleTime = 10 * time.Second
 
-	// noFile is a path that cannot be opened in any folder, as there is none of the first name.
-	noFile = "no-memory/memory"
+	// stillPause is how long to wait before device state is looked for again, which takes milliseconds to be written.
+	stillPause = 200 * time.Microsecond
 )
 
 // machine is a Firecracker process with a virtual machine.
@@ -45,8 +45,15 @@ type machine struct {
 	console *console.Console
 	cgroup  *cgroup.Group
 
-	state   *os.File // a memfd that the process has, too
+	saved   *os.File // a memfd that the process has, too: it writes device state into it
+	loaded  *os.File // another, from which it reads device state
 	in, out *os.File // the process's ends of its console
+
+	still *still // of a paused machine; of whoever changes the state
+
+	words    sync.WaitGroup     // requests that answer when a still machine is let go
+	silenced context.Context    // is over when nobody speaks with the process any more
+	silence  context.CancelFunc // ends it
 
 	mu      sync.Mutex // guards what follows
 	closing bool       // Close was called
@@ -62,19 +69,29 @@ var (
 )
 
 func newMachine(cfg vmm.Config) *machine {
-	return &machine{
+	m := &machine{
 		cfg: cfg, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), api: newClient(filepath.Join(cfg.Dir, apiSocket)), done: make(chan struct{}),
 	}
+	m.silenced, m.silence = context.WithCancel(context.Background())
+	return m
 }
 
 // makeConsole makes the FIFOs of a console.
 func makeConsole(dir string) (in, out *os.File, err error) {
 	for _, name := range []string{consoleInput, consoleOutput} {
-		if err := unix.Mkfifo(filepath.Join(dir, name), 0o600); err != nil {
-			return nil, nil, fmt.Errorf("make FIFO %q: %w", filepath.Join(dir, name), err)
+		if err := makeFIFO(dir, name); err != nil {
+			return nil, nil, err
 		}
 	}
 	return openConsole(dir)
+}
+
+func makeFIFO(dir, name string) error {
+	path := filepath.Join(dir, name)
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		return fmt.Errorf("make FIFO %q: %w", path, err)
+	}
+	return nil
 }
 
 // openConsole opens them for both directions, so that there is no end to them when others leave, and nobody waits: what the guest writes
@@ -164,13 +181,15 @@ func (m *machine) verdict() error {
 
 // disconnect ends what connects us with the process.
 func (m *machine) disconnect() {
+	m.silence()
+	m.words.Wait()
 	m.api.close()
 	if m.console != nil {
 		m.drain()
 		m.console.Disconnect()
 		m.console.Close()
 	}
-	for _, f := range []*os.File{m.in, m.out, m.state} {
+	for _, f := range []*os.File{m.in, m.out, m.saved, m.loaded} {
 		if f != nil {
 			f.Close()
 		}
@@ -193,7 +212,7 @@ func (m *machine) drain() {
 
 // files are what a machine has in its folder.
 func (m *machine) files() []string {
-	names := []string{apiSocket, consoleInput, consoleOutput, identityFile, identityFile + ".tmp", vmm.SocketFile}
+	names := []string{apiSocket, consoleInput, consoleOutput, stillFIFO, identityFile, identityFile + ".tmp", vmm.SocketFile}
 	for i := range m.cfg.Spec.Disks {
 		names = append(names, diskLink(i))
 	}
@@ -232,6 +251,9 @@ func (m *machine) abandon(cause error) error {
 
 // look asks Firecracker for the state of the machine.
 func (m *machine) look(ctx context.Context) (lifecycle.State, error) {
+	if m.still != nil { // and answers nothing
+		return lifecycle.Paused, nil
+	}
 	said, err := m.api.state(ctx)
 	if err != nil {
 		return lifecycle.Broken, err
@@ -277,6 +299,9 @@ func (m *machine) Pause(ctx context.Context) error {
 	}
 	err := m.api.call(ctx, "PATCH", "/vm", vmState{"Paused"}, nil)
 	if err == nil {
+		err = m.stop(ctx)
+	}
+	if err == nil {
 		m.life.End(lifecycle.Paused)
 		return nil
 	}
@@ -296,7 +321,11 @@ func (m *machine) Resume(ctx context.Context) error {
 	if _, err := m.life.Begin("resume", lifecycle.Paused); err != nil {
 		return err
 	}
-	if err := m.api.call(ctx, "PATCH", "/vm", vmState{"Resumed"}, nil); err != nil {
+	err := m.release(ctx)
+	if err == nil {
+		err = m.api.call(ctx, "PATCH", "/vm", vmState{"Resumed"}, nil)
+	}
+	if err != nil {
 		m.life.End(m.settle(ctx))
 		return m.failed("resume", err)
 	}
@@ -309,45 +338,124 @@ func (m *machine) Save(ctx context.Context, w io.Writer) error {
 	if _, err := m.life.Begin("save", lifecycle.Paused); err != nil {
 		return err
 	}
-	began := time.Now()
-	state, err := m.save(ctx)
+	var err error
+	if m.still == nil { // one that was loaded, and has never run
+		err = m.stop(ctx)
+	}
 	m.life.End(m.settle(ctx))
 	if err != nil {
 		return m.failed("save", err)
 	}
-	if _, err := w.Write(state); err != nil {
+	if _, err := w.Write(m.still.state); err != nil {
 		return fmt.Errorf("save machine: write its state: %w", err)
 	}
-	m.log.Debug("machine saved", "bytes", len(state), "took", time.Since(began))
 	return nil
 }
 
-// save has Firecracker make a snapshot whose second file, that of RAM, cannot be opened.
-func (m *machine) save(ctx context.Context) ([]byte, error) {
-	if err := m.state.Truncate(0); err != nil {
-		return nil, err
+// still is a machine that stands still. Firecracker's pause is one of the vCPUs: its devices go on to finish requests, and to write
+// packets that arrive into the guest's memory. So a snapshot is begun as well, of which the file of RAM is a FIFO that nobody reads: the
+// thread that does all of the devices' work has settled them, has written their state, and waits for a reader.
+type still struct {
+	state  []byte
+	answer chan error // to the snapshot; nil for a machine that a former owner has stopped
+}
+
+// stop makes a paused machine stand still. When it fails, it does not.
+func (m *machine) stop(ctx context.Context) error {
+	began := time.Now()
+	if err := m.saved.Truncate(0); err != nil {
+		return err
 	}
-	defer func() { _ = m.state.Truncate(0) }() // it takes up memory
-	err := m.api.put(ctx, "/snapshot/create", snapshotCreateParams{"Full", inherited(stateFD), noFile})
-	refused := (*fault)(nil)
-	switch {
-	case err == nil:
-		return nil, fmt.Errorf("firecracker has written RAM to %q, which it was not to", noFile)
-	case !errors.As(err, &refused) || !strings.Contains(refused.message, "memory backing file"):
-		return nil, err
+	s := &still{answer: make(chan error, 1)}
+	m.words.Go(func() {
+		s.answer <- m.api.put(m.silenced, "/snapshot/create", snapshotCreateParams{"Full", inherited(savedFD), stillFIFO})
+	})
+	for {
+		if state, err := readState(m.saved); err == nil {
+			s.state, m.still = state, s
+			m.log.Debug("machine saved", "bytes", len(state), "took", time.Since(began))
+			return nil
+		}
+		select {
+		case err := <-s.answer:
+			if err == nil {
+				err = fmt.Errorf("firecracker has written RAM to %q, which it was not to", stillFIFO)
+			}
+			return err
+		case <-ctx.Done():
+			m.still = s
+			return errors.Join(context.Cause(ctx), m.release(ctx))
+		case <-time.After(stillPause):
+		}
 	}
-	size, err := m.state.Seek(0, io.SeekEnd)
+}
+
+// release has a machine go on that stands still, paused as it was before. It does not end with ctx.
+func (m *machine) release(ctx context.Context) error {
+	if m.still == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), settleTime, fmt.Errorf("no answer within %s", settleTime))
+	defer cancel()
+	reader, err := os.OpenFile(filepath.Join(m.cfg.Dir, stillFIFO), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return err
+	}
+	defer reader.Close() // and not before it has come to the FIFO
+	if m.still.answer == nil {
+		_, err = m.api.state(ctx) // it answers one after the other
+	} else {
+		select {
+		case err = <-m.still.answer:
+			// A FIFO cannot be given the size of RAM.
+			if refused := (*fault)(nil); errors.As(err, &refused) && strings.Contains(refused.message, "memory backing file") {
+				err = nil
+			}
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("end its snapshot: %w", err)
+	}
+	m.still = nil
+	return m.saved.Truncate(0)
+}
+
+// findStill finds out whether a former owner of the machine has made it stand still: then it does not answer.
+func (m *machine) findStill(ctx context.Context) error {
+	asked, cancel := context.WithCancel(ctx)
+	answers := make(chan error, 1)
+	m.words.Go(func() {
+		_, err := m.api.state(asked)
+		answers <- err
+	})
+	defer m.words.Wait()
+	defer cancel()
+	for {
+		if state, err := readState(m.saved); err == nil {
+			m.still = &still{state: state}
+			return nil
+		}
+		select {
+		case err := <-answers:
+			return err
+		case <-time.After(stillPause):
+		}
+	}
+}
+
+// readState reads device state that is whole.
+func readState(f *os.File) ([]byte, error) {
+	info, err := f.Stat()
 	if err != nil {
 		return nil, err
 	}
-	state := make([]byte, min(size, maxState+1))
-	if _, err := m.state.ReadAt(state, 0); err != nil {
+	state := make([]byte, min(info.Size(), maxState+1))
+	if _, err := f.ReadAt(state, 0); err != nil {
 		return nil, fmt.Errorf("read Firecracker's device state: %w", err)
 	}
-	if err := checkState(state); err != nil {
-		return nil, err
-	}
-	return state, nil
+	return state, checkState(state)
 }
 
 // stateSum is the polynomial of the checksum that ends device state (CRC-64 of Jones, reflected; docs/snapshotting/versioning.md of
@@ -400,14 +508,11 @@ func (m *machine) Load(ctx context.Context, r io.Reader) error {
 }
 
 func (m *machine) load(ctx context.Context, state []byte) error {
-	if err := m.state.Truncate(0); err != nil {
-		return err
-	}
-	defer func() { _ = m.state.Truncate(0) }()
-	if _, err := m.state.WriteAt(state, 0); err != nil {
+	defer func() { _ = m.loaded.Truncate(0) }() // it takes up memory
+	if _, err := m.loaded.WriteAt(state, 0); err != nil {
 		return fmt.Errorf("write its state: %w", err)
 	}
 	return m.cfg.Graft(func() error {
-		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{inherited(stateFD), memoryBackend{"File", inherited(memoryFD)}, false})
+		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{inherited(loadedFD), memoryBackend{"File", inherited(memoryFD)}, false})
 	})
 }

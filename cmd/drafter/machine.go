@@ -15,6 +15,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
 	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
 )
 
@@ -23,6 +24,8 @@ type machineFlags struct {
 	hypervisor    string
 	accel         string
 	qemuBin       string
+	fcBin         string
+	jailerBin     string
 	chrootBaseDir string
 	uid, gid      int
 	netns         string
@@ -38,9 +41,11 @@ type machineFlags struct {
 }
 
 func (m *machineFlags) register(flags *pflag.FlagSet) {
-	flags.StringVar(&m.hypervisor, "hypervisor", "auto", "hypervisor: auto or qemu")
+	flags.StringVar(&m.hypervisor, "hypervisor", "auto", "hypervisor: qemu, firecracker, or auto: the one that the VM was made with; to make one, Firecracker if --firecracker-bin is given, otherwise QEMU")
 	flags.StringVar(&m.accel, "accel", "auto", "acceleration: kvm, tcg (emulation, works everywhere), or auto: kvm where the CPU has vmx or svm")
 	flags.StringVar(&m.qemuBin, "qemu-bin", "", "QEMU program (default: qemu-system-x86_64 from PATH)")
+	flags.StringVar(&m.fcBin, "firecracker-bin", "", "Firecracker program (default: firecracker from PATH)")
+	flags.StringVar(&m.jailerBin, "jailer-bin", "", "Firecracker's jailer, in which it runs, or none (default: jailer from PATH if that is there)")
 	flags.StringVar(&m.chrootBaseDir, "chroot-base-dir", "out/vms", "folder in which running machines have theirs (VMPath)")
 	flags.IntVar(&m.uid, "uid", 0, "user id to run the hypervisor as")
 	flags.IntVar(&m.gid, "gid", 0, "group id to run the hypervisor as")
@@ -57,7 +62,7 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 
 // offerMachine has shells complete the values of a machine's flags.
 func offerMachine(cmd *cobra.Command) {
-	offer(cmd, "hypervisor", "auto", "qemu")
+	offer(cmd, "hypervisor", "auto", "qemu", "firecracker")
 	offer(cmd, "accel", "auto", "kvm", "tcg")
 	offer(cmd, "cgroup-version", "0", "1", "2")
 }
@@ -91,9 +96,14 @@ func (m *machineFlags) check() error {
 			return fmt.Errorf("--netns %q: there is no such network namespace: make it (ip netns add %s), or name another (empty: this one)", m.netns, m.netns)
 		}
 	}
-	if m.qemuBin != "" {
-		if _, err := exec.LookPath(m.qemuBin); err != nil {
-			return fmt.Errorf("--qemu-bin: %w: give the path of QEMU's program, or leave it out", err)
+	for _, program := range []struct{ flag, path, name string }{
+		{"qemu-bin", m.qemuBin, "QEMU's program"}, {"firecracker-bin", m.fcBin, "Firecracker's program"}, {"jailer-bin", m.jailerBin, "Firecracker's jailer"},
+	} {
+		if program.path == "" || program.flag == "jailer-bin" && program.path == noJailer {
+			continue
+		}
+		if _, err := exec.LookPath(program.path); err != nil {
+			return fmt.Errorf("--%s: %w: give the path of %s, or leave it out", program.flag, err, program.name)
 		}
 	}
 	if m.numaNode >= 0 {
@@ -146,26 +156,46 @@ func cgroupUsable(mountinfo string, version int) error {
 	return nil
 }
 
-// backend chooses the hypervisor. Only commands do: libraries are given one.
-func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, error) {
-	switch m.hypervisor {
-	case "auto", "qemu":
-		backend := qemu.New(qemu.Options{Binary: m.qemuBin})
-		if m.qemuBin != "" {
-			// What is no QEMU is found out now, as later it would look like a package that does not fit this host.
-			if _, err := backend.Describe(cmd.Context(), vmm.Spec{MemorySize: 1 << 20}); err != nil {
-				return nil, interrupted(cmd, fmt.Errorf("--qemu-bin: %w", err))
-			}
-		}
-		return backend, nil
+// noJailer as --jailer-bin is Firecracker without a jailer.
+const noJailer = "none"
+
+// backend chooses the hypervisor, and those that have what others have made. Only commands do: libraries are given them.
+func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, []vmm.Backend, error) {
+	qemu := qemu.New(qemu.Options{Binary: m.qemuBin})
+	jailer := m.jailerBin
+	if jailer == noJailer {
+		jailer = ""
+	} else if jailer == "" {
+		jailer, _ = exec.LookPath("jailer")
 	}
-	return nil, usageErrorf("--hypervisor %q: use auto or qemu", m.hypervisor)
+	firecracker := firecracker.New(firecracker.Options{Binary: m.fcBin, Jailer: jailer})
+	// What is another program is found out now, as later it would look like a package that does not fit this host.
+	for flag, b := range map[string]vmm.Backend{"qemu-bin": qemu, "firecracker-bin": firecracker} {
+		if !m.flags.Changed(flag) {
+			continue
+		}
+		if _, err := b.Describe(cmd.Context(), vmm.Spec{MemorySize: 1 << 20}); err != nil {
+			return nil, nil, interrupted(cmd, fmt.Errorf("--%s: %w", flag, err))
+		}
+	}
+	switch m.hypervisor {
+	case "auto":
+		if m.fcBin != "" {
+			return firecracker, []vmm.Backend{qemu}, nil
+		}
+		return qemu, []vmm.Backend{firecracker}, nil
+	case "qemu":
+		return qemu, nil, nil
+	case "firecracker":
+		return firecracker, nil, nil
+	}
+	return nil, nil, usageErrorf("--hypervisor %q: use auto, qemu or firecracker", m.hypervisor)
 }
 
 // host is where and how the machine runs. Console output goes to stdout.
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
-		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion, Binary: m.qemuBin,
+		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion,
 		IOEngineSync: m.ioEngineSync,
 	}
 	if m.numaNode >= 0 {

@@ -285,7 +285,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if err := opts.machineFlags.check(); err != nil {
 		return err
 	}
-	backend, err := opts.backend(cmd)
+	backend, others, err := opts.backend(cmd)
 	if err != nil {
 		return err
 	}
@@ -295,7 +295,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		}
 	}
 	cfg := peer.Config{
-		Devices: devices, Backend: backend, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
+		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
 		ForceOwner: opts.forceOwner, Clone: opts.clone, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}

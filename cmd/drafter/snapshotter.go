@@ -120,7 +120,7 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	if err := opts.check(); err != nil {
 		return err
 	}
-	backend, err := opts.backend(cmd)
+	backend, _, err := opts.backend(cmd)
 	if err != nil {
 		return err
 	}

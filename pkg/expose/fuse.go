@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -21,6 +22,10 @@ import (
 
 // FUSEOptions are the settings of a [Mount]. The zero value is good.
 type FUSEOptions struct {
+	// UID and GID own the folder and the files; nobody else can use them, not even root. 0 is root; this process has to be
+	// root for anybody else.
+	UID, GID int
+
 	// Logger receives failed requests; nil means slog.Default().
 	Logger *slog.Logger
 }
@@ -43,11 +48,16 @@ const (
 
 // Mount is a folder with one file for each device, served by this process through FUSE.
 type Mount struct {
-	dir    string
-	made   bool // the folder was made by us
-	ended  chan struct{}
-	mu     sync.Mutex // guards closed
-	closed bool
+	dir        string
+	made       bool       // the folder was made by us
+	files      *fuseFiles // whom the kernel asks
+	connection *os.File   // to the kernel, which the server has under another number
+	number     int        // that number
+	lasting    bool       // requests can be repeated for whoever serves the mount after us
+	ended      chan struct{}
+	mu         sync.Mutex // guards what follows
+	closed     bool
+	abandoned  bool // and so somebody else's
 }
 
 // MountFUSE mounts a file system at dir that has a file for each export, named as it and as long as its device. Reads,
@@ -87,39 +97,66 @@ func MountFUSE(dir string, exports []Export, opts FUSEOptions) (_ *Mount, err er
 	if err != nil {
 		return nil, fuseMissing(err)
 	}
-	m := &Mount{dir: dir, ended: make(chan struct{})}
-	if m.made, err = mountPoint(dir); err != nil {
+	made, err := mountPoint(dir)
+	if err != nil {
 		return nil, errors.Join(err, unix.Close(fd))
 	}
 	defer func() {
-		if err != nil && m.made {
+		if err != nil && made {
 			err = errors.Join(err, os.Remove(dir))
 		}
 	}()
-	settings := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,max_read=%d,default_permissions", fd, syscall.S_IFDIR, os.Geteuid(), os.Getegid(), fuseMaxWrite)
+	settings := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,max_read=%d,default_permissions", fd, syscall.S_IFDIR, opts.UID, opts.GID, fuseMaxWrite)
 	if err := unix.Mount("drafter", dir, "fuse.drafter", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC|unix.MS_NOATIME, settings); err != nil {
 		if errors.Is(err, unix.EPERM) {
 			err = fmt.Errorf("%w: mounting needs root (CAP_SYS_ADMIN)", err)
 		}
 		return nil, errors.Join(err, unix.Close(fd))
 	}
-	files := newFUSEFiles(exports, opts.Logger.With("mount", dir))
+	m, server, err := newMount(dir, fd, exports, opts)
+	if err != nil { // the descriptor is closed
+		return nil, errors.Join(err, detach(dir))
+	}
+	m.made, m.lasting = made, server.KernelSettings().Flags64()&fuse.CAP_HAS_RESEND != 0
+	m.serve(server)
+	return m, nil
+}
+
+// newMount makes the server of a mount, which asks at descriptor fd what the kernel can do, and takes it over.
+func newMount(dir string, fd int, exports []Export, opts FUSEOptions) (*Mount, *fuse.Server, error) {
+	log := opts.Logger.With("mount", dir)
+	m := &Mount{dir: dir, number: fd, ended: make(chan struct{}), files: newFUSEFiles(exports, opts, log)}
+	own, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, errors.Join(err, unix.Close(fd))
+	}
+	m.connection = os.NewFile(uintptr(own), fuseDevice)
+	m.files.resend = func() {
+		if err := resend(m.connection); err != nil {
+			log.Debug("requests of an abandoned mount wait", "error", err)
+		}
+	}
 	// Mounted by ourselves, the descriptor is never inherited by what another goroutine starts: the mount of a dead process
 	// whose child has the descriptor hangs whoever looks at it.
-	server, err := fuse.NewServer(files, fmt.Sprintf("/dev/fd/%d", fd), &fuse.MountOptions{
+	server, err := fuse.NewServer(m.files, fmt.Sprintf("/dev/fd/%d", fd), &fuse.MountOptions{
 		MaxBackground: fuseBackground, MaxWrite: fuseMaxWrite, MaxInflightRequestBytes: fuseInFlight,
 		ExplicitDataCacheControl: true, DisableXAttrs: true, DisableSplice: true,
-		ExtraCapabilities: fuse.CAP_ASYNC_DIO | fuse.CAP_DIRECT_IO_ALLOW_MMAP,
+		ExtraCapabilities: fuse.CAP_ASYNC_DIO | fuse.CAP_DIRECT_IO_ALLOW_MMAP | fuse.CAP_HAS_RESEND,
 		Logger:            slog.NewLogLogger(opts.Logger.Handler(), slog.LevelDebug),
 	})
 	if err != nil { // it has closed the descriptor
-		return nil, errors.Join(err, detach(dir))
+		m.connection.Close()
+		return nil, nil, err
 	}
+	return m, server, nil
+}
+
+func (m *Mount) serve(server *fuse.Server) {
 	go func() {
 		defer close(m.ended)
 		server.Serve()
+		m.connection.Close()
 	}()
-	return m, nil
 }
 
 // fuseMissing says what to do where there is no FUSE.
@@ -189,12 +226,18 @@ func (m *Mount) Done() <-chan struct{} { return m.ended }
 
 // Close unmounts, and removes the folder if MountFUSE made it. Programs that have a file of it open get errors from then
 // on; what they wrote is in the device, except what they wrote through a mapping and did not sync. Close waits for calls of devices
-// that have not returned, as [Server.Close] does. A second Close waits as the first, and returns nil.
+// that have not returned, as [Server.Close] does. A second Close waits as the first, and returns nil. Of a mount that was abandoned it only waits for
+// those calls.
 func (m *Mount) Close() error {
 	m.mu.Lock()
-	first := !m.closed
+	first, abandoned := !m.closed, m.abandoned
 	m.closed = true
 	m.mu.Unlock()
+	if abandoned {
+		m.files.using.Lock()
+		defer m.files.using.Unlock()
+		return nil
+	}
 	if !first {
 		<-m.ended
 		return nil
@@ -229,9 +272,14 @@ type fuseFiles struct {
 
 	files  []fuseFile
 	byName map[string]uint64 // inodes
+	owner  fuse.Owner
 	made   time.Time
 	log    *slog.Logger
 	errors *errorLog
+
+	using     sync.RWMutex // held for reading by whoever uses a device
+	abandoned atomic.Bool  // nothing may be done with the devices any more: see Mount.Abandon
+	resend    func()       // has the kernel repeat what is not answered
 }
 
 type fuseFile struct {
@@ -239,8 +287,11 @@ type fuseFile struct {
 	size int64
 }
 
-func newFUSEFiles(exports []Export, log *slog.Logger) *fuseFiles {
-	fs := &fuseFiles{RawFileSystem: fuse.NewDefaultRawFileSystem(), byName: make(map[string]uint64), made: time.Now(), log: log, errors: &errorLog{}}
+func newFUSEFiles(exports []Export, opts FUSEOptions, log *slog.Logger) *fuseFiles {
+	fs := &fuseFiles{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(), byName: make(map[string]uint64), made: time.Now(), log: log, errors: &errorLog{},
+		owner: fuse.Owner{Uid: uint32(opts.UID), Gid: uint32(opts.GID)},
+	}
 	for i, e := range exports {
 		fs.files = append(fs.files, fuseFile{Export: e, size: e.Device.Size()})
 		fs.byName[e.Name] = uint64(i) + fuse.FUSE_ROOT_ID + 1
@@ -254,6 +305,18 @@ func (fs *fuseFiles) file(inode uint64) *fuseFile {
 		return &fs.files[i]
 	}
 	return nil
+}
+
+// use begins the use of a device, which ends with using.RUnlock, if that is allowed still. If not, whatever the kernel is told
+// does not reach it: who serves the mount now has to be asked.
+func (fs *fuseFiles) use() bool {
+	fs.using.RLock()
+	if !fs.abandoned.Load() {
+		return true
+	}
+	fs.using.RUnlock()
+	fs.resend()
+	return false
 }
 
 // status is what the kernel is told of an error of a device, which is logged.
@@ -276,7 +339,7 @@ func (fs *fuseFiles) String() string { return "drafter" }
 
 func (fs *fuseFiles) attributes(inode uint64, out *fuse.Attr) {
 	at := uint64(fs.made.Unix())
-	*out = fuse.Attr{Ino: inode, Atime: at, Mtime: at, Ctime: at, Owner: fuse.Owner{Uid: uint32(os.Geteuid()), Gid: uint32(os.Getegid())}, Blksize: block.PageSize}
+	*out = fuse.Attr{Ino: inode, Atime: at, Mtime: at, Ctime: at, Owner: fs.owner, Blksize: block.PageSize}
 	f := fs.file(inode)
 	switch {
 	case f == nil:
@@ -339,6 +402,10 @@ func (fs *fuseFiles) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut)
 }
 
 func (fs *fuseFiles) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	if !fs.use() {
+		return nil, fuse.EIO
+	}
+	defer fs.using.RUnlock()
 	f := fs.file(in.NodeId)
 	if f == nil {
 		return nil, fuse.EISDIR
@@ -362,6 +429,10 @@ func (fs *fuseFiles) Read(_ <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.
 
 // Write writes nothing of what would reach over the end of the device: there is no space there.
 func (fs *fuseFiles) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (uint32, fuse.Status) {
+	if !fs.use() {
+		return 0, fuse.EIO
+	}
+	defer fs.using.RUnlock()
 	f := fs.file(in.NodeId)
 	if f == nil {
 		return 0, fuse.EISDIR
@@ -377,6 +448,10 @@ func (fs *fuseFiles) Write(_ <-chan struct{}, in *fuse.WriteIn, data []byte) (ui
 }
 
 func (fs *fuseFiles) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
+	if !fs.use() {
+		return fuse.EIO
+	}
+	defer fs.using.RUnlock()
 	f := fs.file(in.NodeId)
 	if f == nil || f.ReadOnly {
 		return fuse.OK
@@ -385,6 +460,10 @@ func (fs *fuseFiles) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
 }
 
 func (fs *fuseFiles) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Status {
+	if !fs.use() {
+		return fuse.EIO
+	}
+	defer fs.using.RUnlock()
 	const zero = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_ZERO_RANGE
 	f := fs.file(in.NodeId)
 	switch {
@@ -405,6 +484,10 @@ func (fs *fuseFiles) Fallocate(_ <-chan struct{}, in *fuse.FallocateIn) fuse.Sta
 }
 
 func (fs *fuseFiles) Lseek(_ <-chan struct{}, in *fuse.LseekIn, out *fuse.LseekOut) fuse.Status {
+	if !fs.use() {
+		return fuse.EIO
+	}
+	defer fs.using.RUnlock()
 	f := fs.file(in.NodeId)
 	if f == nil {
 		return fuse.EISDIR

@@ -33,8 +33,9 @@ type Device struct {
 
 // Config is a peer's instance on this host.
 type Config struct {
-	Devices []Device     // the disks among them in the order the guest sees them
-	Backend vmm.Backend  // runs the machine
+	Devices []Device    // the disks among them in the order the guest sees them
+	Backend vmm.Backend // runs the machine, or one of the Others does: see runner.Config
+	Others  []vmm.Backend
 	Host    runner.Host  // where machines run on this host
 	Hooks   runner.Hooks // called on the way; nil ones are left out
 
@@ -88,7 +89,7 @@ type Config struct {
 
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
-		Backend: c.Backend, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
+		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
 		ForceOwner: c.ForceOwner, Clone: c.Clone, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {

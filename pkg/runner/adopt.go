@@ -50,7 +50,7 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 		return i, nil
 	case errors.Is(err, errNeverRan):
 		state := i.device(StateDevice)
-		err := o.end(context.WithoutCancel(ctx), cfg.Backend)
+		err := o.end(context.WithoutCancel(ctx), cfg.backends())
 		if err == nil {
 			err = restoreSaved(state)
 		}
@@ -60,7 +60,7 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 		return again(ctx, cfg)
 	case o.ended(endingTime / 10):
 		// It was on its way out. What is left is what a power cut leaves.
-		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), reap(o.root, o.note, cfg.Backend))
+		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), reap(o.root, o.note, cfg.backends()))
 	default:
 		err = fmt.Errorf("adopt instance: %w: its machine (process %d, in %q) lives on: try again, or end it (kill -9 %d) and start the instance with --boot", err, o.pid, o.root, o.pid)
 	}
@@ -70,6 +70,11 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 // letGo closes everything but leaves the machine, and what is its own, as it is.
 func (i *Instance) letGo() error {
 	i.machine, i.root = nil, ""
+	for _, d := range i.disks {
+		if m, ok := d.(*diskMount); ok {
+			m.leave = true
+		}
+	}
 	err := i.teardown()
 	if errors.Is(err, ram.ErrIncomplete) {
 		err = nil // whoever adopts it next goes on with that
@@ -142,7 +147,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 		ctx = whole
 	}
 	if i.desc.Sockets {
-		if i.guest, err = openGuest(i.path, i.desc, false, i.log); err != nil {
+		if i.guest, err = i.openGuest(false); err != nil {
 			return err
 		}
 		i.guest.recall()
@@ -229,19 +234,6 @@ func restoreSaved(state *device) error {
 	}
 	r.Status, r.Kept, r.Layered, r.Time = Saved, false, false, time.Time{}
 	return writeRecord(state, r)
-}
-
-// serveDisks serves the disks where the machine looks for them.
-func (i *Instance) serveDisks() ([]vmm.Attachment, error) {
-	var attachments []vmm.Attachment
-	for _, disk := range i.desc.Disks {
-		at, err := i.serveDisk(disk)
-		if err != nil {
-			return nil, err
-		}
-		attachments = append(attachments, at)
-	}
-	return attachments, nil
 }
 
 // fill has memory filled from its device, lazily. Resumed is the filling that another process began.

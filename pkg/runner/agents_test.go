@@ -68,7 +68,7 @@ func TestAgentsApart(t *testing.T) {
 	if _, err := MakeFolders(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	g, err := openGuest(dir, Description{AgentVSockPort: 26, MoreAgents: []uint32{27}}, false, slog.New(slog.DiscardHandler))
+	g, err := (&Instance{path: dir, desc: Description{AgentVSockPort: 26, MoreAgents: []uint32{27}}, log: slog.New(slog.DiscardHandler)}).openGuest(false)
 	if err != nil {
 		t.Fatal(err)
 	}

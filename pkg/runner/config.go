@@ -182,8 +182,10 @@ type Config struct {
 	// Devices are the instance's devices; the disks among them in the order the guest sees them.
 	Devices []DeviceConfig
 
-	// Backend runs the machine.
+	// Backend runs the machine, unless the instance was made by the hypervisor of one of the Others: then that one does, and
+	// Backend is it from then on.
 	Backend vmm.Backend
+	Others  []vmm.Backend
 
 	Host  Host  // where machines run on this host
 	Hooks Hooks // called on the way; nil ones are left out
@@ -234,6 +236,24 @@ type Config struct {
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+}
+
+// backends are all that may have machines of ours.
+func (c Config) backends() []vmm.Backend {
+	if c.Backend == nil {
+		return c.Others
+	}
+	return append([]vmm.Backend{c.Backend}, c.Others...)
+}
+
+// named is the one of that name, nil if there is none.
+func named(backends []vmm.Backend, hypervisor string) vmm.Backend {
+	for _, b := range backends {
+		if b.Name() == hypervisor {
+			return b
+		}
+	}
+	return nil
 }
 
 func (c Config) withDefaults() Config {

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 )
 
 // ErrGiven is wrapped by the errors of Resume, Boot, Prepare and CheckVacant which say that the instance was given to another
@@ -85,9 +84,7 @@ func OpenGiven(ctx context.Context, cfg Config) (_ *Given, err error) {
 			return nil, err
 		}
 	}
-	if cfg.Backend != nil {
-		g.at.reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()))
-	}
+	g.at.reapAll()
 	if err := g.at.foldLayers(ctx); err != nil {
 		return nil, err
 	}

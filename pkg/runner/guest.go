@@ -22,7 +22,8 @@ import (
 type guest struct {
 	path     string
 	log      *slog.Logger
-	channel  *channel.Host   // nil until serve
+	carried  bool            // by the hypervisor, which offers VMPath/vsock.sock itself
+	channel  *channel.Host   // nil until serve, and where it is carried
 	agents   agents          // none if the guest has no agent
 	liveness *agent.Liveness // nil unless the guest boots and will say when it is up
 
@@ -100,18 +101,18 @@ const (
 )
 
 // openGuest listens for the guest's services, which must be done before the guest runs.
-func openGuest(path string, desc Description, boots bool, log *slog.Logger) (_ *guest, err error) {
-	g := &guest{path: path, log: log}
+func (i *Instance) openGuest(boots bool) (_ *guest, err error) {
+	g := &guest{path: i.path, log: i.log, carried: vmm.RequirementsOf(i.cfg.Backend).Carries}
 	defer func() {
 		if err != nil {
 			g.close()
 		}
 	}()
-	if g.agents, err = listenAgents(path, desc.agentPorts(), log); err != nil {
+	if g.agents, err = listenAgents(g.path, i.desc.agentPorts(), g.log); err != nil {
 		return nil, err
 	}
-	if boots && desc.LivenessVSockPort != 0 {
-		if g.liveness, err = agent.ListenLiveness(path, desc.LivenessVSockPort); err != nil {
+	if boots && i.desc.LivenessVSockPort != 0 {
+		if g.liveness, err = agent.ListenLiveness(g.path, i.desc.LivenessVSockPort); err != nil {
 			return nil, err
 		}
 	}
@@ -124,7 +125,7 @@ const VSockName = socket.FileName
 // serve connects to the machine's guest channel and offers VMPath/vsock.sock.
 // A guest that was received does not notice before quiet is closed; nil: at once.
 func (g *guest) serve(quiet <-chan struct{}) error {
-	if g == nil {
+	if g == nil || g.carried {
 		return nil
 	}
 	var err error
@@ -132,8 +133,11 @@ func (g *guest) serve(quiet <-chan struct{}) error {
 	return err
 }
 
-// reconnect is serve once more, with new connections.
+// reconnect is serve once more, with new connections. What a hypervisor carries begins anew at each pause.
 func (g *guest) reconnect() error {
+	if g.carried {
+		return nil
+	}
 	if err := g.channel.Close(); err != nil {
 		return err
 	}

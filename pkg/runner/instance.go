@@ -22,7 +22,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/block"
-	"github.com/drafter-vm/drafter/pkg/expose"
 	"github.com/drafter-vm/drafter/pkg/ram"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
@@ -79,7 +78,10 @@ type Instance struct {
 	foreign bool     // the memory is that of a source on this host, whose guest uses it until this instance is ours
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
-	disks   []*expose.Server
+	disks   []diskServer
+
+	diskConnection *os.File // of disks that are mounted: the machine holds it, too
+
 	machine vmm.Machine
 	leash   *leash        // ends the machine with this process; nil for one that is to outlive it from the start
 	guest   *guest        // nil when the machine has no guest sockets
@@ -480,7 +482,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			}
 		}
 	}
-	i.reapFolders(filepath.Join(cfg.Host.Dir, cfg.Backend.Name()))
+	i.reapAll()
 	rank := make(map[string]int)
 	for n, c := range cfg.Devices {
 		rank[c.Name] = n
@@ -501,6 +503,9 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		if i.desc, err = ReadDescription(config); err != nil {
 			return nil, fmt.Errorf("open instance: %q: %w", config.Base, err)
 		}
+	}
+	if b := named(i.cfg.Others, i.desc.Hypervisor); b != nil {
+		i.cfg.Backend = b
 	}
 	if want := cfg.Host.Accel; want != "" && want != "auto" && want != i.desc.Accel {
 		return nil, fmt.Errorf("open instance: acceleration %q was asked for, but the machine was made under %q: a running guest cannot change it", want, i.desc.Accel)
@@ -544,7 +549,7 @@ func (i *Instance) lock(ctx context.Context, state *device, mode openMode) error
 		return nil
 	}
 	i.log.Info("the machine of an owner that died is ended: it holds nothing of use", "pid", o.pid, "status", r.Status)
-	if err := o.end(ctx, i.cfg.Backend); err != nil {
+	if err := o.end(ctx, i.cfg.backends()); err != nil {
 		return err
 	}
 	o.close()
@@ -689,7 +694,12 @@ func memfdName(f *os.File) (string, error) {
 
 // Handle names the memory for a destination on this host that knows our process id, so that it can have the memory itself: see
 // [Incoming]. There is none while the memory is being filled.
-func (i *Instance) Handle() (string, error) { return i.memory.Handle() }
+func (i *Instance) Handle() (string, error) {
+	if vmm.RequirementsOf(i.cfg.Backend).Graft {
+		return "", fmt.Errorf("%s, once loaded, writes into its guest's memory before that may run: it needs one of its own", i.cfg.Backend.Name())
+	}
+	return i.memory.Handle()
+}
 
 // OpenMemory opens, for [Incoming], the memory of size bytes that process pid of this host has named with a handle. Only whoever trusts that
 // process may: it can go on reading and writing the memory.
@@ -774,7 +784,7 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 		return err
 	}
 	if i.desc.Sockets {
-		if i.guest, err = openGuest(i.path, i.desc, boot != nil, i.log); err != nil {
+		if i.guest, err = i.openGuest(boot != nil); err != nil {
 			return err
 		}
 	}
@@ -783,15 +793,31 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 			return err
 		}
 	}
-	var handle *ram.Handle
+	var handle *ram.Handle // until the memory has it
+	attach := func() error {
+		h := handle
+		handle = nil
+		return i.memory.Attach(ctx, h)
+	}
+	grafted := vmm.RequirementsOf(i.cfg.Backend).Graft
 	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
 		// The machine holds the instance's locks too: should this process die, the instance stays taken while it lives. And
 		// it holds what it alone outlives us with: see block.OverlayOptions.Live.
 		cmd.ExtraFiles = append(cmd.ExtraFiles, i.inherited()...)
-		if handle, err = ram.Spawn(cmd, ram.Options{}); err != nil {
+		opts := ram.Options{}
+		if grafted {
+			opts.Graft = i.memory
+		}
+		if handle, err = ram.Spawn(cmd, opts); err != nil {
 			return err
 		}
-		return i.leash.fasten(cmd.Process.Pid)
+		if grafted { // it is mapped, and has to be ours before the hypervisor takes it for its guest's
+			err = attach()
+		}
+		return errors.Join(err, i.leash.fasten(cmd.Process.Pid))
+	}
+	if grafted {
+		cfg.Graft = i.memory.Graft
 	}
 	if i.machine, err = i.cfg.Backend.Start(ctx, cfg); err != nil {
 		if handle != nil {
@@ -799,8 +825,10 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 		}
 		return err
 	}
-	if err := i.memory.Attach(ctx, handle); err != nil {
-		return err
+	if !grafted {
+		if err := attach(); err != nil {
+			return err
+		}
 	}
 	if caps := i.memory.Capabilities(); caps.Rung != ram.Full {
 		i.log.Warn("this host offers less than the best way to handle guest memory", "capabilities", caps.String())
@@ -835,6 +863,9 @@ func (i *Instance) inherited() []*os.File {
 	if i.leash != nil {
 		files = append(files, i.leash.machine)
 	}
+	if i.diskConnection != nil {
+		files = append(files, i.diskConnection)
+	}
 	for _, d := range i.devices {
 		for _, f := range []*os.File{d.blocks, d.arrived, d.since} {
 			if f != nil {
@@ -861,26 +892,6 @@ func (i *Instance) machineConfig(boot *vmm.Boot) vmm.Config {
 		cfg.NUMANode = *host.NUMANode
 	}
 	return cfg
-}
-
-// serveDisk serves a disk where the machine looks for it.
-func (i *Instance) serveDisk(disk vmm.Disk) (vmm.Attachment, error) {
-	socket := filepath.Join(i.path, disk.Name+".nbd")
-	opts := expose.NBDOptions{Logger: i.log}
-	if i.cfg.Host.IOEngineSync {
-		opts.Workers = 1
-	}
-	i.log.Debug("disk served", "disk", disk.Name, "workers", opts.Workers)
-	export := expose.Export{Name: disk.Name, Device: i.device(disk.Name).front(), ReadOnly: disk.ReadOnly}
-	if flushed := i.cfg.Hooks.Flushed; flushed != nil {
-		export.Device = timedFlush{export.Device, func(took time.Duration, err error) { flushed(disk.Name, took, err) }}
-	}
-	server, err := expose.ListenNBD(socket, []expose.Export{export}, opts)
-	if err != nil {
-		return vmm.Attachment{}, fmt.Errorf("expose disk %q: %w", disk.Name, err)
-	}
-	i.disks = append(i.disks, server)
-	return vmm.Attachment{Name: disk.Name, Socket: socket}, nil
 }
 
 // run lets the vCPUs run and puts that on record in the phase.
@@ -1489,6 +1500,7 @@ func (i *Instance) teardown() error {
 	for _, server := range i.disks {
 		errs = append(errs, server.Close())
 	}
+	closeFiles(i.diskConnection)
 	if i.memory != nil {
 		errs = append(errs, i.memory.Close())
 	}

@@ -71,6 +71,13 @@ func readNote(f *os.File) (machineNote, error) {
 	return n, nil
 }
 
+// reapAll is reapFolders of all hypervisors.
+func (i *Instance) reapAll() {
+	for _, b := range i.cfg.backends() {
+		i.reapFolders(filepath.Join(i.cfg.Host.Dir, b.Name()))
+	}
+}
+
 // reapFolders removes the folders that ended machines have left in dir, a hypervisor's, and what they have elsewhere: whatever
 // was killed, what it leaves goes with the next instance that starts or ends beside it.
 func (i *Instance) reapFolders(dir string) {
@@ -85,7 +92,7 @@ func (i *Instance) reapFolders(dir string) {
 			continue // being made, or none of ours
 		}
 		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			if err := reap(root, f, i.cfg.Backend); err != nil {
+			if err := reap(root, f, i.cfg.backends()); err != nil {
 				i.log.Warn("what an ended machine left could not be removed", "error", err)
 			}
 		}
@@ -134,9 +141,10 @@ func lockFolder(dir string, how int) (*os.File, error) {
 }
 
 // reap removes what an ended machine has left. Its note is locked by us.
-func reap(root string, note *os.File, backend vmm.Backend) error {
+func reap(root string, note *os.File, backends []vmm.Backend) error {
 	n, err := readNote(note)
-	if reaper, ok := backend.(vmm.Reaper); ok && err == nil {
+	unmountDisks(root)
+	if reaper, ok := named(backends, n.Hypervisor).(vmm.Reaper); ok && err == nil {
 		err = reaper.Reap(vmm.Config{Dir: filepath.Join(root, "root"), CgroupVersion: n.CgroupVersion, CgroupName: filepath.Base(root)})
 	}
 	return errors.Join(err, os.RemoveAll(root))
@@ -154,6 +162,7 @@ type orphan struct {
 	owner *os.File            // the lock on the instance
 	note  *os.File            // its machineFile
 	live  map[string]*os.File // those of its memfds that nobody took yet, by name
+	disks *os.File            // the connection of its disks, if it has one and nobody took it yet
 	root  string              // folder of the machine
 	info  machineNote
 }
@@ -246,6 +255,10 @@ func holdOrphan(pid, fd int, path string) (_ *orphan, err error) {
 					return nil, err
 				}
 			}
+		} else if target == "/dev/fuse" && o.disks == nil {
+			if o.disks, err = o.take(fd, target); err != nil {
+				return nil, err
+			}
 		} else if filepath.Base(target) == machineFile && o.note == nil {
 			if o.note, err = o.take(fd, target); err != nil {
 				return nil, err
@@ -316,7 +329,7 @@ func (o *orphan) ended(d time.Duration) bool {
 }
 
 // end kills the machine and removes what it has. The lock on the instance stays, with o.owner.
-func (o *orphan) end(ctx context.Context, backend vmm.Backend) error {
+func (o *orphan) end(ctx context.Context, backends []vmm.Backend) error {
 	if err := unix.PidfdSendSignal(int(o.pidfd.Fd()), unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("end process %d: %w", o.pid, err)
 	}
@@ -325,7 +338,7 @@ func (o *orphan) end(ctx context.Context, backend vmm.Backend) error {
 			return fmt.Errorf("wait for the end of process %d: %w", o.pid, context.Cause(ctx))
 		}
 	}
-	err := reap(o.root, o.note, backend)
+	err := reap(o.root, o.note, backends)
 	os.Remove(filepath.Dir(o.root)) // of the hypervisor; fails, rightly, when it is not empty
 	return err
 }
@@ -335,6 +348,7 @@ func (o *orphan) close() {
 	for _, f := range o.live {
 		f.Close()
 	}
+	closeFiles(o.disks)
 	o.pidfd.Close()
 }
 

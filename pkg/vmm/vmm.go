@@ -192,10 +192,11 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// Requirements are what a backend needs of a machine's owner beyond what all of them do.
+// Requirements are what a backend needs of a machine's owner that others do not, and what it does itself.
 type Requirements struct {
-	Graft bool // the VMM allocates RAM by itself: Config.Spawn and Config.Graft are needed
-	Paths bool // disks are attached by their paths, not by sockets
+	Graft   bool // the VMM allocates RAM by itself: Config.Spawn and Config.Graft are needed
+	Paths   bool // disks are attached by their paths, not by sockets
+	Carries bool // the VMM serves SocketFile itself: there is no GuestChannel
 }
 
 // Demanding is implemented by backends that have requirements.

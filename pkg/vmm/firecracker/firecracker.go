@@ -49,6 +49,9 @@ type Options struct {
 	// Binary is Firecracker's program, a path or a name in PATH. Empty means firecracker. Config.Binary goes before it.
 	Binary string
 
+	// Jailer is the program that confines Firecracker, a path or a name in PATH. Empty: it is not confined, and runs as the user that we are.
+	Jailer string
+
 	// Logger receives events; nil means slog.Default(). Config.Logger goes before it for a machine's events.
 	Logger *slog.Logger
 }
@@ -83,7 +86,9 @@ func New(opts Options) *Backend {
 func (b *Backend) Name() string { return hypervisor }
 
 // Requirements implements [vmm.Demanding].
-func (b *Backend) Requirements() vmm.Requirements { return vmm.Requirements{Graft: true, Paths: true} }
+func (b *Backend) Requirements() vmm.Requirements {
+	return vmm.Requirements{Graft: true, Paths: true, Carries: true}
+}
 
 // Start implements [vmm.Backend].
 func (b *Backend) Start(ctx context.Context, cfg vmm.Config) (vmm.Machine, error) {

@@ -508,6 +508,9 @@ func (m *machine) Load(ctx context.Context, r io.Reader) error {
 }
 
 func (m *machine) load(ctx context.Context, state []byte) error {
+	if m.cfg.Graft == nil { // it was adopted
+		return errNoHooks
+	}
 	defer func() { _ = m.loaded.Truncate(0) }() // it takes up memory
 	if _, err := m.loaded.WriteAt(state, 0); err != nil {
 		return fmt.Errorf("write its state: %w", err)

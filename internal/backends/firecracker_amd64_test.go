@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/drafter-vm/drafter/internal/tinyguest"
 	"github.com/drafter-vm/drafter/pkg/ram"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
@@ -25,43 +26,14 @@ import (
 
 const (
 	memorySize = 64 << 20
-	counterAt  = 4 << 20  // where the guest counts, a page after the other
-	counterEnd = 16 << 20 // and from the begin again
 	patience   = time.Minute
 )
 
-// payload is a guest without an operating system, as a kernel: an ELF program of 64 bits, which counts through memory and writes a dot on the
-// serial port each time that it has come to the end. It uses instructions that any KVM runs, or emulates.
-func payload(t testing.TB) string {
+// kernel is a file with the tiny guest.
+func kernel(t testing.TB) string {
 	t.Helper()
-	const entry = 0x200000
-	code := []byte{
-		0x48, 0xc7, 0xc1, 0, 0, 0, 0, // mov rcx, 0
-		0xba, 0xf8, 0x03, 0, 0, // mov edx, 0x3f8
-		0x48, 0xc7, 0xc3, 0, 0, 0x40, 0, // next: mov rbx, counterAt
-		0x48, 0x89, 0x0b, // page: mov [rbx], rcx
-		0x48, 0x81, 0xc3, 0, 0x10, 0, 0, // add rbx, 4096
-		0x48, 0x83, 0xc1, 1, // add rcx, 1
-		0x48, 0x81, 0xfb, 0, 0, 0, 0x01, // cmp rbx, counterEnd
-		0x75, 0xe9, // jne page
-		0xb8, '.', 0, 0, 0, // mov eax, '.'
-		0xee,       // out dx, al
-		0xeb, 0xda, // jmp next
-	}
-	var elf bytes.Buffer
-	le := func(values ...any) {
-		for _, v := range values {
-			binary.Write(&elf, binary.LittleEndian, v)
-		}
-	}
-	elf.WriteString("\x7fELF\x02\x01\x01")
-	elf.Write(make([]byte, 9))
-	const headers = 64 + 56
-	le(uint16(2), uint16(62), uint32(1), uint64(entry), uint64(64), uint64(0), uint32(0), uint16(64), uint16(56), uint16(1), uint16(64), uint16(0), uint16(0))
-	le(uint32(1), uint32(5), uint64(headers), uint64(entry), uint64(entry), uint64(len(code)), uint64(len(code)), uint64(1))
-	elf.Write(code)
-	path := filepath.Join(t.TempDir(), "payload")
-	if err := os.WriteFile(path, elf.Bytes(), 0o600); err != nil {
+	path := filepath.Join(t.TempDir(), "tinyguest")
+	if err := os.WriteFile(path, tinyguest.Kernel(), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -156,7 +128,7 @@ func start(t testing.TB, b *firecracker.Backend, boot *vmm.Boot) *vm {
 func (v *vm) count(t testing.TB) uint64 {
 	t.Helper()
 	b := make([]byte, 8)
-	if _, err := v.memory.Device().ReadAt(b, counterAt); err != nil {
+	if _, err := v.memory.Device().ReadAt(b, tinyguest.Counters); err != nil {
 		t.Fatal(err)
 	}
 	return binary.LittleEndian.Uint64(b)
@@ -177,7 +149,7 @@ func (v *vm) goesOn(t testing.TB, from uint64) {
 func TestFirecracker(t *testing.T) {
 	b := backend(t)
 	ctx := t.Context()
-	a := start(t, b, &vmm.Boot{Kernel: payload(t)})
+	a := start(t, b, &vmm.Boot{Kernel: kernel(t)})
 	a.goesOn(t, 0)
 	a.goesOn(t, a.count(t))
 	for end := time.Now().Add(patience); !strings.Contains(a.out.String(), ".."); time.Sleep(5 * time.Millisecond) {
@@ -294,7 +266,7 @@ func (s slow) ReadAt(b []byte, off int64) (int, error) {
 // TestFirecrackerAdopt: a machine whose owner has died goes on, and is taken over.
 func TestFirecrackerAdopt(t *testing.T) {
 	b := backend(t)
-	v := start(t, b, &vmm.Boot{Kernel: payload(t)})
+	v := start(t, b, &vmm.Boot{Kernel: kernel(t)})
 	v.goesOn(t, 0)
 	cfg := v.cfg
 	cfg.Boot = nil

@@ -28,6 +28,9 @@ const (
 	Broken = 'X' // a request failed, or it has read what it has not written; it does nothing from then on
 )
 
+// Reset, on the serial port, has it reset the machine. It sends back whatever else it reads there, once in each pass.
+const Reset = 'r'
+
 // start is the address of code; both are in tinyguest_amd64.s.
 var start uintptr
 

@@ -111,6 +111,20 @@ page:
 	MOVQ $0x3f8, DX
 	MOVQ $'.', AX
 	OUTB
+
+	// Is there anything on the serial port?
+	MOVQ $0x3fd, DX
+	INB
+	ANDQ $1, AX
+	CMPQ AX, $0
+	JEQ  quiet
+	MOVQ $0x3f8, DX
+	INB
+	ANDQ $0xff, AX
+	CMPQ AX, $'r'
+	JEQ  reset
+	OUTB
+quiet:
 	CMPQ SI, $0
 	JEQ  pass
 
@@ -160,6 +174,12 @@ broken:
 	OUTB
 end:
 	JMP end
+
+reset: // by the keyboard's controller
+	MOVQ $0x64, DX
+	MOVQ $0xfe, AX
+	OUTB
+	JMP  end
 
 request: // of kind R10 and the block R9, with data at R11
 	MOVQ $REQUEST, DI

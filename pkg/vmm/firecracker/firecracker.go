@@ -7,11 +7,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"time"
 
-	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
@@ -20,6 +18,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/tap"
 )
 
 // Names of files in Config.Dir, beside vmm.SocketFile.
@@ -219,7 +218,17 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	cmd.Stdin, cmd.Stdout = m.in, m.out
 	cmd.ExtraFiles = []*os.File{m.saved, m.loaded, ram} // savedFD, loadedFD, memoryFD
 	m.log.Debug("start Firecracker", "command", strings.Join(cmd.Args, " "))
-	if err := inNamespace(cfg, func() (err error) {
+	netns := ""
+	if cfg.Spec.MAC != "" {
+		// Firecracker opens it by its name, says little where that fails, and makes one that is missing.
+		f, err := tap.Open(cfg.Netns, cfg.Interface)
+		if err != nil {
+			return nil, err
+		}
+		f.Close()
+		netns = cfg.Netns
+	}
+	if err := tap.In(netns, func() (err error) {
 		m.process, err = process.Start(cmd, "Firecracker", cfg.Spawn, m.log)
 		return err
 	}); err != nil {
@@ -250,29 +259,6 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	}
 	go m.watch()
 	return m, nil
-}
-
-// inNamespace runs f on a thread in the network namespace of the guest's interface, which Firecracker opens by its name.
-func inNamespace(cfg vmm.Config, f func() error) error {
-	if cfg.Spec.MAC == "" || cfg.Netns == "" {
-		return f()
-	}
-	done := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread() // and never unlocked: the thread ends with its namespace
-		ns, err := netns.GetFromName(cfg.Netns)
-		if err != nil {
-			done <- fmt.Errorf("open network namespace %q: %w", cfg.Netns, err)
-			return
-		}
-		defer ns.Close()
-		if err := netns.Set(ns); err != nil {
-			done <- fmt.Errorf("enter network namespace %q: %w", cfg.Netns, err)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
 }
 
 // Adopt implements [vmm.Adopter]. Done of an adopted machine knows less of the reasons: its words on stderr went to the former owner, and the

@@ -21,6 +21,7 @@ import (
 
 	"github.com/drafter-vm/drafter/internal/testguest"
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/tap"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
 )
 
@@ -81,7 +82,7 @@ func TestSuiteConfined(t *testing.T) {
 			_, at := attachNBD(t, dir, disk, file)
 			return at
 		},
-		Configure: func(cfg *vmm.Config) {
+		Configure: func(_ testing.TB, cfg *vmm.Config) {
 			cfg.UID, cfg.GID, cfg.NUMANode = 12345, 12346, 0
 			cfg.CgroupVersion, cfg.CgroupName = 1, filepath.Base(cfg.Dir)
 		},
@@ -254,7 +255,7 @@ func TestMachine(t *testing.T) {
 	do("listen 7")
 	do("mem start 16")
 	var conn net.Conn
-	if err := inNetns(netns, func() (err error) {
+	if err := tap.In(netns, func() (err error) {
 		conn, err = net.Dial("tcp", "172.16.0.2:7")
 		return err
 	}); err != nil {
@@ -347,7 +348,7 @@ func TestAnnounce(t *testing.T) {
 	defer m.Close()
 
 	var socket int
-	if err := inNetns(netns, func() error {
+	if err := tap.In(netns, func() error {
 		link, err := net.InterfaceByName("tap0")
 		if err != nil {
 			return err
@@ -413,7 +414,7 @@ func TestAnnounce(t *testing.T) {
 	if err := m.Close(); err != nil {
 		t.Error(err)
 	}
-	if f, err := openTap(netns, "tap0"); err != nil {
+	if f, err := tap.Open(netns, "tap0"); err != nil {
 		t.Errorf("after the machine was closed: %v", err)
 	} else {
 		f.Close()
@@ -427,7 +428,7 @@ func TestOpenTap(t *testing.T) {
 	needRoot(t)
 	netns := makeNetns(t)
 	ip(t, "-n", netns, "link", "add", "dummy0", "type", "veth", "peer", "name", "dummy1")
-	f, err := openTap(netns, "tap0")
+	f, err := tap.Open(netns, "tap0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -440,7 +441,7 @@ func TestOpenTap(t *testing.T) {
 		{"", "", "1 to 15 characters"},
 		{"", "nonexistent0", "in this network namespace"},
 	} {
-		g, err := openTap(tc.netns, tc.name)
+		g, err := tap.Open(tc.netns, tc.name)
 		if err == nil {
 			g.Close()
 		}
@@ -449,7 +450,7 @@ func TestOpenTap(t *testing.T) {
 		}
 	}
 	f.Close()
-	if f, err = openTap(netns, "tap0"); err != nil {
+	if f, err = tap.Open(netns, "tap0"); err != nil {
 		t.Errorf("after it was closed: %v", err)
 	} else {
 		f.Close()

@@ -20,6 +20,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/tap"
 )
 
 // Names of the sockets in Config.Dir, beside vmm.GuestChannel.
@@ -192,7 +193,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		*l.fd = inherit.add(f)
 	}
 	if cfg.Spec.MAC != "" {
-		f, err := openTap(cfg.Netns, cfg.Interface)
+		f, err := tap.Open(cfg.Netns, cfg.Interface)
 		if err != nil {
 			return nil, err
 		}

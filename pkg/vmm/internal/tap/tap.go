@@ -1,4 +1,4 @@
-package qemu
+package tap
 
 import (
 	"errors"
@@ -15,8 +15,8 @@ import (
 // netnsDir is where ip netns keeps the names of network namespaces.
 const netnsDir = "/run/netns"
 
-// openTap opens a tap device that exists in the network namespace of that name ("": ours).
-func openTap(netns, name string) (*os.File, error) {
+// Open opens a tap device that exists in the network namespace of that name ("": ours).
+func Open(netns, name string) (*os.File, error) {
 	where := "in this network namespace"
 	if netns != "" {
 		where = fmt.Sprintf("in network namespace %q", netns)
@@ -28,12 +28,12 @@ func openTap(netns, name string) (*os.File, error) {
 		return nil, fmt.Errorf("interface %q %s: a name has 1 to %d characters", name, where, unix.IFNAMSIZ-1)
 	}
 	var f *os.File
-	err := inNetns(netns, func() (err error) {
+	err := In(netns, func() (err error) {
 		// TUNSETIFF would make an interface that is missing, unconfigured and gone with us.
 		if _, err := net.InterfaceByName(name); err != nil {
 			return fmt.Errorf("%w: make it first, for example: ip%s tuntap add %s mode tap", err, netnsFlag(netns), name)
 		}
-		f, err = attachTap(name)
+		f, err = attach(name)
 		return err
 	})
 	if err != nil {
@@ -49,9 +49,9 @@ func netnsFlag(netns string) string {
 	return " -n " + netns
 }
 
-// inNetns calls f on a thread that is in a network namespace. The thread ends with the call: one that has changed its
+// In calls f on a thread that is in a network namespace. The thread ends with the call: one that has changed its
 // namespace is never given back to other goroutines.
-func inNetns(name string, f func() error) error {
+func In(name string, f func() error) error {
 	if name == "" {
 		return f()
 	}
@@ -77,13 +77,13 @@ func inNetns(name string, f func() error) error {
 	return <-result
 }
 
-// attachTap opens /dev/net/tun and attaches it to an interface, in the calling thread's namespace.
-func attachTap(name string) (*os.File, error) {
+// attach opens /dev/net/tun and attaches it to an interface, in the calling thread's namespace.
+func attach(name string) (*os.File, error) {
 	fd, err := unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open /dev/net/tun: %w", err)
 	}
-	attach := func(flags uint16) error {
+	set := func(flags uint16) error {
 		req, err := unix.NewIfreq(name)
 		if err != nil {
 			return err
@@ -92,9 +92,9 @@ func attachTap(name string) (*os.File, error) {
 		return unix.IoctlIfreq(fd, unix.TUNSETIFF, req)
 	}
 	const flags = unix.IFF_TAP | unix.IFF_NO_PI | unix.IFF_VNET_HDR
-	err = attach(flags)
+	err = set(flags)
 	if err == unix.EINVAL { // made with more than one queue, or no tap at all
-		err = attach(flags | unix.IFF_MULTI_QUEUE)
+		err = set(flags | unix.IFF_MULTI_QUEUE)
 	}
 	if err == nil {
 		return os.NewFile(uintptr(fd), name), nil

@@ -1,0 +1,2 @@
+// Package tap opens the tap interface of a machine, in its network namespace.
+package tap

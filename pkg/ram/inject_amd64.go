@@ -46,6 +46,9 @@ func (t *tracee) close() error {
 	return nil
 }
 
+// scratch is the address of some KB that the process has no use for, before its first instruction: below its stack, which is mapped.
+func (t *tracee) scratch() uint64 { return (t.regs.Rsp - 16<<10) &^ 15 }
+
 // call executes one system call. The error is an errno of the call, or wraps errInject when it could not be executed.
 func (t *tracee) call(nr uint64, args ...uint64) (uint64, error) {
 	regs := t.regs

@@ -19,6 +19,7 @@ type tracee struct{ pid int }
 func (t *tracee) open() error                             { return errInject }
 func (t *tracee) close() error                            { return nil }
 func (t *tracee) call(uint64, ...uint64) (uint64, error)  { return 0, errInject }
+func (t *tracee) scratch() uint64                         { return 0 }
 func allocates(*unix.PtraceRegs) (length uint64, ok bool) { return 0, false }
 func skip(*unix.PtraceRegs)                               {}
 func setResult(*unix.PtraceRegs, uint64)                  {}

@@ -28,6 +28,10 @@ type Options struct {
 	// Graft is a memory that the VMM is to use for its guest though it allocates that by itself. It is mapped into the VMM before its
 	// first instruction; [Memory.Graft] gives it. That takes ptrace: without it, Spawn fails.
 	Graft *Memory
+
+	// Wrapped says that the command executes the VMM in the same process, and closes what it has inherited before, as Firecracker's jailer does:
+	// the command's ExtraFiles are given to the VMM itself. It must not fork.
+	Wrapped bool
 }
 
 // Handle is a VMM process as this package holds it: its pidfd, and the userfaultfd planted in it if that could be done.
@@ -93,7 +97,7 @@ func readable(fd int) bool {
 	}
 }
 
-// Spawn starts cmd, which must be the VMM itself and not a wrapper that executes it, as cmd.Start would, and plants a
+// Spawn starts cmd, which must be the VMM itself unless [Options.Wrapped] says otherwise, as cmd.Start would, and plants a
 // userfaultfd in it before its first instruction. Afterwards cmd is like any started command: its owner calls cmd.Wait.
 // An error means that it was not started. That no userfaultfd could be planted is not an error: the capabilities of the
 // handle say so.
@@ -106,13 +110,13 @@ func Spawn(cmd *exec.Cmd, opts Options) (*Handle, error) {
 	if opts.Limit < Full || opts.Limit > Eager {
 		return nil, fmt.Errorf("start %q: rung %d does not exist, use Full, Lazy or Eager", cmd.Path, opts.Limit)
 	}
-	if opts.Limit == Eager && opts.Graft == nil {
+	if opts.Limit == Eager && opts.Graft == nil && !opts.Wrapped {
 		return spawnPlain(cmd, "limited to eager by configuration")
 	}
 	// Whether ptrace is allowed must be known before: a failed cmd.Start cannot be repeated.
 	if p := probe(); !p.traceable {
-		if opts.Graft != nil {
-			return nil, fmt.Errorf("start %q with memory %q: %s", cmd.Path, opts.Graft.name, p.Reason)
+		if opts.Graft != nil || opts.Wrapped {
+			return nil, fmt.Errorf("start %q: its memory and files are given to it by ptrace(2): %s", cmd.Path, p.Reason)
 		}
 		return spawnPlain(cmd, p.Reason)
 	}
@@ -158,20 +162,23 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 	traced.Ptrace = true
 	cmd.SysProcAttr = &traced
 
+	files := slices.Clip(extra)
 	inherited := -1 // number of /dev/userfaultfd in the child
-	if unprivileged(cmd) {
+	if unprivileged(cmd) || opts.Wrapped {
 		// Without the device the plain system call may still do (vm.unprivileged_userfaultfd).
 		if dev, err := os.OpenFile("/dev/userfaultfd", os.O_RDWR, 0); err == nil {
 			defer dev.Close()
-			inherited = 3 + len(extra)
-			cmd.ExtraFiles = append(slices.Clip(extra), dev)
+			inherited = firstPassed + len(files)
+			files = append(files, dev)
 		}
 	}
-
 	memory := -1
 	if opts.Graft != nil {
-		memory = 3 + len(cmd.ExtraFiles)
-		cmd.ExtraFiles = append(slices.Clip(cmd.ExtraFiles), opts.Graft.file)
+		memory = firstPassed + len(files)
+		files = append(files, opts.Graft.file)
+	}
+	if cmd.ExtraFiles = files; opts.Wrapped {
+		cmd.ExtraFiles = nil
 	}
 
 	// ptrace ties a tracee to one thread of the tracer: the one that forks it. With signals blocked on that thread the
@@ -185,11 +192,14 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		var fatal error
 		if err := awaitTrap(pid); err != nil {
 			reason = fmt.Sprintf("trace process %d: %v", pid, err)
-			if opts.Graft != nil {
+			if opts.Graft != nil || opts.Wrapped {
 				fatal = errors.New(reason)
 			}
 		} else {
-			if opts.Graft != nil {
+			if opts.Wrapped {
+				fatal = unwrap(pid, files)
+			}
+			if opts.Graft != nil && fatal == nil {
 				grafted, fatal = mapInto(pid, memory, opts.Graft)
 			}
 			switch {
@@ -232,6 +242,19 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		return nil, err
 	}
 	return h, nil
+}
+
+// unwrap waits for the VMM, and gives it what the program before it would have closed.
+func unwrap(pid int, files []*os.File) (err error) {
+	if err := awaitExec(pid); err != nil {
+		return fmt.Errorf("wait for process %d to execute the VMM: %w", pid, err)
+	}
+	t := tracee{pid: pid}
+	if err := t.open(); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, t.close()) }()
+	return t.pass(files)
 }
 
 // mapInto maps a memory, of which the stopped process has inherited the descriptor, and returns where.
@@ -295,13 +318,7 @@ func plant(pid, inherited int) (fd int, reason string, fatal error) {
 	default:
 		return refuse(fmt.Errorf("create userfaultfd in process %d: %w", pid, err))
 	}
-	pidfd, err := unix.PidfdOpen(pid, 0)
-	if err != nil {
-		return refuse(fmt.Errorf("open pidfd of process %d: %w", pid, err))
-	}
-	defer unix.Close(pidfd)
-	fd, err = unix.PidfdGetfd(pidfd, int(remote), 0)
-	if err != nil {
+	if fd, err = t.take(int(remote)); err != nil {
 		return refuse(fmt.Errorf("take userfaultfd of process %d: %w", pid, err))
 	}
 	return fd, "", nil

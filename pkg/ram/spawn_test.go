@@ -35,18 +35,22 @@ func TestSpawnRungs(t *testing.T) {
 		tracking string
 		lazy     bool
 		change   func(*exec.Cmd)
+		wrapped  bool
 	}{
-		{Full, TrackingUserfaultfd, true, nil},
-		{Lazy, TrackingHashing, true, nil},
-		{Eager, TrackingHashing, false, nil},
-		{Full, TrackingUserfaultfd, true, asNobody},
-		{Lazy, TrackingHashing, true, asNobody},
-		{Eager, TrackingHashing, false, asNobody},
+		{Full, TrackingUserfaultfd, true, nil, false},
+		{Lazy, TrackingHashing, true, nil, false},
+		{Eager, TrackingHashing, false, nil, false},
+		{Full, TrackingUserfaultfd, true, asNobody, false},
+		{Lazy, TrackingHashing, true, asNobody, false},
+		{Eager, TrackingHashing, false, asNobody, false},
+		{Full, TrackingUserfaultfd, true, wrap, true},
+		{Lazy, TrackingHashing, true, wrap, true},
+		{Eager, TrackingHashing, false, wrap, true},
 	} {
-		t.Run(fmt.Sprintf("%s/unprivileged=%t", test.limit, test.change != nil), func(t *testing.T) {
+		t.Run("", func(t *testing.T) {
 			checkLeaks(t)
 			mem := create(t, 1<<20)
-			v := startVMM(t, mem, Options{Limit: test.limit}, func(cmd *exec.Cmd) {
+			v := startVMM(t, mem, Options{Limit: test.limit, Wrapped: test.wrapped}, func(cmd *exec.Cmd) {
 				if test.change != nil {
 					test.change(cmd)
 				}
@@ -239,6 +243,19 @@ func TestSpawnFailures(t *testing.T) {
 	}
 	h.Close()
 	h.Close()
+
+	// One that was to execute another, and does not.
+	cmd = exec.Command("/bin/sh", "-c", "exit 4")
+	if _, err := Spawn(cmd, Options{Wrapped: true}); !errors.Is(err, ErrProcessEnded) || cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != 4 {
+		t.Errorf("one that executes nothing: error %v, state %v", err, cmd.ProcessState)
+	}
+}
+
+// wrap has a program execute the command that has closed what it inherited.
+func wrap(cmd *exec.Cmd) {
+	program, _ := os.Readlink(cmd.Path) // which is /proc/self/exe
+	cmd.Args = append([]string{"sh", "-c", `exec 3>&- 4>&- 5>&-; exec "$@"`, "sh", program}, cmd.Args[1:]...)
+	cmd.Path = "/bin/sh"
 }
 
 // TestSpawnAmongOthers starts many at once, among ordinary children that are waited for as usual.

@@ -799,12 +799,13 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 		handle = nil
 		return i.memory.Attach(ctx, h)
 	}
-	grafted := vmm.RequirementsOf(i.cfg.Backend).Graft
+	needs := vmm.RequirementsOf(i.cfg.Backend)
+	grafted := needs.Graft
 	cfg.Spawn = func(cmd *exec.Cmd) (err error) {
 		// The machine holds the instance's locks too: should this process die, the instance stays taken while it lives. And
 		// it holds what it alone outlives us with: see block.OverlayOptions.Live.
 		cmd.ExtraFiles = append(cmd.ExtraFiles, i.inherited()...)
-		opts := ram.Options{}
+		opts := ram.Options{Wrapped: needs.Wrapped}
 		if grafted {
 			opts.Graft = i.memory
 		}

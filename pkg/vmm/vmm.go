@@ -197,6 +197,7 @@ type Requirements struct {
 	Graft   bool // the VMM allocates RAM by itself: Config.Spawn and Config.Graft are needed
 	Paths   bool // disks are attached by their paths, not by sockets
 	Carries bool // the VMM serves SocketFile itself: there is no GuestChannel
+	Wrapped bool // Config.Spawn is given a program that confines the VMM and executes it, and closes what it has inherited before
 }
 
 // Demanding is implemented by backends that have requirements.

@@ -21,6 +21,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+	"golang.org/x/sys/unix"
 )
 
 // schema is what Firecracker's published API says of an object: testdata/api.json has that of each version, and request.
@@ -112,13 +113,13 @@ func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	cfg.Dir, cfg.Logger, cfg.Graft = dir, vmmtest.Logger(t), func(do func() error) error { return do() }
-	m := newMachine(cfg)
+	m := newMachine(cfg, nil)
 	for name, file := range map[string]**os.File{"saved": &m.saved, "loaded": &m.loaded} {
 		if *file, err = os.Create(filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := makeFIFO(dir, stillFIFO); err != nil {
+	if err := unix.Mkfifo(filepath.Join(dir, stillFIFO), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.disconnect)

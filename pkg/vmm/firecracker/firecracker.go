@@ -2,6 +2,7 @@ package firecracker
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -27,13 +28,14 @@ const (
 	consoleInput  = "console.in"
 	consoleOutput = "console.out"
 	stillFIFO     = "still"
+	logFIFO       = "log"
 	identityFile  = "firecracker.json"
 )
 
 // diskLink is the name of the link to a disk, by its number.
 func diskLink(n int) string { return fmt.Sprintf("%d.disk", n) }
 
-// Descriptors that a Firecracker inherits, by their numbers there.
+// Descriptors that a Firecracker without a jail inherits, by their numbers there.
 const (
 	savedFD  = 3 // a memfd for device state that is saved
 	loadedFD = 4 // one for device state that is loaded
@@ -86,7 +88,7 @@ func (b *Backend) Name() string { return hypervisor }
 
 // Requirements implements [vmm.Demanding].
 func (b *Backend) Requirements() vmm.Requirements {
-	return vmm.Requirements{Graft: true, Paths: true, Carries: true}
+	return vmm.Requirements{Graft: true, Paths: true, Carries: true, Wrapped: b.opts.Jailer != ""}
 }
 
 // Start implements [vmm.Backend].
@@ -119,9 +121,6 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 	if err := config.CheckFolder(cfg.Dir, apiSocket, vmm.SocketFile+"_4294967295"); err != nil {
 		return cfg, err
 	}
-	if cfg.UID != 0 && cfg.UID != os.Geteuid() || cfg.GID != 0 && cfg.GID != os.Getegid() {
-		return cfg, fmt.Errorf("uid %d, gid %d: Firecracker runs as another user by its jailer only, which is not used yet", cfg.UID, cfg.GID)
-	}
 	if len(cfg.Disks) != len(cfg.Spec.Disks) {
 		return cfg, fmt.Errorf("%d disks are described, but %d attached", len(cfg.Spec.Disks), len(cfg.Disks))
 	}
@@ -137,7 +136,8 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 		if at.Path, err = filepath.Abs(at.Path); err != nil {
 			return cfg, err
 		}
-		if _, err := os.Stat(at.Path); err != nil {
+		// A mounted disk is for the user who will have it, and for nobody else.
+		if _, err := os.Stat(at.Path); err != nil && !(cfg.UID != 0 && errors.Is(err, os.ErrPermission)) {
 			return cfg, fmt.Errorf("disk %q: %w", name, err)
 		}
 		attached[i] = at
@@ -164,7 +164,12 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := config.CheckMemory(cfg); err != nil {
 		return nil, err
 	}
-	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
+	jail, err := b.findJail(cfg)
+	if err != nil {
+		return nil, err
+	}
+	m := newMachine(cfg, jail)
+	if id, err := process.Read(m.identity()); err == nil && id.Alive() {
 		return nil, fmt.Errorf("a machine runs there already, as process %d: close it, or adopt it", id.PID)
 	}
 	var cpus *unix.CPUSet
@@ -173,51 +178,6 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			return nil, err
 		}
 	}
-
-	m := newMachine(cfg)
-	defer func() {
-		if err != nil {
-			err = m.abandon(err)
-		}
-	}()
-	if err := m.removeFiles(); err != nil { // of one that has ended without an owner
-		return nil, err
-	}
-	for i, at := range cfg.Disks {
-		if err := os.Symlink(at.Path, filepath.Join(cfg.Dir, diskLink(i))); err != nil {
-			return nil, err
-		}
-	}
-	for name, file := range map[string]**os.File{"saved": &m.saved, "loaded": &m.loaded} {
-		fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
-		if err != nil {
-			return nil, fmt.Errorf("make a file for device state: %w", err)
-		}
-		*file = os.NewFile(uintptr(fd), name)
-	}
-	if err := makeFIFO(cfg.Dir, stillFIFO); err != nil {
-		return nil, err
-	}
-	if m.in, m.out, err = makeConsole(cfg.Dir); err != nil {
-		return nil, err
-	}
-	memory, err := unix.FcntlInt(cfg.Memory.Fd(), unix.F_DUPFD_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("duplicate the memory's descriptor: %w", err)
-	}
-	ram := os.NewFile(uintptr(memory), "memory")
-	defer ram.Close()
-	if cfg.CgroupVersion != 0 {
-		if m.cgroup, err = cgroup.Make(cfg.CgroupVersion, cfg.CgroupName); err != nil {
-			return nil, err
-		}
-	}
-
-	cmd := exec.Command(binary, "--api-sock", apiSocket, "--id", "drafter", "--log-path", "/proc/self/fd/2", "--level", "Warn", "--show-level")
-	cmd.Dir = cfg.Dir
-	cmd.Stdin, cmd.Stdout = m.in, m.out
-	cmd.ExtraFiles = []*os.File{m.saved, m.loaded, ram} // savedFD, loadedFD, memoryFD
-	m.log.Debug("start Firecracker", "command", strings.Join(cmd.Args, " "))
 	netns := ""
 	if cfg.Spec.MAC != "" {
 		// Firecracker opens it by its name, says little where that fails, and makes one that is missing.
@@ -228,13 +188,47 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		f.Close()
 		netns = cfg.Netns
 	}
+
+	defer func() {
+		if err != nil {
+			err = m.abandon(err)
+		}
+	}()
+	if err := m.removeFiles(); err != nil { // of one that has ended without an owner
+		return nil, err
+	}
+	if err := m.linkDisks(); err != nil {
+		return nil, err
+	}
+	inherited, err := m.makeFiles()
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(inherited)
+	if cfg.CgroupVersion != 0 {
+		if m.cgroup, err = cgroup.Make(cfg.CgroupVersion, cfg.CgroupName); err != nil {
+			return nil, err
+		}
+	}
+
+	line := []string{"--api-sock", apiSocket, "--log-path", logFIFO, "--level", "Warn", "--show-level"}
+	if jail == nil {
+		line = append(line, "--id", "drafter")
+	} else if binary, line, err = jail.command(binary, line); err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(binary, line...)
+	cmd.Dir = cfg.Dir
+	cmd.Stdin, cmd.Stdout = m.in, m.out
+	cmd.ExtraFiles = inherited
+	m.log.Debug("start Firecracker", "command", strings.Join(cmd.Args, " "))
 	if err := tap.In(netns, func() (err error) {
 		m.process, err = process.Start(cmd, "Firecracker", cfg.Spawn, m.log)
 		return err
 	}); err != nil {
 		return nil, err
 	}
-	if err := m.process.Identity.Write(filepath.Join(cfg.Dir, identityFile)); err != nil {
+	if err := m.process.Identity.Write(m.identity()); err != nil {
 		return nil, fmt.Errorf("record the process: %w", err)
 	}
 	if m.cgroup != nil {
@@ -247,7 +241,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			return nil, err
 		}
 	}
-	m.startConsole()
+	m.startPumps()
 	if err := m.api.await(ctx, m.process.Ended); err != nil {
 		return nil, err
 	}
@@ -277,11 +271,15 @@ func (b *Backend) Adopt(ctx context.Context, cfg vmm.Config) (vmm.Machine, error
 }
 
 func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err error) {
-	id, err := process.Read(filepath.Join(cfg.Dir, identityFile))
+	jail, err := b.findJail(cfg)
+	if err != nil {
+		return nil, err
+	}
+	m := newMachine(cfg, jail)
+	id, err := process.Read(m.identity())
 	if err != nil {
 		return nil, fmt.Errorf("find its process: %w", err)
 	}
-	m := newMachine(cfg)
 	if m.process, err = process.Adopt(id, "Firecracker"); err != nil {
 		return nil, err
 	}
@@ -292,18 +290,13 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 			m.process.Release()
 		}
 	}()
-	for fd, file := range map[int]**os.File{savedFD: &m.saved, loadedFD: &m.loaded} {
-		if *file, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", id.PID, fd), os.O_RDWR, 0); err != nil {
-			return nil, fmt.Errorf("open its file for device state: %w", err)
-		}
-	}
-	if m.in, m.out, err = openConsole(cfg.Dir); err != nil {
+	if err := m.openFiles(); err != nil {
 		return nil, err
 	}
 	if cfg.CgroupVersion != 0 {
 		m.cgroup = cgroup.Find(cfg.CgroupVersion, cfg.CgroupName)
 	}
-	m.startConsole()
+	m.startPumps()
 	if err := m.findStill(ctx); err != nil {
 		return nil, err
 	}
@@ -318,9 +311,12 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 
 // Reap implements [vmm.Reaper].
 func (b *Backend) Reap(cfg vmm.Config) error {
-	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
-		return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
+	for _, dir := range []string{cfg.Dir, filepath.Dir(cfg.Dir)} { // the second if it had a jail
+		if id, err := process.Read(filepath.Join(dir, identityFile)); err == nil && id.Alive() {
+			return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
+		}
 	}
+	unmountState(cfg.Dir)
 	if cfg.CgroupVersion == 0 {
 		return nil
 	}
@@ -334,9 +330,19 @@ func (m *machine) boot(ctx context.Context) error {
 		path string
 		body any
 	}
+	kernel, initrd := m.cfg.Boot.Kernel, m.cfg.Boot.Initrd
+	if m.jail != nil {
+		var err error
+		if kernel, err = m.jail.bring(kernel, kernelFile); err == nil && initrd != "" {
+			initrd, err = m.jail.bring(initrd, initrdFile)
+		}
+		if err != nil {
+			return fmt.Errorf("bring what it boots into the jail: %w", err)
+		}
+	}
 	requests := []request{
 		{"/machine-config", machineConfiguration{spec.CPUCount, spec.MemorySize >> 20, spec.CPUModel}},
-		{"/boot-source", bootSource{m.cfg.Boot.Kernel, m.cfg.Boot.Initrd, spec.BootArgs}},
+		{"/boot-source", bootSource{kernel, initrd, spec.BootArgs}},
 	}
 	engine := "Async"
 	if m.cfg.IOEngineSync {

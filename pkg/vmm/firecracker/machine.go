@@ -41,17 +41,20 @@ type machine struct {
 	life lifecycle.Lifecycle
 	api  *client
 
+	jail    *jail
 	process *process.Process
-	console *console.Console
+	console *console.Console // nil if nobody wants to know
+	words   *console.Console // of Firecracker itself
 	cgroup  *cgroup.Group
 
 	saved   *os.File // a memfd that the process has, too: it writes device state into it
 	loaded  *os.File // another, from which it reads device state
 	in, out *os.File // the process's ends of its console
+	said    *os.File // and of its log
 
 	still *still // of a paused machine; of whoever changes the state
 
-	words    sync.WaitGroup     // requests that answer when a still machine is let go
+	asked    sync.WaitGroup     // requests that answer when a still machine is let go
 	silenced context.Context    // is over when nobody speaks with the process any more
 	silence  context.CancelFunc // ends it
 
@@ -68,47 +71,125 @@ var (
 	_ vmm.Stater  = (*machine)(nil)
 )
 
-func newMachine(cfg vmm.Config) *machine {
+func newMachine(cfg vmm.Config, jail *jail) *machine {
 	m := &machine{
-		cfg: cfg, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), api: newClient(filepath.Join(cfg.Dir, apiSocket)), done: make(chan struct{}),
+		cfg: cfg, jail: jail, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), api: newClient(filepath.Join(cfg.Dir, apiSocket)), done: make(chan struct{}),
 	}
 	m.silenced, m.silence = context.WithCancel(context.Background())
 	return m
 }
 
-// makeConsole makes the FIFOs of a console.
-func makeConsole(dir string) (in, out *os.File, err error) {
-	for _, name := range []string{consoleInput, consoleOutput} {
-		if err := makeFIFO(dir, name); err != nil {
-			return nil, nil, err
-		}
+// identity is the file that says which process the machine is, where that cannot change it.
+func (m *machine) identity() string {
+	if m.jail != nil {
+		return m.jail.outside(identityFile)
 	}
-	return openConsole(dir)
+	return filepath.Join(m.cfg.Dir, identityFile)
 }
 
-func makeFIFO(dir, name string) error {
-	path := filepath.Join(dir, name)
-	if err := unix.Mkfifo(path, 0o600); err != nil {
-		return fmt.Errorf("make FIFO %q: %w", path, err)
+// linkDisks makes the links by which Firecracker finds disks. They are to paths in the folder where a disk is in it, as that may be all it sees.
+func (m *machine) linkDisks() error {
+	for i, at := range m.cfg.Disks {
+		path, inside := strings.CutPrefix(at.Path, m.cfg.Dir+"/")
+		if m.jail != nil && !inside {
+			return fmt.Errorf("disk %q at %q: in its jail Firecracker sees what is in %q, and nothing else", m.cfg.Spec.Disks[i].Name, at.Path, m.cfg.Dir)
+		}
+		if err := os.Symlink(path, filepath.Join(m.cfg.Dir, diskLink(i))); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-// openConsole opens them for both directions, so that there is no end to them when others leave, and nobody waits: what the guest writes
-// when nobody reads is lost.
-func openConsole(dir string) (in, out *os.File, err error) {
-	if in, err = os.OpenFile(filepath.Join(dir, consoleInput), os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
-		return nil, nil, err
+// makeFiles makes what the process is connected by, and returns what it is to inherit.
+func (m *machine) makeFiles() (inherited []*os.File, err error) {
+	for _, name := range []string{consoleInput, consoleOutput, stillFIFO, logFIFO} {
+		path := filepath.Join(m.cfg.Dir, name)
+		if err = unix.Mkfifo(path, 0o600); err == nil && m.jail != nil {
+			err = m.jail.take(name)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("make FIFO %q: %w", path, err)
+		}
 	}
-	if out, err = os.OpenFile(filepath.Join(dir, consoleOutput), os.O_RDWR|unix.O_NONBLOCK, 0); err != nil {
-		in.Close()
-		return nil, nil, err
+	if err := m.openFIFOs(); err != nil {
+		return nil, err
 	}
-	return in, out, nil
+	if m.jail != nil {
+		m.saved, m.loaded, err = m.jail.files(m.cfg.Spec.MemorySize)
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			closeAll(inherited)
+		}
+	}()
+	for _, own := range []**os.File{&m.saved, &m.loaded} { // savedFD, loadedFD
+		fd, err := unix.MemfdCreate("state", unix.MFD_CLOEXEC)
+		if err != nil {
+			return nil, fmt.Errorf("make a file for device state: %w", err)
+		}
+		*own = os.NewFile(uintptr(fd), "state")
+	}
+	for _, f := range []*os.File{m.saved, m.loaded, m.cfg.Memory} { // and memoryFD
+		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return inherited, fmt.Errorf("duplicate a descriptor: %w", err)
+		}
+		inherited = append(inherited, os.NewFile(uintptr(fd), f.Name()))
+	}
+	return inherited, nil
 }
 
-// startConsole pumps the console, if somebody wants that.
-func (m *machine) startConsole() {
+// openFiles opens what a former owner has made.
+func (m *machine) openFiles() (err error) {
+	if err := m.openFIFOs(); err != nil {
+		return err
+	}
+	if m.jail != nil {
+		m.saved, m.loaded, err = m.jail.open()
+		return err
+	}
+	for fd, file := range map[int]**os.File{savedFD: &m.saved, loadedFD: &m.loaded} {
+		if *file, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/%d", m.process.PID, fd), os.O_RDWR, 0); err != nil {
+			return fmt.Errorf("open its file for device state: %w", err)
+		}
+	}
+	return nil
+}
+
+// openFIFOs opens them for both directions, so that there is no end to them when others leave, and nobody waits: what is written
+// when nobody reads is lost.
+func (m *machine) openFIFOs() (err error) {
+	for name, file := range map[string]**os.File{consoleInput: &m.in, consoleOutput: &m.out, logFIFO: &m.said} {
+		if *file, err = os.OpenFile(filepath.Join(m.cfg.Dir, name), os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func closeAll(files []*os.File) {
+	for _, f := range files {
+		f.Close()
+	}
+}
+
+// Where Firecracker finds files.
+func (m *machine) savedPath() string  { return m.path(savedFD, savedFile) }
+func (m *machine) loadedPath() string { return m.path(loadedFD, loadedFile) }
+func (m *machine) memoryPath() string { return m.path(memoryFD, memoryFile) }
+
+func (m *machine) path(fd int, jailed string) string {
+	if m.jail != nil {
+		return jailed
+	}
+	return inherited(fd)
+}
+
+// startPumps pumps what Firecracker says, and the console if somebody wants that.
+func (m *machine) startPumps() {
+	m.words = console.Start(fifos{m.said, nil}, m.process.Stderr.Log(m.log), nil, m.log)
 	if m.cfg.SerialOutput != nil || m.cfg.SerialInput != nil {
 		m.console = console.Start(fifos{m.out, m.in}, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
 	}
@@ -120,7 +201,9 @@ type fifos struct{ out, in *os.File }
 func (f fifos) Read(b []byte) (int, error)  { return f.out.Read(b) }
 func (f fifos) Write(b []byte) (int, error) { return f.in.Write(b) }
 func (f fifos) Close() error {
-	_ = f.in.SetDeadline(time.Unix(1, 0))
+	if f.in != nil {
+		_ = f.in.SetDeadline(time.Unix(1, 0))
+	}
 	return f.out.SetDeadline(time.Unix(1, 0))
 }
 
@@ -182,25 +265,30 @@ func (m *machine) verdict() error {
 // disconnect ends what connects us with the process.
 func (m *machine) disconnect() {
 	m.silence()
-	m.words.Wait()
+	m.asked.Wait()
 	m.api.close()
-	if m.console != nil {
-		m.drain()
-		m.console.Disconnect()
-		m.console.Close()
+	for _, pump := range []struct {
+		*console.Console
+		of *os.File
+	}{{m.console, m.out}, {m.words, m.said}} {
+		if pump.Console != nil {
+			drain(pump.of)
+			pump.Disconnect()
+			pump.Close()
+		}
 	}
-	for _, f := range []*os.File{m.in, m.out, m.saved, m.loaded} {
+	for _, f := range []*os.File{m.in, m.out, m.said, m.saved, m.loaded} {
 		if f != nil {
 			f.Close()
 		}
 	}
 }
 
-// drain lets the console's pump have what an ended process has written: a FIFO has no end that it could wait for.
-func (m *machine) drain() {
+// drain lets a FIFO's pump have what an ended process has written: a FIFO has no end that it could wait for.
+func drain(fifo *os.File) {
 	for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		n := 0
-		raw, err := m.out.SyscallConn()
+		raw, err := fifo.SyscallConn()
 		if err == nil {
 			err = raw.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
 		}
@@ -212,7 +300,7 @@ func (m *machine) drain() {
 
 // files are what a machine has in its folder.
 func (m *machine) files() []string {
-	names := []string{apiSocket, consoleInput, consoleOutput, stillFIFO, identityFile, identityFile + ".tmp", vmm.SocketFile}
+	names := []string{apiSocket, consoleInput, consoleOutput, stillFIFO, logFIFO, vmm.SocketFile}
 	for i := range m.cfg.Spec.Disks {
 		names = append(names, diskLink(i))
 	}
@@ -220,11 +308,18 @@ func (m *machine) files() []string {
 }
 
 func (m *machine) removeFiles() error {
-	var errs []error
+	paths := []string{m.identity(), m.identity() + ".tmp"}
 	for _, name := range m.files() {
-		if err := os.Remove(filepath.Join(m.cfg.Dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		paths = append(paths, filepath.Join(m.cfg.Dir, name))
+	}
+	var errs []error
+	for _, path := range paths {
+		if err := os.RemoveAll(path); err != nil { // a jailed one may have put a folder there
 			errs = append(errs, err)
 		}
+	}
+	if m.jail != nil {
+		errs = append(errs, m.jail.remove())
 	}
 	return errors.Join(errs...)
 }
@@ -367,8 +462,8 @@ func (m *machine) stop(ctx context.Context) error {
 		return err
 	}
 	s := &still{answer: make(chan error, 1)}
-	m.words.Go(func() {
-		s.answer <- m.api.put(m.silenced, "/snapshot/create", snapshotCreateParams{"Full", inherited(savedFD), stillFIFO})
+	m.asked.Go(func() {
+		s.answer <- m.api.put(m.silenced, "/snapshot/create", snapshotCreateParams{"Full", m.savedPath(), stillFIFO})
 	})
 	for {
 		if state, err := readState(m.saved); err == nil {
@@ -397,7 +492,7 @@ func (m *machine) release(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), settleTime, fmt.Errorf("no answer within %s", settleTime))
 	defer cancel()
-	reader, err := os.OpenFile(filepath.Join(m.cfg.Dir, stillFIFO), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	reader, err := os.OpenFile(filepath.Join(m.cfg.Dir, stillFIFO), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
@@ -426,11 +521,11 @@ func (m *machine) release(ctx context.Context) error {
 func (m *machine) findStill(ctx context.Context) error {
 	asked, cancel := context.WithCancel(ctx)
 	answers := make(chan error, 1)
-	m.words.Go(func() {
+	m.asked.Go(func() {
 		_, err := m.api.state(asked)
 		answers <- err
 	})
-	defer m.words.Wait()
+	defer m.asked.Wait()
 	defer cancel()
 	for {
 		if state, err := readState(m.saved); err == nil {
@@ -516,6 +611,6 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 		return fmt.Errorf("write its state: %w", err)
 	}
 	return m.cfg.Graft(func() error {
-		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{inherited(loadedFD), memoryBackend{"File", inherited(memoryFD)}, false})
+		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{m.loadedPath(), memoryBackend{"File", m.memoryPath()}, false})
 	})
 }

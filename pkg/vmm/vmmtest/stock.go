@@ -92,7 +92,7 @@ func children(t testing.TB) map[string]bool {
 	return found
 }
 
-// checkEmpty reports what a machine left in its folder, other than sockets of disks, which are not its own.
+// checkEmpty reports what a machine left in its folder, other than disks and sockets of disks, which are not its own.
 func checkEmpty(t testing.TB, cfg vmm.Config) {
 	t.Helper()
 	entries, err := os.ReadDir(cfg.Dir)
@@ -102,7 +102,7 @@ func checkEmpty(t testing.TB, cfg vmm.Config) {
 	for _, e := range entries {
 		mine := true
 		for _, at := range cfg.Disks {
-			if at.Socket == filepath.Join(cfg.Dir, e.Name()) {
+			if path := filepath.Join(cfg.Dir, e.Name()); at.Socket == path || at.Path == path {
 				mine = false
 			}
 		}

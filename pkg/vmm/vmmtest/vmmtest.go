@@ -30,6 +30,10 @@ type Harness struct {
 	// Attach serves the file of a disk to a machine in folder dir until the test ends. Nil means by its path.
 	Attach func(t testing.TB, dir string, disk vmm.Disk, file string) vmm.Attachment
 
+	// Dir makes the folder of a machine, for a backend that does not take any; nil means that it does. It is short, and is removed
+	// with the test.
+	Dir func(t testing.TB) string
+
 	// Configure changes a machine's configuration before it starts, in every test; nil changes nothing.
 	Configure func(t testing.TB, cfg *vmm.Config)
 
@@ -181,12 +185,21 @@ func (s *suite) boot(t *testing.T) {
 // config returns the configuration of a machine that waits for Load.
 func (s *suite) config(t testing.TB, ram *os.File, disk string) vmm.Config {
 	t.Helper()
+	return s.configIn(t, s.folder(t), s.spec, ram, disk)
+}
+
+// folder makes the folder of a machine.
+func (s *suite) folder(t testing.TB) string {
+	t.Helper()
+	if s.Dir != nil {
+		return s.Dir(t)
+	}
 	dir, err := os.MkdirTemp("", "vmm-") // t.TempDir's names are too long for sockets
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	return s.configIn(t, dir, s.spec, ram, disk)
+	return dir
 }
 
 func (s *suite) configIn(t testing.TB, dir string, spec vmm.Spec, ram *os.File, disk string) vmm.Config {
@@ -728,11 +741,7 @@ func (s *suite) testAdoptSaved(t *testing.T) {
 func (s *suite) orphan(t *testing.T, save bool) *instance {
 	t.Helper()
 	ram, disk := s.copies(t)
-	dir, err := os.MkdirTemp("", "vmm-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := s.folder(t)
 	state := filepath.Join(t.TempDir(), "state")
 	if err := os.WriteFile(state, s.state, 0o600); err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -49,19 +50,23 @@ func Start(cmd *exec.Cmd, name string, start func(*exec.Cmd) error, log *slog.Lo
 	err = start(cmd)
 	w.Close()
 	if err != nil {
-		r.Close()
+		defer r.Close()
+		err = fmt.Errorf("start %s: %w", name, err)
 		if cmd.Process != nil { // the hook failed after the start
 			cmd.Process.Kill()
 			cmd.Wait()
+			words := NewTail(name)
+			words.last(r)
+			err = words.Explain(err)
 		}
-		return nil, fmt.Errorf("start %s: %w", name, err)
+		return nil, err
 	}
 	p := &Process{Identity: Identity{PID: cmd.Process.Pid}, name: name, child: cmd, Stderr: NewTail(name), Ended: make(chan struct{})}
 	p.Identity.Start, _ = startTime(p.PID)
 	go func() {
 		defer close(p.Ended)
 		// Its words come before its end: the pipe is empty for good once it and all that inherited it have ended.
-		p.Stderr.collect(r, log)
+		_, _ = io.Copy(p.Stderr.Log(log), r) // its end is all there is to know
 		r.Close()
 		cmd.Wait()
 		p.Status, p.Clean = cmd.ProcessState.String(), cmd.ProcessState.Success()
@@ -195,20 +200,29 @@ func (t *Tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// collect reads r to its end, into the tail and, line by line, into a log.
-func (t *Tail) collect(r io.Reader, log *slog.Logger) {
-	buf := make([]byte, 4<<10)
-	for {
-		n, err := r.Read(buf)
-		t.Write(buf[:n])
-		if n > 0 {
-			log.Debug("the VMM says", "vmm", t.name, "stderr", strings.TrimSpace(string(buf[:n])))
-		}
-		if err != nil {
-			return
-		}
-	}
+// Log is a writer into the tail and, line by line, into a log.
+func (t *Tail) Log(log *slog.Logger) io.Writer { return tailLog{t, log} }
+
+type tailLog struct {
+	*Tail
+	log *slog.Logger
 }
+
+func (l tailLog) Write(p []byte) (int, error) {
+	if len(p) > 0 {
+		l.log.Debug("the VMM says", "vmm", l.name, "stderr", strings.TrimSpace(string(p)))
+	}
+	return l.Tail.Write(p)
+}
+
+// last reads what a process that has ended has left in the pipe r. Others that inherited it may live.
+func (t *Tail) last(r *os.File) {
+	_ = r.SetReadDeadline(time.Now().Add(lastWords))
+	_, _ = io.Copy(t, r) // until the deadline, at most
+}
+
+// lastWords is how long a process that has ended is listened to.
+const lastWords = 100 * time.Millisecond
 
 func (t *Tail) String() string {
 	t.mu.Lock()

@@ -116,6 +116,18 @@ func (i *Instance) openGuest(boots bool) (_ *guest, err error) {
 			return nil, err
 		}
 	}
+	if host := i.cfg.Host; g.carried && (host.UID != 0 || host.GID != 0) {
+		// The hypervisor connects to them itself, as whoever it runs as.
+		ports := i.desc.agentPorts()
+		if g.liveness != nil {
+			ports = append(ports, i.desc.LivenessVSockPort)
+		}
+		for _, port := range ports {
+			if err := os.Chown(socket.PortPath(socket.HostPath(g.path), port), host.UID, host.GID); err != nil {
+				return nil, fmt.Errorf("give the guest's port %d to the hypervisor: %w", port, err)
+			}
+		}
+	}
 	return g, nil
 }
 

@@ -13,6 +13,7 @@ const (
 	Counters    = 4 << 20  // the first page that it counts in, by 8 bytes at its beginning
 	CountersEnd = 16 << 20 // after the last one
 	Written     = 0x306000 // 8 bytes for each block of the disk: what was written last at its beginning
+	Flushed     = 0x306200 // 8 bytes: what was written when the disk was flushed last
 	MinMemory   = CountersEnd
 )
 

@@ -8,6 +8,7 @@
 #define OUTGOING    0x304000
 #define DIRECTORY   0x305000
 #define WRITTEN     0x306000
+#define FLUSHED     0x306200
 #define INCOMING    0x307000
 #define COUNTERS    0x400000
 #define COUNTERSEND 0x1000000
@@ -100,6 +101,31 @@ disk:
 	MOVQ $1, AX
 	MOVQ AX, (DI) // no interrupts
 
+	// What is on the disk from a life before: it counts on from there.
+learn:
+	MOVQ $INCOMING, R11
+	MOVQ $0, R10
+	MOVQ $0x0002000300001000, R12
+	MOVQ $0x0001000100000010, R13
+	MOVQ $4, R15
+	JMP  request
+
+learned:
+	MOVQ $WRITTEN, DI
+	MOVQ R9, AX
+	SHLQ $3, AX
+	ADDQ AX, DI
+	MOVQ (R11), AX
+	MOVQ AX, (DI)
+	CMPQ AX, R8
+	JLS  lower
+	MOVQ AX, R8
+lower:
+	ADDQ $1, R9
+	ANDQ $63, R9
+	CMPQ R9, $0
+	JNE  learn
+
 pass:
 	MOVQ $COUNTERS, BX
 page:
@@ -148,7 +174,11 @@ written:
 	MOVQ $2, R15
 	JMP  request
 
-flushed: // Read the next block.
+flushed:
+	MOVQ $FLUSHED, DI
+	MOVQ R8, (DI)
+
+	// Read the next block.
 	ADDQ $1, R9
 	ANDQ $63, R9
 	MOVQ $INCOMING, R11
@@ -216,7 +246,9 @@ answer:
 	JEQ  written
 	CMPQ R15, $2
 	JEQ  flushed
-	JMP  read
+	CMPQ R15, $3
+	JEQ  read
+	JMP  learned
 
 	// tinyguest.go finds the end by this.
 	BYTE $0xdb; BYTE $0xe5; BYTE $0x7f; BYTE $0x0c; BYTE $0x92; BYTE $0x41; BYTE $0xee; BYTE $0x38

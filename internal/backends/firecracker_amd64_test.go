@@ -65,30 +65,17 @@ func (b *buffer) String() string {
 	return b.text.String()
 }
 
-// program is where Firecracker is, or a program that comes with it.
-func program(t testing.TB, name, variable string) string {
-	t.Helper()
-	binary := os.Getenv(variable)
-	if binary == "" {
-		binary, _ = exec.LookPath(name)
-	}
-	if binary == "" {
-		t.Skipf("SKIPPED, not tested: there is no %s; name one in $%s or put it into $PATH", name, variable)
-	}
-	return binary
-}
-
 // backend is Firecracker, where there is one.
 func backend(t testing.TB) *firecracker.Backend {
 	t.Helper()
-	return firecracker.New(firecracker.Options{Binary: program(t, "firecracker", "FIRECRACKER_BIN"), Logger: vmmtest.Logger(t)})
+	return firecracker.New(firecracker.Options{Binary: vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN"), Logger: vmmtest.Logger(t)})
 }
 
 // jailed is Firecracker in its jailer.
 func jailed(t testing.TB) *firecracker.Backend {
 	t.Helper()
 	return firecracker.New(firecracker.Options{
-		Binary: program(t, "firecracker", "FIRECRACKER_BIN"), Jailer: program(t, "jailer", "JAILER_BIN"), Logger: vmmtest.Logger(t),
+		Binary: vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN"), Jailer: vmmtest.Program(t, "jailer", "JAILER_BIN"), Logger: vmmtest.Logger(t),
 	})
 }
 

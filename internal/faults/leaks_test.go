@@ -301,48 +301,13 @@ func (r *room) guestsFindErrors(t *testing.T) {
 	a, b := r.peer(t, "a"), r.peer(t, "b")
 	for _, p := range []*proc{a, b} {
 		p.says(t, "Resumed VM")
-		p.do(t, fmt.Sprintf("mem start %d", loadedMiB))
-		p.do(t, fmt.Sprintf("disk disk start %d", slots))
+		r.tenant.begin(t, p)
 	}
 	if n := executing(newWait(t), append(r.machines("a"), r.machines("b")...)); n != 2 {
 		t.Errorf("%d machines execute a guest, and there are two", n)
 	}
 	r.killAllOf("b")
-	for n := 0; n < 3; {
-		_, _ = fmt.Sscan(a.do(t, "disk disk status"), &n)
-	}
-	a.do(t, "mem stop")
-	a.do(t, "mem verify")
-	last := a.do(t, "disk disk verify")
-
-	wrong := func(command string) {
-		t.Helper()
-		if answer, err := a.try(newWait(t), command); err == nil {
-			t.Errorf("%s found nothing wrong: %s", command, answer)
-		} else {
-			t.Logf("%s found: %.100v", command, err)
-		}
-	}
-	a.damageMemory(t)
-	wrong("mem verify")
-
-	var newest int
-	if _, err := fmt.Sscan(last, &newest); err != nil {
-		t.Fatal(err)
-	}
-	a.do(t, fmt.Sprintf("disk disk start %d %d", slots, newest+2)) // as if two more had been flushed
-	for n := 0; n < newest+3; {
-		_, _ = fmt.Sscan(a.do(t, "disk disk status"), &n)
-	}
-	wrong("disk disk verify")
-
-	a.do(t, fmt.Sprintf("disk disk start %d", slots)) // anew: it is right again
-	for n := 0; n < 3; {
-		_, _ = fmt.Sscan(a.do(t, "disk disk status"), &n)
-	}
-	a.do(t, "disk disk stop")
-	a.do(t, "disk disk write 4096 4096 1")
-	wrong("disk disk verify")
+	r.tenant.findsErrors(t, a)
 }
 
 // killAllOf kills what a peer of a name has started, and itself.
@@ -355,8 +320,8 @@ func (r *room) killAllOf(name string) {
 	}
 }
 
-// damageMemory changes a page that the guest's load has written, in the middle of sixteen in a row, behind its back.
-func (p *proc) damageMemory(t *testing.T) {
+// memory opens the memory of a peer's guest.
+func (p *proc) memory(t *testing.T) *os.File {
 	t.Helper()
 	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", p.Process.Pid))
 	if err != nil {
@@ -373,6 +338,13 @@ func (p *proc) damageMemory(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return memory
+}
+
+// damageMemory changes a page that the guest's load has written, in the middle of sixteen in a row, behind its back.
+func (p *proc) damageMemory(t *testing.T) {
+	t.Helper()
+	memory := p.memory(t)
 	defer memory.Close()
 	page := make([]byte, 4096)
 	for off, run := int64(0), 0; ; off += int64(len(page)) {

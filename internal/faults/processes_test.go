@@ -135,10 +135,14 @@ const diskLoad = 16 << 20
 // flushed. Where the blow fell before the source's record, the source ran on at once. Nothing is left, and nothing is open that was
 // not before.
 func TestProcesses(t *testing.T) {
-	r := newRoom(t)
+	newRoom(t, linux{}).play(t, scenes())
+}
+
+// play plays scenes: those that are short, or all with -long.
+func (r *room) play(t *testing.T, scenes []scene) {
 	died := map[string]int{}
 	begun := time.Now()
-	for n, s := range scenes() {
+	for n, s := range scenes {
 		if !*long && !s.short {
 			continue
 		}
@@ -190,11 +194,8 @@ func (p *play) run(t *testing.T) {
 	defer p.room.killAll()
 	p.source = p.room.peer(t, p.a, "--laddr", p.address)
 	p.source.says(t, "Serving on ")
-	p.source.do(t, fmt.Sprintf("mem start %d", loadedMiB))
-	p.source.do(t, fmt.Sprintf("disk disk start %d", slots))
-	for p.acked == "" || p.acked == "0" {
-		p.acked = p.source.do(t, "disk disk status")
-	}
+	p.room.tenant.begin(t, p.source)
+	p.acked = p.room.tenant.flushed(t, p.source)
 	if p.victim == destinationDisk {
 		p.source.do(t, fmt.Sprintf("disk disk write %d %d 1", 8<<20, diskLoad))
 	}
@@ -411,23 +412,11 @@ func (p *play) recover(t *testing.T) {
 		if !machineKilled {
 			t.Errorf("the guest was booted, though its machine was not killed")
 		}
-		ctx := newWait(t)
-		if err := owner.console.Ready(ctx); err != nil {
-			t.Fatal(err)
-		}
-		// The records that follow are written where they would have been, so that a lost one is missing in the whole.
-		owner.do(t, fmt.Sprintf("disk disk start %d %s", slots, p.acked))
-		owner.do(t, fmt.Sprintf("mem start %d", loadedMiB))
+		p.room.tenant.booted(t, owner, p.acked)
 	} else {
-		owner.do(t, "mem stop")
-		owner.do(t, "mem verify")
-		owner.do(t, "mem go")
+		p.room.tenant.verify(t, owner)
 	}
-	last := owner.do(t, "disk disk verify")
-	t.Logf("newest record %s, flushed before the blow %s", last, p.acked)
-	if log := owner.console.Log(); strings.Contains(log, "I/O error") {
-		t.Errorf("the guest saw an I/O error")
-	}
+	p.room.tenant.verifyDisk(t, owner, p.acked)
 
 	// Nobody else runs it.
 	if n := executing(newWait(t), append(p.room.machines(p.a), p.room.machines(p.b)...)); n != 1 {
@@ -456,9 +445,8 @@ func (p *play) receiveAgain(t *testing.T) *proc {
 	if p.destination.says(t, "Received VM") == "" {
 		t.Fatalf("the destination was started again, and received nothing:\n%s", p.destination.said())
 	}
-	for _, command := range []string{"mem stop", "mem verify", "disk disk verify"} {
-		p.destination.do(t, command)
-	}
+	p.room.tenant.verify(t, p.destination)
+	p.room.tenant.verifyDisk(t, p.destination, p.acked)
 	return p.destination
 }
 

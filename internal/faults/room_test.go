@@ -34,12 +34,13 @@ const (
 // room is where real peers run: the built command, a package of a guest, and what is started.
 type room struct {
 	bin, dir string
+	tenant   tenant
 	mark     string    // in the environment of every process that is started here, and of theirs
 	ranOn    durations // from blows before the record to the guest's running on
 }
 
-// newRoom builds the command and makes a package with it, or skips the test with the reason.
-func newRoom(t *testing.T) *room {
+// newRoom builds the command and makes a package of a guest, or skips the test with the reason.
+func newRoom(t *testing.T, guest tenant) *room {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: userfaultfd in another process")
@@ -52,54 +53,38 @@ func newRoom(t *testing.T) *room {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &room{bin: filepath.Join(dir, "drafter"), dir: dir, mark: fmt.Sprintf("DRAFTER_FAULTS=%d-%s-", os.Getpid(), filepath.Base(dir))}
+	r := &room{tenant: guest, bin: filepath.Join(dir, "drafter"), dir: dir, mark: fmt.Sprintf("DRAFTER_FAULTS=%d-%s-", os.Getpid(), filepath.Base(dir))}
 	if err := os.Mkdir(r.path("tmp"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	// A peer that was killed leaves its machine alive, by design. When all is over, nobody adopts it.
 	t.Cleanup(func() { r.killAll() })
-	agent, hooks := filepath.Join(dir, "agent"), filepath.Join(dir, "hooks")
-	for out, pkg := range map[string]string{r.bin: "cmd/drafter", agent: "cmd/drafter-agent", hooks: "internal/e2e/guest"} {
-		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, "github.com/drafter-vm/drafter/"+pkg)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if said, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("build %s: %v\n%s", pkg, err, said)
-		}
-	}
-	kernel, initrd := testguest.BuildWith(t, map[string]string{"/bin/drafter-agent": agent, "/bin/guest": hooks})
+	r.build(t, r.bin, "cmd/drafter")
 	if err := os.WriteFile(r.path("blank"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Truncate(r.path("blank"), realDisk); err != nil {
 		t.Fatal(err)
 	}
-	r.snapshot(t, kernel, initrd)
+	guest.pack(t, r)
 	return r
+}
+
+// build builds a program of ours.
+func (r *room) build(t *testing.T, out, pkg string) {
+	t.Helper()
+	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", out, "github.com/drafter-vm/drafter/"+pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if said, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v\n%s", pkg, err, said)
+	}
 }
 
 func (r *room) path(name string) string { return filepath.Join(r.dir, name) }
 
-// snapshot makes the package.
-func (r *room) snapshot(t *testing.T, kernel, initrd string) {
-	t.Helper()
-	out := func(device string) string { return filepath.Join(r.path("package"), vmpackage.DefaultFile(device)) }
-	devices := fmt.Sprintf(`[{"name":"state","output":%q},{"name":"memory","output":%q},{"name":"config","output":%q},
-		{"name":"kernel","input":%q,"output":%q},{"name":"initrd","input":%q,"output":%q},{"name":"disk","input":%q,"output":%q}]`,
-		out("state"), out("memory"), out("config"), kernel, out("kernel"), initrd, out("initrd"), r.path("blank"), out("disk"))
-	p := r.start(t, "snapshotter", "snapshotter", "--devices", devices, "--netns", "", "--interface", "", "--memory-size", fmt.Sprint(realMemory>>20),
-		"--boot-args", "console=ttyS0 quiet panic=-1 testguest.channel=off", "--chroot-base-dir", r.path("vms"), "--enable-input")
-	ctx := newWait(t)
-	if err := p.console.Ready(ctx); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range []string{"spawn /bin/drafter-agent vsock",
-		"spawn /bin/drafter-agent agent --shell-cmd /bin/guest --before-suspend-cmd before --after-resume-cmd after", "spawn /bin/drafter-agent liveness"} {
-		p.do(t, c)
-	}
-	p.ends(t)
-	if p.rc != 0 {
-		t.Fatalf("the snapshotter failed:\n%s", p.said())
-	}
+// packaged is the file of a device of the package.
+func (r *room) packaged(device string) string {
+	return filepath.Join(r.path("package"), vmpackage.DefaultFile(device))
 }
 
 func newWait(t *testing.T) context.Context {
@@ -124,12 +109,12 @@ func (r *room) processes() (pids []int) {
 	return pids
 }
 
-// machines are the QEMU processes that were started by a peer of a name.
+// machines are the hypervisor's processes that were started by a peer of a name.
 func (r *room) machines(name string) (pids []int) {
 	for _, pid := range r.processes() {
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
 		environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		if strings.Contains(exe, "qemu") && bytes.Contains(environ, []byte(r.mark+name+"=")) {
+		if strings.Contains(exe, r.tenant.hypervisor()) && bytes.Contains(environ, []byte(r.mark+name+"=")) {
 			pids = append(pids, pid)
 		}
 	}
@@ -206,7 +191,7 @@ func (r *room) start(t *testing.T, name string, args ...string) *proc {
 func (r *room) peer(t *testing.T, name string, more ...string) *proc {
 	t.Helper()
 	return r.start(t, name, append([]string{"peer", "--netns", "", "--chroot-base-dir", r.path("vms"), "--package", r.path("package"), "--instance", r.path(name),
-		"--enable-input", "--log-level", "debug", "--resume-timeout", "1m", "--rescue-timeout", "1m"}, more...)...)
+		"--enable-input", "--log-level", "debug", "--resume-timeout", "1m", "--rescue-timeout", "1m"}, append(r.tenant.flags(), more...)...)...)
 }
 
 // ended reports whether the command has ended.

@@ -14,6 +14,7 @@ const (
 	CountersEnd = 16 << 20 // after the last one
 	Written     = 0x306000 // 8 bytes for each block of the disk: what was written last at its beginning
 	Flushed     = 0x306200 // 8 bytes: what was written when the disk was flushed last
+	Learned     = 0x306208 // 8 bytes: the highest that was on the disk when it booted
 	MinMemory   = CountersEnd
 )
 
@@ -26,7 +27,7 @@ const (
 // Of what it says on the serial port.
 const (
 	Pass   = '.' // it has counted once through its memory
-	Broken = 'X' // a request failed, or it has read what it has not written; it does nothing from then on
+	Broken = 'X' // a request failed, or there is what it has not written, in its memory or on its disk; it does nothing from then on
 )
 
 // Reset, on the serial port, has it reset the machine. It sends back whatever else it reads there, once in each pass.

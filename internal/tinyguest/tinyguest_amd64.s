@@ -9,9 +9,12 @@
 #define DIRECTORY   0x305000
 #define WRITTEN     0x306000
 #define FLUSHED     0x306200
+#define LEARNED     0x306208
+#define BEGUN       0x306210
 #define INCOMING    0x307000
 #define COUNTERS    0x400000
 #define COUNTERSEND 0x1000000
+#define COUNTED     ((COUNTERSEND-COUNTERS)/4096)
 
 // The registers of a virtio device (virtio 1.2, 4.2.2), from SI on.
 #define DEVICEID    0x08
@@ -125,15 +128,29 @@ lower:
 	ANDQ $63, R9
 	CMPQ R9, $0
 	JNE  learn
+	MOVQ $LEARNED, DI
+	MOVQ R8, (DI)
 
 pass:
+	MOVQ $BEGUN, DI
+	MOVQ (DI), CX
 	MOVQ $COUNTERS, BX
 page:
+	CMPQ CX, $0
+	JEQ  fresh
+	MOVQ (BX), AX
+	ADDQ $COUNTED, AX
+	CMPQ AX, R8
+	JNE  broken
+fresh:
 	MOVQ R8, (BX)
 	ADDQ $4096, BX
 	ADDQ $1, R8
 	CMPQ BX, $COUNTERSEND
 	JNE  page
+	MOVQ $BEGUN, DI
+	MOVQ $1, AX
+	MOVQ AX, (DI)
 	MOVQ $0x3f8, DX
 	MOVQ $'.', AX
 	OUTB

@@ -250,11 +250,19 @@ func holdOrphan(pid, fd int, path string) (_ *orphan, err error) {
 	}
 	for fd, target := range descriptorsOf(pid) {
 		if name, ok := memfdOf(target); ok {
-			if o.live[name] == nil && strings.HasPrefix(name, memfdPrefix) {
-				if o.live[name], err = o.take(fd, target); err != nil {
-					return nil, err
-				}
+			if o.live[name] != nil || !strings.HasPrefix(name, memfdPrefix) {
+				continue
 			}
+			f, err := o.take(fd, target)
+			if err != nil {
+				return nil, err
+			}
+			// A hypervisor may have opened its memory once more, to read it.
+			if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err != nil || flags&unix.O_ACCMODE != unix.O_RDWR {
+				f.Close()
+				continue
+			}
+			o.live[name] = f
 		} else if target == "/dev/fuse" && o.disks == nil {
 			if o.disks, err = o.take(fd, target); err != nil {
 				return nil, err

@@ -61,6 +61,19 @@ const (
 // ownerEnv names the folder of the machine that this process is to start and own, in the second process.
 const ownerEnv = "DRAFTER_VMMTEST_OWNER"
 
+// Program is where a program is that the tests of a backend need, from an environment variable or PATH. Without it the test is skipped, loudly.
+func Program(t testing.TB, name, variable string) string {
+	t.Helper()
+	binary := os.Getenv(variable)
+	if binary == "" {
+		binary, _ = exec.LookPath(name)
+	}
+	if binary == "" {
+		t.Skipf("SKIPPED, not tested: there is no %s; name one in $%s or put it into $PATH", name, variable)
+	}
+	return binary
+}
+
 // Run runs the suite.
 func Run(t *testing.T, h Harness) {
 	if dir := os.Getenv(ownerEnv); dir != "" {

@@ -1,0 +1,158 @@
+package faults
+
+import (
+	"encoding/binary"
+	"fmt"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/tinyguest"
+	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/snapshot"
+	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
+	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+)
+
+// TestFirecrackerProcesses is TestProcesses with Firecracker, where there is one, and a guest that any KVM runs.
+func TestFirecrackerProcesses(t *testing.T) {
+	guest := tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN")}
+	// A disk that will be full is TestFirecrackerFull's: there is too little to come for one to become full here.
+	newRoom(t, guest).play(t, slices.DeleteFunc(scenes(), func(s scene) bool { return s.victim == destinationDisk }))
+}
+
+// tiny is the guest of package tinyguest, in Firecracker.
+type tiny struct{ program string }
+
+const tinyMemory = 64 << 20
+
+func (tiny) hypervisor() string { return "firecracker" }
+
+func (g tiny) flags() []string {
+	return []string{"--firecracker-bin", g.program, "--jailer-bin", "none", "--interface", ""}
+}
+
+func (g tiny) pack(t *testing.T, r *room) {
+	t.Helper()
+	kernel := r.path("tinyguest")
+	if err := os.WriteFile(kernel, tinyguest.Kernel(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := snapshot.Create(t.Context(), snapshot.Config{
+		Backend: firecracker.New(firecracker.Options{Binary: g.program}), MemorySize: tinyMemory, SettleTime: time.Second,
+		Devices: []snapshot.Device{
+			{Name: "state", Output: r.packaged("state")}, {Name: "memory", Output: r.packaged("memory")}, {Name: "config", Output: r.packaged("config")},
+			{Name: "kernel", Input: kernel, Output: r.packaged("kernel")}, {Name: "disk", Input: r.path("blank"), Output: r.packaged("disk")},
+		},
+		Host: runner.Host{Dir: r.path("vms")}, Logger: vmmtest.Logger(t),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// word is a number in the guest's memory.
+func (p *proc) word(t *testing.T, at int64) uint64 {
+	t.Helper()
+	memory := p.memory(t)
+	defer memory.Close()
+	b := make([]byte, 8)
+	if _, err := memory.ReadAt(b, at); err != nil {
+		t.Fatal(err)
+	}
+	return binary.LittleEndian.Uint64(b)
+}
+
+// grows waits until a number in the guest's memory has grown n times, and is none of before.
+func (p *proc) grows(t *testing.T, at int64, n int) (now uint64) {
+	t.Helper()
+	ctx := newWait(t)
+	for range n {
+		for last := p.word(t, at); ; time.Sleep(5 * time.Millisecond) { // between two looks
+			if now = p.word(t, at); now > last {
+				break
+			}
+			if p.broken() || p.ended() || ctx.Err() != nil {
+				t.Fatalf("the guest stands still at %d; its console says %.100q", last, p.console.Log())
+			}
+		}
+	}
+	return now
+}
+
+// broken reports whether the guest has said that it found an error.
+func (p *proc) broken() bool { return strings.ContainsRune(p.console.Log(), tinyguest.Broken) }
+
+func (tiny) begin(t *testing.T, p *proc) { t.Helper(); p.grows(t, tinyguest.Counters, 3) }
+
+func (tiny) flushed(t *testing.T, p *proc) string {
+	t.Helper()
+	return fmt.Sprint(p.grows(t, tinyguest.Flushed, tinyguest.Blocks/8))
+}
+
+func (tiny) booted(t *testing.T, p *proc, flushed string) {
+	t.Helper()
+	p.grows(t, tinyguest.Counters, 2)
+	if found := p.word(t, tinyguest.Learned); found < number(t, flushed) {
+		t.Errorf("the guest has found %d on its disk, and %s was flushed", found, flushed)
+	}
+}
+
+func (tiny) verify(t *testing.T, p *proc) {
+	t.Helper()
+	p.grows(t, tinyguest.Counters, 2) // in which it compares all of it
+}
+
+func (tiny) verifyDisk(t *testing.T, p *proc, flushed string) {
+	t.Helper()
+	last := p.grows(t, tinyguest.Flushed, tinyguest.Blocks+1) // in which it reads all of it
+	t.Logf("newest record %d, flushed before the blow %s", last, flushed)
+	if last < number(t, flushed) {
+		t.Errorf("the guest is at %d, and was at %s", last, flushed)
+	}
+	if p.broken() {
+		t.Error("the guest has found an error")
+	}
+}
+
+func (tiny) findsErrors(t *testing.T, p *proc) {
+	t.Helper()
+	for what, at := range map[string]int64{"memory": tinyguest.Counters + 9<<20, "disk": tinyguest.Written + 8*17} {
+		if p.broken() {
+			p = p.room.peer(t, "c")
+			p.says(t, "Resumed VM")
+			p.grows(t, tinyguest.Counters, 3)
+		}
+		// What is written on its disk is damaged here in what it remembers of it.
+		memory := p.memory(t)
+		ctx := newWait(t)
+		for !p.broken() { // what it has just written anew is damaged again
+			b := make([]byte, 8)
+			if _, err := memory.ReadAt(b, at); err != nil {
+				t.Fatal(err)
+			}
+			b[5] ^= 0x40
+			if _, err := memory.WriteAt(b, at); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-time.After(500 * time.Millisecond): // some passes
+			case <-ctx.Done():
+				t.Fatalf("the guest does not see that its %s is damaged", what)
+			}
+		}
+		memory.Close()
+	}
+}
+
+func number(t *testing.T, text string) uint64 {
+	t.Helper()
+	n, err := strconv.ParseUint(text, 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}

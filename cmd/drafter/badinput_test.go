@@ -241,7 +241,7 @@ func TestMachineFlagsRefused(t *testing.T) {
 		{"unknown flag", []string{"--memory", "1"}, 2, []string{"--memory", "--help"}},
 		{"positional argument", []string{"now"}, 2, []string{`"now"`, "flag"}},
 		{"log level", []string{"--log-level", "loud"}, 2, []string{"--log-level", `"loud"`, "debug, info"}},
-		{"hypervisor", []string{"--hypervisor", "xen"}, 2, []string{"--hypervisor", `"xen"`, "use auto or qemu"}},
+		{"hypervisor", []string{"--hypervisor", "xen"}, 2, []string{"--hypervisor", `"xen"`, "use auto, qemu or firecracker"}},
 		{"accel", []string{"--accel", "hvf"}, 2, []string{"--accel", `"hvf"`, "use auto, kvm or tcg"}},
 		{"uid negative", []string{"--uid", "-1"}, 2, []string{"--uid -1", "negative"}},
 		{"gid negative", []string{"--gid", "-7"}, 2, []string{"--gid -7", "negative"}},
@@ -255,6 +255,11 @@ func TestMachineFlagsRefused(t *testing.T) {
 		{"resume timeout without unit", []string{"--resume-timeout", "60"}, 2, []string{"--resume-timeout", "60"}},
 		{"chroot base dir", []string{"--chroot-base-dir", ""}, 2, []string{"--chroot-base-dir", "give a folder"}},
 		{"QEMU missing", []string{"--qemu-bin", "/no/such/qemu"}, 1, []string{"--qemu-bin", "/no/such/qemu", "give the path"}},
+		{"Firecracker missing", []string{"--firecracker-bin", "/no/such/fc"}, 1, []string{"--firecracker-bin", "/no/such/fc", "give the path"}},
+		{"no Firecracker", []string{"--firecracker-bin", "/bin/true"}, 1, []string{"--firecracker-bin", "/bin/true", "is it Firecracker?"}},
+		{"jailer missing", []string{"--jailer-bin", "/no/such/jailer"}, 1, []string{"--jailer-bin", "/no/such/jailer", "give the path"}},
+		{"disk bandwidth", []string{"--disk-bandwidth", "-1"}, 2, []string{"--disk-bandwidth -1", "0 for no limit"}},
+		{"disk IOPS", []string{"--disk-iops", "-5"}, 2, []string{"--disk-iops -5", "0 for no limit"}},
 		{"no QEMU", []string{"--qemu-bin", "/bin/true"}, 1, []string{`--qemu-bin: ask "/bin/true"`, "it is not QEMU", "give the program qemu-system-x86_64 (Debian: qemu-system-x86)\n"}},
 	} {
 		for _, tool := range []string{"snapshotter", "peer"} {

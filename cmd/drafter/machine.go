@@ -33,6 +33,8 @@ type machineFlags struct {
 	numaNode      int
 	cgroupVersion int
 	ioEngineSync  bool
+	diskBandwidth int64
+	diskIOPS      int64
 	enableOutput  bool
 	enableInput   bool
 	resumeTimeout time.Duration
@@ -54,6 +56,8 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any; the default where this host has no such node)")
 	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none; the default where this user cannot make one)")
 	flags.BoolVar(&m.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
+	flags.Int64Var(&m.diskBandwidth, "disk-bandwidth", 0, "most that the guest reads and writes of each disk, in bytes per second (0: no limit)")
+	flags.Int64Var(&m.diskIOPS, "disk-iops", 0, "most requests of the guest to each disk per second (0: no limit)")
 	flags.BoolVar(&m.enableOutput, "enable-output", true, "print the guest's console on stdout")
 	flags.BoolVar(&m.enableInput, "enable-input", false, "pass stdin to the guest's console")
 	flags.DurationVar(&m.resumeTimeout, "resume-timeout", time.Minute, "how long to wait for the guest's agent and liveness")
@@ -81,6 +85,10 @@ func (m *machineFlags) check() error {
 		return usageErrorf("--numa-node %d: give the number of a node, or -1 for any", m.numaNode)
 	case m.cgroupVersion < 0 || m.cgroupVersion > 2:
 		return usageErrorf("--cgroup-version %d: use 1 or 2, or 0 for none", m.cgroupVersion)
+	case m.diskBandwidth < 0:
+		return usageErrorf("--disk-bandwidth %d is negative: give bytes per second, or 0 for no limit", m.diskBandwidth)
+	case m.diskIOPS < 0:
+		return usageErrorf("--disk-iops %d is negative: give requests per second, or 0 for no limit", m.diskIOPS)
 	case m.resumeTimeout <= 0:
 		return usageErrorf("--resume-timeout %s: give a time above zero", m.resumeTimeout)
 	case m.chrootBaseDir == "":
@@ -196,7 +204,7 @@ func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, []vmm.Backend, 
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
 		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion,
-		IOEngineSync: m.ioEngineSync,
+		IOEngineSync: m.ioEngineSync, DiskLimit: vmm.Limit{Bytes: m.diskBandwidth, Requests: m.diskIOPS},
 	}
 	if m.numaNode >= 0 {
 		h.NUMANode = &m.numaNode

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -65,7 +66,7 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags.StringVar(&opts.devices, "devices", "", "devices of the package, a JSON array (default: out/blueprint/* to out/package/*)")
 	flags.IntVar(&opts.cpuCount, "cpu-count", 1, "virtual CPUs")
 	flags.Int64Var(&opts.memorySize, "memory-size", 1024, "memory in MiB")
-	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it (None: the default for the acceleration)")
+	flags.StringVar(&opts.cpuTemplate, "cpu-template", "None", "CPU model of the guest, as the hypervisor names it, or the file of a Firecracker CPU template, by a path with a / or .json (None: the default for the acceleration)")
 	flags.StringVar(&opts.bootArgs, "boot-args", snapshot.DefaultBootArgs, "kernel arguments")
 	flags.Lookup("interface").Usage = "tap interface in the network namespace (empty: a guest without network)"
 	flags.StringVar(&opts.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
@@ -119,6 +120,16 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 	}
 	if err := opts.check(); err != nil {
 		return err
+	}
+	if name := opts.cpuTemplate; strings.Contains(name, "/") || strings.HasSuffix(name, ".json") {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			return fmt.Errorf("--cpu-template: %w", err)
+		}
+		if !json.Valid(text) || !strings.HasPrefix(strings.TrimSpace(string(text)), "{") {
+			return usageErrorf("--cpu-template %q has no JSON object: give a template as Firecracker has them, or the name of a CPU model", name)
+		}
+		opts.cpuTemplate = string(text)
 	}
 	backend, _, err := opts.backend(cmd)
 	if err != nil {

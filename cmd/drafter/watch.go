@@ -21,6 +21,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/transport"
+	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
 // plainInterval is the time between lines about a migration where there is no terminal.
@@ -265,6 +266,9 @@ func (w *watch) started(p *peer.Peer) {
 			P50: s.P50, P99: s.P99, Max: s.Max,
 		}, ok
 	})
+	if m, ok := p.Instance().Machine().(vmm.Measurer); ok {
+		w.metrics.Hypervisor(m.Metrics)
+	}
 }
 
 // serveMetrics serves the metrics, and profiles if they are wanted, at the address of --metrics until the returned function is called. With no address it

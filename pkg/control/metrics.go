@@ -54,6 +54,7 @@ type Memory struct {
 //	drafter_memory_faults_total                            page faults of the guest that were served
 //	drafter_memory_fill_failures_total                     attempts to fill that failed
 //	drafter_memory_fault_latency_seconds{rank}             rank: p50, p99, max
+//	drafter_hypervisor_total{name}                         what the hypervisor counts of itself, by its names: Firecracker's
 //	drafter_disk_flush_seconds{disk}                       histogram of the guest's flushes
 //	drafter_disk_flush_failures_total{disk}                flushes that failed
 //	drafter_migration_state{role,state}                    1 for the state of the migration under way, or the last
@@ -97,6 +98,7 @@ type Metrics struct {
 	mu     sync.Mutex       // guards what follows, and changes of state
 	last   migrate.Progress // of what is under way
 	memory func() (Memory, bool)
+	vmm    func() map[string]float64
 }
 
 // NewMetrics returns metrics of a peer that is starting.
@@ -118,7 +120,7 @@ func NewMetrics(version string) *Metrics {
 		m.registry.MustRegister(h)
 		return h
 	}
-	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &memoryCollector{m})
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &memoryCollector{m}, &vmmCollector{m})
 	gauges("build_info", "1, with the version of Drafter.", "version").WithLabelValues(version).Set(1)
 	m.peerState = gauges("peer_state", "1 for the state the peer is in, 0 for others.", "state")
 	m.resume = gauge("resume_duration_seconds", "Time it took to resume the instance; 0 for one that was received or booted.")
@@ -323,6 +325,32 @@ func (m *Metrics) Handler() http.Handler {
 		http.Error(w, "nothing here: the metrics are at /metrics", http.StatusNotFound)
 	})
 	return mux
+}
+
+// Hypervisor says how to learn what the hypervisor counts of itself, by names of its own. It is called at each scrape, by any goroutine.
+func (m *Metrics) Hypervisor(counted func() map[string]float64) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.vmm = counted
+}
+
+// vmmCollector asks the hypervisor's machine at each scrape.
+type vmmCollector struct{ m *Metrics }
+
+var hypervisorTotal = prometheus.NewDesc("drafter_hypervisor_total", "What the hypervisor counts of itself, by its own names: Firecracker's (GROUP.NAME of its metrics), a minute old at most.", []string{"name"}, nil)
+
+func (c *vmmCollector) Describe(out chan<- *prometheus.Desc) { out <- hypervisorTotal }
+
+func (c *vmmCollector) Collect(out chan<- prometheus.Metric) {
+	c.m.mu.Lock()
+	counted := c.m.vmm
+	c.m.mu.Unlock()
+	if counted == nil {
+		return
+	}
+	for name, n := range counted() {
+		out <- prometheus.MustNewConstMetric(hypervisorTotal, prometheus.CounterValue, n, name)
+	}
 }
 
 // memoryCollector asks for the filling of memory at each scrape.

@@ -73,6 +73,7 @@ func story(m *Metrics) {
 	m.Memory(func() (Memory, bool) {
 		return Memory{Faults: 7, Failures: 1, Demanded: 4096, Background: 1 << 20, Zero: 8192, Missing: 512, P50: 9 * time.Microsecond, P99: 35 * time.Microsecond, Max: time.Millisecond}, true
 	})
+	m.Hypervisor(func() map[string]float64 { return map[string]float64{"block.read_bytes": 512} })
 	m.Flushed("disk", 2*time.Millisecond, nil)
 	m.Flushed("disk", 300*time.Millisecond, errors.New("no space"))
 	m.Done(nil)

@@ -157,6 +157,8 @@ type Host struct {
 	Binary        string // of the hypervisor; empty: from PATH
 	IOEngineSync  bool   // each request of a disk is finished before the next is begun
 
+	DiskLimit vmm.Limit // of each disk, for machines that are started; one that is adopted has its own
+
 	SerialOutput io.Writer // what the guest's console prints; nil: discarded
 	SerialInput  io.Reader // nil: none
 }

@@ -884,8 +884,8 @@ func (i *Instance) machineConfig(boot *vmm.Boot) vmm.Config {
 		Spec: i.desc.Spec, Dir: i.path, Memory: i.memory.File(), Boot: boot,
 		Netns: host.Netns, Interface: host.Interface,
 		SerialOutput: host.SerialOutput, SerialInput: host.SerialInput,
-		IOEngineSync: host.IOEngineSync,
-		UID:          host.UID, GID: host.GID, NUMANode: -1,
+		IOEngineSync: host.IOEngineSync, DiskLimit: host.DiskLimit,
+		UID: host.UID, GID: host.GID, NUMANode: -1,
 		CgroupVersion: host.CgroupVersion, CgroupName: filepath.Base(i.root),
 		Binary: host.Binary, Logger: i.log,
 	}

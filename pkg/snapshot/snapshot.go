@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -53,7 +54,7 @@ type Config struct {
 
 	CPUCount    int    // virtual CPUs; default 1
 	MemorySize  int64  // bytes, a multiple of 1 MiB; default 1 GiB
-	CPUTemplate string // empty or "None": the backend's default
+	CPUTemplate string // a model of the backend's, or a JSON object, as Firecracker's templates of one's own are; empty or "None": the backend's default
 	Accel       string // "kvm", "tcg" or "auto", the default
 	BootArgs    string // default DefaultBootArgs
 	MAC         string // of the guest's interface; empty: it has none
@@ -94,10 +95,13 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot: %w", err)
 	}
-	spec, err := cfg.Backend.Describe(ctx, vmm.Spec{
-		Accel: cfg.Accel, CPUCount: cfg.CPUCount, CPUModel: cfg.CPUTemplate, MemorySize: cfg.MemorySize, MAC: cfg.MAC,
-		BootArgs: cfg.BootArgs, Sockets: true,
-	})
+	wish := vmm.Spec{
+		Accel: cfg.Accel, CPUCount: cfg.CPUCount, CPUModel: cfg.CPUTemplate, MemorySize: cfg.MemorySize, MAC: cfg.MAC, BootArgs: cfg.BootArgs, Sockets: true,
+	}
+	if strings.HasPrefix(strings.TrimSpace(cfg.CPUTemplate), "{") {
+		wish.CPUModel, wish.CPUTemplate = "", cfg.CPUTemplate
+	}
+	spec, err := cfg.Backend.Describe(ctx, wish)
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot: %w", err)
 	}

@@ -92,6 +92,13 @@ type Stater interface {
 	State() State
 }
 
+// Measurer is implemented by machines whose VMM counts what it does.
+type Measurer interface {
+	// Metrics are sums by the VMM's own names of them, since it was started, or adopted. It may be called at any time by anyone, and does
+	// not wait.
+	Metrics() map[string]float64
+}
+
 // Reaper is implemented by backends whose machines have things outside of their folder.
 type Reaper interface {
 	// Reap removes what a machine has left whose process has ended without an owner to clean up after it. Of cfg it needs
@@ -126,6 +133,7 @@ type Spec struct {
 	Accel       string   `json:"accel"`                 // "kvm" or "tcg" once described; "auto" (or empty) before
 	CPUCount    int      `json:"cpuCount"`              // virtual CPUs, at least 1
 	CPUModel    string   `json:"cpuModel,omitempty"`    // from --cpu-template; empty: the backend's default
+	CPUTemplate string   `json:"cpuTemplate,omitempty"` // a template of one's own, as JSON, instead of CPUModel; Firecracker's alone
 	CPUFeatures []string `json:"cpuFeatures,omitempty"` // what the guest may use, and a host or its VMM must have
 	MemorySize  int64    `json:"memorySize"`            // bytes, a multiple of 1 MiB
 	Disks       []Disk   `json:"disks"`                 // in the order the guest sees them
@@ -166,6 +174,9 @@ type Config struct {
 	// none. Neither is closed.
 	SerialOutput io.Writer
 	SerialInput  io.Reader
+
+	// DiskLimit bounds each of the disks.
+	DiskLimit Limit
 
 	// IOEngineSync makes the VMM use a synchronous disk engine rather than an asynchronous one.
 	IOEngineSync bool
@@ -212,6 +223,12 @@ func RequirementsOf(b Backend) Requirements {
 		return d.Requirements()
 	}
 	return Requirements{}
+}
+
+// Limit bounds what the guest may do with a disk, reads and writes together. The zero value of a field is no limit.
+type Limit struct {
+	Bytes    int64 // per second
+	Requests int64 // per second
 }
 
 // Boot is what a machine boots.

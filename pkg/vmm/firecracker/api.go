@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
 // What follows is the part of Firecracker's API (its file firecracker.yaml) that is used, by the names that it has there. All of it is in 1.10;
@@ -33,6 +35,44 @@ type drive struct {
 	IsReadOnly   bool   `json:"is_read_only"`
 	CacheType    string `json:"cache_type"` // "Writeback": the guest's flushes reach the disk
 	IOEngine     string `json:"io_engine"`  // "Sync" or "Async"
+
+	RateLimiter *rateLimiter `json:"rate_limiter,omitempty"`
+}
+
+type partialDrive struct {
+	DriveID     string       `json:"drive_id"`
+	RateLimiter *rateLimiter `json:"rate_limiter"`
+}
+
+type rateLimiter struct {
+	Bandwidth *tokenBucket `json:"bandwidth,omitempty"` // bytes
+	Ops       *tokenBucket `json:"ops,omitempty"`       // requests
+}
+
+// tokenBucket is refilled at Size per RefillTime, and holds no more than that.
+type tokenBucket struct {
+	Size       int64 `json:"size"`
+	RefillTime int64 `json:"refill_time"` // milliseconds
+}
+
+// limiter is what bounds a disk; nil for no limit.
+func limiter(l vmm.Limit) *rateLimiter {
+	if l == (vmm.Limit{}) {
+		return nil
+	}
+	return &rateLimiter{bucket(l.Bytes), bucket(l.Requests)}
+}
+
+// bucket is of a rate, per second; nil for none. It is small, so that what a guest may do at a time is.
+func bucket(rate int64) *tokenBucket {
+	const often = 10 // times per second
+	switch {
+	case rate == 0:
+		return nil
+	case rate%often != 0:
+		return &tokenBucket{rate, 1000}
+	}
+	return &tokenBucket{rate / often, 1000 / often}
 }
 
 type networkInterface struct {
@@ -63,9 +103,15 @@ type snapshotCreateParams struct {
 }
 
 type snapshotLoadParams struct {
-	SnapshotPath string        `json:"snapshot_path"`
-	MemBackend   memoryBackend `json:"mem_backend"`
-	ResumeVM     bool          `json:"resume_vm"`
+	SnapshotPath     string            `json:"snapshot_path"`
+	MemBackend       memoryBackend     `json:"mem_backend"`
+	ResumeVM         bool              `json:"resume_vm"`
+	NetworkOverrides []networkOverride `json:"network_overrides,omitempty"` // from 1.12 on
+}
+
+type networkOverride struct {
+	IfaceID     string `json:"iface_id"`
+	HostDevName string `json:"host_dev_name"`
 }
 
 type memoryBackend struct {
@@ -75,7 +121,8 @@ type memoryBackend struct {
 
 // instanceInfo is what GET / answers.
 type instanceInfo struct {
-	State string `json:"state"` // "Not started", "Running" or "Paused"
+	State   string `json:"state"`       // "Not started", "Running" or "Paused"
+	Version string `json:"vmm_version"` // "1.13.1"
 }
 
 // maxAnswer bounds an answer, in bytes.
@@ -159,26 +206,25 @@ func (c *client) put(ctx context.Context, path string, body any) error {
 	return c.call(ctx, http.MethodPut, path, body, nil)
 }
 
-// state asks in which state the machine is.
-func (c *client) state(ctx context.Context) (string, error) {
-	var info instanceInfo
-	err := c.call(ctx, http.MethodGet, "/", nil, &info)
-	return info.State, err
+// info asks in which state the machine is, and of which version Firecracker.
+func (c *client) info(ctx context.Context) (info instanceInfo, err error) {
+	err = c.call(ctx, http.MethodGet, "/", nil, &info)
+	return info, err
 }
 
 // await waits until Firecracker answers, which it does a few milliseconds after its start.
-func (c *client) await(ctx context.Context, ended <-chan struct{}) error {
+func (c *client) await(ctx context.Context, ended <-chan struct{}) (instanceInfo, error) {
 	const first, last = 500 * time.Microsecond, 10 * time.Millisecond
 	for pause := first; ; pause = min(2*pause, last) {
-		_, err := c.state(ctx)
+		info, err := c.info(ctx)
 		if err == nil {
-			return nil
+			return info, nil
 		}
 		select {
 		case <-ended:
-			return fmt.Errorf("firecracker has ended before it answered: %w", err)
+			return info, fmt.Errorf("firecracker has ended before it answered: %w", err)
 		case <-ctx.Done():
-			return fmt.Errorf("firecracker does not answer: %w", context.Cause(ctx))
+			return info, fmt.Errorf("firecracker does not answer: %w", context.Cause(ctx))
 		case <-time.After(pause):
 		}
 	}

@@ -150,7 +150,8 @@ func TestRequests(t *testing.T) {
 		Disks: []vmm.Disk{{Name: "disk", Size: 1 << 20}, {Name: "oci", Size: 1 << 20, ReadOnly: true}},
 	}
 	ctx := t.Context()
-	m, r := recorded(t, vmm.Config{Spec: spec, Boot: &vmm.Boot{Kernel: "/k", Initrd: "/i"}, Interface: "tap0"})
+	m, r := recorded(t, vmm.Config{Spec: spec, Boot: &vmm.Boot{Kernel: "/k", Initrd: "/i"}, Interface: "tap0",
+		DiskLimit: vmm.Limit{Bytes: 10 << 20, Requests: 15}})
 	if err := m.boot(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -186,12 +187,13 @@ func TestRequests(t *testing.T) {
 		resume   = "PATCH /vm " + `{"state":"Resumed"}`
 		snapshot = "PUT /snapshot/create " + `{"snapshot_type":"Full","snapshot_path":"/proc/self/fd/3","mem_file_path":"still"}`
 		look     = "GET / "
+		limits   = `"rate_limiter":{"bandwidth":{"size":1048576,"refill_time":100},"ops":{"size":15,"refill_time":1000}}`
 	)
 	want := []string{
 		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
 		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0"}`,
-		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async"}`,
-		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async"}`,
+		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
+		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
 		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,
 		"PUT /vsock " + `{"guest_cid":3,"uds_path":"vsock.sock"}`,
 		"PUT /entropy {}",
@@ -199,6 +201,7 @@ func TestRequests(t *testing.T) {
 		pause, snapshot, resume, pause, snapshot, resume,
 		pause, snapshot, look, resume, look, pause, snapshot, look, resume, look,
 		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/4","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/5"},"resume_vm":false}`,
+		"PATCH /drives/disk0 " + `{"drive_id":"disk0",` + limits + `}`, "PATCH /drives/disk1 " + `{"drive_id":"disk1",` + limits + `}`,
 	}
 	for i := range max(len(want), len(r.requests)) {
 		got, wanted := "", ""
@@ -257,13 +260,13 @@ func TestFaults(t *testing.T) {
 		t.Errorf("got error %v", err)
 	}
 	r.answers["GET /"] = "200 nonsense"
-	if _, err := m.api.state(t.Context()); err == nil {
+	if _, err := m.api.info(t.Context()); err == nil {
 		t.Error("an answer that is none is understood")
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	gone := errors.New("gone")
 	cancel(gone)
-	if err := m.api.await(ctx, nil); !errors.Is(err, gone) {
+	if _, err := m.api.await(ctx, nil); !errors.Is(err, gone) {
 		t.Errorf("got error %v, want %v", err, gone)
 	}
 }

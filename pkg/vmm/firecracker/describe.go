@@ -2,6 +2,7 @@ package firecracker
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -133,10 +134,19 @@ func checkSpec(spec vmm.Spec) error {
 		return fmt.Errorf("CPU count %d: Firecracker's guests have 1 to 32", spec.CPUCount)
 	case spec.MemorySize <= 0 || spec.MemorySize%(1<<20) != 0:
 		return fmt.Errorf("memory size %d: it has to be a multiple of 1 MiB", spec.MemorySize)
+	case spec.CPUModel != "" && spec.CPUTemplate != "":
+		return fmt.Errorf("CPU template %q and one of one's own exclude each other", spec.CPUModel)
+	case spec.CPUTemplate != "" && !isObject(spec.CPUTemplate):
+		return fmt.Errorf("CPU template %.40q is no JSON object", spec.CPUTemplate)
 	case spec.CPUModel != "" && !slices.Contains(templates, spec.CPUModel):
 		return fmt.Errorf("CPU template %q: Firecracker has %s", spec.CPUModel, strings.Join(templates, ", "))
 	}
 	return nil
+}
+
+func isObject(text string) bool {
+	var object map[string]json.RawMessage
+	return json.Unmarshal([]byte(text), &object) == nil && object != nil
 }
 
 // checkKVM reports why Firecracker cannot run here.
@@ -191,7 +201,7 @@ func (b *Backend) Compatible(ctx context.Context, saved vmm.Spec) error {
 	if err != nil {
 		return fail(err)
 	}
-	if saved.CPUModel == "" || saved.CPUModel == "None" {
+	if (saved.CPUModel == "" || saved.CPUModel == "None") && saved.CPUTemplate == "" {
 		for _, f := range saved.CPUFeatures {
 			if _, ok := slices.BinarySearch(has, f); !ok {
 				return fail(fmt.Errorf("cpuFeatures: the guest may use %q, which this host's processor lacks: use a CPU template (--cpu-template)", f))

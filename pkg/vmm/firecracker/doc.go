@@ -29,17 +29,24 @@
 //	console.in, .out  FIFOs: its standard input and output, which are the console
 //	vsock.sock        the guest's sockets (vmm.SocketFile), if Spec.Sockets; served by Firecracker itself
 //	0.disk, …         a link to each disk: device state has these names in it, and so fits any folder
+//	log, metrics      FIFOs: what it says and counts
 //	still             the FIFO at which a paused one waits
 //	firecracker.json  which process this is, for Adopt
 //
 // The process holds three descriptors it knows nothing of: a memfd for device state that is saved, one for what is loaded, and the RAM.
 //
+// # The jailer
+//
+// With [Options.Jailer], Firecracker runs in its jailer: Config.Dir, which has to be BASE/firecracker/ID/root, is its root folder, and Config.UID
+// and GID are who it is. What it inherits otherwise is there as files, in a small file system in memory; what the jailer closes is given to it by Config.Spawn
+// ([vmm.Requirements.Wrapped]). Network namespace, NUMA node and control group are ours to set, as without it.
+//
 // # Concurrency
 //
 // As [vmm.Machine] says. A machine has these goroutines, which have all ended when Done is closed: the waiter for the process and its
-// stderr, two or three that pump the console, and while it is paused one that waits for an answer.
+// stderr, two for its log, two for its metrics, two or three that pump the console, and while it is paused one that waits for an answer.
 //
 // # What it does not do
 //
-// No jailer: Config.UID and GID are refused. It does not serve disks, does not set the guest's clock, and has no hotplug.
+// No balloon: after a load, Firecracker would map private pages in place of those that it gives back. It does not serve disks, does not set the guest's clock, and has no hotplug.
 package firecracker

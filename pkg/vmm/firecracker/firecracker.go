@@ -2,6 +2,7 @@ package firecracker
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -29,11 +30,15 @@ const (
 	consoleOutput = "console.out"
 	stillFIFO     = "still"
 	logFIFO       = "log"
+	metricsFIFO   = "metrics"
 	identityFile  = "firecracker.json"
 )
 
 // diskLink is the name of the link to a disk, by its number.
 func diskLink(n int) string { return fmt.Sprintf("%d.disk", n) }
+
+// diskID is what a disk is called in device state.
+func diskID(n int) string { return fmt.Sprintf("disk%d", n) }
 
 // Descriptors that a Firecracker without a jail inherits, by their numbers there.
 const (
@@ -161,7 +166,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := b.checkKVM(); err != nil {
 		return nil, err
 	}
-	if err := config.CheckMemory(cfg); err != nil {
+	if err := config.Check(cfg); err != nil {
 		return nil, err
 	}
 	jail, err := b.findJail(cfg)
@@ -211,7 +216,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		}
 	}
 
-	line := []string{"--api-sock", apiSocket, "--log-path", logFIFO, "--level", "Warn", "--show-level"}
+	line := []string{"--api-sock", apiSocket, "--log-path", logFIFO, "--level", "Warn", "--show-level", "--metrics-path", metricsFIFO}
 	if jail == nil {
 		line = append(line, "--id", "drafter")
 	} else if binary, line, err = jail.command(binary, line); err != nil {
@@ -242,9 +247,11 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		}
 	}
 	m.startPumps()
-	if err := m.api.await(ctx, m.process.Ended); err != nil {
+	info, err := m.api.await(ctx, m.process.Ended)
+	if err != nil {
 		return nil, err
 	}
+	m.version = info.Version
 	if cfg.Boot != nil {
 		if err := m.boot(ctx); err != nil {
 			return nil, err
@@ -344,16 +351,19 @@ func (m *machine) boot(ctx context.Context) error {
 		{"/machine-config", machineConfiguration{spec.CPUCount, spec.MemorySize >> 20, spec.CPUModel}},
 		{"/boot-source", bootSource{kernel, initrd, spec.BootArgs}},
 	}
+	if spec.CPUTemplate != "" {
+		requests = append(requests, request{"/cpu-config", json.RawMessage(spec.CPUTemplate)})
+	}
 	engine := "Async"
 	if m.cfg.IOEngineSync {
 		engine = "Sync"
 	}
 	for i, disk := range spec.Disks {
-		id := fmt.Sprintf("disk%d", i)
-		requests = append(requests, request{"/drives/" + id, drive{id, diskLink(i), false, disk.ReadOnly, "Writeback", engine}})
+		id := diskID(i)
+		requests = append(requests, request{"/drives/" + id, drive{id, diskLink(i), false, disk.ReadOnly, "Writeback", engine, limiter(m.cfg.DiskLimit)}})
 	}
 	if spec.MAC != "" {
-		requests = append(requests, request{"/network-interfaces/net0", networkInterface{"net0", spec.MAC, m.cfg.Interface}})
+		requests = append(requests, request{"/network-interfaces/" + interfaceID, networkInterface{interfaceID, spec.MAC, m.cfg.Interface}})
 	}
 	if spec.Sockets {
 		requests = append(requests, request{"/vsock", vsock{guestCID, vmm.SocketFile}})
@@ -366,6 +376,13 @@ func (m *machine) boot(ctx context.Context) error {
 	}
 	return m.cfg.Graft(func() error { return m.api.put(ctx, "/actions", action{"InstanceStart"}) })
 }
+
+// interfaceID is what the network interface is called in device state.
+const interfaceID = "net0"
+
+// renames is the first version that a machine can be loaded by with another tap interface than it was saved with. Before that it has to be one of
+// the same name, in whatever namespace.
+var renames = [3]int{1, 12, 0}
 
 // guestCID is the guest's address in vsock. Addresses are no host's business: its sockets are files.
 const guestCID = 3

@@ -8,8 +8,10 @@ import (
 	"hash/crc64"
 	"io"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -42,15 +44,19 @@ type machine struct {
 	api  *client
 
 	jail    *jail
+	version string // of Firecracker; empty for one that was adopted
 	process *process.Process
 	console *console.Console // nil if nobody wants to know
 	words   *console.Console // of Firecracker itself
+	numbers *console.Console // that it counts
+	counted measures
 	cgroup  *cgroup.Group
 
 	saved   *os.File // a memfd that the process has, too: it writes device state into it
 	loaded  *os.File // another, from which it reads device state
 	in, out *os.File // the process's ends of its console
 	said    *os.File // and of its log
+	counts  *os.File // and of its metrics
 
 	still *still // of a paused machine; of whoever changes the state
 
@@ -67,8 +73,9 @@ type machine struct {
 }
 
 var (
-	_ vmm.Machine = (*machine)(nil)
-	_ vmm.Stater  = (*machine)(nil)
+	_ vmm.Machine  = (*machine)(nil)
+	_ vmm.Stater   = (*machine)(nil)
+	_ vmm.Measurer = (*machine)(nil)
 )
 
 func newMachine(cfg vmm.Config, jail *jail) *machine {
@@ -103,7 +110,7 @@ func (m *machine) linkDisks() error {
 
 // makeFiles makes what the process is connected by, and returns what it is to inherit.
 func (m *machine) makeFiles() (inherited []*os.File, err error) {
-	for _, name := range []string{consoleInput, consoleOutput, stillFIFO, logFIFO} {
+	for _, name := range []string{consoleInput, consoleOutput, stillFIFO, logFIFO, metricsFIFO} {
 		path := filepath.Join(m.cfg.Dir, name)
 		if err = unix.Mkfifo(path, 0o600); err == nil && m.jail != nil {
 			err = m.jail.take(name)
@@ -161,7 +168,7 @@ func (m *machine) openFiles() (err error) {
 // openFIFOs opens them for both directions, so that there is no end to them when others leave, and nobody waits: what is written
 // when nobody reads is lost.
 func (m *machine) openFIFOs() (err error) {
-	for name, file := range map[string]**os.File{consoleInput: &m.in, consoleOutput: &m.out, logFIFO: &m.said} {
+	for name, file := range map[string]**os.File{consoleInput: &m.in, consoleOutput: &m.out, logFIFO: &m.said, metricsFIFO: &m.counts} {
 		if *file, err = os.OpenFile(filepath.Join(m.cfg.Dir, name), os.O_RDWR|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0); err != nil {
 			return err
 		}
@@ -190,6 +197,7 @@ func (m *machine) path(fd int, jailed string) string {
 // startPumps pumps what Firecracker says, and the console if somebody wants that.
 func (m *machine) startPumps() {
 	m.words = console.Start(fifos{m.said, nil}, m.process.Stderr.Log(m.log), nil, m.log)
+	m.numbers = console.Start(fifos{m.counts, nil}, &m.counted, nil, m.log)
 	if m.cfg.SerialOutput != nil || m.cfg.SerialInput != nil {
 		m.console = console.Start(fifos{m.out, m.in}, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
 	}
@@ -270,14 +278,14 @@ func (m *machine) disconnect() {
 	for _, pump := range []struct {
 		*console.Console
 		of *os.File
-	}{{m.console, m.out}, {m.words, m.said}} {
+	}{{m.console, m.out}, {m.words, m.said}, {m.numbers, m.counts}} {
 		if pump.Console != nil {
 			drain(pump.of)
 			pump.Disconnect()
 			pump.Close()
 		}
 	}
-	for _, f := range []*os.File{m.in, m.out, m.said, m.saved, m.loaded} {
+	for _, f := range []*os.File{m.in, m.out, m.said, m.counts, m.saved, m.loaded} {
 		if f != nil {
 			f.Close()
 		}
@@ -300,7 +308,7 @@ func drain(fifo *os.File) {
 
 // files are what a machine has in its folder.
 func (m *machine) files() []string {
-	names := []string{apiSocket, consoleInput, consoleOutput, stillFIFO, logFIFO, vmm.SocketFile}
+	names := []string{apiSocket, consoleInput, consoleOutput, stillFIFO, logFIFO, metricsFIFO, vmm.SocketFile}
 	for i := range m.cfg.Spec.Disks {
 		names = append(names, diskLink(i))
 	}
@@ -349,11 +357,11 @@ func (m *machine) look(ctx context.Context) (lifecycle.State, error) {
 	if m.still != nil { // and answers nothing
 		return lifecycle.Paused, nil
 	}
-	said, err := m.api.state(ctx)
+	info, err := m.api.info(ctx)
 	if err != nil {
 		return lifecycle.Broken, err
 	}
-	switch said {
+	switch info.State {
 	case "Not started":
 		return lifecycle.Waiting, nil
 	case "Running":
@@ -361,7 +369,7 @@ func (m *machine) look(ctx context.Context) (lifecycle.State, error) {
 	case "Paused":
 		return lifecycle.Paused, nil
 	}
-	return lifecycle.Broken, fmt.Errorf("firecracker says that the machine is %q", said)
+	return lifecycle.Broken, fmt.Errorf("firecracker says that the machine is %q", info.State)
 }
 
 // settle finds out, after an operation failed for whatever reason, in which state the machine is.
@@ -392,7 +400,7 @@ func (m *machine) Pause(ctx context.Context) error {
 	if _, err := m.life.Begin("pause", lifecycle.Running); err != nil {
 		return err
 	}
-	err := m.api.call(ctx, "PATCH", "/vm", vmState{"Paused"}, nil)
+	err := m.api.call(ctx, http.MethodPatch, "/vm", vmState{"Paused"}, nil)
 	if err == nil {
 		err = m.stop(ctx)
 	}
@@ -403,7 +411,7 @@ func (m *machine) Pause(ctx context.Context) error {
 	back, cancel := context.WithTimeout(context.WithoutCancel(ctx), settleTime)
 	defer cancel()
 	if now, e := m.look(back); e == nil && now == lifecycle.Paused {
-		if e := m.api.call(back, "PATCH", "/vm", vmState{"Resumed"}, nil); e != nil {
+		if e := m.api.call(back, http.MethodPatch, "/vm", vmState{"Resumed"}, nil); e != nil {
 			m.log.Debug("cannot undo a failed pause", "error", e)
 		}
 	}
@@ -418,7 +426,7 @@ func (m *machine) Resume(ctx context.Context) error {
 	}
 	err := m.release(ctx)
 	if err == nil {
-		err = m.api.call(ctx, "PATCH", "/vm", vmState{"Resumed"}, nil)
+		err = m.api.call(ctx, http.MethodPatch, "/vm", vmState{"Resumed"}, nil)
 	}
 	if err != nil {
 		m.life.End(m.settle(ctx))
@@ -498,7 +506,7 @@ func (m *machine) release(ctx context.Context) error {
 	}
 	defer reader.Close() // and not before it has come to the FIFO
 	if m.still.answer == nil {
-		_, err = m.api.state(ctx) // it answers one after the other
+		_, err = m.api.info(ctx) // it answers one after the other
 	} else {
 		select {
 		case err = <-m.still.answer:
@@ -522,7 +530,7 @@ func (m *machine) findStill(ctx context.Context) error {
 	asked, cancel := context.WithCancel(ctx)
 	answers := make(chan error, 1)
 	m.asked.Go(func() {
-		_, err := m.api.state(asked)
+		_, err := m.api.info(asked)
 		answers <- err
 	})
 	defer m.asked.Wait()
@@ -610,7 +618,21 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 	if _, err := m.loaded.WriteAt(state, 0); err != nil {
 		return fmt.Errorf("write its state: %w", err)
 	}
-	return m.cfg.Graft(func() error {
-		return m.api.put(ctx, "/snapshot/load", snapshotLoadParams{m.loadedPath(), memoryBackend{"File", m.memoryPath()}, false})
-	})
+	params := snapshotLoadParams{SnapshotPath: m.loadedPath(), MemBackend: memoryBackend{"File", m.memoryPath()}}
+	if m.cfg.Spec.MAC != "" && slices.Compare(numbers(m.version), renames[:]) >= 0 {
+		params.NetworkOverrides = []networkOverride{{interfaceID, m.cfg.Interface}}
+	}
+	if err := m.cfg.Graft(func() error { return m.api.put(ctx, "/snapshot/load", params) }); err != nil {
+		return err
+	}
+	limit := limiter(m.cfg.DiskLimit)
+	if limit == nil {
+		return nil // and it has those that it was saved with
+	}
+	for i := range m.cfg.Spec.Disks {
+		if err := m.api.call(ctx, http.MethodPatch, "/drives/"+diskID(i), partialDrive{diskID(i), limit}, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -114,8 +114,16 @@ func arguments(cfg vmm.Config, caps *capabilities, fd descriptors) []string {
 	// in one of about 30 cases, and the guest's disk hangs, there and wherever the saved machine is loaded. The test
 	// vmmtest Cycles shows it.
 	for i, d := range spec.Disks {
-		add("-blockdev", blockdev(cfg, i).String())
-		virtio("virtio-blk-pci", fmt.Sprintf("disk%d", i), object{"drive": fmt.Sprintf("block%d", i), "serial": d.Name,
+		host := blockdev(cfg, i)
+		if limit := cfg.DiskLimit; limit != (vmm.Limit{}) {
+			group := fmt.Sprintf("limit%d", i)
+			host["node-name"] = fmt.Sprintf("unlimited%d", i)
+			add("-object", object{"qom-type": "throttle-group", "id": group, "limits": object{"bps-total": limit.Bytes, "iops-total": limit.Requests}}.String())
+			add("-blockdev", host.String())
+			host = object{"driver": "throttle", "node-name": blockNode(i), "throttle-group": group, "file": host["node-name"], "read-only": d.ReadOnly, "discard": "unmap"}
+		}
+		add("-blockdev", host.String())
+		virtio("virtio-blk-pci", fmt.Sprintf("disk%d", i), object{"drive": blockNode(i), "serial": d.Name,
 			"write-cache": "on", "werror": "report", "rerror": "report"})
 	}
 	if spec.MAC != "" {
@@ -211,10 +219,13 @@ func bootArgs(spec vmm.Spec) string {
 	return strings.Join(args, " ")
 }
 
+// blockNode is what QEMU calls disk i.
+func blockNode(i int) string { return fmt.Sprintf("block%d", i) }
+
 // blockdev returns the host's end of disk i. Caching is the owner's job: direct, except where a file cannot.
 func blockdev(cfg vmm.Config, i int) object {
 	d, at := cfg.Spec.Disks[i], cfg.Disks[i]
-	o := object{"node-name": fmt.Sprintf("block%d", i), "read-only": d.ReadOnly, "discard": "unmap"}
+	o := object{"node-name": blockNode(i), "read-only": d.ReadOnly, "discard": "unmap"}
 	if at.Socket != "" {
 		// Relative: the same name before and after the change of the root directory.
 		rel, _ := filepath.Rel(cfg.Dir, at.Socket)

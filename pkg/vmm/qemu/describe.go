@@ -107,6 +107,9 @@ func checkSpec(spec vmm.Spec, caps *capabilities) error {
 		return fmt.Errorf("machineType is %q, but QEMU %s has no such board; its own is %q: install the QEMU version that made this machine, or a newer one",
 			spec.MachineType, caps.version(), caps.machineType())
 	}
+	if spec.CPUTemplate != "" {
+		return errors.New("cpuTemplate is set, and QEMU has no templates of one's own: name a CPU model (--cpu-template)")
+	}
 	if slices.Contains(firecrackerTemplates, spec.CPUModel) && !slices.Contains(caps.CPUModels, spec.CPUModel) {
 		return fmt.Errorf("CPU template %q is Firecracker's: with QEMU name one of its CPU models, for example \"Skylake-Server\" (%s -cpu help lists them)",
 			spec.CPUModel, program)

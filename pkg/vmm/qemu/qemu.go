@@ -147,7 +147,7 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := checkSpec(cfg.Spec, caps); err != nil {
 		return nil, err
 	}
-	if err := config.CheckMemory(cfg); err != nil {
+	if err := config.Check(cfg); err != nil {
 		return nil, err
 	}
 	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {

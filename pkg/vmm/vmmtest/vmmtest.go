@@ -96,6 +96,7 @@ func Run(t *testing.T, h Harness) {
 		{"SlowConsole", s.testSlowConsole},
 		{"Channel", s.testChannel},
 		{"Disk", s.testDisk},
+		{"DiskLimit", s.testDiskLimit},
 		{"Reboot", s.testReboot},
 		{"Poweroff", s.testPoweroff},
 		{"Killed", s.testKilled},
@@ -560,6 +561,25 @@ func (s *suite) testDisk(t *testing.T) {
 	}
 }
 
+// testDiskLimit loads a machine whose disk may do less than the guest would.
+func (s *suite) testDiskLimit(t *testing.T) {
+	ctx := testContext(t)
+	ram, disk := s.copies(t)
+	cfg := s.config(t, ram, disk)
+	const rate, flushes = 5, 10 // without a limit they take less than half a second
+	cfg.DiskLimit = vmm.Limit{Bytes: 64 << 20, Requests: rate}
+	i := s.start(t, cfg, disk)
+	if err := errors.Join(i.Load(ctx, bytes.NewReader(s.state)), i.Resume(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	s.guest.flush(t, i, flushes)
+	// Each takes one request at least, and as many as may come in a second may come at once.
+	if took, least := time.Since(began), (flushes-rate)*time.Second/rate; took < least {
+		t.Errorf("%d flushes took %v, and may not take less than %v", flushes, took, least)
+	}
+}
+
 func (s *suite) testReboot(t *testing.T) {
 	i := s.running(t)
 	s.reboot(t, i)
@@ -638,6 +658,7 @@ func (s *suite) testFailedStart(t *testing.T) {
 		{"disk of another name", func(c *vmm.Config) { c.Disks = []vmm.Attachment{{Name: "other", Path: disk}} }, "other"},
 		{"no memory", func(c *vmm.Config) { c.Memory = nil }, "memory"},
 		{"memory of another size", func(c *vmm.Config) { c.Spec.MemorySize *= 2 }, "memory"},
+		{"negative limit", func(c *vmm.Config) { c.DiskLimit.Requests = -1 }, "-1"},
 		{"no such kernel", func(c *vmm.Config) { c.Boot = &vmm.Boot{Kernel: "/nonexistent/vmlinux"} }, "/nonexistent/vmlinux"},
 		{"not a kernel", func(c *vmm.Config) { c.Boot = &vmm.Boot{Kernel: "/proc/self/status"} }, ""},
 		{"no such binary", func(c *vmm.Config) { c.Binary = "/nonexistent/vmm" }, "/nonexistent/vmm"},

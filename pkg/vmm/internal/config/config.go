@@ -27,8 +27,8 @@ func CheckFolder(dir string, sockets ...string) error {
 	return nil
 }
 
-// CheckMemory checks the guest's RAM.
-func CheckMemory(cfg vmm.Config) error {
+// Check checks the guest's RAM, and the limit of its disks.
+func Check(cfg vmm.Config) error {
 	if cfg.Memory == nil {
 		return errors.New("there is no memory: a memfd of the machine's size is needed")
 	}
@@ -38,6 +38,9 @@ func CheckMemory(cfg vmm.Config) error {
 	}
 	if info.Size() != cfg.Spec.MemorySize {
 		return fmt.Errorf("the memory has %d bytes, but the machine's is described with %d", info.Size(), cfg.Spec.MemorySize)
+	}
+	if l := cfg.DiskLimit; l.Bytes < 0 || l.Requests < 0 {
+		return fmt.Errorf("limit of disks: %d bytes and %d requests per second: neither can be negative (0: no limit)", l.Bytes, l.Requests)
 	}
 	return nil
 }

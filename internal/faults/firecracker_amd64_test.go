@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,7 +22,38 @@ import (
 func TestFirecrackerProcesses(t *testing.T) {
 	guest := tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN")}
 	// A disk that will be full is TestFirecrackerFull's: there is too little to come for one to become full here.
-	newRoom(t, guest).play(t, slices.DeleteFunc(scenes(), func(s scene) bool { return s.victim == destinationDisk }))
+	r := newRoom(t, guest)
+	t.Run("peer and machine", r.killsBoth)
+	r.play(t, slices.DeleteFunc(scenes(), func(s scene) bool { return s.victim == destinationDisk }))
+}
+
+// killsBoth kills a peer, and then its machine, which may be waiting for a disk that nobody serves any more. Started again, the guest boots.
+func (r *room) killsBoth(t *testing.T) {
+	defer r.killAll()
+	for n := range 5 {
+		p := r.peer(t, fmt.Sprintf("both%d", n))
+		p.says(t, "Resumed VM")
+		r.tenant.begin(t, p)
+		flushed := r.tenant.flushed(t, p)
+		machines := r.machines(p.name)
+		p.kill()
+		time.Sleep(time.Duration(n) * 10 * time.Millisecond) // the guest comes to its disk, every 50 ms or so
+		for _, pid := range machines {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		again := r.peer(t, p.name, "--boot")
+		if again.says(t, "Booted VM") == "" {
+			t.Fatalf("the guest does not boot:\n%s", again.said())
+		}
+		r.tenant.booted(t, again, flushed)
+		r.tenant.verifyDisk(t, again, flushed)
+		if left := r.machines(p.name); len(left) != 1 {
+			t.Errorf("it has processes %v, and is to have one", left)
+		}
+		_ = again.Process.Signal(syscall.SIGTERM)
+		again.ends(t)
+	}
+	r.checkClean(t)
 }
 
 // tiny is the guest of package tinyguest, in Firecracker.

@@ -18,7 +18,7 @@ var ErrFleeting = errors.New("this kernel cannot repeat what a dead process was 
 
 // Connection is the mount's connection with the kernel, for a program to inherit that uses the files: then it need not end with this process.
 // What is asked of the files waits, from the end of this process until another has taken the mount over with [AdoptFUSE]; and nobody who looks
-// at the folder can go on until then. The caller closes it.
+// at the folder can go on until then, nor can a program be killed that waits for an answer: [DetachFUSE] ends that. The caller closes it.
 func (m *Mount) Connection() (*os.File, error) {
 	if !m.lasting {
 		return nil, ErrFleeting
@@ -42,6 +42,14 @@ func control(f *os.File, do func(fd int) error) error {
 	var err error
 	failed = raw.Control(func(fd uintptr) { err = do(int(fd)) })
 	return errors.Join(failed, err)
+}
+
+// DetachFUSE takes away what is mounted at dir, from everybody, if anything is: who waits for an answer of a dead process gets an error instead.
+func DetachFUSE(dir string) error {
+	if err := detach(dir); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil
 }
 
 // AdoptFUSE takes over the mount at dir whose process has died, or has abandoned it. The connection is that of [Mount.Connection], and is closed;

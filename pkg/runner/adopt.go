@@ -50,7 +50,7 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 		return i, nil
 	case errors.Is(err, errNeverRan):
 		state := i.device(StateDevice)
-		err := o.end(context.WithoutCancel(ctx), cfg.backends())
+		err := i.end(context.WithoutCancel(ctx), o)
 		if err == nil {
 			err = restoreSaved(state)
 		}
@@ -60,7 +60,7 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 		return again(ctx, cfg)
 	case o.ended(endingTime / 10):
 		// It was on its way out. What is left is what a power cut leaves.
-		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), reap(o.root, o.note, cfg.backends()))
+		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), i.reap(o.root, o.note))
 	default:
 		err = fmt.Errorf("adopt instance: %w: its machine (process %d, in %q) lives on: try again, or end it (kill -9 %d) and start the instance with --boot", err, o.pid, o.root, o.pid)
 	}

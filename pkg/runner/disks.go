@@ -5,8 +5,6 @@ import (
 	"path/filepath"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/drafter-vm/drafter/pkg/expose"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
@@ -92,10 +90,12 @@ func (i *Instance) mountDisks(exports []expose.Export) ([]vmm.Attachment, error)
 	return attachments, nil
 }
 
-// unmountDisks takes away what a dead process has mounted in the folder root of an ended machine.
-func unmountDisks(root string) {
-	// Nothing is mounted there as a rule.
-	_ = unix.Unmount(filepath.Join(root, "root", disksFolder), unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+// unmountDisks takes away what a dead process has mounted in the folder root of a machine that has ended, or is to: as long as it
+// waits for one of its disks it cannot.
+func (i *Instance) unmountDisks(root string) {
+	if err := expose.DetachFUSE(filepath.Join(root, "root", disksFolder)); err != nil {
+		i.log.Debug("the disks of an ended machine are mounted still", "error", err)
+	}
 }
 
 // export is a disk as it is served.

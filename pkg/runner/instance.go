@@ -435,6 +435,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		}
 	}()
 
+	i.reapAll()
 	sizes := make(map[string]int64)
 	if r != nil {
 		i.desc = r.desc
@@ -482,7 +483,6 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			}
 		}
 	}
-	i.reapAll()
 	rank := make(map[string]int)
 	for n, c := range cfg.Devices {
 		rank[c.Name] = n
@@ -549,7 +549,7 @@ func (i *Instance) lock(ctx context.Context, state *device, mode openMode) error
 		return nil
 	}
 	i.log.Info("the machine of an owner that died is ended: it holds nothing of use", "pid", o.pid, "status", r.Status)
-	if err := o.end(ctx, i.cfg.backends()); err != nil {
+	if err := i.end(ctx, o); err != nil {
 		return err
 	}
 	o.close()

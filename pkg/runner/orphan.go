@@ -91,10 +91,10 @@ func (i *Instance) reapFolders(dir string) {
 		if err != nil {
 			continue // being made, or none of ours
 		}
-		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
-			if err := reap(root, f, i.cfg.backends()); err != nil {
-				i.log.Warn("what an ended machine left could not be removed", "error", err)
-			}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+			i.unblock(root, f)
+		} else if err := i.reap(root, f); err != nil {
+			i.log.Warn("what an ended machine left could not be removed", "error", err)
 		}
 		f.Close()
 	}
@@ -141,13 +141,26 @@ func lockFolder(dir string, how int) (*os.File, error) {
 }
 
 // reap removes what an ended machine has left. Its note is locked by us.
-func reap(root string, note *os.File, backends []vmm.Backend) error {
+func (i *Instance) reap(root string, note *os.File) error {
 	n, err := readNote(note)
-	unmountDisks(root)
-	if reaper, ok := named(backends, n.Hypervisor).(vmm.Reaper); ok && err == nil {
-		err = reaper.Reap(vmm.Config{Dir: filepath.Join(root, "root"), CgroupVersion: n.CgroupVersion, CgroupName: filepath.Base(root)})
+	i.unmountDisks(root)
+	if reaper, ok := named(i.cfg.backends(), n.Hypervisor).(vmm.Reaper); ok && err == nil {
+		err = reaper.Reap(n.config(root))
 	}
 	return errors.Join(err, os.RemoveAll(root))
+}
+
+// unblock lets a machine end that somebody has killed, and that waits for the dead owner of its disks.
+func (i *Instance) unblock(root string, note *os.File) {
+	n, err := readNote(note)
+	if e, ok := named(i.cfg.backends(), n.Hypervisor).(vmm.Ender); ok && err == nil && e.Ending(n.config(root)) {
+		i.unmountDisks(root)
+	}
+}
+
+// config is what a backend needs to know of a machine without an owner.
+func (n machineNote) config(root string) vmm.Config {
+	return vmm.Config{Dir: filepath.Join(root, "root"), CgroupVersion: n.CgroupVersion, CgroupName: filepath.Base(root)}
 }
 
 // orphan is a living machine whose owner has died. Its descriptors are ours too.
@@ -337,16 +350,17 @@ func (o *orphan) ended(d time.Duration) bool {
 }
 
 // end kills the machine and removes what it has. The lock on the instance stays, with o.owner.
-func (o *orphan) end(ctx context.Context, backends []vmm.Backend) error {
+func (i *Instance) end(ctx context.Context, o *orphan) error {
 	if err := unix.PidfdSendSignal(int(o.pidfd.Fd()), unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("end process %d: %w", o.pid, err)
 	}
+	i.unmountDisks(o.root)
 	for !o.ended(50 * time.Millisecond) {
 		if ctx.Err() != nil {
 			return fmt.Errorf("wait for the end of process %d: %w", o.pid, context.Cause(ctx))
 		}
 	}
-	err := reap(o.root, o.note, backends)
+	err := i.reap(o.root, o.note)
 	os.Remove(filepath.Dir(o.root)) // of the hypervisor; fails, rightly, when it is not empty
 	return err
 }

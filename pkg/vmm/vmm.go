@@ -106,6 +106,12 @@ type Reaper interface {
 	Reap(cfg Config) error
 }
 
+// Ender is implemented by backends whose machines cannot end while they wait for a disk that nobody serves any more.
+type Ender interface {
+	// Ending reports whether the process of the machine in cfg.Dir has been killed, and has not ended yet.
+	Ending(cfg Config) bool
+}
+
 // Announcer is implemented by machines that can have the network send their guest's packets here before the guest runs
 // here. A guest that is paused at its old place gets nothing there: packets are lost, which costs their senders a timeout
 // of 200 ms or more. Here they wait for Resume, as many as the interface's queue holds.

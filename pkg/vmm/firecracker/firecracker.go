@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -76,6 +77,7 @@ var (
 	_ vmm.Backend   = (*Backend)(nil)
 	_ vmm.Adopter   = (*Backend)(nil)
 	_ vmm.Reaper    = (*Backend)(nil)
+	_ vmm.Ender     = (*Backend)(nil)
 	_ vmm.Demanding = (*Backend)(nil)
 )
 
@@ -318,8 +320,8 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 
 // Reap implements [vmm.Reaper].
 func (b *Backend) Reap(cfg vmm.Config) error {
-	for _, dir := range []string{cfg.Dir, filepath.Dir(cfg.Dir)} { // the second if it had a jail
-		if id, err := process.Read(filepath.Join(dir, identityFile)); err == nil && id.Alive() {
+	for _, id := range identities(cfg.Dir) {
+		if id.Alive() {
 			return fmt.Errorf("reap machine in %q: process %d is alive", cfg.Dir, id.PID)
 		}
 	}
@@ -328,6 +330,21 @@ func (b *Backend) Reap(cfg vmm.Config) error {
 		return nil
 	}
 	return cgroup.Find(cfg.CgroupVersion, cfg.CgroupName).Remove()
+}
+
+// Ending implements [vmm.Ender].
+func (b *Backend) Ending(cfg vmm.Config) bool {
+	return slices.ContainsFunc(identities(cfg.Dir), process.Identity.Ending)
+}
+
+// identities are those of a machine's process that are written down, in the one place or the other.
+func identities(dir string) (all []process.Identity) {
+	for _, dir := range []string{dir, filepath.Dir(dir)} { // the second if it had a jail
+		if id, err := process.Read(filepath.Join(dir, identityFile)); err == nil {
+			all = append(all, id)
+		}
+	}
+	return all
 }
 
 // boot tells Firecracker of the machine, and starts it.

@@ -159,21 +159,54 @@ func (id Identity) Alive() bool {
 	return err == nil && start == id.Start
 }
 
+// Ending reports whether the process has been killed and has not ended: one of its threads may be waiting for what cannot be interrupted.
+func (id Identity) Ending() bool {
+	fields, err := statOf(id.PID)
+	if err != nil || fields[19] != strconv.FormatUint(id.Start, 10) {
+		return false
+	}
+	const exiting = 0x4 // PF_EXITING of linux/sched.h
+	if flags, err := strconv.ParseUint(fields[6], 10, 64); fields[0] == "Z" || err == nil && flags&exiting != 0 {
+		return true
+	}
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", id.PID))
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(status)) {
+		name, value, _ := strings.Cut(line, ":")
+		pending, err := strconv.ParseUint(strings.TrimSpace(value), 16, 64)
+		if (name == "SigPnd" || name == "ShdPnd") && err == nil && pending&(1<<(syscall.SIGKILL-1)) != 0 {
+			return true
+		}
+	}
+	return false
+}
+
 // startTime returns field 22 of /proc/PID/stat; zombies count as ended.
 func startTime(pid int) (uint64, error) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	fields, err := statOf(pid)
 	if err != nil {
 		return 0, err
-	}
-	// Field 2, the program's name, may contain anything, but the last parenthesis ends it.
-	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	if len(fields) < 20 {
-		return 0, fmt.Errorf("parse /proc/%d/stat", pid)
 	}
 	if fields[0] == "Z" || fields[0] == "X" {
 		return 0, errors.New("it has ended")
 	}
 	return strconv.ParseUint(fields[19], 10, 64)
+}
+
+// statOf are the fields of /proc/PID/stat from the third on, 20 at least (proc_pid_stat(5)).
+func statOf(pid int) ([]string, error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil, err
+	}
+	// Field 2, the program's name, may contain anything, but the last parenthesis ends it.
+	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	if len(fields) < 20 {
+		return nil, fmt.Errorf("parse /proc/%d/stat", pid)
+	}
+	return fields, nil
 }
 
 // Tail keeps the end of what a process said.

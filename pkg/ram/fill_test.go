@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -628,4 +629,29 @@ func TestFillMisuse(t *testing.T) {
 	wait(t, f)
 	f = startFill(t, mem, newSource(nil), FillOptions{Ranges: []block.Range{}})
 	wait(t, f)
+}
+
+// TestFillStrayFaults: a VMM that was taken over by its guest can have us told of page faults that are none of its memory's, by the userfaultfd that
+// it holds, too. They are nobody's but its own: its memory is filled, and its other threads served.
+func TestFillStrayFaults(t *testing.T) {
+	needFull(t)
+	checkLeaks(t)
+	const size = 4 << 20
+	mem := create(t, size)
+	v := startVMM(t, mem, Options{})
+	v.attach(mem)
+	f := startFill(t, mem, newSource(contents(size, 1)), FillOptions{demandOnly: true})
+	v.do("stray")
+	for page := range 8 {
+		if got, want := v.ask("peek %d", page*pageSize), contents(size, 1)[page*pageSize]; got != strconv.Itoa(int(want)) {
+			t.Errorf("page %d begins with %s, want %d", page, got, want)
+		}
+	}
+	if got := v.ask("verify 1 2"); got != "0" {
+		t.Errorf("%s pages differ", got)
+	}
+	wait(t, f)
+	if s := f.Stats(); s.Failures != 0 || s.Faults > 2*size/pageSize {
+		t.Errorf("of %d pages it has served %d faults, and failed %d times", size/pageSize, s.Faults, s.Failures)
+	}
 }

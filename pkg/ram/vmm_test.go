@@ -142,6 +142,27 @@ func vmmMain() {
 			answer = strconv.Itoa(int(mem[arg(1)]))
 		case "touch": // offset, in the background
 			touching.Go(func() { _ = *(*byte)(unsafe.Pointer(&mem[arg(1)])); sink.Add(int64(mem[arg(1)])) })
+		case "stray": // has whoever fills its memory told of faults that are somewhere else
+			found, err := findUFFDs(os.Getpid())
+			if err != nil || len(found) == 0 {
+				panic(fmt.Sprint("no userfaultfd: ", err))
+			}
+			const length = 1 << 20
+			area, err := unix.Mmap(-1, 0, length, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+			if err != nil {
+				panic(err)
+			}
+			fd, err := unix.Dup(found[0].fd)
+			if err != nil {
+				panic(err)
+			}
+			u := newUFFD(fd)
+			if err := u.register(uffdRange{uint64(uintptr(unsafe.Pointer(&area[0]))), length}, modeMissing); err != nil {
+				panic(err)
+			}
+			for at := 0; at < length; at += 64 << 10 {
+				go func() { sink.Add(int64(area[at])) }() // for ever
+			}
 		case "join":
 			touching.Wait()
 		case "populate": // reads everything, as a VMM may that looks for something

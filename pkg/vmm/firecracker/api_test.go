@@ -146,7 +146,7 @@ var someState = func() []byte {
 // TestRequests: what is said to Firecracker is what it was last time, and what the API of each version takes.
 func TestRequests(t *testing.T) {
 	spec := vmm.Spec{
-		CPUCount: 2, MemorySize: 512 << 20, CPUModel: "T2", MAC: "02:0e:d9:fd:68:3d", Sockets: true, BootArgs: "console=ttyS0",
+		CPUCount: 2, MemorySize: 512 << 20, CPUModel: "T2", MAC: "02:0e:d9:fd:68:3d", Sockets: true, BootArgs: "console=ttyS0 pci=conf1",
 		Disks: []vmm.Disk{{Name: "disk", Size: 1 << 20}, {Name: "oci", Size: 1 << 20, ReadOnly: true}},
 	}
 	ctx := t.Context()
@@ -191,7 +191,7 @@ func TestRequests(t *testing.T) {
 	)
 	want := []string{
 		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
-		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0"}`,
+		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0 pci=conf1 reboot=k i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd"}`,
 		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
 		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
 		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,

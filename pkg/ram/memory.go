@@ -33,13 +33,14 @@ type Memory struct {
 
 	// mu guards what follows, and orders everything that changes the registration of the VMM's mappings. It is held
 	// during those system calls, never while waiting for a source or a page.
-	mu       sync.Mutex
-	handle   *Handle        // nil: not attached
-	maps     mappings       // where the VMM has it; set with handle, never changed
-	mode     uint64         // with which the mappings are registered; 0: not at all
-	tracking bool           // a Tracker runs
-	method   trackingMethod // how, if one does
-	closed   bool
+	mu        sync.Mutex
+	handle    *Handle        // nil: not attached
+	maps      mappings       // where the VMM has it; set with handle, never changed
+	mode      uint64         // with which the mappings are registered; 0: not at all
+	tracking  bool           // a Tracker runs
+	method    trackingMethod // how, if one does
+	collapsed bool           // by us, into huge pages, since it was tracked
+	closed    bool
 
 	// filler is the latest filling that may still have to bring pages: absent once one has completed and its
 	// registration is gone. Device asks it before it touches the file.

@@ -267,10 +267,24 @@ func mapInto(pid, fd int, m *Memory) (addr uint64, err error) {
 		return 0, err
 	}
 	defer func() { err = errors.Join(err, t.close()) }()
-	addr, err = t.call(unix.SYS_MMAP, 0, uint64(m.size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE, uint64(fd), 0)
+	// At an address where huge pages can be: there is a place for it in a mapping that is larger by one.
+	const private = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE
+	size := uint64(m.size)
+	place, err := t.call(unix.SYS_MMAP, 0, size+HugePage, unix.PROT_NONE, private, ^uint64(0), 0)
+	if err == nil {
+		addr = (place + HugePage - 1) &^ (HugePage - 1)
+		_, err = t.call(unix.SYS_MMAP, addr, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_NORESERVE|unix.MAP_FIXED, uint64(fd), 0)
+	}
+	for _, rest := range []uffdRange{{place, addr - place}, {addr + size, place + HugePage - addr}} {
+		if err == nil && rest.len > 0 {
+			_, err = t.call(unix.SYS_MUNMAP, rest.start, rest.len)
+		}
+	}
 	if err != nil {
 		return 0, fmt.Errorf("map memory %q into process %d: %w", m.name, pid, err)
 	}
+	// Allowed to those who ask for them, huge pages are given to a guest that boots as it comes to touch them. No kernel needs to have any.
+	_, _ = t.call(unix.SYS_MADVISE, addr, size, unix.MADV_HUGEPAGE)
 	return addr, nil
 }
 

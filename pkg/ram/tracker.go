@@ -156,7 +156,13 @@ func (m *Memory) trackByProtection(ctx context.Context) (*protection, error) {
 	m.marks.Store(newBitmap(m.size / pageSize))
 	p := &protection{m: m, pagemap: pagemap, vec: make([]pageRegion, 4096)}
 	if err = m.register(modeWP); err == nil {
-		if err = p.scan(ctx, func(block.Range) {}); err == nil {
+		step := int64(scanStep)
+		if m.collapsed || HugePages() == nil {
+			// A huge page that is armed as one is written as one. Of a part of it, the kernel arms small ones.
+			step = HugePage / 2
+		}
+		if err = p.scan(ctx, step, func(block.Range) {}); err == nil {
+			m.collapsed = false
 			return p, nil
 		}
 	}
@@ -169,17 +175,19 @@ func (p *protection) collect(ctx context.Context, found func(block.Range)) error
 	p.m.marks.Load().drain(func(lo, hi int64) {
 		found(block.Range{Offset: lo * pageSize, Length: (hi - lo) * pageSize})
 	})
-	return p.scan(ctx, found)
+	return p.scan(ctx, scanStep, found)
 }
 
-// scan tells what the kernel knows to be written, and arms the tracking of it again.
-func (p *protection) scan(ctx context.Context, found func(block.Range)) error {
+// scanStep is how many bytes are scanned between two looks at the context.
+const scanStep = 1 << 30
+
+// scan tells what the kernel knows to be written, and arms the tracking of it again, step bytes at a time.
+func (p *protection) scan(ctx context.Context, step int64, found func(block.Range)) error {
 	m := p.m
 	raw, err := p.pagemap.SyscallConn()
 	if err != nil {
 		return err
 	}
-	const step = 1 << 30 // bytes between two looks at ctx
 	for _, mp := range m.maps {
 		for done := int64(0); done < mp.length; done += step {
 			if ctx.Err() != nil {

@@ -33,6 +33,7 @@ type machineFlags struct {
 	numaNode      int
 	cgroupVersion int
 	ioEngineSync  bool
+	hugePages     bool
 	diskBandwidth int64
 	diskIOPS      int64
 	enableOutput  bool
@@ -56,6 +57,7 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.IntVar(&m.numaNode, "numa-node", 0, "NUMA node for the machine's CPUs and memory (-1: any; the default where this host has no such node)")
 	flags.IntVar(&m.cgroupVersion, "cgroup-version", 2, "hierarchy in which the machine gets a control group of its own: 1 or 2 (0: none; the default where this user cannot make one)")
 	flags.BoolVar(&m.ioEngineSync, "io-engine-sync", false, "synchronous disks: each request is finished before the next is begun")
+	flags.BoolVar(&m.hugePages, "huge-pages", false, "put the guest's memory into huge pages once all of it is here (docs/hypervisors.md says what the host needs)")
 	flags.Int64Var(&m.diskBandwidth, "disk-bandwidth", 0, "most that the guest reads and writes of each disk, in bytes per second (0: no limit)")
 	flags.Int64Var(&m.diskIOPS, "disk-iops", 0, "most requests of the guest to each disk per second (0: no limit)")
 	flags.BoolVar(&m.enableOutput, "enable-output", true, "print the guest's console on stdout")
@@ -112,6 +114,11 @@ func (m *machineFlags) check() error {
 		}
 		if _, err := exec.LookPath(program.path); err != nil {
 			return fmt.Errorf("--%s: %w: give the path of %s, or leave it out", program.flag, err, program.name)
+		}
+	}
+	if m.hugePages {
+		if err := runner.CheckHugePages(); err != nil {
+			return fmt.Errorf("--huge-pages: %w, or leave it out", err)
 		}
 	}
 	if m.numaNode >= 0 {
@@ -204,7 +211,7 @@ func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, []vmm.Backend, 
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
 		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion,
-		IOEngineSync: m.ioEngineSync, DiskLimit: vmm.Limit{Bytes: m.diskBandwidth, Requests: m.diskIOPS},
+		IOEngineSync: m.ioEngineSync, HugePages: m.hugePages, DiskLimit: vmm.Limit{Bytes: m.diskBandwidth, Requests: m.diskIOPS},
 	}
 	if m.numaNode >= 0 {
 		h.NUMANode = &m.numaNode

@@ -239,3 +239,63 @@ func TestFirecrackerFull(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestFirecrackerHuge: a guest that was resumed comes to have its memory in huge pages, moves by small ones, and has huge ones again.
+func TestFirecrackerHuge(t *testing.T) {
+	const setting = "/sys/kernel/mm/transparent_hugepage/shmem_enabled"
+	if runner.CheckHugePages() != nil {
+		if err := os.WriteFile(setting, []byte("advise"), 0); err != nil {
+			t.Skipf("SKIPPED, not tested: huge pages cannot be allowed here: %v", err)
+		}
+		t.Cleanup(func() { _ = os.WriteFile(setting, []byte("never"), 0) })
+	}
+	b := backend(t)
+	console := new(buffer)
+	host := runner.Host{Dir: shortDir(t), SerialOutput: console, HugePages: true}
+	pkg, work := pack(t, b, runner.Host{Dir: host.Dir}), shortDir(t)
+	p, err := peer.Resume(t.Context(), peerOf(t, b, host, pkg, filepath.Join(work, "0")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Kill() })
+	becomesHuge := func() {
+		t.Helper()
+		const least = 8 << 10 // of 12 MiB that it counts in
+		for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", p.Instance().Machine().PID()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			_, line, _ := strings.Cut(string(text), "ShmemPmdMapped:")
+			var kb int
+			if _, err := fmt.Sscan(line, &kb); err == nil && kb >= least {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%d KiB of its memory are in huge pages, want %d", kb, least)
+			}
+		}
+	}
+	becomesHuge()
+	counts(t, p, count(t, p), console)
+	x, y := streams(t)
+	done := make(chan error, 1)
+	go func() {
+		_, err := p.Send(t.Context(), []io.ReadWriter{x})
+		done <- err
+	}()
+	next, _, err := peer.Receive(t.Context(), peerOf(t, b, host, pkg, filepath.Join(work, "1")), []io.ReadWriter{y})
+	if err != nil {
+		t.Fatalf("%v, and the source: %v", err, <-done)
+	}
+	t.Cleanup(func() { next.Kill() })
+	if err := errors.Join(<-done, p.Close(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	p = next
+	becomesHuge()
+	counts(t, p, count(t, p), console)
+	if err := p.Close(t.Context()); err != nil {
+		t.Error(err)
+	}
+}

@@ -157,6 +157,8 @@ type Host struct {
 	Binary        string // of the hypervisor; empty: from PATH
 	IOEngineSync  bool   // each request of a disk is finished before the next is begun
 
+	HugePages bool // the guest's memory is put into huge pages, once all of it is here; see CheckHugePages
+
 	DiskLimit vmm.Limit // of each disk, for machines that are started; one that is adopted has its own
 
 	SerialOutput io.Writer // what the guest's console prints; nil: discarded

@@ -87,6 +87,8 @@ type Instance struct {
 	guest   *guest        // nil when the machine has no guest sockets
 	quiet   chan struct{} // of a guest that was received: closed when it may notice
 
+	huge background // see useHugePages
+
 	late late // what arrives while the guest runs
 
 	point point // to which it can return
@@ -903,6 +905,7 @@ func (i *Instance) run(ctx context.Context) error {
 	i.note(func() { i.phase, i.runsSince = running, time.Now() })
 	call(i.cfg.Hooks.Resumed)
 	i.show()
+	i.useHugePages()
 	return nil
 }
 
@@ -1480,6 +1483,7 @@ func (i *Instance) save(ctx context.Context) error {
 // teardown ends and removes everything that start made, and closes the devices. It works on whatever there is.
 func (i *Instance) teardown() error {
 	i.enter(closed)
+	i.huge.end()
 	errs := []error{i.Throttle(context.Background(), 0)}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())

@@ -445,6 +445,9 @@ func (m *machine) Save(ctx context.Context, w io.Writer) error {
 	if m.still == nil { // one that was loaded, and has never run
 		err = m.stop(ctx)
 	}
+	if err == nil && m.still.state == nil {
+		err = errors.New("a snapshot was begun that could be neither finished nor ended")
+	}
 	m.life.End(m.settle(ctx))
 	if err != nil {
 		return m.failed("save", err)
@@ -459,7 +462,7 @@ func (m *machine) Save(ctx context.Context, w io.Writer) error {
 // packets that arrive into the guest's memory. So a snapshot is begun as well, of which the file of RAM is a FIFO that nobody reads: the
 // thread that does all of the devices' work has settled them, has written their state, and waits for a reader.
 type still struct {
-	state  []byte
+	state  []byte     // nil if it did not come to that, and could not be let go
 	answer chan error // to the snapshot; nil for a machine that a former owner has stopped
 }
 

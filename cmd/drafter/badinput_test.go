@@ -244,6 +244,7 @@ func TestMachineFlagsRefused(t *testing.T) {
 		{"hypervisor", []string{"--hypervisor", "xen"}, 2, []string{"--hypervisor", `"xen"`, "use auto, qemu or firecracker"}},
 		{"accel", []string{"--accel", "hvf"}, 2, []string{"--accel", `"hvf"`, "use auto, kvm or tcg"}},
 		{"uid negative", []string{"--uid", "-1"}, 2, []string{"--uid -1", "negative"}},
+		{"uid too high", []string{"--uid", "99999999999"}, 2, []string{"--uid 99999999999", "4294967294"}},
 		{"gid negative", []string{"--gid", "-7"}, 2, []string{"--gid -7", "negative"}},
 		{"uid no number", []string{"--uid", "nobody"}, 2, []string{"--uid", `"nobody"`}},
 		{"netns missing", []string{"--netns", "no-such-namespace"}, 1, []string{"--netns", `"no-such-namespace"`, "make it"}},

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -81,6 +82,10 @@ func (m *machineFlags) check() error {
 		return usageErrorf("--uid %d is negative: give the number of a user", m.uid)
 	case m.gid < 0:
 		return usageErrorf("--gid %d is negative: give the number of a group", m.gid)
+	case m.uid > maxID:
+		return usageErrorf("--uid %d is no number of a user: give one up to %d", m.uid, maxID)
+	case m.gid > maxID:
+		return usageErrorf("--gid %d is no number of a group: give one up to %d", m.gid, maxID)
 	case (m.uid != 0 && m.uid != os.Geteuid() || m.gid != 0 && m.gid != os.Getegid()) && os.Geteuid() != 0:
 		return usageErrorf("--uid %d --gid %d: only root can run the hypervisor as another user; leave them out, or run this as root", m.uid, m.gid)
 	case m.numaNode < -1:
@@ -145,6 +150,9 @@ func (m *machineFlags) check() error {
 	}
 	return nil
 }
+
+// maxID is the highest number of a user or group: the one above it stands for none (setresuid(2)).
+const maxID = math.MaxUint32 - 1
 
 // netnsDir is where network namespaces have their names (ip-netns(8)).
 const netnsDir = "/run/netns"

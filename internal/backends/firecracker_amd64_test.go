@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -247,6 +248,36 @@ func TestFirecracker(t *testing.T) {
 	c.goesOn(t, c.count(t))
 }
 
+// TestFirecrackerHeldUp: a Firecracker that did not answer for some time is found again.
+func TestFirecrackerHeldUp(t *testing.T) {
+	v := start(t, backend(t), &vmm.Boot{Kernel: kernel(t)})
+	v.goesOn(t, 0)
+	if err := syscall.Kill(v.PID(), syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := v.Pause(short); err == nil || errors.Is(err, vmm.ErrState) {
+		t.Errorf("pause one that is held up: got error %v", err)
+	}
+	if err := syscall.Kill(v.PID(), syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	var state bytes.Buffer
+	err := v.Pause(t.Context())
+	if errors.Is(err, vmm.ErrState) { // what was asked for first has come about meanwhile
+		err = nil
+	}
+	if err := errors.Join(err, v.Save(t.Context(), &state)); err != nil || state.Len() == 0 {
+		t.Fatal(err)
+	}
+	at := v.count(t)
+	if err := v.Resume(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	v.goesOn(t, at)
+}
+
 // standsStill checks that a machine's devices do nothing: the thread that serves them waits for a file to be opened.
 func standsStill(t testing.TB, v *vm) {
 	t.Helper()
@@ -344,6 +375,7 @@ func TestFirecrackerRefusals(t *testing.T) {
 		"QEMU's":          {func(s *vmm.Spec) { s.Hypervisor = "qemu" }, "hypervisor"},
 		"a newer format":  {func(s *vmm.Spec) { s.MachineType = "snapshot-7.99.0" }, "machineType"},
 		"another format":  {func(s *vmm.Spec) { s.MachineType = "snapshot-3.0.0" }, "machineType"},
+		"another vendor":  {func(s *vmm.Spec) { s.CPUModel, s.CPUFeatures = "T2", []string{"vendor:Nobody"} }, `"vendor:Nobody"`},
 		"another feature": {func(s *vmm.Spec) { s.CPUFeatures = []string{"fpu", "teleport"} }, `"teleport"`},
 	} {
 		saved := spec

@@ -133,6 +133,11 @@ func (tiny) booted(t *testing.T, p *proc, flushed string) {
 	}
 }
 
+// keepsOfBoot: Firecracker never closes its guest's kernel.
+func (tiny) keepsOfBoot(r *room) []string {
+	return []string{r.path("vms") + "/firecracker/ID/root/kernel"}
+}
+
 func (tiny) verify(t *testing.T, p *proc) {
 	t.Helper()
 	p.grows(t, tinyguest.Counters, 2) // in which it compares all of it

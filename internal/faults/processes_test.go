@@ -413,6 +413,9 @@ func (p *play) recover(t *testing.T) {
 			t.Errorf("the guest was booted, though its machine was not killed")
 		}
 		p.room.tenant.booted(t, owner, p.acked)
+		for _, kind := range p.room.tenant.keepsOfBoot(p.room) {
+			p.rest.machine[kind]++
+		}
 	} else {
 		p.room.tenant.verify(t, owner)
 	}

@@ -23,6 +23,8 @@ type tenant interface {
 	flushed(t *testing.T, p *proc) string
 	// booted waits for a guest that was booted from its disk, and has it write again. It knows what was flushed before.
 	booted(t *testing.T, p *proc, flushed string)
+	// keepsOfBoot is what a machine that was booted has open, and one that was resumed has not.
+	keepsOfBoot(r *room) []string
 	// verify checks that the guest's memory is intact, and that it goes on.
 	verify(t *testing.T, p *proc)
 	// verifyDisk checks that everything is on the disk that was flushed.
@@ -85,6 +87,8 @@ func (linux) booted(t *testing.T, p *proc, flushed string) {
 	p.do(t, fmt.Sprintf("disk disk start %d %s", slots, flushed))
 	p.do(t, fmt.Sprintf("mem start %d", loadedMiB))
 }
+
+func (linux) keepsOfBoot(*room) []string { return nil }
 
 func (linux) verify(t *testing.T, p *proc) {
 	t.Helper()

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"golang.org/x/sys/unix"
 )
 
 // What follows is the part of Firecracker's API (its file firecracker.yaml) that is used, by the names that it has there. All of it is in 1.10;
@@ -137,10 +138,27 @@ type client struct {
 func newClient(socket string) *client {
 	return &client{http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
+			return dialSocket(ctx, socket)
 		},
 		DisableKeepAlives: true, // a Firecracker that was adopted has nobody else's connection
 	}}}
+}
+
+// dialSocket connects to a socket, and to nothing that a link in its place leads to: the folder may be that of a jailed Firecracker.
+func dialSocket(ctx context.Context, path string) (net.Conn, error) {
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open socket %q: %w", path, err)
+	}
+	defer unix.Close(fd)
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return nil, fmt.Errorf("open socket %q: %w", path, err)
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFSOCK {
+		return nil, fmt.Errorf("open socket %q: it is none", path)
+	}
+	return new(net.Dialer).DialContext(ctx, "unix", inherited(fd))
 }
 
 // fault is Firecracker's refusal of a request.

@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
@@ -45,7 +47,7 @@ func (b *Backend) find(binary string) (string, error) {
 		if err != nil {
 			return "", fmt.Errorf("find Firecracker: %w: install it, or say where it is (--firecracker-bin)", err)
 		}
-		return path, nil
+		return filepath.Abs(path) // it is started in another folder
 	}
 	return "", nil // program is not empty
 }
@@ -53,11 +55,19 @@ func (b *Backend) find(binary string) (string, error) {
 // probe asks a binary for its version.
 func probe(ctx context.Context, binary string) (release, error) {
 	var r release
+	// One that hangs is none, nor is one whose children hold on to its output.
+	ctx, cancel := context.WithTimeoutCause(ctx, answerTime, fmt.Errorf("no answer within %s", answerTime))
+	defer cancel()
 	for flag, ask := range map[string]struct {
 		pattern *regexp.Regexp
 		into    *string
 	}{"--version": {versionPattern, &r.version}, "--snapshot-version": {formatPattern, &r.format}} {
-		out, err := exec.CommandContext(ctx, binary, flag).Output()
+		cmd := exec.CommandContext(ctx, binary, flag)
+		cmd.WaitDelay = time.Second
+		out, err := cmd.Output()
+		if cause := context.Cause(ctx); err != nil && cause != nil {
+			err = cause
+		}
 		if err != nil {
 			return r, fmt.Errorf("ask %q for its version: %w", binary, err)
 		}
@@ -122,6 +132,9 @@ func (b *Backend) Describe(ctx context.Context, spec vmm.Spec) (vmm.Spec, error)
 	return spec, nil
 }
 
+// vendorPrefix begins what CPUFeatures says of the processor's vendor.
+const vendorPrefix = "vendor:"
+
 func machineType(r release) string { return "snapshot-" + r.format }
 
 // templates are the CPU templates that Firecracker has for x86-64.
@@ -142,6 +155,18 @@ func checkSpec(spec vmm.Spec) error {
 		return fmt.Errorf("CPU template %q: Firecracker has %s", spec.CPUModel, strings.Join(templates, ", "))
 	}
 	return nil
+}
+
+// hidesFeatures reports whether a template hides from the guest what differs between processors. One of one's own does if it says anything of
+// features: whether it hides enough is up to who made it.
+func hidesFeatures(spec vmm.Spec) bool {
+	if spec.CPUTemplate == "" {
+		return spec.CPUModel != "" && spec.CPUModel != "None"
+	}
+	var template struct {
+		Modifiers []json.RawMessage `json:"cpuid_modifiers"`
+	}
+	return json.Unmarshal([]byte(spec.CPUTemplate), &template) == nil && len(template.Modifiers) > 0
 }
 
 func isObject(text string) bool {
@@ -169,7 +194,7 @@ func (b *Backend) cpuFeatures() ([]string, error) {
 		name, value, _ := strings.Cut(line, ":")
 		switch strings.TrimSpace(name) {
 		case "vendor_id":
-			all = append(all, "vendor:"+strings.TrimSpace(value))
+			all = append(all, vendorPrefix+strings.TrimSpace(value))
 		case "flags":
 			all = append(all, strings.Fields(value)...)
 			slices.Sort(all)
@@ -201,11 +226,11 @@ func (b *Backend) Compatible(ctx context.Context, saved vmm.Spec) error {
 	if err != nil {
 		return fail(err)
 	}
-	if (saved.CPUModel == "" || saved.CPUModel == "None") && saved.CPUTemplate == "" {
-		for _, f := range saved.CPUFeatures {
-			if _, ok := slices.BinarySearch(has, f); !ok {
-				return fail(fmt.Errorf("cpuFeatures: the guest may use %q, which this host's processor lacks: use a CPU template (--cpu-template)", f))
-			}
+	hidden := hidesFeatures(saved)
+	for _, f := range saved.CPUFeatures {
+		// No template makes one vendor's processor another's.
+		if _, ok := slices.BinarySearch(has, f); !ok && (!hidden || strings.HasPrefix(f, vendorPrefix)) {
+			return fail(fmt.Errorf("cpuFeatures: the guest may use %q, which this host's processor lacks: use a CPU template (--cpu-template)", f))
 		}
 	}
 	if err := checkSpec(saved); err != nil {

@@ -144,7 +144,7 @@ func (b *Backend) complete(cfg vmm.Config) (vmm.Config, error) {
 			return cfg, err
 		}
 		// A mounted disk is for the user who will have it, and for nobody else.
-		if _, err := os.Stat(at.Path); err != nil && !(cfg.UID != 0 && errors.Is(err, os.ErrPermission)) {
+		if _, err := os.Stat(at.Path); err != nil && !((cfg.UID != 0 || cfg.GID != 0) && errors.Is(err, os.ErrPermission)) {
 			return cfg, fmt.Errorf("disk %q: %w", name, err)
 		}
 		attached[i] = at
@@ -249,7 +249,9 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		}
 	}
 	m.startPumps()
-	info, err := m.api.await(ctx, m.process.Ended)
+	answering, cancel := context.WithTimeoutCause(ctx, answerTime, fmt.Errorf("no answer within %s", answerTime))
+	defer cancel()
+	info, err := m.api.await(answering, m.process.Ended)
 	if err != nil {
 		return nil, err
 	}
@@ -405,6 +407,9 @@ func bootArgs(args string) string {
 	}
 	return args
 }
+
+// answerTime is how long a Firecracker may take to answer at all. It takes milliseconds.
+const answerTime = 30 * time.Second
 
 // interfaceID is what the network interface is called in device state.
 const interfaceID = "net0"

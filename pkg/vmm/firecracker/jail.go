@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -32,11 +33,18 @@ func (b *Backend) findJail(cfg vmm.Config) (*jail, error) {
 		}
 		return nil, nil
 	}
+	program, err := exec.LookPath(b.opts.Jailer)
+	if err == nil {
+		program, err = filepath.Abs(program)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find Firecracker's jailer: %w: install it, or say where it is (--jailer-bin)", err)
+	}
 	dir, err := filepath.EvalSymlinks(cfg.Dir)
 	if err != nil {
 		return nil, err
 	}
-	j := &jail{program: b.opts.Jailer, dir: dir, uid: cfg.UID, gid: cfg.GID}
+	j := &jail{program: program, dir: dir, uid: cfg.UID, gid: cfg.GID}
 	if filepath.Base(dir) != "root" || !strings.Contains(j.name(), hypervisor) || !validID(j.id()) {
 		return nil, fmt.Errorf("the machine's folder %q: in the jailer it has to be BASE/%s/ID/root, with an ID of letters, digits and hyphens", cfg.Dir, hypervisor)
 	}

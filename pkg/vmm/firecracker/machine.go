@@ -383,6 +383,24 @@ func (m *machine) settle(ctx context.Context) lifecycle.State {
 	return now
 }
 
+// find looks again in which state a machine is that was found in none that is known: its process may have been held up, and goes on.
+func (m *machine) find(ctx context.Context) error {
+	if m.life.State() != lifecycle.Broken {
+		return nil
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, settleTime, fmt.Errorf("no answer within %s", settleTime))
+	defer cancel()
+	now, err := m.look(ctx)
+	if err != nil {
+		return fmt.Errorf("firecracker does not say in which state it is: %w", err)
+	}
+	if _, err := m.life.Begin("find", lifecycle.Broken); err != nil {
+		return err
+	}
+	m.life.End(now)
+	return nil
+}
+
 // failed adds to an operation's error what is known if the process has ended meanwhile.
 func (m *machine) failed(op string, err error) error {
 	select {
@@ -397,6 +415,9 @@ func (m *machine) failed(op string, err error) error {
 
 // Pause implements [vmm.Machine]. When ctx ends meanwhile, the guest is let run again.
 func (m *machine) Pause(ctx context.Context) error {
+	if err := m.find(ctx); err != nil {
+		return m.failed("pause", err)
+	}
 	if _, err := m.life.Begin("pause", lifecycle.Running); err != nil {
 		return err
 	}
@@ -421,9 +442,13 @@ func (m *machine) Pause(ctx context.Context) error {
 
 // Resume implements [vmm.Machine].
 func (m *machine) Resume(ctx context.Context) error {
+	if err := m.find(ctx); err != nil {
+		return m.failed("resume", err)
+	}
 	if _, err := m.life.Begin("resume", lifecycle.Paused); err != nil {
 		return err
 	}
+	began := time.Now()
 	err := m.release(ctx)
 	if err == nil {
 		err = m.api.call(ctx, http.MethodPatch, "/vm", vmState{"Resumed"}, nil)
@@ -433,11 +458,15 @@ func (m *machine) Resume(ctx context.Context) error {
 		return m.failed("resume", err)
 	}
 	m.life.End(lifecycle.Running)
+	m.log.Debug("machine step", "step", "cont", "took", time.Since(began))
 	return nil
 }
 
 // Save implements [vmm.Machine].
 func (m *machine) Save(ctx context.Context, w io.Writer) error {
+	if err := m.find(ctx); err != nil {
+		return m.failed("save", err)
+	}
 	if _, err := m.life.Begin("save", lifecycle.Paused); err != nil {
 		return err
 	}
@@ -627,6 +656,9 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 	}
 	if err := m.cfg.Graft(func() error { return m.api.put(ctx, "/snapshot/load", params) }); err != nil {
 		return err
+	}
+	if m.cfg.IOEngineSync && len(m.cfg.Spec.Disks) > 0 {
+		m.log.Warn("the machine's disks have the engine that it was made with, whatever is asked for here")
 	}
 	limit := limiter(m.cfg.DiskLimit)
 	if limit == nil {

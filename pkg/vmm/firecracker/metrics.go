@@ -18,6 +18,12 @@ type measures struct {
 // maxLine bounds a line, in bytes. It has some KB.
 const maxLine = 1 << 20
 
+// What is kept of one that says anything: Firecracker has a few hundred names, of some 50 bytes at most.
+const (
+	maxNames = 4096
+	maxName  = 200 // bytes
+)
+
 // Write takes lines, and never fails: what is none is passed over.
 func (m *measures) Write(p []byte) (int, error) {
 	m.mu.Lock()
@@ -52,8 +58,12 @@ func (m *measures) add(line []byte) {
 			continue
 		}
 		for name, n := range numbers {
+			key := group + "." + name
+			if _, known := m.sums[key]; !known && (len(m.sums) >= maxNames || len(key) > maxName) {
+				continue
+			}
 			if n, ok := n.(float64); ok {
-				m.sums[group+"."+name] += n
+				m.sums[key] += n
 			}
 		}
 	}

@@ -1,6 +1,7 @@
 package firecracker
 
 import (
+	"fmt"
 	"maps"
 	"strings"
 	"testing"
@@ -23,6 +24,12 @@ nonsense
 	want := map[string]float64{"api_server.process_startup_time_us": 900, "block.read_bytes": 150, "block_disk0.read_bytes": 50}
 	if got := m.all(); !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
+	}
+	for n := range 2 * maxNames {
+		fmt.Fprintf(&m, "{\"x\":{\"%d\":1,\"%s\":1}}\n", n, strings.Repeat("y", maxName))
+	}
+	if got := len(m.all()); got != maxNames {
+		t.Errorf("%d names are kept, want %d", got, maxNames)
 	}
 	// What has no end takes no memory for ever.
 	for range 3 {

@@ -501,8 +501,11 @@ func TestPeerRefusesPackage(t *testing.T) {
 	}{
 		{"no package", func(t *testing.T, f *foreign) { os.RemoveAll(f.pkg) }, []string{"--package", "package", "make the package first"}},
 		{"another hypervisor", func(t *testing.T, f *foreign) {
+			f.describe(t, func(d *runner.Description) { d.Hypervisor = "xen" })
+		}, []string{`made by hypervisor "xen"`, `only "qemu" is supported here`, "make the package anew"}},
+		{"what no Firecracker has made", func(t *testing.T, f *foreign) {
 			f.describe(t, func(d *runner.Description) { d.Hypervisor = "firecracker" })
-		}, []string{`made by hypervisor "firecracker"`, `only "qemu" is supported here`, "make the package anew"}},
+		}, []string{`saved with "tcg"`, `Firecracker has "kvm"`, "make the package anew"}},
 		{"a machine type of the future", func(t *testing.T, f *foreign) {
 			f.describe(t, func(d *runner.Description) { d.MachineType = "pc-q35-99.0" })
 		}, []string{`"pc-q35-99.0"`, "install the QEMU version"}},

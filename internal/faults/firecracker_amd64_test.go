@@ -2,8 +2,10 @@ package faults
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -12,6 +14,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/tinyguest"
+	"github.com/drafter-vm/drafter/pkg/expose"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/snapshot"
 	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
@@ -23,6 +26,16 @@ func TestFirecrackerProcesses(t *testing.T) {
 	guest := tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN")}
 	// A disk that will be full is TestFirecrackerFull's: there is too little to come for one to become full here.
 	r := newRoom(t, guest)
+	t.Cleanup(func() { // of peers that were killed, and that nobody follows
+		r.killAll()
+		mounts, err := filepath.Glob(r.path("vms/firecracker/*/root/disks"))
+		for _, dir := range mounts {
+			err = errors.Join(err, expose.DetachFUSE(dir))
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("peer and machine", r.killsBoth)
 	r.play(t, slices.DeleteFunc(scenes(), func(s scene) bool { return s.victim == destinationDisk }))
 }

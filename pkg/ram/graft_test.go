@@ -108,6 +108,50 @@ func (v *graftVMM) ask(command string) string {
 	return strings.TrimSpace(line)
 }
 
+// grafted is a memory that such a process is to have, and the process.
+func grafted(t *testing.T, size int64) (*Memory, *graftVMM) {
+	t.Helper()
+	mem := create(t, size)
+	v := startGraftVMM(t, Options{Graft: mem})
+	if err := mem.Attach(t.Context(), v.h); err != nil {
+		t.Fatal(err)
+	}
+	return mem, v
+}
+
+// deliver brings all that a filling waits for, and waits for its end.
+func deliver(t *testing.T, f *Filler, content []byte) {
+	t.Helper()
+	for off := int64(0); off < int64(len(content)); off += pageSize {
+		if err := f.Deliver(off, content[off:off+pageSize]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wait(t, f)
+}
+
+// tracks checks that of a write to one page that page is told, and nothing else. While it does, meanwhile is called.
+func (v *graftVMM) tracks(mem *Memory, page int64, meanwhile func()) {
+	t := v.t
+	t.Helper()
+	tracker := mem.Tracker()
+	if err := tracker.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tracker.Collect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	meanwhile()
+	v.ask(fmt.Sprintf("poke %d 9", page*pageSize))
+	dirty, err := tracker.Collect(t.Context())
+	if err != nil || len(dirty) != 1 || dirty[0].Offset != page*pageSize || dirty[0].Length != pageSize {
+		t.Errorf("written is %v, want page %d (%v)", dirty, page, err)
+	}
+	if err := tracker.Stop(); err != nil {
+		t.Error(err)
+	}
+}
+
 func (v *graftVMM) allocate(sizes ...int) func() error {
 	return func() error {
 		for _, n := range sizes {
@@ -128,11 +172,7 @@ func TestGraft(t *testing.T) {
 		for _, n := range regions {
 			size += int64(n)
 		}
-		mem := create(t, size)
-		v := startGraftVMM(t, Options{Graft: mem})
-		if err := mem.Attach(t.Context(), v.h); err != nil {
-			t.Fatal(err)
-		}
+		mem, v := grafted(t, size)
 		if err := mem.Graft(v.allocate(regions...)); err != nil {
 			t.Fatal(err)
 		}
@@ -160,16 +200,9 @@ func TestGraft(t *testing.T) {
 func TestGraftTracks(t *testing.T) {
 	needFull(t)
 	const size = 5 << 20
-	mem := create(t, size)
+	mem, v := grafted(t, size)
 	defer mem.Close()
-	v := startGraftVMM(t, Options{Graft: mem})
-	if err := mem.Attach(t.Context(), v.h); err != nil {
-		t.Fatal(err)
-	}
-	src := make([]byte, size)
-	for page := range int64(size / pageSize) {
-		pattern(page, 1, src[page*pageSize:(page+1)*pageSize])
-	}
+	src := contents(size, 1)
 	filler, err := mem.Fill(t.Context(), bytes.NewReader(src), FillOptions{demandOnly: true})
 	if err != nil {
 		t.Fatal(err)
@@ -185,29 +218,8 @@ func TestGraftTracks(t *testing.T) {
 	if err := filler.DeliverZeros(0, 0); err != nil {
 		t.Error(err)
 	}
-	for off := int64(0); off < size; off += pageSize {
-		if err := filler.Deliver(off, src[off:off+pageSize]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := filler.Wait(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	tracker := mem.Tracker()
-	if err := tracker.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tracker.Collect(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	v.ask(fmt.Sprintf("poke %d 9", 77*pageSize))
-	dirty, err := tracker.Collect(t.Context())
-	if err != nil || len(dirty) != 1 || dirty[0].Offset != 77*pageSize || dirty[0].Length != pageSize {
-		t.Errorf("written is %v, want page 77 (%v)", dirty, err)
-	}
-	if err := tracker.Stop(); err != nil {
-		t.Error(err)
-	}
+	deliver(t, filler, src)
+	v.tracks(mem, 77, func() {})
 }
 
 // TestGraftRefused: a VMM that asks for less, or more, or nothing, or fails, or ends, is told apart, and not waited for.

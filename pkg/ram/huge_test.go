@@ -57,12 +57,8 @@ func TestCollapse(t *testing.T) {
 	allowHuge(t)
 	checkLeaks(t)
 	const size = 16 << 20
-	mem := create(t, size)
+	mem, v := grafted(t, size)
 	defer mem.Close()
-	v := startGraftVMM(t, Options{Graft: mem})
-	if err := mem.Attach(t.Context(), v.h); err != nil {
-		t.Fatal(err)
-	}
 	collapses := func(want int64, when string) {
 		t.Helper()
 		if n, err := mem.Collapse(t.Context()); err != nil || n != want {
@@ -79,14 +75,7 @@ func TestCollapse(t *testing.T) {
 		t.Fatal(err)
 	}
 	collapses(0, "being filled")
-	for off := int64(0); off < size; off += pageSize {
-		if err := filler.Deliver(off, want[off:off+pageSize]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	if err := filler.Wait(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	deliver(t, filler, want)
 	collapses(size, "filled")
 	if n := huge(t, v.h.PID()); n != size {
 		t.Errorf("%d bytes are in huge pages, want %d", n, size)
@@ -97,22 +86,7 @@ func TestCollapse(t *testing.T) {
 		}
 	}
 
-	tracker := mem.Tracker()
-	if err := tracker.Start(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tracker.Collect(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	collapses(0, "tracked")
-	v.ask(fmt.Sprintf("poke %d 9", 77*pageSize))
-	dirty, err := tracker.Collect(t.Context())
-	if err != nil || len(dirty) != 1 || dirty[0].Offset != 77*pageSize || dirty[0].Length != pageSize {
-		t.Errorf("written is %v, want page 77 (%v)", dirty, err)
-	}
-	if err := tracker.Stop(); err != nil {
-		t.Error(err)
-	}
+	v.tracks(mem, 77, func() { collapses(0, "tracked") })
 	collapses(size, "not tracked any more")
 	if n := huge(t, v.h.PID()); n != size {
 		t.Errorf("%d bytes are in huge pages in the end, want %d", n, size)

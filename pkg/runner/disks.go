@@ -21,14 +21,23 @@ type diskServer interface {
 // diskMount is a diskServer of files.
 type diskMount struct {
 	*expose.Mount
-	leave bool // to the machine, which lives on, for its next owner
+	leave bool  // to the machine, which lives on, for its next owner
+	kept  error // why it could not be left
 }
 
 // Abort does nothing to a mount that ends: what is in flight when the machine is gone is answered to nobody.
 func (m *diskMount) Abort() {
 	if m.leave {
-		m.leave = m.Abandon() == nil
+		m.kept = m.Abandon()
 	}
+}
+
+// Close never takes the disks away from a machine that lives on.
+func (m *diskMount) Close() error {
+	if m.kept != nil {
+		return m.kept
+	}
+	return m.Mount.Close()
 }
 
 // serveDisks serves the disks where the machine looks for them.

@@ -69,6 +69,146 @@ func TestOwnerMissesMove(t *testing.T) {
 	goOn(t, "at d", all)
 }
 
+// TestBackAndForth: a place which the guest has left a moment ago, and goes to again, is not left by an owner as one that it needs no more.
+func TestBackAndForth(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	s.move("c")
+	b := s.all["b"].k
+	reaches := func(host string) {
+		t.Helper()
+		s.waitFor(t, "b does not send straight to "+host, func() bool {
+			places, err := b.Places()
+			if err != nil {
+				t.Fatal(err)
+			}
+			return slices.ContainsFunc(places, func(p flow.Place) bool { return p.Guest && p.Connected && p.Address == s.all[host].k.Address() })
+		})
+	}
+	s.during = func(string) { time.Sleep(700 * time.Millisecond) } // what is not needed any more is left after a second
+	for range 3 {
+		reaches("c")
+		s.move("a")
+		reaches("a")
+		s.move("c")
+		goOn(t, "at c again", all)
+	}
+	reaches("c")
+}
+
+// TestDiscardFirst: what is on its way to a place that expects the guest back no more is lost. It does not go back to the guest, as what it would take
+// for strange.
+func TestDiscardFirst(t *testing.T) {
+	s := newSites(t, "a", "b")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	all = append(all, s.talks(t, 1)...)
+	for range 3 {
+		goOn(t, "at b", all)
+		s.begin(t, "b", "a")
+		if err := s.all["a"].k.Discard(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+		if err := s.at.k.Undo(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	goOn(t, "after it did not go", all)
+}
+
+// TestCutBeforeFollow: an owner that has met the guest's new place, and lost it before the guest was there, is relayed for.
+func TestCutBeforeFollow(t *testing.T) {
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	goOn(t, "at b", all)
+	a, c := s.all["a"], s.all["c"]
+	s.during = func(when string) {
+		if when != "b is about to send it to c" {
+			return
+		}
+		s.waitFor(t, "a does not meet c", func() bool {
+			places, err := a.k.Places()
+			return err == nil && slices.ContainsFunc(places, func(p flow.Place) bool { return p.Number == 3 && p.Connected })
+		})
+		a.k.Busy(func() { // it has said that it has
+			a.way.Lock()
+			a.deaf = []string{"c"}
+			a.way.Unlock()
+			a.k.Cut(c.k.Address())
+		})
+	}
+	s.move("c")
+	goOn(t, "relayed", all)
+	places, err := c.k.Places()
+	if err != nil || !slices.ContainsFunc(places, func(p flow.Place) bool { return p.Number == 1 && p.Relay == 2 }) {
+		t.Errorf("a is not relayed for: %+v, %v", places, err)
+	}
+	a.way.Lock()
+	a.deaf = nil
+	a.way.Unlock()
+	s.waitFor(t, "a does not meet c", func() bool {
+		places, err := c.k.Places()
+		return err == nil && slices.ContainsFunc(places, func(p flow.Place) bool { return p.Number == 1 && p.Connected })
+	})
+	goOn(t, "connected again", all)
+	s.during = nil
+	s.move("b")
+	goOn(t, "at b again", all)
+}
+
+// TestOwnerGone: an owner that ends unheard, with its last connection, is not kept for ever, and one that is only silent is.
+func TestOwnerGone(t *testing.T) {
+	t.Cleanup(flow.SetSilentFor(time.Second))
+	s := newSites(t, "a", "b", "c")
+	s.forward("a")
+	old := s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	recent := s.talks(t, 1)
+	s.move("c")
+	goOn(t, "at c", append(old, recent...))
+	owners := func() (all []uint32) {
+		places, err := s.at.k.Places()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range places {
+			if p.HasOwn {
+				all = append(all, p.Number)
+			}
+		}
+		return all
+	}
+	for _, k := range old {
+		k.Stop()
+	}
+	for _, host := range []string{"a", "b"} { // as by kills
+		if err := s.all[host].k.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.forgetUDPOf("c", 1)
+	s.waitFor(t, "an owner that is gone is kept", func() bool { return slices.Equal(owners(), []uint32{2}) })
+	time.Sleep(2 * time.Second)
+	if got := owners(); !slices.Equal(got, []uint32{2}) {
+		t.Errorf("the owners are %d, though b has connections that live", got)
+	}
+	s.all["b"].open()
+	goOn(t, "with b again", recent)
+	s.all["a"].open()
+	s.forgetUDPOf("a", 0)
+	s.done(t, "a")
+}
+
 // TestGuestsPlaceRestarts: when the process at the guest's place comes back, at another address, connections of other places go on.
 func TestGuestsPlaceRestarts(t *testing.T) {
 	s := newSites(t, "a", "b", "c")
@@ -150,6 +290,7 @@ func TestRandomMoves(t *testing.T) {
 	s.move("b")
 	s.forward("b")
 	all = append(all, s.talks(t, 1)...)
+	s.during = func(string) { time.Sleep(time.Duration(max(0, r.IntN(2000)-1000)) * time.Millisecond) }
 	for i := range steps {
 		others := slices.DeleteFunc([]string{"a", "b", "c"}, func(host string) bool { return host == s.at.host })
 		to := others[r.IntN(2)]
@@ -200,6 +341,10 @@ func TestRandomMoves(t *testing.T) {
 			t.FailNow()
 		}
 	}
+	s.waitFor(t, "the guest's place has to do with others than owners", func() bool {
+		places, err := s.at.k.Places()
+		return err == nil && !slices.ContainsFunc(places, func(p flow.Place) bool { return !p.HasOwn })
+	})
 }
 
 // TestMixed: to a place without IPv6 go the connections of IPv4.

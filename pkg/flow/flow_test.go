@@ -31,9 +31,10 @@ type site struct {
 	bare   string // picture of the namespace before anything is kept there
 	k      *flow.Keeper
 	f      *forward.Forwarder
-	deaf   []string // hosts that this one does not reach
-	vxlan  bool     // it has VXLAN, as all of its kind
-	vxlan6 bool     // over IPv6
+	way    sync.Mutex // guards what follows, where it changes meanwhile
+	deaf   []string   // hosts that this one does not reach
+	vxlan  bool       // it has VXLAN, as all of its kind
+	vxlan6 bool       // over IPv6
 }
 
 // sites are hosts, a guest that runs at the first of them, and a world around.
@@ -102,7 +103,10 @@ func newSitesWith(t *testing.T, vxlan []string, hosts ...string) *sites {
 func (x *site) open() {
 	x.t.Helper()
 	cfg := flow.Config{Netns: x.ns.Name, Dial: func(ctx context.Context, address string) (net.Conn, error) {
-		for _, d := range x.deaf {
+		x.way.Lock()
+		deaf := x.deaf
+		x.way.Unlock()
+		for _, d := range deaf {
 			if strings.HasPrefix(address, x.h.Addr4(d).String()+":") {
 				return nil, errors.New("no way there")
 			}
@@ -295,9 +299,30 @@ func (s *sites) forgetUDP() {
 	}
 }
 
+// forgetUDPOf is forgetUDP of one host, for the connections of an owner as that host knows it.
+func (s *sites) forgetUDPOf(host string, owner uint32) {
+	s.at.t.Helper()
+	if err := testnet.Do(s.all[host].ns.Name, func() error {
+		for _, f := range []netlink.InetFamily{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+			if _, err := netlink.ConntrackDeleteFilters(netlink.ConntrackTable, f, udpOf(owner)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}); err != nil {
+		s.at.t.Error(err)
+	}
+}
+
 type onlyUDP struct{}
 
 func (onlyUDP) MatchConntrackFlow(f *netlink.ConntrackFlow) bool { return f.Forward.Protocol == 17 }
+
+type udpOf uint32
+
+func (o udpOf) MatchConntrackFlow(f *netlink.ConntrackFlow) bool {
+	return f.Forward.Protocol == 17 && f.Mark == uint32(o)
+}
 
 func (s *sites) waitFor(t *testing.T, what string, is func() bool) {
 	t.Helper()

@@ -150,6 +150,7 @@ type known struct {
 	Address string    `json:"address"`
 	Dial    bool      `json:"dial,omitempty"`    // we dial it
 	Owner   bool      `json:"owner,omitempty"`   // it owns connections
+	Coming  bool      `json:"coming,omitempty"`  // of an owner: the guest is about to go to it, it was told
 	Relay   uint32    `json:"relay,omitempty"`   // reached through this place, while there is no tunnel to it
 	VXLAN   *vxlanEnd `json:"vxlan,omitempty"`   // where it is reached by VXLAN
 	Carried bool      `json:"carried,omitempty"` // packets go to it by VXLAN
@@ -303,10 +304,10 @@ func (k *Keeper) needs(place uint32) bool {
 	return k.saved.needs(place)
 }
 
-// needs reports whether a place has something to do with this one, which the guest has left: it has the guest, or owns connections, or is the way
-// to one of these.
+// needs reports whether a place has something to do with this one: it has the guest, or is about to, or owns connections, or is the way to one
+// of these.
 func (s saved) needs(place uint32) bool {
-	if place == s.Guest || s.Places[place].Owner {
+	if place == s.Guest || s.Places[place].Owner || s.Places[place].Coming {
 		return true
 	}
 	for _, info := range s.Places {
@@ -340,7 +341,15 @@ func (k *Keeper) change(f func(*saved)) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	f(&k.saved)
+	k.noteGuest()
 	return k.save()
+}
+
+// noteGuest tells the tunnels where the guest is. It is called with mu held.
+func (k *Keeper) noteGuest() {
+	for p, t := range k.tunnels {
+		t.guestThere.Store(k.saved.State == Away && k.saved.Guest == p)
+	}
 }
 
 // in checks that a keeper is in one of some states, and keeps others from changing it until end is called.
@@ -482,6 +491,10 @@ func (k *Keeper) Accept(offered json.RawMessage) (json.RawMessage, error) {
 			k.done = make(chan struct{})
 		}
 		s.State, s.vm, s.Self, s.Guest, s.Source, s.Address = Expecting, o.vm, self, self, o.From.Place, k.cfg.Address
+		for p, info := range s.Places { // what is not offered has ended, unheard by this place
+			info.Owner = false
+			s.Places[p] = info
+		}
 		for _, w := range append(o.Owners, o.From) {
 			if w.Place != self { // how packets come meanwhile, of one that is known, stays
 				s.Places[w.Place] = known{Address: w.Address, Owner: true, Dial: s.Places[w.Place].Dial, VXLAN: s.Places[w.Place].VXLAN, Relay: s.Places[w.Place].Relay}
@@ -572,13 +585,14 @@ func (k *Keeper) connect(place uint32, hold bool) error {
 		if err != nil {
 			return err
 		}
-		t = newTunnel(place, file, k.log, k.hear)
+		t = newTunnel(place, file, k.kernel.guests, k.log, k.hear, func() { k.tasks.Go(k.parted) })
 		k.mu.Lock()
 		k.tunnels[place] = t
+		k.noteGuest()
 		k.mu.Unlock()
 	}
 	if hold {
-		t.hold(k.kernel.guests)
+		t.hold()
 	}
 	if err := k.backTo(place); err != nil {
 		return err
@@ -821,7 +835,7 @@ func (k *Keeper) leaveIf(place, guest uint32) {
 	k.step.Lock()
 	defer k.step.Unlock()
 	k.mu.Lock()
-	left := k.saved.State == Away && k.saved.Guest == guest
+	left := k.saved.State == Away && k.saved.Guest == guest && !k.saved.Places[place].Coming
 	for _, info := range k.saved.Places {
 		left = left && info.Relay != place // or another is reached through it
 	}
@@ -856,7 +870,31 @@ func (k *Keeper) Arrive() error {
 			k.log.Warn("packets were lost while the guest was on its way: more came than could wait", "packets", lost, "place", t.place)
 		}
 	}
+	k.tasks.Go(k.tidy) // which nobody waits for
 	return err
+}
+
+// tidy leaves the places that have nothing to do with a guest that is here.
+func (k *Keeper) tidy() {
+	select {
+	case <-time.After(time.Second): // rules that are written anew have forgotten what may still be on its way back to here
+	case <-k.ctx.Done():
+		return
+	}
+	end, err := k.in("tidy", Home)
+	if err != nil {
+		return
+	}
+	defer end()
+	err = k.onlyComing(k.self()) // what was to come to another place has come here
+	for _, p := range k.places() {
+		if !k.needs(p) {
+			err = errors.Join(err, k.leave(p))
+		}
+	}
+	if err != nil {
+		k.log.Warn("something of a tunnel is left", "error", err)
+	}
 }
 
 // Discard notes that the guest does not come.
@@ -871,13 +909,10 @@ func (k *Keeper) Discard() error {
 
 func (k *Keeper) discard() error {
 	k.mu.Lock()
-	before := k.saved.Before
-	for _, t := range k.tunnels {
-		t.release(false)
-	}
+	before, all := k.saved.Before, slices.Collect(maps.Values(k.tunnels))
 	k.mu.Unlock()
 	if before == nil {
-		return k.vacate()
+		return k.vacate() // and nothing waits any more
 	}
 	var errs []error
 	for _, p := range k.places() {
@@ -885,7 +920,11 @@ func (k *Keeper) discard() error {
 			errs = append(errs, k.leave(p))
 		}
 	}
-	return errors.Join(append(errs, k.change(func(s *saved) { *s = *before }), k.rules(), k.redirected())...)
+	errs = append(errs, k.change(func(s *saved) { *s = *before }))
+	for _, t := range all { // not before: what still comes for the guest would go back
+		t.release(false)
+	}
+	return errors.Join(append(errs, k.rules(), k.redirected())...)
 }
 
 // vacate removes all that is kept.

@@ -75,7 +75,7 @@ const (
 	sayPoint    verb = "point"  // to an owner: the guest is about to go to Place, which listens at Address: be connected with it
 	sayFollow   verb = "follow" // to an owner: the guest is at Place
 	sayForget   verb = "forget" // to an owner: it is not going to Place after all
-	sayRelay    verb = "relay"  // to the destination: Place is reached through Via, or me, while it is not connected with you
+	sayRelay    verb = "relay"  // to the destination, or the guest's place: Place is reached through Via, or me, while it is not connected with you
 	sayHere     verb = "here"   // to any: I am reached at Address from now on
 	sayFlows    verb = "flows"  // to the destination: these connections are the guest's
 	sayGone     verb = "gone"   // to whoever has the guest: I own no connection any more

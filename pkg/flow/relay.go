@@ -58,11 +58,21 @@ func (k *Keeper) pointTo(o *tunnel, to uint32) {
 	})
 }
 
-// followTo has an owner send what is for the guest to where that is, and leaves it if it does. It does not wait.
+// followTo has an owner send what is for the guest to where that is, and leaves it if it does. Where it does not, this place relays, and says so
+// there: the two may have been connected when the guest was on its way, and are not any more. It does not wait.
 func (k *Keeper) followTo(o *tunnel, to uint32) {
 	k.after(o, func() {
-		if _, err := o.ask(k.ctx, message{Say: sayFollow, Place: to}); err == nil {
+		_, err := o.ask(k.ctx, message{Say: sayFollow, Place: to})
+		if err == nil {
 			k.leaveIf(o.place, to)
+			return
+		}
+		t := k.tunnel(to)
+		if t == nil || !o.up() { // one that is reached by others is relayed for by these, and the guest's place was told by whom
+			return
+		}
+		if _, e := t.ask(k.ctx, message{Say: sayRelay, Place: o.place, Via: k.self()}); e != nil {
+			o.log.Debug("an owner does not follow the guest, whose place was not told that this one relays", "error", errors.Join(err, e))
 		}
 	})
 }
@@ -82,12 +92,24 @@ func (k *Keeper) after(t *tunnel, f func()) {
 	})
 }
 
-// hop is the place to which packets for an owner go: itself, while there is a connection with it, or else the nearest that relays and is
-// connected. Without any, it is the owner. It is called with mu held.
+// parted does what the end of a connection with a place asks for: owners that were reached by it may be relayed for.
+func (k *Keeper) parted() {
+	k.step.Lock()
+	defer k.step.Unlock()
+	if k.ctx.Err() != nil {
+		return
+	}
+	if err := k.backToRelayed(); err != nil {
+		k.log.Warn("cannot change the way to another place", "error", err)
+	}
+}
+
+// hop is the place to which packets for an owner go: itself, while there is a connection with it, or packets go there without, or else the
+// nearest that relays and is so. Without any, it is the owner. It is called with mu held.
 func (k *Keeper) hop(owner uint32) uint32 {
 	p := owner
 	for range k.saved.Places {
-		if t := k.tunnels[p]; t != nil && t.up() {
+		if t := k.tunnels[p]; t != nil && (t.up() || k.saved.Places[p].Carried) {
 			return p
 		}
 		if p = k.saved.Places[p].Relay; p == 0 {

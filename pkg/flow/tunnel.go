@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -35,6 +36,12 @@ type tunnel struct {
 	file  *os.File // of the interface
 	log   *slog.Logger
 	hear  func(*tunnel, message) message // answers; called by a goroutine of its own for each message
+	down  func()                         // called when there is no session any more
+
+	// guestThere: the guest is at that place, and not about to leave it: what comes from there for the guest was on its way here when that was
+	// given up. It would only go back, be taken for a connection that begins, and be answered with a reset.
+	guestThere atomic.Bool
+	guests     []netip.Addr
 
 	turn  <-chan struct{} // closed when what was to be done with the place has been; nil: nothing was. Guarded by Keeper.mu
 	tasks sync.WaitGroup
@@ -43,16 +50,16 @@ type tunnel struct {
 	mu      sync.Mutex // guards what follows
 	session *session   // nil: none
 	joined  chan struct{}
-	holding []netip.Addr // packets for these addresses wait; none: nothing does
-	held    [][]byte     // packets that wait
-	size    int          // of held, in bytes
-	lost    int          // packets that found no room there
+	holding bool     // packets for the guest wait
+	held    [][]byte // packets that wait
+	size    int      // of held, in bytes
+	lost    int      // packets that found no room there
 	closed  bool
 }
 
 // newTunnel begins to carry what comes out of an interface.
-func newTunnel(place uint32, file *os.File, log *slog.Logger, hear func(*tunnel, message) message) *tunnel {
-	t := &tunnel{place: place, file: file, log: log.With("place", place), hear: hear, asked: make(chan struct{}, maxAsked), joined: make(chan struct{})}
+func newTunnel(place uint32, file *os.File, guests []netip.Addr, log *slog.Logger, hear func(*tunnel, message) message, down func()) *tunnel {
+	t := &tunnel{place: place, file: file, guests: guests, log: log.With("place", place), hear: hear, down: down, asked: make(chan struct{}, maxAsked), joined: make(chan struct{})}
 	t.tasks.Go(t.pump)
 	return t
 }
@@ -161,13 +168,18 @@ func (t *tunnel) serve(s *session, r *bufio.Reader) {
 	err := t.read(s, r)
 	s.close()
 	t.mu.Lock()
-	if t.session == s {
+	down := t.session == s
+	if down {
 		t.session = nil
 	}
 	closed := t.closed
 	t.mu.Unlock()
-	if !closed {
-		t.log.Debug("the tunnel to another place is down", "error", err)
+	if closed {
+		return
+	}
+	t.log.Debug("the tunnel to another place is down", "error", err)
+	if down {
+		t.down()
 	}
 }
 
@@ -208,7 +220,10 @@ func (t *tunnel) read(s *session, r *bufio.Reader) error {
 func (t *tunnel) deliver(packet []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock() // so that none overtakes those that are released
-	if slices.Contains(t.holding, destination(packet)) {
+	if t.guestThere.Load() && slices.Contains(t.guests, destination(packet)) {
+		return
+	}
+	if t.holding && slices.Contains(t.guests, destination(packet)) {
 		if t.size+len(packet) > maxHeld {
 			t.lost++
 			return
@@ -238,11 +253,11 @@ func destination(packet []byte) netip.Addr {
 	return netip.Addr{}
 }
 
-// hold keeps packets for some addresses from now on.
-func (t *tunnel) hold(addrs []netip.Addr) {
+// hold keeps packets for the guest from now on.
+func (t *tunnel) hold() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.holding = addrs
+	t.holding = true
 }
 
 // release delivers what was kept, or drops it, and keeps nothing any more. It returns how many packets found no room.
@@ -255,7 +270,7 @@ func (t *tunnel) release(deliver bool) (lost int) {
 		}
 	}
 	lost = t.lost
-	t.held, t.size, t.lost, t.holding = nil, 0, 0, nil
+	t.held, t.size, t.lost, t.holding = nil, 0, 0, false
 	return lost
 }
 

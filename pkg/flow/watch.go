@@ -50,15 +50,14 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 		}
 		return k.follow(t.place, m.Place)
 	case sayForget:
-		if !fromGuest || m.Place == guest {
+		back := state == Expecting && t.place == source // it has said so before it has come to send the guest here
+		if !fromGuest && !back || m.Place == guest {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
-		if k.needs(m.Place) { // for other reasons
-			return nil
-		}
-		return k.leave(m.Place)
+		return k.notComing(m.Place)
 	case sayRelay:
-		if state != Expecting || t.place != source {
+		late := (state == Home || state == Leaving) && info.Owner && m.Via == t.place // it relays for one that has not followed
+		if !late && (state != Expecting || t.place != source) {
 			return fmt.Errorf("%w: %s", ErrState, state)
 		}
 		return k.relayedBy(m.Place, m.Via, t.place)
@@ -119,9 +118,12 @@ func (k *Keeper) heed(t *tunnel, m message) error {
 
 // point connects with the place that the guest is about to go to.
 func (k *Keeper) point(place uint32, address string) error {
+	if err := k.onlyComing(place); err != nil {
+		return err
+	}
 	if err := k.change(func(s *saved) {
 		info := s.Places[place]
-		info.Address, info.Dial, info.Carried = address, true, false
+		info.Address, info.Dial, info.Carried, info.Coming = address, true, false, true
 		s.Places[place] = info
 	}); err != nil {
 		return err
@@ -139,12 +141,44 @@ func (k *Keeper) point(place uint32, address string) error {
 		return errDown
 	}
 	if err := t.await(ctx); err != nil {
-		if k.needs(place) { // it is relayed for, or owns connections
-			return err
-		}
-		return errors.Join(err, k.leave(place))
+		return errors.Join(err, k.notComing(place))
 	}
 	return nil
+}
+
+// onlyComing notes that the guest goes nowhere but to a place: what was said before, and not heard, was that it does not.
+func (k *Keeper) onlyComing(place uint32) error {
+	var errs []error
+	for _, p := range k.places() {
+		k.mu.Lock()
+		other := p != place && k.saved.Places[p].Coming
+		k.mu.Unlock()
+		if other {
+			errs = append(errs, k.notComing(p))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// notComing notes that the guest does not go to a place, or that it is not reached: it is left, unless it is needed for other reasons.
+func (k *Keeper) notComing(place uint32) error {
+	if err := k.change(func(s *saved) {
+		forget := func(places map[uint32]known) {
+			if info, ok := places[place]; ok {
+				info.Coming = false
+				places[place] = info
+			}
+		}
+		forget(s.Places)
+		if b := s.Before; b != nil {
+			if forget(b.Places); !b.needs(place) {
+				delete(b.Places, place)
+			}
+		}
+	}); err != nil || k.needs(place) {
+		return err
+	}
+	return k.leave(place)
 }
 
 // follow sends what is for the guest to the place where it is now, if it can be reached; the one before relays otherwise.
@@ -156,8 +190,16 @@ func (k *Keeper) follow(from, to uint32) error {
 	if err := k.kernel.redirect(k.way(to)); err != nil {
 		return err
 	}
-	if err := k.change(func(s *saved) { s.Guest = to }); err != nil {
+	if err := k.change(func(s *saved) {
+		s.Guest = to
+		info := s.Places[to]
+		info.Coming = false
+		s.Places[to] = info
+	}); err != nil {
 		return err
+	}
+	if err := k.onlyComing(to); err != nil {
+		k.log.Warn("something of a tunnel is left", "error", err)
 	}
 	k.hangUp(from)
 	k.tasks.Go(func() { // its word is answered by its tunnel
@@ -267,14 +309,19 @@ const watchEvery = time.Second
 func (k *Keeper) watch() {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
-	idle := 0
+	idle, silent := 0, make(map[uint32]time.Time)
 	for {
 		select {
 		case <-tick.C:
 		case <-k.ctx.Done():
 			return
 		}
-		if k.State() != Away {
+		switch k.State() {
+		case Away:
+		case Home:
+			k.leaveSilent(silent)
+			fallthrough
+		default:
 			idle = 0
 			continue
 		}
@@ -290,11 +337,57 @@ func (k *Keeper) watch() {
 			idle = 0
 			continue
 		}
-		// Twice, as a packet may be on its way that begins one.
-		if idle++; idle < 2 && !late {
+		// Twice, as a packet may be on its way that begins one; longer where nobody would hear of it.
+		idle++
+		t := k.tunnel(k.guestPlace())
+		unheard := t == nil || !t.up()
+		if late || idle >= 2 && !unheard || idle > int(silentFor/watchEvery) {
+			k.finish()
+		}
+	}
+}
+
+// silentFor is how long a place that has nothing to keep waits for one that is to hear of it, and how long that one waits for a place of which it has
+// not heard, and knows no living connection, before it takes that for gone.
+var silentFor = 10 * time.Second
+
+// leaveSilent leaves owners that are gone, and have not said so. The times are since when each is silent.
+func (k *Keeper) leaveSilent(since map[uint32]time.Time) {
+	var gone []uint32
+	k.mu.Lock()
+	for p, info := range k.saved.Places {
+		switch t := k.tunnels[p]; {
+		case !info.Owner || t == nil || t.up() || k.hop(p) != p:
+			delete(since, p)
+		case since[p].IsZero():
+			since[p] = time.Now()
+		case time.Since(since[p]) > silentFor:
+			since[p] = time.Now()
+			gone = append(gone, p)
+		}
+	}
+	k.mu.Unlock()
+	if len(gone) == 0 {
+		return
+	}
+	flows, err := k.kernel.flows()
+	if err != nil {
+		k.log.Warn("cannot look for connections", "error", err)
+		return
+	}
+	end, err := k.in("leave places that are gone", Home)
+	if err != nil {
+		return
+	}
+	defer end()
+	for _, p := range gone {
+		if t := k.tunnel(p); t == nil || t.up() || slices.ContainsFunc(flows, func(f flow) bool { return f.Owner == p && !f.over() }) {
 			continue
 		}
-		k.finish()
+		k.log.Info("a place that owned connections is gone", "place", p)
+		if err := k.leave(p); err != nil {
+			k.log.Warn("something of a tunnel is left", "place", p, "error", err)
+		}
 	}
 }
 

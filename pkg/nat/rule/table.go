@@ -71,14 +71,17 @@ type Table struct {
 	Chains   []Chain   // in any order
 }
 
-// open connects to netfilter in a network namespace.
 // batchSize bounds a batch, which is one message, in bytes: it has room for the 64 KiB flows that there can be to one address, and more.
 const batchSize = 16 << 20
 
+// answersSize is room for the answers to a batch, one for each rule, which all come before the first is read.
+const answersSize = 16 << 20
+
+// open connects to netfilter in a network namespace.
 func open(ns netns.NsHandle) (*nftables.Conn, error) {
 	// Lasting: one socket for all of a batch and its answers, rather than one for each call.
 	c, err := nftables.New(nftables.WithNetNSFd(int(ns)), nftables.AsLasting(), nftables.WithSockOptions(func(c *netlink.Conn) error {
-		return c.SetWriteBuffer(batchSize)
+		return errors.Join(c.SetWriteBuffer(batchSize), c.SetReadBuffer(answersSize))
 	}))
 	if err != nil {
 		return nil, fmt.Errorf("connect to netfilter: %w", err)

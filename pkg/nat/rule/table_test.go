@@ -94,3 +94,27 @@ func TestFlowSet(t *testing.T) {
 		}
 	}
 }
+
+// TestManyRules: a table has as many rules as a VM's places can ask for: some 20 for each of 256, and more.
+func TestManyRules(t *testing.T) {
+	h := testnet.NewTestHosts(t, "a")
+	ns, err := nat.OpenNamespace(h.Host("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	in := rule.Chain{Name: "in", Hook: rule.Input, Priority: rule.Filter}
+	const many = 10000
+	for range many {
+		in.Rules = append(in.Rules, rule.Of(rule.Is(rule.UDP), rule.ToPort(1234), rule.Drop()))
+	}
+	table := rule.Table{Name: "many", Chains: []rule.Chain{in}}
+	for range 2 { // also instead of one that is there
+		if err := table.Replace(ns); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := strings.Count(string(testnet.Run(t, h.Host("a"), "nft", "list", "table", "inet", "many")), "dport 1234 drop"); got != many {
+		t.Errorf("it has %d of %d rules", got, many)
+	}
+}

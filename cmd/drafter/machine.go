@@ -18,6 +18,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
 	"github.com/drafter-vm/drafter/pkg/vmm/qemu"
+	"github.com/drafter-vm/drafter/pkg/vmm/vfio"
 )
 
 // machineFlags are the flags of every tool that runs a machine: on what, as whom, and where.
@@ -37,6 +38,7 @@ type machineFlags struct {
 	hugePages     bool
 	diskBandwidth int64
 	diskIOPS      int64
+	vfio          []string
 	enableOutput  bool
 	enableInput   bool
 	resumeTimeout time.Duration
@@ -61,6 +63,7 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.BoolVar(&m.hugePages, "huge-pages", false, "put the guest's memory into huge pages once all of it is here (docs/hypervisors.md says what the host needs)")
 	flags.Int64Var(&m.diskBandwidth, "disk-bandwidth", 0, "most that the guest reads and writes of each disk, in bytes per second (0: no limit)")
 	flags.Int64Var(&m.diskIOPS, "disk-iops", 0, "most requests of the guest to each disk per second (0: no limit)")
+	flags.StringSliceVar(&m.vfio, "vfio", nil, "PCI `address` of a device of this host for the guest, by QEMU (repeatable); its VM boots and shuts down, and is neither snapshotted nor moved")
 	flags.BoolVar(&m.enableOutput, "enable-output", true, "print the guest's console on stdout")
 	flags.BoolVar(&m.enableInput, "enable-input", false, "pass stdin to the guest's console")
 	flags.DurationVar(&m.resumeTimeout, "resume-timeout", time.Minute, "how long to wait for the guest's agent and liveness")
@@ -119,6 +122,14 @@ func (m *machineFlags) check() error {
 		}
 		if _, err := exec.LookPath(program.path); err != nil {
 			return fmt.Errorf("--%s: %w: give the path of %s, or leave it out", program.flag, err, program.name)
+		}
+	}
+	if len(m.vfio) > 0 {
+		if m.hypervisor == "firecracker" {
+			return usageErrorf("--vfio excludes --hypervisor firecracker, which passes no devices through: use qemu")
+		}
+		if _, err := vfio.Check(m.vfio); err != nil {
+			return fmt.Errorf("--vfio: %w", err)
 		}
 	}
 	if m.hugePages {
@@ -219,7 +230,7 @@ func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, []vmm.Backend, 
 func (m *machineFlags) host(cmd *cobra.Command) runner.Host {
 	h := runner.Host{
 		Dir: m.chrootBaseDir, Netns: m.netns, Interface: m.iface, Accel: m.accel, UID: m.uid, GID: m.gid, CgroupVersion: m.cgroupVersion,
-		IOEngineSync: m.ioEngineSync, HugePages: m.hugePages, DiskLimit: vmm.Limit{Bytes: m.diskBandwidth, Requests: m.diskIOPS},
+		IOEngineSync: m.ioEngineSync, HugePages: m.hugePages, Passthrough: m.vfio, DiskLimit: vmm.Limit{Bytes: m.diskBandwidth, Requests: m.diskIOPS},
 	}
 	if m.numaNode >= 0 {
 		h.NUMANode = &m.numaNode

@@ -241,7 +241,7 @@ func (o *operator) Status(context.Context) (control.Status, error) {
 
 // now makes a conflict of what is one.
 func now(err error) error {
-	for _, is := range []error{peer.ErrBusy, peer.ErrPaused, peer.ErrNotMigratable} {
+	for _, is := range []error{peer.ErrBusy, peer.ErrPaused, peer.ErrNotMigratable, peer.ErrNotSavable} {
 		if errors.Is(err, is) {
 			return fmt.Errorf("%w: %w", control.ErrConflict, err)
 		}

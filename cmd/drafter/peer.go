@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -142,6 +143,8 @@ func newPeerCommand() *cobra.Command {
   without --raddr   resume the instance from its package, or from where it was closed
   with --raddr      receive it, running, from the peer that listens there
   with --laddr      then let another peer take it over; this one ends when that has happened
+
+A package without memory (drafter snapshotter --shut-down, for devices of the host: --vfio) boots, and closing it shuts its guest down.
 
 Closing a peer (Ctrl-C, SIGTERM) suspends the instance and saves it: into the overlays, or into the package's own files
 where there are none. The next start goes on from there. An instance that runs here before all of it has arrived is saved
@@ -280,6 +283,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	devices, err := peerDevices(opts)
 	if err != nil {
+		return err
+	}
+	if err := opts.checkMemory(devices); err != nil {
 		return err
 	}
 	if err := opts.machineFlags.check(); err != nil {
@@ -435,6 +441,30 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		// The package has changed, and the digests in its manifest are not true any more.
 		return refreshManifest(context.WithoutCancel(ctx), opts.packagePath)
 	}
+	return nil
+}
+
+// checkMemory refuses what an instance without memory cannot do, and has it boot.
+func (o *peerOptions) checkMemory(devices []peer.Device) error {
+	if slices.ContainsFunc(devices, func(d peer.Device) bool { return d.Name == runner.MemoryDevice }) {
+		if len(o.vfio) > 0 {
+			return usageErrorf("--vfio %s: this package has a device %q, and a VM with a device of the host can neither be resumed from it nor saved to it: make a package without (drafter snapshotter --vfio %s --shut-down)",
+				o.vfio[0], runner.MemoryDevice, o.vfio[0])
+		}
+		return nil
+	}
+	for _, v := range []struct {
+		flag string
+		set  bool
+	}{{"raddr", o.raddr != ""}, {"accept", o.accept != ""}, {"laddr", o.laddr != ""}, {"keep-commit-point", o.keepPoint}, {"rollback", o.rollback}, {"clone", o.clone}} {
+		switch {
+		case v.set && len(o.vfio) > 0:
+			return usageErrorf("--%s excludes --vfio %s: the state of a device of the host cannot be written down, so its VM is neither snapshotted nor moved; shut it down, and boot it elsewhere", v.flag, o.vfio[0])
+		case v.set:
+			return usageErrorf("--%s needs a device %q, and this package has none (drafter snapshotter --shut-down): its VM boots and shuts down, and is neither snapshotted nor moved", v.flag, runner.MemoryDevice)
+		}
+	}
+	o.boot = true
 	return nil
 }
 
@@ -670,7 +700,11 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 		}
 		select {
 		case <-ctx.Done():
-			fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
+			if p.CheckSavable() == nil {
+				fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
+			} else {
+				fmt.Fprintf(out, "Closing: the guest shuts down\n")
+			}
 			return nil
 		case <-p.Done():
 			if err := p.Err(); errors.Is(err, vmm.ErrReboot) {
@@ -948,7 +982,8 @@ func defaultPeerDevices() string {
 	for _, name := range vmpackage.KnownNames() {
 		file := vmpackage.DefaultFile(name)
 		base := filepath.Join("out", "package", file)
-		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci") {
+		whole := isFile(filepath.Join("out", "package", vmpackage.ManifestFile))
+		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci" || name == runner.MemoryDevice && whole) {
 			continue
 		}
 		devices = append(devices, peerDevice{

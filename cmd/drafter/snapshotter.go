@@ -34,6 +34,7 @@ type snapshotterOptions struct {
 	mac          string
 	livenessPort uint32
 	agentPorts   []uint
+	shutDown     bool
 }
 
 func newSnapshotterCommand() *cobra.Command {
@@ -72,12 +73,16 @@ Exit statuses: 0 success; 1 no package was made; 2 the command line cannot be us
 	flags.StringVar(&opts.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
 	flags.Uint32Var(&opts.livenessPort, "liveness-vsock-port", snapshot.DefaultLivenessVSockPort, "port on which the guest says that it is up (0: it does not)")
 	flags.UintSliceVar(&opts.agentPorts, "agent-vsock-port", []uint{snapshot.DefaultAgentVSockPort}, "ports of the guest's agents (0: it has none)")
+	flags.BoolVar(&opts.shutDown, "shut-down", false, "have the guest shut down, and write a package without memory, which boots at each start")
 	return cmd
 }
 
 func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
+	if len(opts.vfio) > 0 && !opts.shutDown {
+		return usageErrorf("--vfio %s: the state of a device of the host cannot be written down, so its VM cannot be snapshotted: with --shut-down a package without memory is made, which boots", opts.vfio[0])
+	}
 	if opts.devices == "" {
-		opts.devices = defaultSnapshotterDevices()
+		opts.devices = defaultSnapshotterDevices(opts.shutDown)
 	}
 	decoded, err := decodeDevices[snapshotterDevice](opts.devices)
 	if err != nil {
@@ -140,7 +145,7 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 		Backend: backend, Devices: devices, Host: opts.host(cmd),
 		CPUCount: opts.cpuCount, MemorySize: opts.memorySize << 20, CPUTemplate: opts.cpuTemplate, Accel: opts.accel,
 		BootArgs: opts.bootArgs, MAC: opts.mac, LivenessVSockPort: opts.livenessPort, AgentVSockPort: agents[0], MoreAgents: agents[1:],
-		ResumeTimeout: opts.resumeTimeout, Logger: logger(cmd.Context()),
+		ResumeTimeout: opts.resumeTimeout, ShutDown: opts.shutDown, Logger: logger(cmd.Context()),
 		Progress: func(stage string) { logger(cmd.Context()).Info("snapshot", "stage", stage) },
 	})
 	if err != nil {
@@ -155,10 +160,13 @@ func runSnapshotter(cmd *cobra.Command, opts snapshotterOptions) error {
 }
 
 // defaultSnapshotterDevices takes what is in out/blueprint to out/package. The initrd and the OCI disk are there or not,
-// depending on the blueprint.
-func defaultSnapshotterDevices() string {
+// depending on the blueprint. Of a guest that is shut down there is no memory.
+func defaultSnapshotterDevices(shutDown bool) string {
 	devices := []snapshotterDevice{}
 	for _, name := range vmpackage.KnownNames() {
+		if shutDown && name == runner.MemoryDevice {
+			continue
+		}
 		d := snapshotterDevice{Name: name, Output: filepath.Join("out", "package", vmpackage.DefaultFile(name))}
 		switch name {
 		case runner.StateDevice, runner.MemoryDevice, runner.ConfigDevice:

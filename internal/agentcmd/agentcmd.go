@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -183,6 +184,7 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 	guest.AfterResume = func(ctx context.Context, clone bool) error {
 		return o.runHooks(ctx, o.afterResumeDir, o.afterResume, "DRAFTER_EVENT=after-resume", "DRAFTER_CLONE="+strconv.FormatBool(clone))
 	}
+	guest.ShutDown = o.shutDown
 	guest.HasHook = func() bool {
 		return o.afterResume != "" || o.afterResumeDir != "" && agent.HasHooks(o.afterResumeDir)
 	}
@@ -192,6 +194,18 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 		return nil
 	}
 	return err
+}
+
+// shutDown has the guest's init shut it down.
+func (o *agentOptions) shutDown(ctx context.Context, reboot bool) error {
+	what := "poweroff"
+	if reboot {
+		what = "reboot"
+	}
+	if _, err := exec.LookPath("systemctl"); err == nil {
+		what = "systemctl --no-block " + what // or it waits for what ends this service, too
+	}
+	return agent.RunHook(ctx, o.shell, what)
 }
 
 // runHooks runs the programs of a folder, and a command; either may be empty.

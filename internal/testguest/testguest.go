@@ -38,6 +38,7 @@
 //	run PROGRAM ARG…                run to its end. Its output, quoted
 //	spawn PROGRAM ARG…              run in the background, output to the console. Its pid
 //	reboot, poweroff, panic
+//	button                          power off when the power button is pressed
 package testguest
 
 import (
@@ -71,7 +72,7 @@ const ChannelPort = "org.drafter.vsock"
 // modules are what the guest needs, without what they depend on.
 var modules = []string{
 	"virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio-rng", "virtio_balloon",
-	"vmw_vsock_virtio_transport",
+	"vmw_vsock_virtio_transport", "button", "evdev",
 }
 
 // Build returns the paths of a kernel, an ELF vmlinux, and of its initramfs. They belong to the cache: read them only.
@@ -108,7 +109,8 @@ func Make(ctx context.Context, files map[string]string) (vmlinux, initrd string,
 		return "", "", fmt.Errorf("lock the cache: %w", err)
 	}
 	defer unlock()
-	kernel := filepath.Join(cache, "kernel")
+	sum := sha256.Sum256([]byte(strings.Join(modules, " ")))
+	kernel := filepath.Join(cache, fmt.Sprintf("kernel-with-%x", sum[:4])) // and its modules: a folder without these is another
 	if err := fetchKernel(ctx, kernel); err != nil {
 		return "", "", fmt.Errorf("%w: %w", errNoKernel, err)
 	}

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -150,6 +151,39 @@ func TestRoundTrip(t *testing.T) {
 	want := "before,clock 2038-01-19,entropy 64,after clone=true"
 	if got := strings.Join(events, ","); got != want+","+want {
 		t.Errorf("events: got %s, want %s twice", got, want)
+	}
+}
+
+// TestShutDown: a guest is told to shut down, or to reboot, and what its agent says of that is known. An agent that has nothing for it says so.
+func TestShutDown(t *testing.T) {
+	w := newWorld(t)
+	h := w.host()
+	var told []bool // written by calls, one after the other
+	w.guest(&Guest{ShutDown: func(_ context.Context, reboot bool) error {
+		told = append(told, reboot)
+		if len(told) > 2 {
+			return errors.New("it is too late")
+		}
+		return nil
+	}})
+	ctx := within(t, time.Minute)
+	for _, reboot := range []bool{false, true} {
+		if err := h.ShutDown(ctx, reboot); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.Equal(told, []bool{false, true}) {
+		t.Errorf("it was told to reboot: %v", told)
+	}
+	if err := h.ShutDown(ctx, false); err == nil || !strings.Contains(err.Error(), "too late") {
+		t.Errorf("got error %v", err)
+	}
+
+	other := newWorld(t)
+	h = other.host()
+	other.guest(&Guest{})
+	if err := h.ShutDown(ctx, false); err == nil || !strings.Contains(err.Error(), "does not shut it down") {
+		t.Errorf("of an agent without: got error %v", err)
 	}
 }
 

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/drafter-vm/drafter/pkg/agent/agentpb"
 	"github.com/drafter-vm/drafter/pkg/agent/internal/serve"
@@ -34,6 +36,9 @@ type Guest struct {
 	// AfterResume, if set, is called after the machine runs again, with the clock set and the random number generator
 	// reseeded. clone says that other machines run from the same state.
 	AfterResume func(ctx context.Context, clone bool) error
+
+	// ShutDown, if set, has the guest begin to shut down, or to reboot where its machine ends by that only. It does not wait for the end.
+	ShutDown func(ctx context.Context, reboot bool) error
 
 	// HasHook tells the host, whenever it connects, whether AfterResume has something to do beside that: a guest that was
 	// moved serves before it hears of the move if not. Nil means that it has if it is set.
@@ -181,6 +186,17 @@ func (c *calls) AfterResume(ctx context.Context, req *agentpb.AfterResumeRequest
 		return nil, err
 	}
 	return &agentpb.AfterResumeResponse{ClockStepNanos: int64(step)}, nil
+}
+
+func (c *calls) ShutDown(ctx context.Context, req *agentpb.ShutDownRequest) (*agentpb.ShutDownResponse, error) {
+	if c.Guest.ShutDown == nil {
+		return nil, status.Error(codes.Unimplemented, "this guest's agent does not shut it down")
+	}
+	c.logger.Info("the host has this guest shut down")
+	if err := c.Guest.ShutDown(ctx, req.Reboot); err != nil {
+		return nil, err
+	}
+	return &agentpb.ShutDownResponse{}, nil
 }
 
 // resume does all it can and reports everything that failed.

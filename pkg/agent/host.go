@@ -176,6 +176,19 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 	return nil
 }
 
+// ShutDown has the guest begin to shut down, or to reboot where its machine ends by that only. It may be called again: a guest that is on its way
+// goes on. That it has ended shows elsewhere.
+func (h *Host) ShutDown(ctx context.Context, reboot bool) error {
+	_, err := h.call(ctx, func(ctx context.Context, a agentpb.AgentService) error {
+		_, err := a.ShutDown(ctx, &agentpb.ShutDownRequest{Reboot: reboot})
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("agent shut down: %w", err)
+	}
+	return nil
+}
+
 // begin returns the id of a call: the given one, else the one to be repeated, else a new one.
 func (h *Host) begin(id *string, given string) string {
 	h.mu.Lock()

@@ -90,7 +90,7 @@ func TestBackAndForth(t *testing.T) {
 		})
 	}
 	s.during = func(string) { time.Sleep(700 * time.Millisecond) } // what is not needed any more is left after a second
-	for range 3 {
+	for range 2 {
 		reaches("c")
 		s.move("a")
 		reaches("a")

@@ -18,6 +18,9 @@ import (
 // ErrPaused is wrapped by errors of what needs a guest that runs, while Pause has stopped it.
 var ErrPaused = errors.New("the VM is paused")
 
+// ErrNotSavable is wrapped by errors of what would have to save an instance that cannot be: see [Config.CheckSavable].
+var ErrNotSavable = errors.New("the VM cannot be saved")
+
 // ErrNotMigratable is wrapped by the error of Send while SetMigratable forbids it, and of an instance that could not be sent at all:
 // see [Config.CheckMigratable].
 var ErrNotMigratable = errors.New("the VM is not migratable")
@@ -179,7 +182,11 @@ func (p *Peer) Cancel() bool {
 // fails nothing is left. The report is that of the writing side. Where dir exists the error wraps fs.ErrExist.
 func (p *Peer) Snapshot(ctx context.Context, dir string) (*vmpackage.Manifest, *migrate.Report, error) {
 	t := Terminator{Dir: dir, Copy: true, Concurrency: p.cfg.Concurrency, RescueTimeout: p.cfg.RescueTimeout, Logger: p.cfg.Logger}
-	if err := t.Check(); err != nil {
+	err := p.cfg.CheckSavable()
+	if err == nil {
+		err = t.Check()
+	}
+	if err != nil {
 		return nil, nil, fmt.Errorf("snapshot VM: %w", err)
 	}
 	here, there, err := socketPair()

@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -108,8 +109,22 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
+// CheckSavable reports why an instance like this could not be saved, be it for a snapshot or a move. The error wraps ErrNotSavable.
+func (c Config) CheckSavable() error {
+	if len(c.Host.Passthrough) > 0 {
+		return fmt.Errorf("%w: it has PCI device %q of the host, whose state nobody can write down; shut it down instead", ErrNotSavable, c.Host.Passthrough[0])
+	}
+	if !slices.ContainsFunc(c.Devices, func(d Device) bool { return d.Name == runner.MemoryDevice }) {
+		return fmt.Errorf("%w: it has no device %q, so it boots at each start, and shuts down at each end", ErrNotSavable, runner.MemoryDevice)
+	}
+	return nil
+}
+
 // CheckMigratable reports why an instance with these devices could not be sent. The error wraps ErrNotMigratable.
 func (c Config) CheckMigratable() error {
+	if err := c.CheckSavable(); err != nil {
+		return fmt.Errorf("%w: %w", ErrNotMigratable, err)
+	}
 	for _, d := range c.Devices {
 		if d.Stationary && (runner.IsDisk(d.Name) || d.Name == runner.MemoryDevice || d.Name == runner.StateDevice) {
 			return fmt.Errorf("%w: device %q changes while the instance runs, so it cannot stay behind when the instance moves: make it migratable", ErrNotMigratable, d.Name)
@@ -199,6 +214,7 @@ func start(ctx context.Context, cfg Config, alive bool, how func(context.Context
 		return nil, err
 	}
 	p.instance = i
+	p.cfg.Host.Passthrough = i.Passthrough() // of one that was adopted
 	if _, given := i.InDoubt(); cfg.Network != nil && !given {
 		_, err := cfg.Network.Start()
 		if err == nil { // of a process that has died while it sent it
@@ -553,6 +569,9 @@ func (p *Peer) Rejoin(ctx context.Context) (*migrate.Report, error) {
 	}
 	return migrate.RejoinSource(ctx, sc)
 }
+
+// CheckSavable reports why the instance could not be saved: see [Config.CheckSavable]. Close shuts its guest down then.
+func (p *Peer) CheckSavable() error { return p.cfg.CheckSavable() }
 
 // VMPath is the folder with the machine's sockets; guest sockets are at VMPath/vsock.sock.
 func (p *Peer) VMPath() string { return p.instance.VMPath() }

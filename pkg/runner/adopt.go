@@ -107,6 +107,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 	}
 	i.cfg.Host.UID, i.cfg.Host.GID, i.cfg.Host.CgroupVersion = o.info.UID, o.info.GID, o.info.CgroupVersion
 	i.cfg.Host.Netns, i.cfg.Host.Interface, i.cfg.Host.IOEngineSync = o.info.Netns, o.info.Interface, o.info.IOEngineSync
+	i.cfg.Host.Passthrough = o.info.Passthrough
 
 	name := cmp.Or(o.info.Memory, memoryName(i.root))
 	file := o.claim(name)
@@ -269,6 +270,9 @@ func (i *Instance) TellAgent(ctx context.Context) error {
 
 // Adopted reports whether the machine was taken over from an owner that had died.
 func (i *Instance) Adopted() bool { return i.adopted }
+
+// Passthrough are the PCI devices of the host that the guest has.
+func (i *Instance) Passthrough() []string { return i.cfg.Host.Passthrough }
 
 // InDoubt returns the id, with its secret, of the migration by which the instance was given away and which nobody has confirmed, and whether
 // there is one.

@@ -77,6 +77,14 @@ func (a agents) BeforeSuspend(ctx context.Context) error {
 	return a.each(func(_ int, h *agent.Host) error { return h.BeforeSuspend(ctx) })
 }
 
+// ShutDown asks the first, which is enough.
+func (a agents) ShutDown(ctx context.Context, reboot bool) error {
+	if len(a) == 0 {
+		return errors.New("the guest has no agent")
+	}
+	return a[0].ShutDown(ctx, reboot)
+}
+
 func (a agents) Close() error {
 	return a.each(func(_ int, h *agent.Host) error { return h.Close() })
 }

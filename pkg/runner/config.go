@@ -14,7 +14,7 @@ import (
 )
 
 // Names of the devices that are not disks. Any other name is a disk: "disk" is the root disk by custom, and the guest sees
-// disks in the order they are configured in.
+// disks in the order they are configured in. An instance without MemoryDevice is never saved: it boots at each start, and is shut down by Close.
 const (
 	StateDevice  = "state"  // the hypervisor's device state, behind a Record
 	MemoryDevice = "memory" // guest RAM
@@ -160,6 +160,10 @@ type Host struct {
 	HugePages bool // the guest's memory is put into huge pages, once all of it is here; see CheckHugePages
 
 	DiskLimit vmm.Limit // of each disk, for machines that are started; one that is adopted has its own
+
+	// Passthrough are PCI devices of this host that the guest gets, by their addresses; see package vfio. An instance with any boots, and shuts down:
+	// it has no device of memory.
+	Passthrough []string
 
 	SerialOutput io.Writer // what the guest's console prints; nil: discarded
 	SerialInput  io.Reader // nil: none

@@ -216,6 +216,14 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 	})
 }
 
+// shutDown has the guest's agent begin to shut it down. What shuts down may not answer.
+func (g *guest) shutDown(ctx context.Context, m vmm.Machine, reboot bool) error {
+	if g == nil {
+		return errors.New("the guest has no agent")
+	}
+	return bounded(ctx, m, pressEvery, "the guest's agent did not answer", func(ctx context.Context) error { return g.agents.ShutDown(ctx, reboot) })
+}
+
 // undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of
 // the suspend. Where that is uncertain the call is repeated first, which the guest does not execute twice. Each agent is told by
 // itself: one that does not answer keeps no other waiting.

@@ -139,6 +139,9 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("resume instance: no device %q is configured", name)
 		}
 	}
+	if len(cfg.Host.Passthrough) > 0 {
+		return nil, fmt.Errorf("resume instance: nothing can be resumed with PCI device %q of the host: boot it", cfg.Host.Passthrough[0])
+	}
 	if i.cfg.Rollback {
 		if err := i.rollBack(ctx); err != nil {
 			return nil, fmt.Errorf("roll back instance from %q: %w", i.device(StateDevice).recordFile(), err)
@@ -208,6 +211,10 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 // then on. The machine is what its config device describes. With a liveness port in the description, Boot returns when the
 // guest says that it is up. An instance that moved away is refused, unless Config.ForceOwner says otherwise.
 func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
+	if at := slices.IndexFunc(cfg.Devices, func(d DeviceConfig) bool { return d.Name == MemoryDevice }); at >= 0 && len(cfg.Host.Passthrough) > 0 {
+		return nil, fmt.Errorf("boot instance: it has a device %q (%q), which it could not be saved to with PCI device %q of the host: make a package without (drafter snapshotter --shut-down)",
+			MemoryDevice, cfg.Devices[at].Base, cfg.Host.Passthrough[0])
+	}
 	i, err := open(ctx, cfg, openExisting, nil)
 	if err != nil {
 		return nil, err
@@ -750,7 +757,7 @@ func (i *Instance) makeFolder() (err error) {
 	}
 	i.folder, err = machineNote{
 		Memory: memory, Hypervisor: i.cfg.Backend.Name(), Netns: host.Netns, Interface: host.Interface, UID: host.UID, GID: host.GID,
-		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Description: i.desc,
+		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Passthrough: host.Passthrough, Description: i.desc,
 	}.make(i.root)
 	if err == nil {
 		err = os.Mkdir(i.path, 0o700)
@@ -886,7 +893,7 @@ func (i *Instance) machineConfig(boot *vmm.Boot) vmm.Config {
 		Spec: i.desc.Spec, Dir: i.path, Memory: i.memory.File(), Boot: boot,
 		Netns: host.Netns, Interface: host.Interface,
 		SerialOutput: host.SerialOutput, SerialInput: host.SerialInput,
-		IOEngineSync: host.IOEngineSync, DiskLimit: host.DiskLimit,
+		IOEngineSync: host.IOEngineSync, DiskLimit: host.DiskLimit, Passthrough: host.Passthrough,
 		UID: host.UID, GID: host.GID, NUMANode: -1,
 		CgroupVersion: host.CgroupVersion, CgroupName: filepath.Base(i.root),
 		Binary: host.Binary, Logger: i.log,
@@ -1308,6 +1315,12 @@ func (i *Instance) Close(ctx context.Context) error {
 		if ended(i.machine) {
 			break
 		}
+		if i.device(MemoryDevice) == nil {
+			if err = i.shutDown(ctx); !ended(i.machine) {
+				return errors.Join(fmt.Errorf("close instance: %w: it is switched off as by a power cut", err), i.teardown())
+			}
+			break
+		}
 		if err = i.checkWhole(ctx); err == nil && i.phase == running {
 			err = i.suspendAndSave(ctx)
 		} else if err == nil {
@@ -1328,6 +1341,56 @@ func (i *Instance) Close(ctx context.Context) error {
 		return fmt.Errorf("%w: %w", ErrUnsaved, err)
 	}
 	return i.teardown()
+}
+
+// ShutDown has the guest of an instance that runs shut down, and waits for it, up to Config.RescueTimeout. Then there is Close to call.
+func (i *Instance) ShutDown(ctx context.Context) error {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	if i.phase != running {
+		return fmt.Errorf("shut down instance: it is %s: %w", i.phase, ErrPhase)
+	}
+	if err := i.shutDown(ctx); err != nil {
+		return fmt.Errorf("shut down instance: %w", err)
+	}
+	return nil
+}
+
+// pressEvery is the time between two presses of the power button, which is for guests without an agent, or whose agent does not answer: one
+// that boots has nobody to heed the first.
+const pressEvery = 3 * time.Second
+
+func (i *Instance) shutDown(ctx context.Context) error {
+	late := fmt.Errorf("the guest has not shut down within %s: it needs drafter-agent, or what heeds its power button (systemd-logind, acpid)", i.cfg.RescueTimeout)
+	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, late)
+	defer cancel()
+	if i.phase == suspended {
+		if err := i.run(ctx); err != nil {
+			return err
+		}
+	}
+	if err := i.guest.shutDown(ctx, i.machine, vmm.RequirementsOf(i.cfg.Backend).Reboots); err != nil {
+		i.log.Debug("the guest's agent does not shut it down: its power button may", "error", err)
+	}
+	again := time.NewTicker(pressEvery)
+	defer again.Stop()
+	for {
+		select {
+		case <-i.machine.Done():
+			if err := i.machine.Err(); !errors.Is(err, vmm.ErrReboot) {
+				return err
+			}
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-again.C:
+		}
+		if button, ok := i.machine.(vmm.PowerButton); ok && !ended(i.machine) {
+			if err := button.PressPower(ctx); err != nil {
+				i.log.Debug("cannot press the power button", "error", err)
+			}
+		}
+	}
 }
 
 // checkWhole refuses to save an instance of which something has not arrived. Its guest runs on meanwhile: it may be needed
@@ -1409,6 +1472,9 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	}
 	if i.phase == running && (i.filler != nil || i.cfg.BootUnattended) && !ended(i.machine) {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
+		if i.device(MemoryDevice) == nil {
+			return errors.Join(i.shutDown(context.WithoutCancel(ctx)), i.recordEnd(), i.teardown())
+		}
 		return errors.Join(i.pauseAndSave(context.WithoutCancel(ctx)), i.teardown())
 	}
 	return i.teardown()

@@ -32,6 +32,7 @@ type machineNote struct {
 	GID           int         `json:"gid,omitempty"`
 	CgroupVersion int         `json:"cgroupVersion,omitempty"`
 	IOEngineSync  bool        `json:"ioEngineSync,omitempty"`
+	Passthrough   []string    `json:"passthrough,omitempty"`
 	Description   Description `json:"description"`
 }
 

@@ -48,7 +48,7 @@ type Device struct {
 type Config struct {
 	Backend vmm.Backend // the hypervisor; required
 
-	// Devices are the package's devices. "state", "memory", "config", "kernel" and at least one disk are needed. In the guest
+	// Devices are the package's devices. "state", "memory" (but see ShutDown), "config", "kernel" and at least one disk are needed. In the guest
 	// "disk" comes first, as /dev/vda, then "oci", then the others in the order given.
 	Devices []Device
 
@@ -70,10 +70,14 @@ type Config struct {
 	Host  runner.Host  // where machines run on this host
 	Hooks runner.Hooks // called on the way; nil ones are left out
 
-	// ResumeTimeout bounds the boot until liveness and agent have answered. Default: one minute.
+	// ResumeTimeout bounds the boot until liveness and agent have answered, and then how long the guest may take to get ready to be suspended, or to
+	// shut down. Default: one minute.
 	ResumeTimeout time.Duration
 
-	// Progress is called when a stage begins: "copy", "boot", "suspend", "hash". Nil is allowed.
+	// ShutDown has the guest shut down when it is up, instead of suspending it. There is no device "memory" then: the package boots at each start.
+	ShutDown bool
+
+	// Progress is called when a stage begins: "copy", "boot", "suspend" or "shut down", "hash". Nil is allowed.
 	Progress func(stage string)
 
 	// Logger receives events; nil means slog.Default().
@@ -129,7 +133,7 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	cfg.Host.SerialOutput = console
 	began := time.Now()
 	instance, err := runner.Boot(ctx, runner.Config{
-		Devices: devices, Backend: cfg.Backend, Host: cfg.Host, Hooks: cfg.Hooks, ResumeTimeout: cfg.ResumeTimeout, Logger: cfg.Logger,
+		Devices: devices, Backend: cfg.Backend, Host: cfg.Host, Hooks: cfg.Hooks, ResumeTimeout: cfg.ResumeTimeout, RescueTimeout: cfg.ResumeTimeout, Logger: cfg.Logger,
 		Anew: true,
 	})
 	if err != nil {
@@ -153,8 +157,12 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	default:
 	}
 
-	cfg.Progress("suspend")
-	if err := instance.Suspend(ctx); err != nil {
+	stage, end := "suspend", instance.Suspend
+	if cfg.ShutDown {
+		stage, end = "shut down", instance.ShutDown
+	}
+	cfg.Progress(stage)
+	if err := end(ctx); err != nil {
 		return nil, fmt.Errorf("create snapshot: %w%s", errors.Join(err, instance.Kill()), console)
 	}
 	if err := instance.Close(ctx); err != nil {
@@ -258,9 +266,15 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	for _, name := range []string{runner.StateDevice, runner.MemoryDevice, runner.ConfigDevice, runner.KernelDevice} {
-		if !names[name] {
+		switch absent := name == runner.MemoryDevice && c.ShutDown; {
+		case absent && names[name]:
+			return c, fmt.Errorf("device %q is configured, but a guest that is shut down has none: leave it out", name)
+		case !absent && !names[name]:
 			return c, fmt.Errorf("no device %q is configured", name)
 		}
+	}
+	if len(c.Host.Passthrough) > 0 && !c.ShutDown {
+		return c, fmt.Errorf("the state of PCI device %q of the host cannot be written down: have the guest shut down", c.Host.Passthrough[0])
 	}
 	if disks == 0 {
 		return c, errors.New("no disk is configured: give a device \"disk\"")

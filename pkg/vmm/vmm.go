@@ -112,6 +112,13 @@ type Ender interface {
 	Ending(cfg Config) bool
 }
 
+// PowerButton is implemented by machines whose guest can be asked to shut down.
+type PowerButton interface {
+	// PressPower presses the power button of a running machine. It does not wait for what the guest makes of it, which may be nothing: one that
+	// shuts down ends the machine (Done).
+	PressPower(ctx context.Context) error
+}
+
 // Announcer is implemented by machines that can have the network send their guest's packets here before the guest runs
 // here. A guest that is paused at its old place gets nothing there: packets are lost, which costs their senders a timeout
 // of 200 ms or more. Here they wait for Resume, as many as the interface's queue holds.
@@ -176,6 +183,10 @@ type Config struct {
 	// (/run/netns/NAME; empty: ours). Ignored when Spec.MAC is empty.
 	Netns, Interface string
 
+	// Passthrough are PCI devices of the host that the guest gets, by their addresses as package vfio has them. A machine with any is booted, and
+	// neither saved nor loaded. A backend that has none of this refuses them.
+	Passthrough []string
+
 	// SerialOutput receives what the guest writes on its console; nil discards it. SerialInput is what it reads; nil is
 	// none. Neither is closed.
 	SerialOutput io.Writer
@@ -214,6 +225,7 @@ type Requirements struct {
 	Graft   bool // the VMM allocates RAM by itself: Config.Spawn and Config.Graft are needed
 	Paths   bool // disks are attached by their paths, not by sockets
 	Carries bool // the VMM serves SocketFile itself: there is no GuestChannel
+	Reboots bool // only a guest that reboots ends the VMM; one that powers off stays
 	Wrapped bool // Config.Spawn is given a program that confines the VMM and executes it, and closes what it has inherited before
 }
 

@@ -4,6 +4,7 @@
 //	guest say PORT TEXT    send TEXT to that port of the host
 //	guest serve PORT       count, for the host, and ask it back: see [serve]
 //	guest -c WORD          append WORD to /hooks: the shell of the agent's hooks
+//	guest -c poweroff      power off
 package main
 
 import (
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/drafter-vm/drafter/pkg/agent/service"
@@ -31,6 +33,10 @@ func main() {
 }
 
 func run(args []string) error {
+	if len(args) == 2 && args[0] == "-c" && args[1] == "poweroff" {
+		unix.Sync()
+		return unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	}
 	if len(args) == 2 && args[0] == "-c" {
 		f, err := os.OpenFile("/hooks", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 		if err != nil {

@@ -93,6 +93,8 @@ func (g *guest) do(args []string) (string, error) {
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	case "poweroff":
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	case "button":
+		return "", heedButton()
 	case "panic":
 		return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	}

@@ -318,6 +318,86 @@ func (x *AfterResumeResponse) GetClockStepNanos() int64 {
 	return 0
 }
 
+type ShutDownRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Reboot        bool                   `protobuf:"varint,1,opt,name=reboot,proto3" json:"reboot,omitempty"` // and reboot, where the machine ends by that only
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShutDownRequest) Reset() {
+	*x = ShutDownRequest{}
+	mi := &file_agent_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShutDownRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShutDownRequest) ProtoMessage() {}
+
+func (x *ShutDownRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShutDownRequest.ProtoReflect.Descriptor instead.
+func (*ShutDownRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ShutDownRequest) GetReboot() bool {
+	if x != nil {
+		return x.Reboot
+	}
+	return false
+}
+
+type ShutDownResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShutDownResponse) Reset() {
+	*x = ShutDownResponse{}
+	mi := &file_agent_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShutDownResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShutDownResponse) ProtoMessage() {}
+
+func (x *ShutDownResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShutDownResponse.ProtoReflect.Descriptor instead.
+func (*ShutDownResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{7}
+}
+
 var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
@@ -337,11 +417,15 @@ const file_agent_proto_rawDesc = "" +
 	"\aentropy\x18\x03 \x01(\fR\aentropy\x12\x14\n" +
 	"\x05clone\x18\x04 \x01(\bR\x05clone\"?\n" +
 	"\x13AfterResumeResponse\x12(\n" +
-	"\x10clock_step_nanos\x18\x01 \x01(\x12R\x0eclockStepNanos2\x8c\x02\n" +
+	"\x10clock_step_nanos\x18\x01 \x01(\x12R\x0eclockStepNanos\")\n" +
+	"\x0fShutDownRequest\x12\x16\n" +
+	"\x06reboot\x18\x01 \x01(\bR\x06reboot\"\x12\n" +
+	"\x10ShutDownResponse2\xdf\x02\n" +
 	"\x05Agent\x12E\n" +
 	"\x04Info\x12\x1d.drafter.agent.v1.InfoRequest\x1a\x1e.drafter.agent.v1.InfoResponse\x12`\n" +
 	"\rBeforeSuspend\x12&.drafter.agent.v1.BeforeSuspendRequest\x1a'.drafter.agent.v1.BeforeSuspendResponse\x12Z\n" +
-	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponseB1Z/github.com/drafter-vm/drafter/pkg/agent/agentpbb\x06proto3"
+	"\vAfterResume\x12$.drafter.agent.v1.AfterResumeRequest\x1a%.drafter.agent.v1.AfterResumeResponse\x12Q\n" +
+	"\bShutDown\x12!.drafter.agent.v1.ShutDownRequest\x1a\".drafter.agent.v1.ShutDownResponseB1Z/github.com/drafter-vm/drafter/pkg/agent/agentpbb\x06proto3"
 
 var (
 	file_agent_proto_rawDescOnce sync.Once
@@ -355,7 +439,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),           // 0: drafter.agent.v1.InfoRequest
 	(*InfoResponse)(nil),          // 1: drafter.agent.v1.InfoResponse
@@ -363,18 +447,22 @@ var file_agent_proto_goTypes = []any{
 	(*BeforeSuspendResponse)(nil), // 3: drafter.agent.v1.BeforeSuspendResponse
 	(*AfterResumeRequest)(nil),    // 4: drafter.agent.v1.AfterResumeRequest
 	(*AfterResumeResponse)(nil),   // 5: drafter.agent.v1.AfterResumeResponse
-	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
+	(*ShutDownRequest)(nil),       // 6: drafter.agent.v1.ShutDownRequest
+	(*ShutDownResponse)(nil),      // 7: drafter.agent.v1.ShutDownResponse
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
 }
 var file_agent_proto_depIdxs = []int32{
-	6, // 0: drafter.agent.v1.AfterResumeRequest.time:type_name -> google.protobuf.Timestamp
+	8, // 0: drafter.agent.v1.AfterResumeRequest.time:type_name -> google.protobuf.Timestamp
 	0, // 1: drafter.agent.v1.Agent.Info:input_type -> drafter.agent.v1.InfoRequest
 	2, // 2: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
 	4, // 3: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	1, // 4: drafter.agent.v1.Agent.Info:output_type -> drafter.agent.v1.InfoResponse
-	3, // 5: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	5, // 6: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	4, // [4:7] is the sub-list for method output_type
-	1, // [1:4] is the sub-list for method input_type
+	6, // 4: drafter.agent.v1.Agent.ShutDown:input_type -> drafter.agent.v1.ShutDownRequest
+	1, // 5: drafter.agent.v1.Agent.Info:output_type -> drafter.agent.v1.InfoResponse
+	3, // 6: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	5, // 7: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	7, // 8: drafter.agent.v1.Agent.ShutDown:output_type -> drafter.agent.v1.ShutDownResponse
+	5, // [5:9] is the sub-list for method output_type
+	1, // [1:5] is the sub-list for method input_type
 	1, // [1:1] is the sub-list for extension type_name
 	1, // [1:1] is the sub-list for extension extendee
 	0, // [0:1] is the sub-list for field type_name
@@ -391,7 +479,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

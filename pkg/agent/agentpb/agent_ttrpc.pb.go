@@ -11,6 +11,7 @@ type AgentService interface {
 	Info(context.Context, *InfoRequest) (*InfoResponse, error)
 	BeforeSuspend(context.Context, *BeforeSuspendRequest) (*BeforeSuspendResponse, error)
 	AfterResume(context.Context, *AfterResumeRequest) (*AfterResumeResponse, error)
+	ShutDown(context.Context, *ShutDownRequest) (*ShutDownResponse, error)
 }
 
 func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
@@ -36,6 +37,13 @@ func RegisterAgentService(srv *ttrpc.Server, svc AgentService) {
 					return nil, err
 				}
 				return svc.AfterResume(ctx, &req)
+			},
+			"ShutDown": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ShutDownRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ShutDown(ctx, &req)
 			},
 		},
 	})
@@ -70,6 +78,14 @@ func (c *agentClient) BeforeSuspend(ctx context.Context, req *BeforeSuspendReque
 func (c *agentClient) AfterResume(ctx context.Context, req *AfterResumeRequest) (*AfterResumeResponse, error) {
 	var resp AfterResumeResponse
 	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "AfterResume", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *agentClient) ShutDown(ctx context.Context, req *ShutDownRequest) (*ShutDownResponse, error) {
+	var resp ShutDownResponse
+	if err := c.client.Call(ctx, "drafter.agent.v1.Agent", "ShutDown", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -90,7 +90,7 @@ type vsock struct {
 type entropyDevice struct{}
 
 type action struct {
-	ActionType string `json:"action_type"` // "InstanceStart"
+	ActionType string `json:"action_type"` // "InstanceStart" or "SendCtrlAltDel"
 }
 
 type vmState struct {

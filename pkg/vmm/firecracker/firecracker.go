@@ -95,7 +95,7 @@ func (b *Backend) Name() string { return hypervisor }
 
 // Requirements implements [vmm.Demanding].
 func (b *Backend) Requirements() vmm.Requirements {
-	return vmm.Requirements{Graft: true, Paths: true, Carries: true, Wrapped: b.opts.Jailer != ""}
+	return vmm.Requirements{Graft: true, Paths: true, Carries: true, Reboots: true, Wrapped: b.opts.Jailer != ""}
 }
 
 // Start implements [vmm.Backend].
@@ -170,6 +170,9 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	}
 	if err := config.Check(cfg); err != nil {
 		return nil, err
+	}
+	if len(cfg.Passthrough) > 0 {
+		return nil, fmt.Errorf("it passes no devices of the host through, such as %q: use QEMU (--hypervisor qemu)", cfg.Passthrough[0])
 	}
 	jail, err := b.findJail(cfg)
 	if err != nil {

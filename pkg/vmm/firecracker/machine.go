@@ -234,6 +234,20 @@ func (m *machine) Err() error {
 	}
 }
 
+// PressPower implements [vmm.PowerButton]. Firecracker has no such button, and a keyboard whose only keys are those that have a guest reboot, which
+// ends Firecracker.
+func (m *machine) PressPower(ctx context.Context) error {
+	before, err := m.life.Begin("press the power button", lifecycle.Running)
+	if err != nil {
+		return err
+	}
+	defer m.life.End(before)
+	if err := m.api.put(ctx, "/actions", action{"SendCtrlAltDel"}); err != nil {
+		return fmt.Errorf("press the power button: %w", err)
+	}
+	return nil
+}
+
 // Close implements [vmm.Machine].
 func (m *machine) Close() error {
 	m.mu.Lock()

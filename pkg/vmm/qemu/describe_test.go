@@ -211,6 +211,14 @@ func TestArguments(t *testing.T) {
 		t.Errorf("got %s\nwant %s\n(UPDATE=1 rewrites testdata/arguments: saved machines of before will not load)", text.Bytes(), want)
 	}
 
+	// Behind all others, which have the places that they always have.
+	with := cfg
+	with.Passthrough = []string{"0000:01:00.0", "0000:02:00.0"}
+	more := arguments(with, caps100, descriptors{memory: 3, qmp: 4, serial: 5, channel: 6, tap: 7})
+	if want := append(slices.Clone(got), "-device", `{"driver":"vfio-pci","host":"0000:01:00.0","id":"host0"}`, "-device", `{"driver":"vfio-pci","host":"0000:02:00.0","id":"host1"}`); !slices.Equal(more, want) {
+		t.Errorf("with devices of the host: got %q, want %q", more, want)
+	}
+
 	cfg.Boot, cfg.NUMANode = nil, -1
 	if got := strings.Join(arguments(cfg, caps100, descriptors{memory: 3}), " "); !strings.Contains(got, "-incoming defer") ||
 		strings.Contains(got, "-kernel") || strings.Contains(got, "host-nodes") {

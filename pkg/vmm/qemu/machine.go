@@ -71,6 +71,8 @@ type machine struct {
 var (
 	_ vmm.Machine = (*machine)(nil)
 	_ vmm.Stater  = (*machine)(nil)
+
+	_ vmm.PowerButton = (*machine)(nil)
 )
 
 func newMachine(cfg vmm.Config, caps *capabilities) *machine {
@@ -379,6 +381,19 @@ func (m *machine) Pause(ctx context.Context) error {
 	}
 	m.life.End(m.settle(ctx))
 	return m.failed("pause", err)
+}
+
+// PressPower implements [vmm.PowerButton].
+func (m *machine) PressPower(ctx context.Context) error {
+	before, err := m.life.Begin("press the power button", lifecycle.Running)
+	if err != nil {
+		return err
+	}
+	defer m.life.End(before)
+	if err := m.qmp.execute(ctx, "system_powerdown", nil, nil); err != nil {
+		return m.failed("press the power button", err)
+	}
+	return nil
 }
 
 // Resume implements [vmm.Machine].

@@ -21,6 +21,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/numa"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/tap"
+	"github.com/drafter-vm/drafter/pkg/vmm/vfio"
 )
 
 // Names of the sockets in Config.Dir, beside vmm.GuestChannel.
@@ -150,6 +151,9 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	if err := config.Check(cfg); err != nil {
 		return nil, err
 	}
+	if cfg.Passthrough, err = passedThrough(cfg); err != nil {
+		return nil, err
+	}
 	if id, err := process.Read(filepath.Join(cfg.Dir, identityFile)); err == nil && id.Alive() {
 		return nil, fmt.Errorf("a machine runs there already, as process %d: close it, or adopt it", id.PID)
 	}
@@ -242,6 +246,18 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	}
 	go m.watch()
 	return m, nil
+}
+
+// passedThrough are the addresses, in full, of devices that can be passed through now.
+func passedThrough(cfg vmm.Config) (addresses []string, err error) {
+	if len(cfg.Passthrough) > 0 && cfg.Boot == nil {
+		return nil, fmt.Errorf("device state cannot be loaded into a machine with PCI device %q of the host: boot it", cfg.Passthrough[0])
+	}
+	devices, err := vfio.Check(cfg.Passthrough)
+	for _, d := range devices {
+		addresses = append(addresses, d.Address)
+	}
+	return addresses, err
 }
 
 // Adopt implements [vmm.Adopter]. It waits, as long as ctx allows, while another owner is still connected. The NBD

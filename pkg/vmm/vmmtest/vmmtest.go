@@ -99,6 +99,7 @@ func Run(t *testing.T, h Harness) {
 		{"DiskLimit", s.testDiskLimit},
 		{"Reboot", s.testReboot},
 		{"Poweroff", s.testPoweroff},
+		{"PowerButton", s.testPowerButton},
 		{"Killed", s.testKilled},
 		{"CloseLeavesNothing", s.testCloseLeavesNothing},
 		{"FailedStart", s.testFailedStart},
@@ -589,6 +590,34 @@ func (s *suite) testPoweroff(t *testing.T) {
 	s.needLinux(t)
 	i := s.running(t)
 	i.send(t, "poweroff")
+	if err := i.await(t); err != nil {
+		t.Errorf("Err is %v", err)
+	}
+}
+
+// testPowerButton: a guest that heeds the power button hears of it, also while it is adopted or was resumed, and of none that is not pressed.
+func (s *suite) testPowerButton(t *testing.T) {
+	s.needLinux(t)
+	i := s.running(t)
+	button, ok := i.Machine.(vmm.PowerButton)
+	if !ok {
+		t.Fatal("it has no power button")
+	}
+	ctx := testContext(t)
+	i.do(t, "button")
+	if err := i.Pause(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := button.PressPower(ctx); !errors.Is(err, vmm.ErrState) {
+		t.Errorf("press it while the machine is paused: got error %v, want ErrState", err)
+	}
+	if err := i.Resume(ctx); err != nil {
+		t.Fatal(err)
+	}
+	i.alive(t)
+	if err := button.PressPower(ctx); err != nil {
+		t.Fatal(err)
+	}
 	if err := i.await(t); err != nil {
 		t.Errorf("Err is %v", err)
 	}

@@ -146,9 +146,24 @@ func TestFirecrackerMoves(t *testing.T) {
 			report, err := p.Send(t.Context(), source)
 			done <- sent{report, err}
 		}()
-		next, report, err := peer.Receive(t.Context(), peerOf(t, b, hosts[move%2], pkg, filepath.Join(work, fmt.Sprint(move))), destination)
+		cfg := peerOf(t, b, hosts[move%2], pkg, filepath.Join(work, fmt.Sprint(move)))
+		looked := false
+		cfg.OnReceive = func(s migrate.DestinationState) {
+			if s != migrate.DestinationReceiving {
+				return
+			}
+			looked = true
+			said, err := exec.Command("ip", "-n", cfg.Host.Netns, "link", "show", cfg.Host.Interface).CombinedOutput()
+			if err != nil || !strings.Contains(string(said), "LOWER_UP") {
+				t.Errorf("move %d: nobody has the guest's interface before the guest is there: %v, %s", move, err, said)
+			}
+		}
+		next, report, err := peer.Receive(t.Context(), cfg, destination)
 		if err != nil {
 			t.Fatalf("move %d: %v, and the source: %v", move, err, <-done)
+		}
+		if !looked {
+			t.Errorf("move %d: nobody looked who has the interface", move)
 		}
 		t.Cleanup(func() { next.Kill() })
 		if s := <-done; s.err != nil {

@@ -20,6 +20,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/vmm"
 	"github.com/drafter-vm/drafter/pkg/vmm/internal/lifecycle"
+	"github.com/drafter-vm/drafter/pkg/vmm/internal/process"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
 	"golang.org/x/sys/unix"
 )
@@ -371,4 +372,28 @@ func FuzzCheckState(f *testing.F) {
 			t.Errorf("%x passes for device state", state)
 		}
 	})
+}
+
+// TestAdoptElsewhere: a machine that runs in the jailer, or without, is adopted in the same way, and that is said.
+func TestAdoptElsewhere(t *testing.T) {
+	for _, test := range []struct {
+		jailed bool
+		says   string
+	}{{true, "say where that is (--jailer-bin)"}, {false, "--jailer-bin none"}} {
+		dir := filepath.Join(t.TempDir(), hypervisor, "vm1", "root")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		opts, file := Options{Binary: "/bin/true", Jailer: "/bin/true"}, filepath.Join(dir, identityFile)
+		if test.jailed {
+			opts.Jailer, file = "", filepath.Join(filepath.Dir(dir), identityFile)
+		}
+		if err := (process.Identity{PID: os.Getpid(), Start: 1}).Write(file); err != nil {
+			t.Fatal(err)
+		}
+		_, err := New(opts).Adopt(t.Context(), vmm.Config{Spec: vmm.Spec{MemorySize: 1 << 20, CPUCount: 1}, Dir: dir, NUMANode: -1})
+		if err == nil || !strings.Contains(err.Error(), test.says) {
+			t.Errorf("jailed %t: got error %v", test.jailed, err)
+		}
+	}
 }

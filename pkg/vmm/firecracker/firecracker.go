@@ -191,11 +191,12 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	netns := ""
 	if cfg.Spec.MAC != "" {
 		// Firecracker opens it by its name, says little where that fails, and makes one that is missing.
-		f, err := tap.Open(cfg.Netns, cfg.Interface)
-		if err != nil {
+		if m.tap, err = tap.Open(cfg.Netns, cfg.Interface); err != nil {
 			return nil, err
 		}
-		f.Close()
+		if cfg.Boot != nil { // it does so now
+			m.tap.Close()
+		}
 		netns = cfg.Netns
 	}
 
@@ -291,6 +292,12 @@ func (b *Backend) adopt(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 	}
 	m := newMachine(cfg, jail)
 	id, err := process.Read(m.identity())
+	if errors.Is(err, os.ErrNotExist) && len(identities(cfg.Dir)) > 0 {
+		if jail != nil {
+			return nil, errors.New("it runs without a jailer: adopt it without one (--jailer-bin none)")
+		}
+		return nil, errors.New("it runs in Firecracker's jailer: say where that is (--jailer-bin)")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("find its process: %w", err)
 	}

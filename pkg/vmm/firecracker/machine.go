@@ -52,6 +52,7 @@ type machine struct {
 	counted measures
 	cgroup  *cgroup.Group
 
+	tap     *os.File // of a machine that waits for Load, so that nobody else takes it meanwhile: it can be open once; nil if there is no network
 	saved   *os.File // a memfd that the process has, too: it writes device state into it
 	loaded  *os.File // another, from which it reads device state
 	in, out *os.File // the process's ends of its console
@@ -299,7 +300,7 @@ func (m *machine) disconnect() {
 			pump.Close()
 		}
 	}
-	for _, f := range []*os.File{m.in, m.out, m.said, m.counts, m.saved, m.loaded} {
+	for _, f := range []*os.File{m.tap, m.in, m.out, m.said, m.counts, m.saved, m.loaded} {
 		if f != nil {
 			f.Close()
 		}
@@ -668,7 +669,12 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 	if m.cfg.Spec.MAC != "" && slices.Compare(numbers(m.version), renames[:]) >= 0 {
 		params.NetworkOverrides = []networkOverride{{interfaceID, m.cfg.Interface}}
 	}
-	if err := m.cfg.Graft(func() error { return m.api.put(ctx, "/snapshot/load", params) }); err != nil {
+	if err := m.cfg.Graft(func() error {
+		if m.tap != nil {
+			m.tap.Close()
+		}
+		return m.api.put(ctx, "/snapshot/load", params)
+	}); err != nil {
 		return err
 	}
 	if m.cfg.IOEngineSync && len(m.cfg.Spec.Disks) > 0 {

@@ -25,11 +25,8 @@ func TestRelayTwice(t *testing.T) {
 	for _, host := range []string{"c", "d"} {
 		s.all["a"].deaf, s.all[host].deaf = append(s.all["a"].deaf, host), []string{"a"}
 	}
-	s.forward("a")
-	all := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	all = append(all, s.talks(t, 1)...)
+	old, recent := s.owners(t)
+	all := append(old, recent...)
 	for _, to := range []string{"c", "d", "c", "d"} {
 		s.move(to)
 		goOn(t, "at "+to, all)
@@ -72,11 +69,8 @@ func TestOwnerMissesMove(t *testing.T) {
 // TestBackAndForth: a place which the guest has left a moment ago, and goes to again, is not left by an owner as one that it needs no more.
 func TestBackAndForth(t *testing.T) {
 	s := newSites(t, "a", "b", "c")
-	s.forward("a")
-	all := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	all = append(all, s.talks(t, 1)...)
+	old, recent := s.owners(t)
+	all := append(old, recent...)
 	s.move("c")
 	b := s.all["b"].k
 	reaches := func(host string) {
@@ -104,11 +98,8 @@ func TestBackAndForth(t *testing.T) {
 // for strange.
 func TestDiscardFirst(t *testing.T) {
 	s := newSites(t, "a", "b")
-	s.forward("a")
-	all := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	all = append(all, s.talks(t, 1)...)
+	old, recent := s.owners(t)
+	all := append(old, recent...)
 	for range 3 {
 		goOn(t, "at b", all)
 		s.begin(t, "b", "a")
@@ -169,11 +160,7 @@ func TestCutBeforeFollow(t *testing.T) {
 func TestOwnerGone(t *testing.T) {
 	t.Cleanup(flow.SetSilentFor(time.Second))
 	s := newSites(t, "a", "b", "c")
-	s.forward("a")
-	old := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	recent := s.talks(t, 1)
+	old, recent := s.owners(t)
 	s.move("c")
 	goOn(t, "at c", append(old, recent...))
 	owners := func() (all []uint32) {
@@ -232,11 +219,7 @@ func TestGuestsPlaceRestarts(t *testing.T) {
 // TestSilentOwner: an owner that does not answer keeps the guest no longer than others: it goes with the connections of the others.
 func TestSilentOwner(t *testing.T) {
 	s := newSites(t, "a", "b", "c")
-	s.forward("a")
-	old := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	recent := s.talks(t, 1)
+	old, recent := s.owners(t)
 	goOn(t, "at b", append(old, recent...))
 	s.all["a"].k.Busy(func() {
 		b, c := s.all["b"].k, s.all["c"].k
@@ -285,11 +268,8 @@ func TestRandomMoves(t *testing.T) {
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	s := newSitesWith(t, []string{"a", "b"}, "a", "b", "c")
-	s.forward("a")
-	all := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	all = append(all, s.talks(t, 1)...)
+	old, recent := s.owners(t)
+	all := append(old, recent...)
 	s.during = func(string) { time.Sleep(time.Duration(max(0, r.IntN(2000)-1000)) * time.Millisecond) }
 	for i := range steps {
 		others := slices.DeleteFunc([]string{"a", "b", "c"}, func(host string) bool { return host == s.at.host })

@@ -213,6 +213,16 @@ func (s *sites) talks(t *testing.T, n int) []*testnet.Talk {
 	return all
 }
 
+// owners begins connections through a, where the guest is, and moves it to b, and begins others there.
+func (s *sites) owners(t *testing.T) (old, recent []*testnet.Talk) {
+	t.Helper()
+	s.forward("a")
+	old = s.talks(t, 1)
+	s.move("b")
+	s.forward("b")
+	return old, s.talks(t, 1)
+}
+
 // goOn waits until all have heard more.
 func goOn(t *testing.T, when string, talks []*testnet.Talk) {
 	t.Helper()
@@ -421,11 +431,8 @@ func TestUndo(t *testing.T) {
 func TestRelay(t *testing.T) {
 	s := newSites(t, "a", "b", "c")
 	s.all["a"].deaf = []string{"c"}
-	s.forward("a")
-	all := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	all = append(all, s.talks(t, 1)...)
+	old, recent := s.owners(t)
+	all := append(old, recent...)
 	s.move("c")
 	goOn(t, "relayed", all)
 	places, err := s.at.k.Places()
@@ -468,11 +475,7 @@ func TestLateRelay(t *testing.T) {
 // TestOwnerDies: a dead owner costs its own connections only; one that is started again goes on.
 func TestOwnerDies(t *testing.T) {
 	s := newSites(t, "a", "b")
-	s.forward("a")
-	old := s.talks(t, 1)
-	s.move("b")
-	s.forward("b")
-	recent := s.talks(t, 1)
+	old, recent := s.owners(t)
 	goOn(t, "before", old)
 	a := s.all["a"]
 	if err := a.k.Close(); err != nil {

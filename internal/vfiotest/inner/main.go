@@ -32,6 +32,9 @@ func main() {
 
 func run() error {
 	for _, m := range [][2]string{{"devtmpfs", "/dev"}, {"proc", "/proc"}, {"sysfs", "/sys"}} {
+		if err := os.MkdirAll(m[1], 0o755); err != nil {
+			return err
+		}
 		if err := unix.Mount(m[0], m[1], m[0], 0, ""); err != nil && err != unix.EBUSY {
 			return fmt.Errorf("mount %s: %w", m[1], err)
 		}

@@ -44,7 +44,8 @@ type Config struct {
 	// Agent is the path of the guest's program, drafter-agent: a static ELF executable. Required.
 	Agent string
 
-	// Suite is the Debian release; default "bookworm". Packages that it has not are taken from its backports.
+	// Suite is the Debian release; default "bookworm", and "trixie" with a Desktop. Packages that it has not are taken from
+	// its backports.
 	Suite string
 
 	// Arch is the architecture of the guest; default and only one: "amd64".
@@ -83,6 +84,11 @@ type Config struct {
 
 	// Copies are files and folders of this host to put into the guest, owned by root.
 	Copies []Copy
+
+	// Desktop is the command line, for a shell, of a program to fill the screen of a guest that has none: one looks at it by
+	// VNC, at port 5900 of the guest, which asks for no password. When it ends, all of the desktop is started again. [DefaultDesktop]
+	// brings its package; other programs are among Packages or Copies. Empty: no desktop.
+	Desktop string
 
 	// Fstab are lines for /etc/fstab. "nofail" and a short wait for the device are added where a line has none.
 	Fstab []string
@@ -131,6 +137,9 @@ var sources embed.FS
 // complete checks the configuration and returns it with defaults filled in.
 func (cfg Config) complete() (Config, error) {
 	cfg.Output = cmp.Or(cfg.Output, filepath.Join("out", "blueprint"))
+	if cfg.Desktop != "" {
+		cfg.Suite = cmp.Or(cfg.Suite, desktopSuite)
+	}
 	cfg.Suite = cmp.Or(cfg.Suite, "bookworm")
 	cfg.Arch = cmp.Or(cfg.Arch, "amd64")
 	cfg.KernelPackage = cmp.Or(cfg.KernelPackage, "linux-image-cloud-amd64")
@@ -172,6 +181,9 @@ func (cfg Config) complete() (Config, error) {
 		if _, err := parseWant(p); err != nil {
 			return cfg, err
 		}
+	}
+	if err := checkDesktop(cfg.Desktop); err != nil {
+		return cfg, err
 	}
 	if err := checkAgent(cfg.Agent); err != nil {
 		return cfg, err
@@ -248,8 +260,11 @@ func checkAgent(path string) error {
 
 // request is what a lock file answers.
 func (cfg Config) request() string {
-	packages := slices.Compact(slices.Sorted(slices.Values(cfg.Packages)))
-	return strings.Join(append([]string{cfg.Suite, cfg.Arch, baseVersion, cfg.KernelPackage}, packages...), " ")
+	fixed := []string{cfg.Suite, cfg.Arch, baseVersion, cfg.KernelPackage}
+	if cfg.Desktop != "" {
+		fixed = append(fixed, desktopVersion)
+	}
+	return strings.Join(append(fixed, cfg.packages()...), " ")
 }
 
 // Build builds a blueprint, or finds that the one there is what it would build. It needs no privileges. Files appear in
@@ -420,7 +435,7 @@ func (b *build) resolve(ctx context.Context, lock *lockFile) (*lockFile, error) 
 
 	// What is asked for by name comes first, as it decides between alternatives.
 	var wants []want
-	for _, p := range slices.Sorted(slices.Values(b.cfg.Packages)) {
+	for _, p := range b.cfg.packages() {
 		w, err := parseWant(p)
 		if err != nil {
 			return nil, err
@@ -433,7 +448,11 @@ func (b *build) resolve(ctx context.Context, lock *lockFile) (*lockFile, error) 
 	for _, name := range basePackages {
 		wants = append(wants, want{name: name, by: "every guest"})
 	}
-	system, err := ix.resolve(wants, digests(lock.system), nil)
+	var demands map[string][]demand
+	if b.cfg.Desktop != "" {
+		demands = desktopDemands
+	}
+	system, err := ix.resolve(wants, digests(lock.system), demands)
 	if err != nil {
 		return nil, err
 	}
@@ -454,7 +473,7 @@ func (b *build) resolve(ctx context.Context, lock *lockFile) (*lockFile, error) 
 		archive = "libarchive13t64"
 	}
 	tools = append(tools, want{name: archive, by: "the build"})
-	demands := map[string][]demand{"e2fsprogs": {{dependency.VersionRelation{Operator: ">=", Number: mke2fsMinimum}, "the build"}}}
+	demands = map[string][]demand{"e2fsprogs": {{dependency.VersionRelation{Operator: ">=", Number: mke2fsMinimum}, "the build"}}}
 	chosen, err := ix.resolve(tools, digests(lock.tools), demands)
 	if err != nil {
 		return nil, err
@@ -513,12 +532,12 @@ func (b *build) inputs(lock *lockFile) (string, error) {
 // encodable is the configuration as JSON can hold it.
 func (cfg Config) encodable() any {
 	return struct {
-		Agent, Suite, Arch, Kernel, Mirror, Hostname, Password string
-		Packages, Units, Scripts, Fstab                        []string
-		Size                                                   int64
-		Network                                                NetworkConfig
-		Copies                                                 []Copy
-	}{"", cfg.Suite, cfg.Arch, cfg.KernelPackage, cfg.Mirror, cfg.Hostname, cfg.RootPassword, cfg.Packages, cfg.Units, cfg.Scripts, cfg.Fstab, cfg.Size, cfg.Network, cfg.Copies}
+		Agent, Suite, Arch, Kernel, Mirror, Hostname, Password, Desktop string
+		Packages, Units, Scripts, Fstab                                 []string
+		Size                                                            int64
+		Network                                                         NetworkConfig
+		Copies                                                          []Copy
+	}{"", cfg.Suite, cfg.Arch, cfg.KernelPackage, cfg.Mirror, cfg.Hostname, cfg.RootPassword, cfg.Desktop, cfg.Packages, cfg.Units, cfg.Scripts, cfg.Fstab, cfg.Size, cfg.Network, cfg.Copies}
 }
 
 func digestHostFiles(w io.Writer, root string) error {

@@ -31,6 +31,8 @@ func TestConfigErrors(t *testing.T) {
 		{"hostname", Config{Agent: agent, Hostname: "a b"}, []string{`host name "a b"`}},
 		{"size", Config{Agent: agent, Size: 1000}, []string{"size 1000"}},
 		{"package", Config{Agent: agent, Packages: []string{"Bad Name"}}, []string{`package "Bad Name"`}},
+		{"blank desktop", Config{Agent: agent, Desktop: " "}, []string{"blank", "no desktop"}},
+		{"desktop of two lines", Config{Agent: agent, Desktop: "foot\nreboot"}, []string{"line break", "file"}},
 		{"locked and update", Config{Agent: agent, Locked: true, UpdateLock: true}, []string{"--locked", "--update-lock"}},
 		{"unit suffix", Config{Agent: agent, Units: []string{text}}, []string{text, ".service"}},
 		{"missing script", Config{Agent: agent, Scripts: []string{dir + "/none"}}, []string{dir + "/none"}},

@@ -48,6 +48,9 @@
 //     /etc/drafter/after-resume.d;
 //   - drafter-liveness.service ("drafter-liveness") says that the guest is up, once all other services are.
 //
+// With [Config.Desktop] there are two more, which run as the user desktop: drafter-desktop.service, a compositor without a screen
+// around one program, and drafter-vnc.service, which shows it at port 5900 to whoever asks. The guest is up once that answers.
+//
 // The initrd reads root= (default /dev/vda; LABEL= and UUID= work), rootfstype=, rootflags=, init= and ro from the kernel's
 // command line.
 //

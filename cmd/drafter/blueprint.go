@@ -37,12 +37,21 @@ The guest logs in as root on its serial console, without a password unless --roo
 172.16.0.2/30 and fd00:172:16::2/64 on its one interface. Programs in /etc/drafter/before-suspend.d and
 /etc/drafter/after-resume.d run around every snapshot and move.
 
+With --desktop the guest shows a terminal, with --desktop=COMMAND another program, to whoever reaches its port 5900 by
+VNC: no password is asked for, so forward it to loopback only. It is a Debian 13 then, unless --suite says otherwise.
+
 Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 		Example: `  drafter blueprint --packages valkey-server
   drafter blueprint --packages nginx --copy ./site:/var/www/html --size 2G
   drafter blueprint --kernel-package linux-image-cloud-amd64/bookworm-backports
+  drafter blueprint --desktop='foot --font=monospace:size=14' --packages mesa-utils
   drafter blueprint --script ./setup.sh --unit ./my.service --fstab 'LABEL=data /data ext4 defaults 0 2'`,
-		Args:          cobra.NoArgs,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 && cmd.Flags().Changed("desktop") {
+				return usageErrorf("%q is no part of --desktop: give --desktop=%q", args[0], strings.Join(args, " "))
+			}
+			return cobra.NoArgs(cmd, args)
+		},
 		SilenceUsage:  true,
 		SilenceErrors: true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -52,6 +61,9 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 					return usageErrorf("--copy %q is not of the form HOST:GUEST", c)
 				}
 				cfg.Copies = append(cfg.Copies, blueprint.Copy{Host: host, Guest: guest})
+			}
+			if cfg.Desktop != "" && !cmd.Flags().Changed("packages") {
+				cfg.Packages = nil // the example's server has nothing to show
 			}
 			var err error
 			if cfg.Size, err = parseDiskSize(size); err != nil {
@@ -90,8 +102,8 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 	f := cmd.Flags()
 	f.StringVar(&cfg.Output, "output", filepath.Join("out", "blueprint"), "`folder` to write to")
 	f.StringVar(&cfg.Agent, "agent", "", "`path` of the guest's program (default drafter-agent beside this program, else in PATH)")
-	f.StringSliceVar(&cfg.Packages, "packages", []string{"valkey-server"}, "`packages` to install, each NAME, NAME/SUITE or NAME=VERSION")
-	f.StringVar(&cfg.Suite, "suite", "bookworm", "Debian `release`; its backports serve what it lacks")
+	f.StringSliceVar(&cfg.Packages, "packages", []string{"valkey-server"}, "`packages` to install, each NAME, NAME/SUITE or NAME=VERSION; with --desktop none by default")
+	f.StringVar(&cfg.Suite, "suite", "", "Debian `release`; its backports serve what it lacks (default bookworm, with --desktop trixie)")
 	f.StringVar(&cfg.Arch, "arch", "amd64", "`architecture` of the guest")
 	f.StringVar(&cfg.KernelPackage, "kernel-package", "linux-image-cloud-amd64", "`package` of the kernel; append /bookworm-backports for the newer one")
 	f.StringVar(&size, "size", "", "size of the root disk, such as 2G (default what is needed and 0.5 GiB)")
@@ -101,6 +113,8 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 	f.StringArrayVar(&cfg.Units, "unit", nil, "systemd unit `file` to install and enable (repeatable)")
 	f.StringArrayVar(&cfg.Scripts, "script", nil, "`file` to run at boot, as a service (repeatable)")
 	f.StringArrayVar(&copies, "copy", nil, "`HOST:GUEST` file or folder to put into the guest (repeatable)")
+	f.StringVar(&cfg.Desktop, "desktop", "", "show a program, by default the terminal foot, by VNC at port 5900 of the guest: `COMMAND` line, given as --desktop=COMMAND")
+	f.Lookup("desktop").NoOptDefVal = blueprint.DefaultDesktop
 	f.StringArrayVar(&cfg.Fstab, "fstab", nil, "`line` for /etc/fstab, as for an additional disk, by LABEL=; a disk that is absent is waited for 20 s, then left out (repeatable)")
 	f.StringVar(&cfg.Lock, "lock", "", "lock `file` (default blueprint.lock in the output folder)")
 	f.BoolVar(&cfg.Locked, "locked", false, "fail where the lock file would have to change")

@@ -22,7 +22,7 @@ FAULTFLAGS  ?=
 BENCHFLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help depend build install test test-faults test-vfio test-unit lint bench bench-micro demo fuzz clean
+.PHONY: help depend build install test test-faults test-vfio test-desktop test-unit lint bench bench-micro demo fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ test-faults: depend build ## Faults: links cut at every frame, hosts killed in e
 
 test-vfio: depend build ## A device that is passed through, on an emulated host with an emulated IOMMU (15 minutes)
 	$(GO) test -count 1 -timeout 1h -v ./internal/vfiotest -args -long
+
+test-desktop: depend build ## A desktop that is looked at by VNC while it moves (minutes; screenshots in out/desktop)
+	$(GO) test -p 1 -count 1 -timeout 30m -v ./internal/e2e -run TestDesktopMoves -args -long -screenshots $(abspath $(OUT))/desktop
 
 test-unit: ## The quick part of the tests: no root, no VMs
 	$(GO) test -short ./...

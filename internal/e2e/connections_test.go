@@ -53,27 +53,13 @@ func histogram(gaps []time.Duration) string {
 	return fmt.Sprintf("%slongest %s", b.String(), gaps[len(gaps)-1])
 }
 
-// TestCommandConnections: connections between a VM and others, in both directions, of TCP and UDP and over IPv4 and IPv6, go on while it moves
-// between hosts with NAT, along a chain and home again. Between b and c the kernel carries their packets.
-func TestCommandConnections(t *testing.T) {
-	const (
-		inbound  = 100 // TCP; of both families
-		calls    = 20  // of the guest; of these, 4 UDP
-		sessions = 4   // UDP, to the guest
-		began    = inbound + calls + sessions
-	)
-	// Where the guest's processor is emulated, it answers a few hundred times a second: few of the connections then show the gaps, and the others that
-	// they are there.
-	tick, others := 20*time.Millisecond, 500*time.Millisecond
-	if cpu, err := os.ReadFile("/proc/cpuinfo"); err == nil && regexp.MustCompile(`\b(vmx|svm)\b`).Match(cpu) {
-		tick, others = time.Millisecond, time.Millisecond
-	}
-	w := newWorkshop(t)
-	h := testnet.NewTestHosts(t, "a", "b", "c", "world")
+// networks makes of some hosts such as VMs move between: each has a namespace of drafter nat, by its name, and a forwarder.
+func networks(t *testing.T, h *testnet.Hosts, hosts ...string) (map[string]string, map[string]*forward.Forwarder) {
+	t.Helper()
 	prefix := "e" + h.Host("")[1:5]
 	netns := make(map[string]string)
 	forwards := make(map[string]*forward.Forwarder)
-	for _, host := range []string{"a", "b", "c"} {
+	for _, host := range hosts {
 		err := testnet.Do(h.Host(host), func() error {
 			n, err := nat.Open(context.Background(), nat.Config{Prefix: prefix + host, Count: 1})
 			if err != nil {
@@ -97,6 +83,27 @@ func TestCommandConnections(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	return netns, forwards
+}
+
+// TestCommandConnections: connections between a VM and others, in both directions, of TCP and UDP and over IPv4 and IPv6, go on while it moves
+// between hosts with NAT, along a chain and home again. Between b and c the kernel carries their packets.
+func TestCommandConnections(t *testing.T) {
+	const (
+		inbound  = 100 // TCP; of both families
+		calls    = 20  // of the guest; of these, 4 UDP
+		sessions = 4   // UDP, to the guest
+		began    = inbound + calls + sessions
+	)
+	// Where the guest's processor is emulated, it answers a few hundred times a second: few of the connections then show the gaps, and the others that
+	// they are there.
+	tick, others := 20*time.Millisecond, 500*time.Millisecond
+	if cpu, err := os.ReadFile("/proc/cpuinfo"); err == nil && regexp.MustCompile(`\b(vmx|svm)\b`).Match(cpu) {
+		tick, others = time.Millisecond, time.Millisecond
+	}
+	w := newWorkshop(t)
+	h := testnet.NewTestHosts(t, "a", "b", "c", "world")
+	netns, forwards := networks(t, h, "a", "b", "c")
 	start := func(host string, console *testguest.Console, args []string) (c *command) {
 		t.Helper()
 		err := testnet.Do(h.Host(host), func() error { c = w.start(t, console, args...); return nil })

@@ -124,6 +124,9 @@ func (m *machineFlags) check() error {
 			return fmt.Errorf("--%s: %w: give the path of %s, or leave it out", program.flag, err, program.name)
 		}
 	}
+	if m.flags.Changed("vfio") && len(m.vfio) == 0 {
+		return usageErrorf("--vfio is empty: give the address of a PCI device, like 0000:01:00.0, or leave it out")
+	}
 	if len(m.vfio) > 0 {
 		if m.hypervisor == "firecracker" {
 			return usageErrorf("--vfio excludes --hypervisor firecracker, which passes no devices through: use qemu")

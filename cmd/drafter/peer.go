@@ -492,6 +492,15 @@ const retryInterval = 5 * time.Second
 func closePeer(ctx context.Context, p *peer.Peer, out io.Writer) error {
 	again, stop := signal.NotifyContext(context.WithoutCancel(ctx), os.Interrupt, syscall.SIGTERM)
 	defer stop()
+	if p.CheckSavable() != nil {
+		switchOff := context.AfterFunc(again, func() {
+			if ctx.Err() != nil { // it was asked for a second time
+				fmt.Fprintf(out, "Switching the VM off\n")
+				_ = p.Kill() // Close says what came of it
+			}
+		})
+		defer switchOff()
+	}
 	for {
 		err := p.Close(ctx)
 		if !errors.Is(err, runner.ErrUnsaved) {
@@ -703,7 +712,7 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			if p.CheckSavable() == nil {
 				fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
 			} else {
-				fmt.Fprintf(out, "Closing: the guest shuts down\n")
+				fmt.Fprintf(out, "Closing: the guest shuts down; Ctrl-C switches it off\n")
 			}
 			return nil
 		case <-p.Done():
@@ -979,11 +988,12 @@ func sameFile(a, b string) bool {
 func defaultPeerDevices() string {
 	migratable, maxDirtyBlocks, minCycles, maxCycles, cycleThrottle := true, int64(200), 5, 20, 500*time.Millisecond
 	devices := []peerDevice{}
+	pkg, err := vmpackage.Open(filepath.Join("out", "package"))
+	boots := err == nil && !slices.ContainsFunc(pkg.Devices, func(d vmpackage.PackageDevice) bool { return d.Name == vmpackage.Memory })
 	for _, name := range vmpackage.KnownNames() {
 		file := vmpackage.DefaultFile(name)
 		base := filepath.Join("out", "package", file)
-		whole := isFile(filepath.Join("out", "package", vmpackage.ManifestFile))
-		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci" || name == runner.MemoryDevice && whole) {
+		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci") || name == runner.MemoryDevice && boots {
 			continue
 		}
 		devices = append(devices, peerDevice{

@@ -196,7 +196,7 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 	return err
 }
 
-// shutDown has the guest's init shut it down.
+// shutDown has the guest's init shut it down. A guest that takes longer than its host waits for an answer goes on all the same.
 func (o *agentOptions) shutDown(ctx context.Context, reboot bool) error {
 	what := "poweroff"
 	if reboot {
@@ -205,6 +205,8 @@ func (o *agentOptions) shutDown(ctx context.Context, reboot bool) error {
 	if _, err := exec.LookPath("systemctl"); err == nil {
 		what = "systemctl --no-block " + what // or it waits for what ends this service, too
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Minute)
+	defer cancel()
 	return agent.RunHook(ctx, o.shell, what)
 }
 

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
@@ -108,6 +111,77 @@ func TestCommandShutDown(t *testing.T) {
 	c.Process.Signal(syscall.SIGTERM)
 	c.wait(t, 0)
 	w.checkClean(t)
+
+	// Of a guest that heeds nothing it is said that it was switched off, and a second signal does so at once.
+	status := func() runner.Status {
+		t.Helper()
+		f, err := block.OpenFile(filepath.Join(w.path("instance"), "overlay", vmpackage.DefaultFile("state")), block.FileOptions{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		r, err := runner.ReadRecord(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Status
+	}
+	if got := status(); got != runner.ShutDown {
+		t.Errorf("the record says %v of a guest that shut down", got)
+	}
+	for _, twice := range []bool{false, true} {
+		timeout := "2s"
+		if twice {
+			timeout = "10m"
+		}
+		c = w.start(t, w.console, w.peer("package", "instance", "--resume-timeout", "1s", "--rescue-timeout", timeout)...)
+		c.waitFor(t, "Booted VM on")
+		c.Process.Signal(syscall.SIGTERM)
+		c.waitFor(t, "Closing")
+		if twice {
+			c.Process.Signal(syscall.SIGTERM)
+		}
+		if said := c.wait(t, 1); !strings.Contains(said, "switched off") {
+			t.Errorf("it says\n%s", said)
+		}
+		if got := status(); got != runner.Running {
+			t.Errorf("the record says %v of a guest that was switched off", got)
+		}
+		w.checkClean(t)
+	}
+
+	// What has a memory, saved or living, is not booted because the memory is left out.
+	t.Run("memory left out", func(t *testing.T) {
+		w := newWorkshop(t)
+		w.pack(t)
+		var devices []map[string]string
+		for _, name := range []string{"state", "kernel", "initrd", "disk", "config"} {
+			devices = append(devices, map[string]string{"name": name, "base": filepath.Join(w.path("package"), vmpackage.DefaultFile(name))})
+		}
+		b, err := json.Marshal(devices)
+		if err != nil {
+			t.Fatal(err)
+		}
+		forgetful := []string{"peer", "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input", "--devices", string(b)}
+		if said := w.start(t, nil, forgetful...).wait(t, 1); !strings.Contains(said, `it is saved, with its memory, and no device "memory" is configured`) {
+			t.Errorf("it says\n%s", said)
+		}
+		c := w.start(t, w.console, w.peer("package", "")...)
+		c.waitFor(t, "Resumed VM")
+		if err := c.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		c.wait(t, -1)
+		if said := w.start(t, nil, forgetful...).wait(t, 1); !strings.Contains(said, `the machine was started with a device "memory": true`) {
+			t.Errorf("it says\n%s", said)
+		}
+		c = w.start(t, w.console, w.peer("package", "")...)
+		c.waitFor(t, "Adopted VM")
+		w.do(t, "disk disk info")
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+		w.checkClean(t)
+	})
 
 	// Packed and unpacked, it is the same.
 	var list []map[string]string

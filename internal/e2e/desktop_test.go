@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"context"
 	"flag"
 	"fmt"
 	"image"
@@ -48,8 +49,13 @@ func TestDesktopMoves(t *testing.T) {
 		t.Logf("%s after %.1f s", what, time.Since(began).Seconds())
 	}
 
-	// A blueprint, a package, an instance of it.
-	args := []string{"blueprint", "--desktop=foot --font=monospace:size=14", "--packages", "mesa-utils", "--output", w.path("blueprint"), "--agent", build(t, "../../cmd/drafter-agent")}
+	// A blueprint, a package, an instance of it. Of a server that ends the console tells, which is shown when the test fails.
+	tells := "[Service]\nExecStopPost=+/bin/sh -c 'echo VNC has ended: $SERVICE_RESULT, $EXIT_CODE $EXIT_STATUS >/dev/console; journalctl -n 20 -o cat -u %n >/dev/console'\n"
+	if err := os.WriteFile(w.path("tells.conf"), []byte(tells), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"blueprint", "--desktop=foot --font=monospace:size=14", "--packages", "mesa-utils", "--copy",
+		w.path("tells.conf") + ":/etc/systemd/system/drafter-vnc.service.d/tells.conf", "--output", w.path("blueprint"), "--agent", build(t, "../../cmd/drafter-agent")}
 	if cache := os.Getenv("DRAFTER_TEST_CACHE"); cache != "" {
 		args = append(args, "--cache", cache)
 	}
@@ -110,7 +116,15 @@ func TestDesktopMoves(t *testing.T) {
 			}
 			time.Sleep(200 * time.Millisecond)
 		}
-		t.Cleanup(func() { c.Close() })
+		t.Cleanup(func() {
+			if t.Failed() {
+				now, cancel := context.WithCancel(t.Context())
+				cancel()
+				_, err := c.Settled(now, 0)
+				t.Logf("the connection to %s, at the end: %v", addr, err)
+			}
+			c.Close()
+		})
 		// Out of the way: its shape is not the same after another has connected.
 		if corner := c.Screen().Rect.Max; c.Point(corner.X-1, corner.Y-1) != nil {
 			t.Fatal("cannot move the pointer")

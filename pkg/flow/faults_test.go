@@ -196,6 +196,24 @@ func TestOwnerGone(t *testing.T) {
 	s.done(t, "a")
 }
 
+// TestRelayIsSilent: a place that relays for an owner is not taken for gone while its process is not there.
+func TestRelayIsSilent(t *testing.T) {
+	t.Cleanup(flow.SetSilentFor(time.Second))
+	s := newSites(t, "a", "b", "c")
+	s.all["a"].deaf = []string{"c"}
+	s.forward("a")
+	all := s.talks(t, 1)
+	s.move("b")
+	s.move("c")
+	goOn(t, "relayed", all)
+	if err := s.all["b"].k.Close(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(4 * time.Second)
+	s.all["b"].open()
+	goOn(t, "with the relay again", all)
+}
+
 // TestGuestsPlaceRestarts: when the process at the guest's place comes back, at another address, connections of other places go on.
 func TestGuestsPlaceRestarts(t *testing.T) {
 	s := newSites(t, "a", "b", "c")

@@ -268,6 +268,7 @@ func (k *Keeper) load() error {
 	if err := k.redirected(); err != nil {
 		return err
 	}
+	k.tasks.Go(k.tidy) // as the process may have died before it did
 	k.log.Info("connections are kept on", "state", k.saved.State, "vm", k.saved.ID)
 	return k.rules()
 }

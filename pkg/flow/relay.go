@@ -38,6 +38,7 @@ func (k *Keeper) joined(t *tunnel) {
 	}
 	switch {
 	case !info.Owner:
+	case t.place == guest:
 	case state == Leaving || state == Diverted:
 		k.pointTo(t, guest)
 	case state == Away: // it has missed where the guest went

@@ -162,6 +162,7 @@ func (k *Keeper) onlyComing(place uint32) error {
 
 // notComing notes that the guest does not go to a place, or that it is not reached: it is left, unless it is needed for other reasons.
 func (k *Keeper) notComing(place uint32) error {
+	again := false // it is needed if the guest does not come
 	if err := k.change(func(s *saved) {
 		forget := func(places map[uint32]known) {
 			if info, ok := places[place]; ok {
@@ -174,8 +175,9 @@ func (k *Keeper) notComing(place uint32) error {
 			if forget(b.Places); !b.needs(place) {
 				delete(b.Places, place)
 			}
+			_, again = b.Places[place]
 		}
-	}); err != nil || k.needs(place) {
+	}); err != nil || again || k.needs(place) {
 		return err
 	}
 	return k.leave(place)
@@ -316,15 +318,18 @@ func (k *Keeper) watch() {
 		case <-k.ctx.Done():
 			return
 		}
-		switch k.State() {
-		case Away:
-		case Home:
+		switch state := k.State(); {
+		case state == Away:
+		case state == Home:
 			k.leaveSilent(silent)
-			fallthrough
 		default:
+			clear(silent)
+		}
+		if k.State() != Away {
 			idle = 0
 			continue
 		}
+		clear(silent)
 		k.mu.Lock()
 		late := k.cfg.Limit > 0 && time.Since(k.saved.Since) > k.cfg.Limit
 		k.mu.Unlock()
@@ -355,9 +360,18 @@ var silentFor = 10 * time.Second
 func (k *Keeper) leaveSilent(since map[uint32]time.Time) {
 	var gone []uint32
 	k.mu.Lock()
+	relays := make(map[uint32]bool)
+	for _, info := range k.saved.Places {
+		relays[info.Relay] = true
+	}
+	for p := range since { // and known again, perhaps
+		if _, ok := k.saved.Places[p]; !ok {
+			delete(since, p)
+		}
+	}
 	for p, info := range k.saved.Places {
 		switch t := k.tunnels[p]; {
-		case !info.Owner || t == nil || t.up() || k.hop(p) != p:
+		case !info.Owner || t == nil || t.up() || relays[p] || k.hop(p) != p:
 			delete(since, p)
 		case since[p].IsZero():
 			since[p] = time.Now()

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/ram"
@@ -90,6 +91,9 @@ func (i *Instance) adopt(ctx context.Context) error {
 	if !ok {
 		return fmt.Errorf("hypervisor %q cannot be taken over", i.cfg.Backend.Name())
 	}
+	if none := i.device(MemoryDevice) == nil; none != o.info.NoMemory { // what becomes of it at its end is what it was started for
+		return fmt.Errorf("the machine was started with a device %q: %t, and the configuration has one: %t: configure it as before", MemoryDevice, !o.info.NoMemory, !none)
+	}
 	record, err := ReadRecord(i.device(StateDevice))
 	if err != nil {
 		return err
@@ -107,6 +111,9 @@ func (i *Instance) adopt(ctx context.Context) error {
 	}
 	i.cfg.Host.UID, i.cfg.Host.GID, i.cfg.Host.CgroupVersion = o.info.UID, o.info.GID, o.info.CgroupVersion
 	i.cfg.Host.Netns, i.cfg.Host.Interface, i.cfg.Host.IOEngineSync = o.info.Netns, o.info.Interface, o.info.IOEngineSync
+	if have := i.cfg.Host.Passthrough; len(have) > 0 && !slices.Equal(have, o.info.Passthrough) {
+		i.log.Warn("the adopted machine keeps its devices of the host", "devices", o.info.Passthrough)
+	}
 	i.cfg.Host.Passthrough = o.info.Passthrough
 
 	name := cmp.Or(o.info.Memory, memoryName(i.root))

@@ -221,7 +221,20 @@ func (g *guest) shutDown(ctx context.Context, m vmm.Machine, reboot bool) error 
 	if g == nil {
 		return errors.New("the guest has no agent")
 	}
-	return bounded(ctx, m, pressEvery, "the guest's agent did not answer", func(ctx context.Context) error { return g.agents.ShutDown(ctx, reboot) })
+	ctx, cancel := context.WithTimeoutCause(ctx, pressEvery, fmt.Errorf("no answer within %s", pressEvery))
+	defer cancel()
+	stop := make(chan struct{})
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-m.Done():
+			cancel()
+		case <-stop:
+		}
+	}()
+	defer func() { close(stop); <-watched }()
+	return g.agents.ShutDown(ctx, reboot)
 }
 
 // undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of

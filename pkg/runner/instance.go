@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/zeebo/xxh3"
@@ -88,6 +89,8 @@ type Instance struct {
 	quiet   chan struct{} // of a guest that was received: closed when it may notice
 
 	huge background // see useHugePages
+
+	killed atomic.Bool // by Kill: its end is no shutdown
 
 	late late // what arrives while the guest runs
 
@@ -292,6 +295,8 @@ func (i *Instance) checkBootable(state *device) error {
 		return nil
 	case err != nil:
 		return err
+	case r.Status == Saved && i.device(MemoryDevice) == nil:
+		return fmt.Errorf("it is saved, with its memory, and no device %q is configured: configure it, and resume it, or give --boot with it to give its memory up", MemoryDevice)
 	case r.Status == Moved && !r.Settled && !r.Confirmed && i.cfg.ForceOwner, r.Status == Running, r.Status == ShutDown, r.Status == Saved:
 		return nil
 	}
@@ -757,7 +762,7 @@ func (i *Instance) makeFolder() (err error) {
 	}
 	i.folder, err = machineNote{
 		Memory: memory, Hypervisor: i.cfg.Backend.Name(), Netns: host.Netns, Interface: host.Interface, UID: host.UID, GID: host.GID,
-		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Passthrough: host.Passthrough, Description: i.desc,
+		CgroupVersion: host.CgroupVersion, IOEngineSync: host.IOEngineSync, Passthrough: host.Passthrough, NoMemory: i.device(MemoryDevice) == nil, Description: i.desc,
 	}.make(i.root)
 	if err == nil {
 		err = os.Mkdir(i.path, 0o700)
@@ -1299,7 +1304,8 @@ func (i *Instance) Devices() []Device {
 // not all here yet: Close tries again, Kill gives the instance up.
 var ErrUnsaved = errors.New("the instance could not be saved and is kept")
 
-// Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there. One that
+// Close ends the instance here. One that runs is suspended and saved, so that the next Resume goes on from there; of one without a device of memory the
+// guest is shut down, within Config.RescueTimeout, after which it is switched off, and that is an error. One that
 // was released and not confirmed is saved too, but stays marked as moved: see [Config.ForceOwner]. One that moved away, or
 // was never ours, is only taken down. Cancelling ctx does not end the work, as an instance half saved is worth nothing;
 // saving takes as long as writing its memory does. Close may be called more than once.
@@ -1316,10 +1322,7 @@ func (i *Instance) Close(ctx context.Context) error {
 			break
 		}
 		if i.device(MemoryDevice) == nil {
-			if err = i.shutDown(ctx); !ended(i.machine) {
-				return errors.Join(fmt.Errorf("close instance: %w: it is switched off as by a power cut", err), i.teardown())
-			}
-			break
+			return i.shutOff(ctx)
 		}
 		if err = i.checkWhole(ctx); err == nil && i.phase == running {
 			err = i.suspendAndSave(ctx)
@@ -1356,39 +1359,60 @@ func (i *Instance) ShutDown(ctx context.Context) error {
 	return nil
 }
 
-// pressEvery is the time between two presses of the power button, which is for guests without an agent, or whose agent does not answer: one
-// that boots has nobody to heed the first.
+// shutOff shuts down an instance that is never saved, puts on record how it ended, and takes it down.
+func (i *Instance) shutOff(ctx context.Context) error {
+	err := i.shutDown(ctx)
+	switch {
+	case !ended(i.machine):
+		err = fmt.Errorf("close instance: %w; it is switched off, as by a power cut", err)
+	case err != nil:
+		err = fmt.Errorf("close instance: %w", err)
+	default:
+		err = i.recordEnd()
+	}
+	return errors.Join(err, i.teardown())
+}
+
+// pressEvery is how long the guest's agent has to answer, and the time between two presses of the power button, which is for guests without one.
 const pressEvery = 3 * time.Second
 
 func (i *Instance) shutDown(ctx context.Context) error {
-	late := fmt.Errorf("the guest has not shut down within %s: it needs drafter-agent, or what heeds its power button (systemd-logind, acpid)", i.cfg.RescueTimeout)
-	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, late)
+	ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, fmt.Errorf("the guest has not shut down within %s", i.cfg.RescueTimeout))
 	defer cancel()
 	if i.phase == suspended {
 		if err := i.run(ctx); err != nil {
 			return err
 		}
 	}
-	if err := i.guest.shutDown(ctx, i.machine, vmm.RequirementsOf(i.cfg.Backend).Reboots); err != nil {
-		i.log.Debug("the guest's agent does not shut it down: its power button may", "error", err)
-	}
-	again := time.NewTicker(pressEvery)
-	defer again.Stop()
+	button, _ := i.machine.(vmm.PowerButton)
+	reboots := vmm.RequirementsOf(i.cfg.Backend).Reboots
 	for {
-		select {
-		case <-i.machine.Done():
-			if err := i.machine.Err(); !errors.Is(err, vmm.ErrReboot) {
-				return err
-			}
-			return nil
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-again.C:
-		}
-		if button, ok := i.machine.(vmm.PowerButton); ok && !ended(i.machine) {
+		// Again and again: an agent may connect later, and be slow, and a guest that boots has nobody yet to heed the button.
+		began := time.Now()
+		unheard := i.guest.shutDown(ctx, i.machine, reboots)
+		if unheard != nil && button != nil && !ended(i.machine) {
 			if err := button.PressPower(ctx); err != nil {
 				i.log.Debug("cannot press the power button", "error", err)
 			}
+		}
+		select {
+		case <-i.machine.Done():
+			switch err := i.machine.Err(); {
+			case i.killed.Load():
+				return errors.New("it was switched off before its guest had shut down")
+			case !errors.Is(err, vmm.ErrReboot):
+				return err
+			case !reboots:
+				return fmt.Errorf("instead of shutting down, as after a panic: %w", err)
+			}
+			return nil
+		case <-ctx.Done():
+			err := context.Cause(ctx)
+			if unheard != nil {
+				err = fmt.Errorf("%w: nothing in it heeds its power button (systemd-logind, acpid), and of its agent this is known: %w", err, unheard)
+			}
+			return err
+		case <-time.After(pressEvery - time.Since(began)):
 		}
 	}
 }
@@ -1423,6 +1447,7 @@ func (i *Instance) recordEnd() error {
 
 // Kill ends the instance here as a power cut would: nothing is saved. It does not wait for a Close that saves, but ends it.
 func (i *Instance) Kill() error {
+	i.killed.Store(true)
 	var err error
 	if i.machine != nil {
 		err = i.machine.Close()
@@ -1473,7 +1498,7 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	if i.phase == running && (i.filler != nil || i.cfg.BootUnattended) && !ended(i.machine) {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.
 		if i.device(MemoryDevice) == nil {
-			return errors.Join(i.shutDown(context.WithoutCancel(ctx)), i.recordEnd(), i.teardown())
+			return i.shutOff(context.WithoutCancel(ctx))
 		}
 		return errors.Join(i.pauseAndSave(context.WithoutCancel(ctx)), i.teardown())
 	}

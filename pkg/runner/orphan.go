@@ -33,6 +33,7 @@ type machineNote struct {
 	CgroupVersion int         `json:"cgroupVersion,omitempty"`
 	IOEngineSync  bool        `json:"ioEngineSync,omitempty"`
 	Passthrough   []string    `json:"passthrough,omitempty"`
+	NoMemory      bool        `json:"noMemory,omitempty"` // it has no device of memory
 	Description   Description `json:"description"`
 }
 

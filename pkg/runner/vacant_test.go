@@ -79,9 +79,15 @@ func TestCheckBootable(t *testing.T) {
 		if err := writeRecord(dev, tt.record); err != nil {
 			t.Fatal(err)
 		}
-		err := (&Instance{cfg: Config{ForceOwner: tt.force}}).checkBootable(&device{Device: dev})
-		if (err == nil) != tt.want {
-			t.Errorf("%v, settled %t, force %t: %v", tt.record.Status, tt.record.Settled, tt.force, err)
+		for _, memory := range []bool{true, false} { // without, nothing that is saved is given up
+			i := &Instance{cfg: Config{ForceOwner: tt.force}}
+			if memory {
+				i.devices = append(i.devices, &device{DeviceConfig: DeviceConfig{Name: MemoryDevice}})
+			}
+			want := tt.want && (memory || tt.record.Status != Saved)
+			if err := i.checkBootable(&device{Device: dev}); (err == nil) != want {
+				t.Errorf("%v, settled %t, force %t, memory %t: %v", tt.record.Status, tt.record.Settled, tt.force, memory, err)
+			}
 		}
 	}
 }

@@ -153,7 +153,7 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	select {
 	case <-instance.Machine().Done():
 		reason := instance.Machine().Err()
-		return nil, fmt.Errorf("create snapshot: the guest ended before it was suspended: %w%s", errors.Join(reason, instance.Kill()), console)
+		return nil, fmt.Errorf("create snapshot: the guest ended before it was to: %w%s", errors.Join(reason, instance.Kill()), console)
 	default:
 	}
 
@@ -174,7 +174,17 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	// From here on the only way is forward: the old package is gone with the first rename.
 	ctx = context.WithoutCancel(ctx)
 	dir := packageFolder(cfg.Devices)
+	stale := ""
 	if dir != "" {
+		if cfg.ShutDown { // the memory of the package that is replaced is of no use to this one, and would pass for its own
+			if old, err := vmpackage.Open(dir); err == nil {
+				for _, d := range old.Devices {
+					if d.Name == vmpackage.Memory {
+						stale = d.Path
+					}
+				}
+			}
+		}
 		// The manifest is written last and removed first: a folder with one is a whole package.
 		if err := os.Remove(filepath.Join(dir, vmpackage.ManifestFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return nil, fmt.Errorf("create snapshot: %w", err)
@@ -182,6 +192,11 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	}
 	if err := out.publish(); err != nil {
 		return nil, fmt.Errorf("create snapshot: %w", err)
+	}
+	if stale != "" {
+		if err := os.Remove(stale); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("create snapshot: %w", err)
+		}
 	}
 	if dir != "" {
 		cfg.Progress("hash")

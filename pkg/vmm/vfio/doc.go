@@ -6,7 +6,7 @@
 //
 // The kernel's VFIO (Documentation/driver-api/vfio.rst) gives a process the devices of an IOMMU group, whole groups only: what a device does
 // in memory could otherwise reach the memory of the others. So the host's IOMMU is on, and each device of the group has vfio-pci for its driver,
-// or none, or is a bridge, which the kernel keeps.
+// or pci-stub, or none, or is a bridge, which the kernel keeps.
 //
 // Nothing is changed here: which driver has a device is the affair of whoever runs the host.
 //

@@ -65,8 +65,11 @@ func Parse(address string) (string, error) {
 	return strings.ToLower(domain + ":" + m[2]), nil
 }
 
-// driver is the only one by which a device is passed through.
-const driver = "vfio-pci"
+// driver is the only one by which a device is passed through; stub is one that does nothing, which the kernel lets others of the group have.
+const (
+	driver = "vfio-pci"
+	stub   = "pci-stub"
+)
 
 func (h host) find(given string) (Device, error) {
 	address, err := Parse(given)
@@ -102,7 +105,7 @@ func (h host) find(given string) (Device, error) {
 	}
 	for _, o := range others {
 		other := filepath.Join(members, o.Name())
-		if has := h.driver(other); has != "" && has != driver && !strings.HasPrefix(h.read(other, "class"), bridge) {
+		if has := h.driver(other); has != "" && has != driver && has != stub && !strings.HasPrefix(h.read(other, "class"), bridge) {
 			return fail("it shares its IOMMU group %s with %s, and %s: a group goes to a machine as a whole, so give that one to %s, too, or to none",
 				d.Group, o.Name(), had(has), driver)
 		}

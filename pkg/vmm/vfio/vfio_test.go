@@ -60,6 +60,7 @@ func TestFind(t *testing.T) {
 		{"upper case", []made{{"0000:0a:00.0", display, driver, "7"}}, "0000:0A:00.0", nil},
 		{"with its bridge", []made{gpu, {"0000:00:01.0", "0x060400", "pcieport", "7"}}, "01:00.0", nil},
 		{"with one that nobody has", []made{gpu, {"0000:01:00.1", network, "", "7"}}, "01:00.0", nil},
+		{"with one that is kept from drivers", []made{gpu, {"0000:01:00.1", network, "pci-stub", "7"}}, "01:00.0", nil},
 		{"with another of its kind", []made{gpu, {"0000:01:00.1", network, driver, "7"}}, "01:00.0", nil},
 
 		{"no address", nil, "gpu0", []string{`"gpu0"`, "lspci"}},

@@ -595,7 +595,7 @@ func (s *suite) testPoweroff(t *testing.T) {
 	}
 }
 
-// testPowerButton: a guest that heeds the power button hears of it, also while it is adopted or was resumed, and of none that is not pressed.
+// testPowerButton: a guest that heeds the power button ends when it is pressed, and not before. It cannot be pressed while the guest is paused.
 func (s *suite) testPowerButton(t *testing.T) {
 	s.needLinux(t)
 	i := s.running(t)

@@ -57,6 +57,8 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 	done
 
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
+	@# By all cores: what go test -p 1 finds uncompiled it compiles one package at a time.
+	$(GO) build -race ./...
 	$(GO) test -race $(GOTESTFLAGS) ./...
 
 test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)

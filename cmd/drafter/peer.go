@@ -500,6 +500,11 @@ func closePeer(ctx context.Context, p *peer.Peer, out io.Writer) error {
 			}
 		})
 		defer switchOff()
+		select {
+		case <-p.Done(): // it has shut down by itself
+		default: // said no earlier, as the signal that it speaks of is waited for only now
+			fmt.Fprintf(out, "Closing: the guest shuts down; Ctrl-C switches it off\n")
+		}
 	}
 	for {
 		err := p.Close(ctx)
@@ -709,10 +714,8 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 		}
 		select {
 		case <-ctx.Done():
-			if p.CheckSavable() == nil {
+			if p.CheckSavable() == nil { // else closePeer says what becomes of it
 				fmt.Fprintf(out, "Closing: the VM is suspended and saved\n")
-			} else {
-				fmt.Fprintf(out, "Closing: the guest shuts down; Ctrl-C switches it off\n")
 			}
 			return nil
 		case <-p.Done():

@@ -366,7 +366,7 @@ func TestCommandServe(t *testing.T) {
 		server := w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", "127.0.0.1:0")
 		link := newSlowLink(t, server.waitFor(t, "Serving on "), 6<<20)
 		console := newConsole(t)
-		p := w.start(t, console, w.peer("package", "orphan", "--raddr", link.addr, "--rescue-timeout", "2s")...)
+		p := w.start(t, console, w.peer("package", "orphan", "--raddr", link.addr, "--rescue-timeout", "2s", "--resume-timeout", "5s")...)
 		p.waitFor(t, "VM runs here")
 		server.Process.Signal(syscall.SIGINT)
 		server.waitFor(t, "waiting for 1 peer")

@@ -370,7 +370,8 @@ func removeNamespace(name string) error {
 			if err != nil {
 				continue
 			}
-			if err := netlink.LinkDel(link); err != nil {
+			// One end of a pair may go meanwhile, with a namespace that the kernel is still taking down.
+			if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
 				errs = append(errs, fmt.Errorf("remove %q: %w", name, err))
 			}
 		}

@@ -84,11 +84,11 @@ func TestAuthorizeEverywhere(t *testing.T) {
 		meet func(t *testing.T, streams []io.ReadWriter) error
 	}{
 		{"Peer.Send", Request{Give: true}, func(t *testing.T, streams []io.ReadWriter) error {
-			_, err := newPeer(Config{Authorize: no}, new(runner.Instance)).Send(t.Context(), streams)
+			_, err := newPeer(Config{Authorize: no, Devices: withMemory.Devices}, new(runner.Instance)).Send(t.Context(), streams)
 			return err
 		}},
 		{"Peer.SendTo", Request{Give: true}, func(t *testing.T, streams []io.ReadWriter) error {
-			_, err := newPeer(Config{Authorize: no}, new(runner.Instance)).SendTo(t.Context(), once(streams))
+			_, err := newPeer(Config{Authorize: no, Devices: withMemory.Devices}, new(runner.Instance)).SendTo(t.Context(), once(streams))
 			return err
 		}},
 		{"Mounter.Send", Request{Give: true}, func(t *testing.T, streams []io.ReadWriter) error {

@@ -5,24 +5,46 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"strings"
 	"sync"
 	"testing"
 
 	"github.com/drafter-vm/drafter/pkg/runner"
 )
 
+// withMemory is a VM that could be sent.
+var withMemory = Config{Devices: []Device{{DeviceConfig: runner.DeviceConfig{Name: runner.MemoryDevice}}}}
+
+// TestCheckSavable: what cannot be saved is named, and cannot be sent either.
+func TestCheckSavable(t *testing.T) {
+	withDevice := withMemory
+	withDevice.Host.Passthrough = []string{"0000:01:00.0"}
+	for _, tt := range []struct {
+		cfg  Config
+		says string
+	}{{withMemory, ""}, {Config{}, `no device "memory"`}, {withDevice, `"0000:01:00.0"`}} {
+		err := tt.cfg.CheckSavable()
+		if tt.says == "" && err != nil || tt.says != "" && (!errors.Is(err, ErrNotSavable) || !strings.Contains(err.Error(), tt.says)) {
+			t.Errorf("error %v, want %q", err, tt.says)
+		}
+		if err := tt.cfg.CheckMigratable(); tt.says != "" && (!errors.Is(err, ErrNotMigratable) || !errors.Is(err, ErrNotSavable)) {
+			t.Errorf("it can be sent: %v", err)
+		}
+	}
+}
+
 // TestSendTo dials nobody for a VM that cannot be sent, and is under way while it dials.
 func TestSendTo(t *testing.T) {
-	still := Config{Devices: []Device{{DeviceConfig: runner.DeviceConfig{Name: "disk"}, Stationary: true}}}
+	still := Config{Devices: append([]Device{{DeviceConfig: runner.DeviceConfig{Name: "disk"}, Stationary: true}}, withMemory.Devices...)}
 	for _, tt := range []struct {
 		name string
 		cfg  Config
 		to   func(*Peer)
 		want error
 	}{
-		{"paused", Config{}, func(p *Peer) { p.setPaused(true) }, ErrPaused},
-		{"busy", Config{}, func(p *Peer) { p.begin(t.Context(), pausing) }, ErrBusy},
-		{"forbidden", Config{}, func(p *Peer) { p.SetMigratable(false) }, ErrNotMigratable},
+		{"paused", withMemory, func(p *Peer) { p.setPaused(true) }, ErrPaused},
+		{"busy", withMemory, func(p *Peer) { p.begin(t.Context(), pausing) }, ErrBusy},
+		{"forbidden", withMemory, func(p *Peer) { p.SetMigratable(false) }, ErrNotMigratable},
 		{"impossible", still, func(*Peer) {}, ErrNotMigratable},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -38,7 +60,7 @@ func TestSendTo(t *testing.T) {
 		})
 	}
 
-	p := newPeer(Config{}, new(runner.Instance))
+	p := newPeer(withMemory, new(runner.Instance))
 	if p.Cancel() {
 		t.Error("something was cancelled, and nothing was under way")
 	}
@@ -56,7 +78,7 @@ func TestSendTo(t *testing.T) {
 
 // TestUnpauseExcludes has a guest that cannot go on: nothing must get in while that is tried, and nobody be told that it runs.
 func TestUnpauseExcludes(t *testing.T) {
-	p := newPeer(Config{}, new(runner.Instance)) // it is in no phase in which it could go on
+	p := newPeer(withMemory, new(runner.Instance)) // it is in no phase in which it could go on
 	p.setPaused(true)
 	const times = 20_000
 	var wg sync.WaitGroup
@@ -87,7 +109,7 @@ func TestUnpauseExcludes(t *testing.T) {
 // TestCancelLeaves checks what is not Cancel's.
 func TestCancelLeaves(t *testing.T) {
 	for task, want := range map[task]bool{migrating: true, copying: true, pausing: true, resuming: false, rejoining: false} {
-		p := newPeer(Config{}, new(runner.Instance))
+		p := newPeer(withMemory, new(runner.Instance))
 		ctx, done, err := p.begin(t.Context(), task)
 		if err != nil {
 			t.Fatal(err)
@@ -101,7 +123,7 @@ func TestCancelLeaves(t *testing.T) {
 
 // TestErrorsTell checks that callers can tell apart what they can do something about.
 func TestErrorsTell(t *testing.T) {
-	p := newPeer(Config{}, new(runner.Instance))
+	p := newPeer(withMemory, new(runner.Instance))
 	if _, err := p.Rejoin(t.Context()); !errors.Is(err, runner.ErrNotGiven) {
 		t.Errorf("Rejoin of what was not given away: %v", err)
 	}

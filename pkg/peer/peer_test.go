@@ -20,6 +20,9 @@ func TestCheckMigratable(t *testing.T) {
 		"kernel": false, "initrd": false, "config": false, "state": true, "memory": true, "disk": true, "data": true,
 	} {
 		cfg := Config{Devices: []Device{{DeviceConfig: runner.DeviceConfig{Name: name}, Stationary: true}}}
+		if name != runner.MemoryDevice {
+			cfg.Devices = append(cfg.Devices, withMemory.Devices...)
+		}
 		err := cfg.CheckMigratable()
 		if changes && (!errors.Is(err, ErrNotMigratable) || !strings.Contains(err.Error(), `"`+name+`"`)) {
 			t.Errorf("stationary %q: error %v, want one that names it", name, err)

@@ -318,18 +318,16 @@ func (k *Keeper) watch() {
 		case <-k.ctx.Done():
 			return
 		}
-		switch state := k.State(); {
-		case state == Away:
-		case state == Home:
+		state := k.State()
+		if state == Home {
 			k.leaveSilent(silent)
-		default:
+		} else {
 			clear(silent)
 		}
-		if k.State() != Away {
+		if state != Away {
 			idle = 0
 			continue
 		}
-		clear(silent)
 		k.mu.Lock()
 		late := k.cfg.Limit > 0 && time.Since(k.saved.Since) > k.cfg.Limit
 		k.mu.Unlock()

@@ -223,18 +223,7 @@ func (g *guest) shutDown(ctx context.Context, m vmm.Machine, reboot bool) error 
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, pressEvery, fmt.Errorf("no answer within %s", pressEvery))
 	defer cancel()
-	stop := make(chan struct{})
-	watched := make(chan struct{})
-	go func() {
-		defer close(watched)
-		select {
-		case <-m.Done():
-			cancel()
-		case <-stop:
-		}
-	}()
-	defer func() { close(stop); <-watched }()
-	return g.agents.ShutDown(ctx, reboot)
+	return whileAlive(ctx, m, func(ctx context.Context) error { return g.agents.ShutDown(ctx, reboot) })
 }
 
 // undoSuspend is afterResume for a guest that was not suspended after all, or runs on: it is told as often as it was told of
@@ -293,6 +282,14 @@ func (g *guest) tellResumed(ctx context.Context, m vmm.Machine, timeout time.Dur
 func bounded(ctx context.Context, m vmm.Machine, timeout time.Duration, what string, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("no answer within the resume timeout of %s", timeout))
 	defer cancel()
+	if err := whileAlive(ctx, m, f); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+// whileAlive calls f, whose context ends with the machine.
+func whileAlive(ctx context.Context, m vmm.Machine, f func(context.Context) error) error {
 	ctx, ended := context.WithCancelCause(ctx)
 	stop := make(chan struct{})
 	watched := make(chan struct{})
@@ -305,8 +302,5 @@ func bounded(ctx context.Context, m vmm.Machine, timeout time.Duration, what str
 		}
 	}()
 	defer func() { close(stop); <-watched; ended(nil) }()
-	if err := f(ctx); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
-	}
-	return nil
+	return f(ctx)
 }

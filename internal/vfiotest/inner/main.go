@@ -3,8 +3,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/binary"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -13,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/internal/testguest/button"
 )
 
 // The disk's blocks of 4 KiB: the first is read, the second written.
@@ -82,31 +82,9 @@ func run() error {
 		return err
 	}
 	fmt.Println("inner: written")
-	return awaitButton()
-}
-
-// awaitButton waits for the power button.
-func awaitButton() error {
-	events, err := filepath.Glob("/dev/input/event*")
-	if err != nil || len(events) == 0 {
-		return errors.Join(err, errors.New("there is no input device"))
-	}
-	pressed := make(chan error, len(events))
-	for _, path := range events {
-		go func() {
-			f, err := os.Open(path)
-			if err != nil {
-				pressed <- err
-				return
-			}
-			defer f.Close()
-			var event struct { // struct input_event of linux/input.h
-				_          [2]int64
-				Type, Code uint16
-				Value      int32
-			}
-			pressed <- binary.Read(f, binary.NativeEndian, &event)
-		}()
+	pressed, err := button.Watch()
+	if err != nil {
+		return err
 	}
 	err = <-pressed
 	fmt.Println("inner: the power button was pressed")

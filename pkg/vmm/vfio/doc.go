@@ -1,6 +1,6 @@
 // Package vfio says whether a PCI device of the host can be passed through to a machine, and if not, what is to be done.
 //
-//	device, err := vfio.Find("0000:01:00.0")
+//	devices, err := vfio.Check([]string{"0000:01:00.0"})
 //
 // # What that takes
 //

@@ -28,11 +28,8 @@ type host struct {
 
 var this = host{sys: "/sys", dev: "/dev", open: func(path string) error { return unix.Access(path, unix.R_OK|unix.W_OK) }}
 
-// Find finds a device by its address, domain:bus:device.function in hexadecimal numbers; the domain 0000 may be left out. It fails where the
-// device cannot be passed through now, and says what is to be done.
-func Find(address string) (Device, error) { return this.find(address) }
-
-// Check finds several devices, each of which may be named once.
+// Check finds devices by their addresses, domain:bus:device.function in hexadecimal numbers; the domain 0000 may be left out. Each may be named
+// once. It fails where one cannot be passed through now, and says what is to be done.
 func Check(addresses []string) ([]Device, error) { return this.check(addresses) }
 
 func (h host) check(addresses []string) ([]Device, error) {
@@ -52,8 +49,8 @@ func (h host) check(addresses []string) ([]Device, error) {
 
 var form = regexp.MustCompile(`^(?:([0-9a-fA-F]{4}):)?([0-9a-fA-F]{2}:[01][0-9a-fA-F]\.[0-7])$`)
 
-// Parse returns an address in full.
-func Parse(address string) (string, error) {
+// parse returns an address in full.
+func parse(address string) (string, error) {
 	m := form.FindStringSubmatch(address)
 	if m == nil {
 		return "", fmt.Errorf("%q is no address of a PCI device: give it as lspci -D prints it, like 0000:01:00.0", address)
@@ -72,7 +69,7 @@ const (
 )
 
 func (h host) find(given string) (Device, error) {
-	address, err := Parse(given)
+	address, err := parse(given)
 	if err != nil {
 		return Device{}, err
 	}

@@ -117,7 +117,7 @@ func TestCheck(t *testing.T) {
 
 // TestThisHost: the address of what this host has not is refused, and nothing else happens.
 func TestThisHost(t *testing.T) {
-	if _, err := Find("ffff:ff:1f.7"); err == nil || !strings.Contains(err.Error(), "no such device") {
+	if _, err := Check([]string{"ffff:ff:1f.7"}); err == nil || !strings.Contains(err.Error(), "no such device") {
 		t.Errorf("got error %v", err)
 	}
 }

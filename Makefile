@@ -12,8 +12,12 @@ LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 # The tools that the one host binary also answers to, each as drafter-TOOL.
 TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl nat forwarder connections
 
-# -p 1: packages with real VMs must not compete for the two cores of a small machine, or timeouts measure the neighbour.
-GOTESTFLAGS ?= -p 1 -count 1 -timeout 30m
+GOTESTFLAGS ?= -count 1 -timeout 30m
+
+# Packages with real VMs and networks are tested one after another: they must not compete for the two cores of a small machine, or timeouts measure
+# the neighbour.
+ALONE       := $(addprefix ./,cmd/drafter internal/backends internal/bench internal/e2e internal/faults internal/testguest internal/testnet internal/vfiotest \
+               pkg/blueprint pkg/expose pkg/flow pkg/forward pkg/nat pkg/nat/rule pkg/ram pkg/vmm/qemu)
 
 # For make test-faults: -seed N, -seeds N, -log.
 FAULTFLAGS  ?=
@@ -59,7 +63,10 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	@# By all cores: what go test -p 1 finds uncompiled it compiles one package at a time.
 	$(GO) build -race ./...
-	$(GO) test -race $(GOTESTFLAGS) ./...
+	@failed=0; \
+	$(GO) test -race $(GOTESTFLAGS) $$($(GO) list ./... | grep -vxFf <($(GO) list $(ALONE))) || failed=1; \
+	$(GO) test -race -p 1 $(GOTESTFLAGS) $(ALONE) || failed=1; \
+	exit $$failed
 
 test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)
 	$(GO) test -p 1 -count 1 -timeout 6h -v ./internal/faults -args -long $(FAULTFLAGS)

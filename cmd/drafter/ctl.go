@@ -100,6 +100,16 @@ cancels what they began, as long as that can be.`,
 		}
 		return report(c.Snapshot(ctx, dir))
 	})
+	add("balloon SIZE", "Have the guest give SIZE of its memory to the host, such as 512M, or 0 for none", 1, func(ctx context.Context, c *control.Client, args []string) (any, error) {
+		size := int64(0)
+		if args[0] != "0" {
+			var err error
+			if size, err = parseDiskSize(args[0]); err != nil || args[0] == "" {
+				return nil, usageErrorf("%q is not a size; give one such as 512M, or 0", args[0])
+			}
+		}
+		return c.Balloon(ctx, size)
+	})
 	add("cancel", "Cancel the migration, snapshot or pause under way", 0, plain((*control.Client).Cancel))
 	add("stop", "End the peer, as SIGTERM does: the VM is suspended and saved", 0, plain((*control.Client).Stop))
 	return cmd

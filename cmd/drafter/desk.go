@@ -56,6 +56,10 @@ func (d *desk) Snapshot(ctx context.Context, dir string) (*migrate.Report, error
 	return d.now().Snapshot(ctx, dir)
 }
 
+func (d *desk) Balloon(ctx context.Context, size int64) (control.Balloon, error) {
+	return d.now().Balloon(ctx, size)
+}
+
 // serveControl makes the control socket at a path and serves it until the returned function is called, which may be called again. With no
 // path it does nothing.
 func serveControl(ctx context.Context, path string, c control.Controlled) (stop func(), err error) {
@@ -145,6 +149,10 @@ func (s *starter) Migrate(context.Context, string) (*migrate.Report, error) {
 
 func (s *starter) Snapshot(context.Context, string) (*migrate.Report, error) {
 	return nil, s.refuse()
+}
+
+func (s *starter) Balloon(context.Context, int64) (control.Balloon, error) {
+	return control.Balloon{}, s.refuse()
 }
 
 func (s *starter) Cancel(context.Context) error {

@@ -97,6 +97,10 @@ func (o givenOperator) Snapshot(context.Context, string) (*migrate.Report, error
 	return nil, o.refuse()
 }
 
+func (o givenOperator) Balloon(context.Context, int64) (control.Balloon, error) {
+	return control.Balloon{}, o.refuse()
+}
+
 func (o givenOperator) Migrate(_ context.Context, address string) (*migrate.Report, error) {
 	return nil, lookAt(o.links, o.way, o.given.Migration(), address)
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/transport"
 )
 
@@ -331,6 +332,17 @@ func (o *operator) Snapshot(ctx context.Context, dir string) (*migrate.Report, e
 		o.watch.metrics.SnapshotDone(report, err)
 	}
 	return report, err
+}
+
+func (o *operator) Balloon(ctx context.Context, size int64) (control.Balloon, error) {
+	given, err := o.p.Instance().Balloon(ctx, size)
+	switch {
+	case errors.Is(err, runner.ErrSize):
+		err = fmt.Errorf("%w: %w", control.ErrInvalid, err)
+	case errors.Is(err, runner.ErrPhase):
+		err = fmt.Errorf("%w: %w", control.ErrConflict, err)
+	}
+	return control.Balloon{Given: given}, err
 }
 
 func (o *operator) Cancel(context.Context) error {

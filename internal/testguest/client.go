@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
 // Console is the host's end of a guest's serial console: give it to a machine as both SerialInput and SerialOutput.
@@ -157,6 +159,15 @@ type Channel struct {
 // [vmm.GuestChannel]: https://pkg.go.dev/github.com/drafter-vm/drafter/pkg/vmm#GuestChannel
 func Dial(ctx context.Context, socket string) (*Channel, error) {
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return nil, err
+	}
+	return &Channel{conn: conn, lines: bufio.NewReader(conn)}, nil
+}
+
+// DialSocket connects to the commands at a port of the guest's, through the machine's socket in a folder.
+func DialSocket(ctx context.Context, dir string, port uint32) (*Channel, error) {
+	conn, err := socket.DialGuest(ctx, dir, port)
 	if err != nil {
 		return nil, err
 	}

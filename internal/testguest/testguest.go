@@ -9,13 +9,15 @@
 // # Protocol
 //
 // The guest reads commands, one a line, on the serial console and on the virtio-serial port org.drafter.vsock (unless
-// its kernel command line has testguest.channel=off), and answers each with one line,
+// its kernel command line has testguest.channel=off), with testguest.socket=PORT from whoever connects to that port of
+// its own, too, and answers each with one line,
 //
 //	= COMMAND ok RESULT…
 //	= COMMAND error MESSAGE
 //
 // and says "= ready" on the console after boot. Other lines there are the kernel's. [Dial] and [NewConsole] speak it.
-// Numbers are decimal, disks are called by their names (serial numbers).
+// Numbers are decimal, disks are called by their names: serial numbers, or those that testguest.disks=NAME,NAME gives
+// them by their order.
 //
 //	echo TEXT                       TEXT
 //	say TEXT                        a line on the console
@@ -24,6 +26,7 @@
 //	mem start MIB [random]          write all over that much RAM, page after page, pass after pass; each page holds its pass
 //	mem stop|go|status              PASS PAGE, the next to be written; go continues after stop
 //	mem verify                      check every page: this pass before PAGE, the previous one from there. PASS PAGE
+//	touch MIB                       write to that much RAM, and free it
 //	disk NAME info                  size in bytes
 //	disk NAME write OFF LEN SEED    write a pattern, flush. SHA-256 of it
 //	disk NAME sum OFF LEN           SHA-256, read past the guest's cache
@@ -98,8 +101,14 @@ func BuildWith(t testing.TB, files map[string]string) (vmlinux, initrd string) {
 // errNoKernel is wrapped by errors of Make that are the host's: it has no cache, or no way to a Debian mirror.
 var errNoKernel = errors.New("a Debian kernel is needed")
 
+// readyEnv names a folder with the files vmlinux and initrd that Build has made on another host, for one that has no compiler.
+const readyEnv = "DRAFTER_TESTGUEST"
+
 // Make is BuildWith for programs that are no tests.
 func Make(ctx context.Context, files map[string]string) (vmlinux, initrd string, err error) {
+	if dir := os.Getenv(readyEnv); dir != "" && len(files) == 0 {
+		return filepath.Join(dir, "vmlinux"), filepath.Join(dir, "initrd"), nil
+	}
 	cache, err := cacheDir()
 	if err != nil {
 		return "", "", fmt.Errorf("%w: %w", errNoKernel, err)

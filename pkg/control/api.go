@@ -35,6 +35,9 @@ type Controlled interface {
 	Migrate(ctx context.Context, address string) (*migrate.Report, error)
 	Snapshot(ctx context.Context, dir string) (*migrate.Report, error)
 
+	// Balloon asks the guest to give so many bytes of its memory to the host in all, 0 for none, and waits until it has, or gives no more.
+	Balloon(ctx context.Context, size int64) (Balloon, error)
+
 	// Cancel cancels the migration, snapshot or pause under way, as long as that can be, and does not wait for its end. Stop begins to
 	// close the peer, as SIGTERM does, and does not wait either.
 	Cancel(ctx context.Context) error
@@ -62,6 +65,11 @@ type Status struct {
 	Busy       bool       `json:"busy"`                // something is under way
 	UnderWay   string     `json:"under_way,omitempty"` // what, in words: "migration", which begins with dialling the other peer, "snapshot", "pause" and so on
 	Migration  *Migration `json:"migration,omitempty"` // the newest migration or snapshot of which anything is known, under way or over
+}
+
+// Balloon is what a guest has given of its memory.
+type Balloon struct {
+	Given int64 `json:"given"` // bytes
 }
 
 // Migration is a migrate.Progress, as JSON. What is not known is 0.
@@ -107,6 +115,7 @@ const (
 	pathMigratable = "/v1/migratable" // {"on": true}
 	pathMigrate    = "/v1/migrate"    // {"address": ADDRESS}: a migrate.Report
 	pathSnapshot   = "/v1/snapshot"   // {"dir": FOLDER}: a migrate.Report
+	pathBalloon    = "/v1/balloon"    // {"size": BYTES}: Balloon
 	pathCancel     = "/v1/cancel"
 	pathStop       = "/v1/stop"
 )
@@ -120,6 +129,9 @@ type (
 	}
 	snapshotRequest struct {
 		Dir string `json:"dir"`
+	}
+	balloonRequest struct {
+		Size *int64 `json:"size"`
 	}
 	failure struct {
 		Error string `json:"error"`
@@ -153,6 +165,12 @@ func NewHandler(c Controlled) http.Handler {
 			return nil, fmt.Errorf(`%w: "dir" is missing`, ErrInvalid)
 		}
 		return c.Snapshot(ctx, r.Dir)
+	}))
+	mux.HandleFunc("POST "+pathBalloon, answer(func(ctx context.Context, r balloonRequest) (Balloon, error) {
+		if r.Size == nil {
+			return Balloon{}, fmt.Errorf(`%w: "size" is missing: use a number of bytes`, ErrInvalid)
+		}
+		return c.Balloon(ctx, *r.Size)
 	}))
 	return mux
 }
@@ -304,6 +322,12 @@ func (c *Client) Migrate(ctx context.Context, address string) (*migrate.Report, 
 func (c *Client) Snapshot(ctx context.Context, dir string) (*migrate.Report, error) {
 	r := new(migrate.Report)
 	return r, c.call(ctx, http.MethodPost, pathSnapshot, snapshotRequest{dir}, r)
+}
+
+// Balloon implements [Controlled].
+func (c *Client) Balloon(ctx context.Context, size int64) (b Balloon, err error) {
+	err = c.call(ctx, http.MethodPost, pathBalloon, balloonRequest{&size}, &b)
+	return b, err
 }
 
 // Cancel implements [Controlled].

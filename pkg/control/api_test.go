@@ -46,6 +46,9 @@ func (f *fake) Migrate(ctx context.Context, address string) (*migrate.Report, er
 func (f *fake) Snapshot(_ context.Context, dir string) (*migrate.Report, error) {
 	return &migrate.Report{ID: "s"}, f.note("snapshot %s", dir)
 }
+func (f *fake) Balloon(_ context.Context, size int64) (Balloon, error) {
+	return Balloon{size / 2}, f.note("balloon %d", size)
+}
 
 // TestClient has a client call all there is, over a socket.
 func TestClient(t *testing.T) {
@@ -72,7 +75,10 @@ func TestClient(t *testing.T) {
 	if r, err := c.Snapshot(ctx, "/a b"); err != nil || r.ID != "s" {
 		t.Errorf("%+v, %v", r, err)
 	}
-	if want := "status pause resume migratable true migratable false cancel stop migrate tls://h:1 snapshot /a b"; strings.Join(f.did, " ") != want {
+	if b, err := c.Balloon(ctx, 1<<20); err != nil || b.Given != 1<<19 {
+		t.Errorf("%+v, %v", b, err)
+	}
+	if want := "status pause resume migratable true migratable false cancel stop migrate tls://h:1 snapshot /a b balloon 1048576"; strings.Join(f.did, " ") != want {
 		t.Errorf("done was %q, want %q", f.did, want)
 	}
 	for _, is := range []error{ErrConflict, ErrInvalid, errors.New("of another kind")} {
@@ -100,6 +106,7 @@ func TestRequestsRefused(t *testing.T) {
 		{"POST", "/v1/migratable", `{"on":true} {}`, 400, "something follows"},
 		{"POST", "/v1/migrate", `{}`, 400, `"address" is missing`},
 		{"POST", "/v1/snapshot", `{"dir":""}`, 400, `"dir" is missing`},
+		{"POST", "/v1/balloon", `{}`, 400, `"size" is missing`},
 		{"POST", "/v1/pause", `[`, 400, "not understood"},
 		{"POST", "/v1/pause", `{"x":` + strings.Repeat(" ", maxBody) + `}`, 400, "more than 65536 bytes"},
 		{"GET", "/v1/pause", "", 405, ""},

@@ -60,6 +60,6 @@
 //
 // It knows nothing of device state, of packages or of the network. Huge pages and memory of several NUMA nodes are left
 // to the VMM's defaults. Writes to the file by others than [Memory.Device] are not tracked. Pages that a guest gives
-// back (balloon, free page reporting) are not reported as written when they become zero by that: their contents are
-// undefined for the guest until it writes them.
+// back (balloon, free page reporting), and the VMM itself frees, are not reported as written when they become zero by that:
+// their contents are undefined for the guest until it writes them.
 package ram

@@ -15,8 +15,8 @@ var ErrNotGrafted = errors.New("the VMM has not taken the memory")
 
 // Graft has a VMM that allocates its guest's RAM itself use this memory, which [Spawn] has mapped into it ([Options.Graft]): do has the VMM
 // allocate the RAM, and returns when it has, or when that has failed. While do runs, the VMM's main thread is traced, and what it asks
-// the kernel for (mmap(2), private, without reserve, as hypervisors written with the crate vm-memory do) is answered by addresses in that
-// mapping, until all of it is given. So the VMM may be of any build, and its seccomp filters stay as they are.
+// the kernel for (mmap(2), private, without reserve, as hypervisors written with the crate vm-memory do, at once or in a place that it has reserved
+// before) is answered by addresses in that mapping, until all of it is given. So the VMM may be of any build, and its seccomp filters stay as they are.
 //
 // RAM of several regions, of which all but the last have 1 GiB or more, is one after the other in the memory. The memory must be attached. An
 // error of do is returned as it is.
@@ -145,8 +145,8 @@ func (g *graft) answer() error {
 	if err != nil {
 		return err
 	}
-	length, ok := allocates(&regs)
-	if ok = ok && (length == g.left || length >= leastRegion && length < g.left); !entry || !ok { // something of the VMM's own
+	result, given, ok := g.consider(memoryCall(&regs))
+	if !entry || !ok { // something of the VMM's own
 		return nil
 	}
 	skip(&regs)
@@ -161,13 +161,36 @@ func (g *graft) answer() error {
 	} else if status != syscallStop {
 		return fmt.Errorf("it stops with %#x where the end of a system call was due", status)
 	}
-	setResult(&regs, g.next)
+	setResult(&regs, result)
 	if err := unix.PtraceSetRegs(g.pid, &regs); err != nil {
 		return fmt.Errorf("write its registers: %w", err)
 	}
-	g.next += length
-	g.left -= length
+	g.next += given
+	g.left -= given
 	return nil
+}
+
+// call is a system call about memory: mmap(2), or munmap(2), which has an address and a length only.
+type call struct{ nr, addr, length, prot, flags uint64 }
+
+// consider says what a system call has to return that is about the guest's RAM, and how much of that is given by it.
+func (g *graft) consider(c call) (result, given uint64, ok bool) {
+	const kind = unix.MAP_PRIVATE | unix.MAP_NORESERVE
+	due := func(length uint64) bool { return length == g.left || length >= leastRegion && length < g.left }
+	// What is reserved has room to be aligned in, which it is already.
+	const room = HugePage - pageSize
+	switch {
+	case c.nr == unix.SYS_MUNMAP: // of that room: there is none
+		return 0, 0, c.addr >= g.next && c.addr-g.next <= g.left && c.length <= room
+	case c.nr != unix.SYS_MMAP || c.flags&kind != kind:
+		return 0, 0, false
+	case c.prot == unix.PROT_NONE:
+		return g.next, 0, c.addr == 0 && c.length > room && due(c.length-room)
+	case c.prot != unix.PROT_READ|unix.PROT_WRITE:
+		return 0, 0, false
+	}
+	place := c.addr == 0 || c.addr == g.next && c.flags&unix.MAP_FIXED != 0
+	return g.next, c.length, place && due(c.length)
 }
 
 // syscallInfo is struct ptrace_syscall_info of linux/ptrace.h, with the member of its union that is the largest.

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// graftMain is a VMM that allocates its guest's RAM itself: "allocate N" by its main thread, "poke N" and "peek N" bytes of it.
+// graftMain is a VMM that allocates its guest's RAM itself: "allocate N" by its main thread, "reserve N" in a place that is aligned, "poke N" and "peek N" bytes of it, "release N"
+// and "replace N" give back a page of it by madvise(2) and mmap(2), "own" by both one that is not the guest's.
 func graftMain() {
 	runtime.LockOSThread() // main.main runs on the main thread
 	var regions [][]byte
@@ -43,13 +44,65 @@ func graftMain() {
 			b, err := mmap(n, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 			regions = append(regions, b)
 			fmt.Println("allocated", err)
+		case scan(line, "reserve %d", &n):
+			b, err := reserve(n)
+			regions = append(regions, b)
+			fmt.Println("allocated", err)
 		case scan(line, "poke %d %d", &n, &value):
 			*at(n) = byte(value)
 			fmt.Println("ok")
 		case scan(line, "peek %d", &n):
 			fmt.Println(*at(n))
+		case scan(line, "release %d", &n):
+			fmt.Println(unix.Madvise(unsafe.Slice(at(n), pageSize), unix.MADV_DONTNEED))
+		case scan(line, "replace %d", &n):
+			fmt.Println(replace(at(n)))
+		case line == "own":
+			own, err := mmap(2*pageSize, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+			own[0], own[pageSize] = 1, 1
+			err = errors.Join(err, unix.Madvise(own[:pageSize], unix.MADV_DONTNEED), replace(&own[pageSize]))
+			fmt.Println(own[0], own[pageSize], err)
 		}
 	}
+}
+
+// reserve is mmap as Firecracker has it from 1.17 on: in the aligned part of a mapping that is larger.
+func reserve(n int) ([]byte, error) {
+	const private, room = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_NORESERVE, HugePage - pageSize
+	all, _, errno := unix.RawSyscall6(unix.SYS_MMAP, 0, uintptr(n+room), unix.PROT_NONE, private, ^uintptr(0), 0)
+	if errno != 0 {
+		return nil, errno
+	}
+	addr := (all + HugePage - 1) &^ (HugePage - 1)
+	for _, rest := range [][2]uintptr{{all, addr - all}, {addr + uintptr(n), all + room - addr}} {
+		if rest[1] == 0 {
+			continue
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_MUNMAP, rest[0], rest[1], 0); errno != 0 {
+			return nil, errno
+		}
+	}
+	got, _, errno := unix.RawSyscall6(unix.SYS_MMAP, addr, uintptr(n), unix.PROT_READ|unix.PROT_WRITE, private|unix.MAP_FIXED, ^uintptr(0), 0)
+	if errno != 0 {
+		return nil, errno
+	}
+	if got != addr {
+		return nil, fmt.Errorf("mapped at %#x, not %#x", got, addr)
+	}
+	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(nil), addr)), n), nil
+}
+
+// replace puts a private page where another one is.
+func replace(at *byte) error {
+	const flags = unix.MAP_PRIVATE | unix.MAP_ANONYMOUS | unix.MAP_FIXED
+	addr, _, errno := unix.RawSyscall6(unix.SYS_MMAP, uintptr(unsafe.Pointer(at)), pageSize, unix.PROT_READ|unix.PROT_WRITE, flags, ^uintptr(0), 0)
+	switch {
+	case errno != 0:
+		return errno
+	case addr != uintptr(unsafe.Pointer(at)):
+		return fmt.Errorf("it is mapped at %#x", addr)
+	}
+	return nil
 }
 
 func scan(line, format string, to ...any) bool {
@@ -152,10 +205,12 @@ func (v *graftVMM) tracks(mem *Memory, page int64, meanwhile func()) {
 	}
 }
 
-func (v *graftVMM) allocate(sizes ...int) func() error {
+func (v *graftVMM) allocate(sizes ...int) func() error { return v.obtain("allocate", sizes...) }
+
+func (v *graftVMM) obtain(how string, sizes ...int) func() error {
 	return func() error {
 		for _, n := range sizes {
-			if got := v.ask(fmt.Sprintf("allocate %d", n)); got != "allocated <nil>" {
+			if got := v.ask(fmt.Sprintf("%s %d", how, n)); got != "allocated <nil>" {
 				return errors.New(got)
 			}
 		}
@@ -167,13 +222,17 @@ func (v *graftVMM) allocate(sizes ...int) func() error {
 func TestGraft(t *testing.T) {
 	needFull(t)
 	checkLeaks(t)
-	for _, regions := range [][]int{{9 << 20}, {1 << 30, 5 << 20}} {
+	for n, regions := range [][]int{{9 << 20}, {1 << 30, 5 << 20}, {9 << 20}, {1 << 30, 5 << 20}} {
+		how := "allocate"
+		if n >= 2 {
+			how = "reserve"
+		}
 		size := int64(0)
 		for _, n := range regions {
 			size += int64(n)
 		}
 		mem, v := grafted(t, size)
-		if err := mem.Graft(v.allocate(regions...)); err != nil {
+		if err := mem.Graft(v.obtain(how, regions...)); err != nil {
 			t.Fatal(err)
 		}
 		for i, offset := range []int64{0, size - 5<<20 - 1, size - 5<<20, size - 1} {
@@ -182,7 +241,7 @@ func TestGraft(t *testing.T) {
 			}
 			b := make([]byte, 1)
 			if _, err := mem.Device().ReadAt(b, offset); err != nil || b[0] != byte(7+i) {
-				t.Errorf("regions %v: byte %d of the memory is %d, want %d (%v)", regions, offset, b[0], 7+i, err)
+				t.Errorf("%s %v: byte %d of the memory is %d, want %d (%v)", how, regions, offset, b[0], 7+i, err)
 			}
 		}
 		// What it allocates from now on is its own.

@@ -75,12 +75,9 @@ func (t *tracee) call(nr uint64, args ...uint64) (uint64, error) {
 	return regs.Rax, nil
 }
 
-// allocates reports whether a process that is stopped before a system call asks for memory as a VMM does for its guest's: anywhere,
-// readable and writable, private and without reserve; and how much.
-func allocates(regs *unix.PtraceRegs) (length uint64, ok bool) {
-	const kind = unix.MAP_PRIVATE | unix.MAP_NORESERVE
-	ok = regs.Orig_rax == unix.SYS_MMAP && regs.Rdi == 0 && regs.Rdx == unix.PROT_READ|unix.PROT_WRITE && regs.R10&kind == kind
-	return regs.Rsi, ok
+// memoryCall is what a process that is stopped before a system call asks for, if that is about memory.
+func memoryCall(regs *unix.PtraceRegs) call {
+	return call{nr: regs.Orig_rax, addr: regs.Rdi, length: regs.Rsi, prot: regs.Rdx, flags: regs.R10}
 }
 
 // skip has the system call not be made, setResult says what it returns.

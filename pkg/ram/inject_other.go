@@ -16,10 +16,10 @@ var errInject = errors.New("executing system calls in another process is not imp
 
 type tracee struct{ pid int }
 
-func (t *tracee) open() error                             { return errInject }
-func (t *tracee) close() error                            { return nil }
-func (t *tracee) call(uint64, ...uint64) (uint64, error)  { return 0, errInject }
-func (t *tracee) scratch() uint64                         { return 0 }
-func allocates(*unix.PtraceRegs) (length uint64, ok bool) { return 0, false }
-func skip(*unix.PtraceRegs)                               {}
-func setResult(*unix.PtraceRegs, uint64)                  {}
+func (t *tracee) open() error                            { return errInject }
+func (t *tracee) close() error                           { return nil }
+func (t *tracee) call(uint64, ...uint64) (uint64, error) { return 0, errInject }
+func (t *tracee) scratch() uint64                        { return 0 }
+func memoryCall(*unix.PtraceRegs) call                   { return call{} }
+func skip(*unix.PtraceRegs)                              {}
+func setResult(*unix.PtraceRegs, uint64)                 {}

@@ -172,6 +172,9 @@ func (m *Memory) attach(ctx context.Context, h *Handle) error {
 			return err
 		}
 	}
+	if h.releases != nil {
+		m.servers.Go(func() { m.serveReleases(h) })
+	}
 	return nil
 }
 
@@ -330,6 +333,9 @@ func (m *Memory) Close() error {
 		if m.mode&modeMissing != 0 && !m.ended() {
 			errs = append(errs, ErrIncomplete)
 		}
+	}
+	if m.handle != nil {
+		m.handle.stopReleases()
 	}
 	m.mu.Unlock()
 	m.servers.Wait()

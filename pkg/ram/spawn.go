@@ -26,7 +26,8 @@ type Options struct {
 	Limit Rung
 
 	// Graft is a memory that the VMM is to use for its guest though it allocates that by itself. It is mapped into the VMM before its
-	// first instruction; [Memory.Graft] gives it. That takes ptrace: without it, Spawn fails.
+	// first instruction; [Memory.Graft] gives it. That takes ptrace: without it, Spawn fails. What the VMM gives back of it to the kernel
+	// is freed while the memory is attached by this process. From an [Adopt] on, it stays.
 	Graft *Memory
 
 	// Wrapped says that the command executes the VMM in the same process, and closes what it has inherited before, as Firecracker's jailer does:
@@ -43,6 +44,9 @@ type Handle struct {
 	caps    Capabilities
 	adopted bool
 	grafted uint64 // where Options.Graft is mapped; 0: it is not
+
+	// releases are what the VMM gives back of what was grafted; nil: it cannot. Whoever has attached the handle serves them.
+	releases *os.File
 
 	done      chan struct{} // closed when the process has ended
 	watcher   sync.WaitGroup
@@ -67,6 +71,9 @@ func (h *Handle) Close() error {
 		_ = h.pidfd.Close()
 		if h.uffd != nil {
 			_ = h.uffd.close()
+		}
+		if h.releases != nil {
+			_ = h.releases.Close()
 		}
 	})
 	return nil
@@ -189,6 +196,7 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		}
 		pid := cmd.Process.Pid
 		fd, reason, grafted := -1, "", uint64(0)
+		var releases *os.File
 		var fatal error
 		if err := awaitTrap(pid); err != nil {
 			reason = fmt.Sprintf("trace process %d: %v", pid, err)
@@ -200,7 +208,9 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 				fatal = unwrap(pid, files)
 			}
 			if opts.Graft != nil && fatal == nil {
-				grafted, fatal = mapInto(pid, memory, opts.Graft)
+				if grafted, fatal = mapInto(pid, memory, opts.Graft); fatal == nil {
+					releases, fatal = guard(pid, grafted, uint64(opts.Graft.size))
+				}
 			}
 			switch {
 			case fatal != nil:
@@ -231,7 +241,9 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 			fd = -1
 		}
 		if h != nil {
-			h.grafted = grafted
+			h.grafted, h.releases = grafted, releases
+		} else if releases != nil {
+			_ = releases.Close()
 		}
 		if fd >= 0 {
 			_ = unix.Close(fd)

@@ -54,6 +54,9 @@ func (p phase) String() string {
 	return [...]string{"waiting", "loaded", "suspended", "running", "released", "moved", "closed"}[p]
 }
 
+// ErrSize is wrapped by the error of [Instance.Balloon] for a size that no guest of the instance's memory can give.
+var ErrSize = errors.New("a guest can give from 0 to less than all of its memory")
+
 // ErrPhase is returned by a method of Instance that the instance's phase does not allow.
 var ErrPhase = errors.New("instance is not in the right phase")
 
@@ -1413,6 +1416,58 @@ func (i *Instance) shutDown(ctx context.Context) error {
 			}
 			return err
 		case <-time.After(pressEvery - time.Since(began)):
+		}
+	}
+}
+
+const (
+	balloonPoll  = 100 * time.Millisecond
+	balloonQuiet = 5 * time.Second // after which a guest that has given nothing more gives nothing more
+)
+
+// Balloon asks the guest of an instance that runs to have given size bytes of its memory in all, in whole MiB, which the host has for others then: 0
+// takes nothing. It waits until that is so, or the guest has come no nearer to it for 5 s, and returns what it has given. What is given stays so where the
+// guest moves to. A guest that comes to need it takes it back by itself.
+func (i *Instance) Balloon(ctx context.Context, size int64) (given int64, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("set balloon of instance to %d bytes: %w", size, err)
+		}
+	}()
+	if memory := i.desc.MemorySize; size < 0 || size >= memory {
+		return 0, fmt.Errorf("%w, which has %d", ErrSize, memory)
+	}
+	balloon, ok := i.machine.(vmm.Ballooner)
+	if !ok {
+		return 0, fmt.Errorf("%s has no balloon", i.cfg.Backend.Name())
+	}
+	// Between the calls the machine is free for others.
+	locked := func(do func() error) error {
+		i.mu.Lock()
+		defer i.mu.Unlock()
+		if i.phase != running {
+			return fmt.Errorf("it is %s: %w", i.phase, ErrPhase)
+		}
+		return do()
+	}
+	if err := locked(func() error { return balloon.SetBalloon(ctx, size) }); err != nil {
+		return 0, err
+	}
+	for moved, last := time.Now(), int64(-1); ; {
+		if err := locked(func() (err error) { given, err = balloon.Balloon(ctx); return err }); err != nil {
+			return 0, err
+		}
+		if given != last {
+			moved, last = time.Now(), given
+		}
+		if given>>20 == size>>20 || time.Since(moved) >= balloonQuiet {
+			return given, nil
+		}
+		select {
+		case <-ctx.Done():
+			return given, context.Cause(ctx)
+		case <-i.machine.Done():
+		case <-time.After(balloonPoll):
 		}
 	}
 }

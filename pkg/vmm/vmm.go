@@ -119,6 +119,17 @@ type PowerButton interface {
 	PressPower(ctx context.Context) error
 }
 
+// Ballooner is implemented by machines whose guest can be asked to give memory back. What it has given is part of the device state: a
+// guest goes on having given it wherever it is loaded. A guest without the driver gives nothing.
+type Ballooner interface {
+	// SetBalloon asks a running guest to have given so many bytes of its RAM in all, rounded down to a MiB; 0 gives back everything to it. It does not
+	// wait for the guest, which may take its time, and one that needs its memory gives less or takes it back.
+	SetBalloon(ctx context.Context, size int64) error
+
+	// Balloon returns how many bytes a running guest has given.
+	Balloon(ctx context.Context) (int64, error)
+}
+
 // Announcer is implemented by machines that can have the network send their guest's packets here before the guest runs
 // here. A guest that is paused at its old place gets nothing there: packets are lost, which costs their senders a timeout
 // of 200 ms or more. Here they wait for Resume, as many as the interface's queue holds.

@@ -93,12 +93,30 @@ func (g *guest) do(args []string) (string, error) {
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART)
 	case "poweroff":
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+	case "touch":
+		return "", touch(args[1:])
 	case "button":
 		return "", heedButton()
 	case "panic":
 		return "", os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	}
 	return "", fmt.Errorf("unknown command %q", args[0])
+}
+
+// touch writes to as many pages as it is told, and frees them.
+func touch(args []string) error {
+	mib, err := strconv.Atoi(strings.Join(args, " "))
+	if err != nil {
+		return err
+	}
+	pages, err := unix.Mmap(-1, 0, mib<<20, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
+	}
+	for i := 0; i < len(pages); i += pageSize {
+		pages[i] = 1
+	}
+	return unix.Munmap(pages)
 }
 
 // device accepts the name of a disk (its serial number) where a path is wanted.

@@ -10,11 +10,14 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/drafter-vm/drafter/pkg/agent/socket"
 )
 
 func main() {
@@ -32,7 +35,22 @@ func main() {
 	nameDevices("/sys/block/*/serial", "/dev/disk")
 
 	g := newGuest()
-	if cmdline, err := os.ReadFile("/proc/cmdline"); err == nil && !strings.Contains(string(cmdline), "testguest.channel=off") {
+	cmdline, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		fmt.Println(err)
+	}
+	channel := true
+	for field := range strings.FieldsSeq(string(cmdline)) {
+		switch name, value, _ := strings.Cut(field, "="); name {
+		case "testguest.channel":
+			channel = value != "off"
+		case "testguest.disks":
+			nameDisks(strings.Split(value, ","))
+		case "testguest.socket":
+			go serveSocket(g, value)
+		}
+	}
+	if channel {
 		go serveChannel(g)
 	}
 	serveConsole(g)
@@ -67,6 +85,13 @@ func nameDevices(pattern, dir string) {
 	}
 }
 
+// nameDisks makes the links of disks that the machine has given other serial numbers, by their order.
+func nameDisks(names []string) {
+	for n, name := range names {
+		os.Symlink(fmt.Sprintf("/dev/vd%c", 'a'+n), filepath.Join("/dev/disk", name)) // but where it has that of the name
+	}
+}
+
 func serveConsole(g *guest) {
 	tty, err := os.OpenFile("/dev/ttyS0", os.O_RDWR|unix.O_NOCTTY, 0)
 	if err != nil {
@@ -93,6 +118,31 @@ func serveChannel(g *guest) {
 	for {
 		g.serve(port)
 		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// serveSocket serves whoever connects to a port of the guest's.
+func serveSocket(g *guest, number string) {
+	port, err := strconv.ParseUint(number, 10, 32)
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	listener, err := socket.Listen(uint32(port))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	for {
+		conn, err := listener.Accept()
+		if err != nil {
+			fmt.Println(err)
+			return
+		}
+		go func() {
+			defer conn.Close()
+			g.serve(conn)
+		}()
 	}
 }
 

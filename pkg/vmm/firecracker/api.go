@@ -89,6 +89,21 @@ type vsock struct {
 
 type entropyDevice struct{}
 
+type balloon struct {
+	AmountMiB             int64 `json:"amount_mib"`
+	DeflateOnOOM          bool  `json:"deflate_on_oom"`
+	StatsPollingIntervalS int   `json:"stats_polling_interval_s"`
+}
+
+type balloonUpdate struct {
+	AmountMiB int64 `json:"amount_mib"`
+}
+
+// balloonStats has what is used of what GET /balloon/statistics answers.
+type balloonStats struct {
+	ActualMiB int64 `json:"actual_mib"`
+}
+
 type action struct {
 	ActionType string `json:"action_type"` // "InstanceStart" or "SendCtrlAltDel"
 }

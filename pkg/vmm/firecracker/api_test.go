@@ -177,6 +177,14 @@ func TestRequests(t *testing.T) {
 	if err := m.Resume(ctx); err != nil {
 		t.Fatal(err)
 	}
+	m.life.Found(lifecycle.Running)
+	r.answers["GET /balloon/statistics"] = `200 {"target_pages":3072,"actual_pages":2816,"target_mib":12,"actual_mib":11}`
+	if given, err := m.Balloon(ctx); err != nil || given != 11<<20 {
+		t.Errorf("the balloon has %d bytes (%v), want 11 MiB", given, err)
+	}
+	if err := m.SetBalloon(ctx, 12<<20+5); err != nil {
+		t.Error(err)
+	}
 	r.snapshot = nil
 	for what, want := range map[string]string{
 		`400 {"fault_message":"Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"}`: "Permission denied",
@@ -208,8 +216,10 @@ func TestRequests(t *testing.T) {
 		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,
 		"PUT /vsock " + `{"guest_cid":3,"uds_path":"vsock.sock"}`,
 		"PUT /entropy {}",
+		"PUT /balloon " + `{"amount_mib":0,"deflate_on_oom":true,"stats_polling_interval_s":65535}`,
 		"PUT /actions " + `{"action_type":"InstanceStart"}`,
 		pause, snapshot, resume, pause, snapshot, resume,
+		"GET /balloon/statistics ", "PATCH /balloon " + `{"amount_mib":12}`,
 		pause, snapshot, look, resume, look, pause, snapshot, look, resume, look,
 		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/4","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/5"},"resume_vm":false}`,
 		"PATCH /drives/disk0 " + `{"drive_id":"disk0",` + limits + `}`, "PATCH /drives/disk1 " + `{"drive_id":"disk1",` + limits + `}`,

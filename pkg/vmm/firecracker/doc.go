@@ -48,5 +48,5 @@
 //
 // # What it does not do
 //
-// No balloon: after a load, Firecracker would map private pages in place of those that it gives back. It does not serve disks, does not set the guest's clock, and has no hotplug.
+// It does not serve disks, does not set the guest's clock, and has no hotplug.
 package firecracker

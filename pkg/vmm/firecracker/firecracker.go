@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -397,7 +398,8 @@ func (m *machine) boot(ctx context.Context) error {
 	if spec.Sockets {
 		requests = append(requests, request{"/vsock", vsock{guestCID, vmm.SocketFile}})
 	}
-	requests = append(requests, request{"/entropy", entropyDevice{}})
+	// Firecracker tells what the guest has given only where it asks it for statistics: as seldom as can be, as nobody looks at those.
+	requests = append(requests, request{"/entropy", entropyDevice{}}, request{"/balloon", balloon{0, true, math.MaxUint16}})
 	for _, r := range requests {
 		if err := m.api.put(ctx, r.path, r.body); err != nil {
 			return err

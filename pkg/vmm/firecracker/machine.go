@@ -249,6 +249,33 @@ func (m *machine) PressPower(ctx context.Context) error {
 	return nil
 }
 
+// SetBalloon implements [vmm.Ballooner].
+func (m *machine) SetBalloon(ctx context.Context, size int64) error {
+	before, err := m.life.Begin("set the balloon", lifecycle.Running)
+	if err != nil {
+		return err
+	}
+	defer m.life.End(before)
+	if err := m.api.call(ctx, http.MethodPatch, "/balloon", balloonUpdate{size >> 20}, nil); err != nil {
+		return fmt.Errorf("set the balloon: %w", err)
+	}
+	return nil
+}
+
+// Balloon implements [vmm.Ballooner].
+func (m *machine) Balloon(ctx context.Context) (int64, error) {
+	before, err := m.life.Begin("look at the balloon", lifecycle.Running)
+	if err != nil {
+		return 0, err
+	}
+	defer m.life.End(before)
+	var stats balloonStats
+	if err := m.api.call(ctx, http.MethodGet, "/balloon/statistics", nil, &stats); err != nil {
+		return 0, fmt.Errorf("look at the balloon: %w", err)
+	}
+	return stats.ActualMiB << 20, nil
+}
+
 // Close implements [vmm.Machine].
 func (m *machine) Close() error {
 	m.mu.Lock()

@@ -142,7 +142,7 @@ func arguments(cfg vmm.Config, caps *capabilities, fd descriptors) []string {
 	}
 	add("-object", object{"qom-type": "rng-builtin", "id": "entropy"}.String())
 	virtio("virtio-rng-pci", "rng", object{"rng": "entropy"})
-	virtio("virtio-balloon-pci", "balloon", nil)
+	virtio("virtio-balloon-pci", "balloon", object{"deflate-on-oom": true})
 	for i, address := range cfg.Passthrough {
 		device(object{"driver": "vfio-pci", "id": fmt.Sprintf("host%d", i), "host": address})
 	}

@@ -73,6 +73,7 @@ var (
 	_ vmm.Stater  = (*machine)(nil)
 
 	_ vmm.PowerButton = (*machine)(nil)
+	_ vmm.Ballooner   = (*machine)(nil)
 )
 
 func newMachine(cfg vmm.Config, caps *capabilities) *machine {
@@ -394,6 +395,35 @@ func (m *machine) PressPower(ctx context.Context) error {
 		return m.failed("press the power button", err)
 	}
 	return nil
+}
+
+// SetBalloon implements [vmm.Ballooner].
+func (m *machine) SetBalloon(ctx context.Context, size int64) error {
+	before, err := m.life.Begin("set the balloon", lifecycle.Running)
+	if err != nil {
+		return err
+	}
+	defer m.life.End(before)
+	// QEMU is told what is left to the guest.
+	left := m.cfg.Spec.MemorySize - size>>20<<20
+	if err := m.qmp.execute(ctx, "balloon", map[string]int64{"value": left}, nil); err != nil {
+		return m.failed("set the balloon", err)
+	}
+	return nil
+}
+
+// Balloon implements [vmm.Ballooner].
+func (m *machine) Balloon(ctx context.Context) (int64, error) {
+	before, err := m.life.Begin("look at the balloon", lifecycle.Running)
+	if err != nil {
+		return 0, err
+	}
+	defer m.life.End(before)
+	var left struct{ Actual int64 }
+	if err := m.qmp.execute(ctx, "query-balloon", nil, &left); err != nil {
+		return 0, m.failed("look at the balloon", err)
+	}
+	return m.cfg.Spec.MemorySize - left.Actual, nil
 }
 
 // Resume implements [vmm.Machine].

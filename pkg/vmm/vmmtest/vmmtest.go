@@ -55,7 +55,8 @@ const (
 	diskName     = "disk"
 	journalSlots = 64
 	memoryLoad   = "mem start 16"
-	kernelArgs   = "quiet loglevel=1"
+	kernelArgs   = "quiet loglevel=1 testguest.socket=52 testguest.disks=" + diskName
+	socketPort   = 52
 )
 
 // ownerEnv names the folder of the machine that this process is to start and own, in the second process.
@@ -100,6 +101,7 @@ func Run(t *testing.T, h Harness) {
 		{"Reboot", s.testReboot},
 		{"Poweroff", s.testPoweroff},
 		{"PowerButton", s.testPowerButton},
+		{"Balloon", s.testBalloon},
 		{"Killed", s.testKilled},
 		{"CloseLeavesNothing", s.testCloseLeavesNothing},
 		{"FailedStart", s.testFailedStart},
@@ -503,10 +505,7 @@ func (s *suite) testSlowConsole(t *testing.T) {
 	if err := errors.Join(m.Load(ctx, bytes.NewReader(s.state)), m.Resume(ctx)); err != nil {
 		t.Fatal(err)
 	}
-	channel, err := testguest.Dial(ctx, filepath.Join(cfg.Dir, vmm.GuestChannel))
-	if err != nil {
-		t.Fatal(err)
-	}
+	channel := s.dial(t, cfg.Dir)
 	defer channel.Close()
 	// More than the buffers of sockets hold. It returns, so the guest's writes to its console do.
 	text := strings.Repeat("x", 1000)
@@ -521,15 +520,39 @@ func (s *suite) testSlowConsole(t *testing.T) {
 	}
 }
 
+// dial connects to the guest of the machine in a folder, by whatever its sockets come through.
+func (s *suite) dial(t *testing.T, dir string) *testguest.Channel {
+	t.Helper()
+	ctx := testContext(t)
+	for {
+		var channel *testguest.Channel
+		var err error
+		carried := vmm.RequirementsOf(s.Backend).Carries
+		if carried {
+			channel, err = testguest.DialSocket(ctx, dir, socketPort)
+		} else {
+			channel, err = testguest.Dial(ctx, filepath.Join(dir, vmm.GuestChannel))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		// A guest that was loaded resets the connections of before. It may not have come to that, and takes a new one for one of them.
+		if _, err := channel.Do(ctx, "echo hello"); err == nil || !carried || ctx.Err() != nil {
+			if err != nil {
+				t.Fatal(err)
+			}
+			return channel
+		}
+		channel.Close()
+	}
+}
+
 func (s *suite) testChannel(t *testing.T) {
 	s.needLinux(t)
 	ctx := testContext(t)
 	i := s.running(t)
 	for range 2 { // a second connection works as the first
-		channel, err := testguest.Dial(ctx, filepath.Join(i.cfg.Dir, vmm.GuestChannel))
-		if err != nil {
-			t.Fatal(err)
-		}
+		channel := s.dial(t, i.cfg.Dir)
 		text := strings.Repeat("all work and no play ", 2000)
 		text = strings.TrimSpace(text)
 		if got, err := channel.Do(ctx, "echo "+text); err != nil || got != text {
@@ -621,6 +644,78 @@ func (s *suite) testPowerButton(t *testing.T) {
 	if err := i.await(t); err != nil {
 		t.Errorf("Err is %v", err)
 	}
+}
+
+// testBalloon: memory that a guest gives back is the host's, and the guest's again when it is not asked for any more. That it was given outlives a save.
+func (s *suite) testBalloon(t *testing.T) {
+	s.needLinux(t)
+	const touched, given, less = 32 << 20, 24 << 20, 8 << 20
+	ctx := testContext(t)
+	i := s.running(t)
+	set := func(m vmm.Machine, size int64) {
+		t.Helper()
+		balloon, ok := m.(vmm.Ballooner)
+		if !ok {
+			t.Fatal("it has no balloon")
+		}
+		if err := balloon.SetBalloon(ctx, size); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			now, err := balloon.Balloon(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if now == size {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				t.Fatalf("it has given %d bytes and not %d: %v", now, size, context.Cause(ctx))
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	i.do(t, fmt.Sprintf("touch %d", touched>>20))
+	before := allocated(t, i.cfg.Memory)
+	set(i.Machine, given)
+	// Some of it may never have been touched.
+	if now := allocated(t, i.cfg.Memory); now > before-less {
+		t.Errorf("the guest's memory took %d bytes, and takes %d after it has given %d back", before, now, given)
+	}
+	set(i.Machine, 0)
+	i.do(t, fmt.Sprintf("touch %d", touched>>20))
+	i.alive(t)
+	set(i.Machine, less)
+
+	var state bytes.Buffer
+	if err := errors.Join(i.Pause(ctx), i.Save(ctx, &state)); err != nil {
+		t.Fatal(err)
+	}
+	if err := i.Machine.(vmm.Ballooner).SetBalloon(ctx, 0); !errors.Is(err, vmm.ErrState) {
+		t.Errorf("set it while the machine is paused: got error %v, want ErrState", err)
+	}
+	disk := filepath.Join(t.TempDir(), "disk")
+	copyFile(t, disk, i.disk)
+	next := s.start(t, s.config(t, CopyMemory(t, i.cfg.Memory), disk), disk)
+	if err := errors.Join(next.Load(ctx, &state), next.Resume(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if now, err := next.Machine.(vmm.Ballooner).Balloon(ctx); err != nil || now != less {
+		t.Errorf("loaded, it has given %d bytes (%v), want %d", now, err, less)
+	}
+	set(next.Machine, 0)
+	next.verify(t)
+}
+
+// allocated returns how many bytes of a memory are there.
+func allocated(t *testing.T, memory *os.File) int64 {
+	t.Helper()
+	info, err := memory.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info.Sys().(*syscall.Stat_t).Blocks * 512
 }
 
 // reboot has the guest reboot, which ends its machine.

@@ -157,6 +157,32 @@ func TestCommandCtl(t *testing.T) {
 			`drafter_snapshot_bytes_total\{kind="data"\} [1-9].*`, `drafter_migration_bandwidth_bytes_per_second\{role="source"\} 0`,
 			`drafter_migration_dirty_bytes_per_second 0`, `drafter_peer_state\{state="running"\} 1`)
 	})
+	t.Run("balloon", func(t *testing.T) {
+		given := func(size string) (b control.Balloon) {
+			t.Helper()
+			out, _ := w.ctl(t, 0, "--control", socket, "balloon", size)
+			if err := json.Unmarshal([]byte(out), &b); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			return b
+		}
+		if b := given("16M"); b.Given != 16<<20 {
+			t.Errorf("asked for 16 MiB, the guest has given %+v", b)
+		}
+		if b := given("0"); b.Given != 0 {
+			t.Errorf("asked for nothing, the guest has given %+v", b)
+		}
+		w.ctl(t, 2, "--control", socket, "balloon", "much")
+		w.ctl(t, 2, "--control", socket, "balloon", "-1")
+		if _, said := w.ctl(t, 1, "--control", socket, "balloon", "2T"); !strings.Contains(said, "not possible: ") || !strings.Contains(said, "less than all of its memory") {
+			t.Errorf("it says %s", said)
+		}
+		w.ctl(t, 0, "--control", socket, "pause")
+		if _, said := w.ctl(t, 1, "--control", socket, "balloon", "16M"); !strings.Contains(said, "not possible now: ") {
+			t.Errorf("it says %s", said)
+		}
+		w.ctl(t, 0, "--control", socket, "resume")
+	})
 	t.Run("nothing to cancel, nobody there", func(t *testing.T) {
 		if _, said := w.ctl(t, 1, "--control", socket, "cancel"); !strings.Contains(said, "nothing is under way") {
 			t.Errorf("it says %s", said)

@@ -16,7 +16,7 @@ GOTESTFLAGS ?= -count 1 -timeout 30m
 
 # Packages with real VMs and networks are tested one after another: they must not compete for the two cores of a small machine, or timeouts measure
 # the neighbour.
-ALONE       := $(addprefix ./,cmd/drafter internal/backends internal/bench internal/e2e internal/faults internal/testguest internal/testnet internal/vfiotest \
+ALONE       := $(addprefix ./,cmd/drafter internal/backends internal/bench internal/e2e internal/faults internal/testguest internal/testnet internal/hosttest \
                pkg/blueprint pkg/expose pkg/flow pkg/forward pkg/nat pkg/nat/rule pkg/ram pkg/vmm/qemu)
 
 # For make test-faults: -seed N, -seeds N, -log.
@@ -26,7 +26,7 @@ FAULTFLAGS  ?=
 BENCHFLAGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help depend build install test test-faults test-vfio test-desktop test-unit lint bench bench-micro demo fuzz clean
+.PHONY: help depend build install test test-faults test-vfio test-kvm test-desktop test-unit lint bench bench-micro demo fuzz clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,7 +74,10 @@ test-faults: depend build ## Faults: links cut at every frame, hosts killed in e
 	$(GO) test -p 1 -count 1 -timeout 1h -v ./pkg/flow -run TestRandomMoves -args -long
 
 test-vfio: depend build ## A device that is passed through, on an emulated host with an emulated IOMMU (15 minutes)
-	$(GO) test -count 1 -timeout 1h -v ./internal/vfiotest -args -long
+	$(GO) test -count 1 -timeout 1h -v ./internal/hosttest -run TestPassthrough -args -long
+
+test-kvm: depend build ## Guests under KVM, with Firecracker (FIRECRACKER_BIN, JAILER_BIN) and QEMU, on an emulated host (up to an hour)
+	$(GO) test -count 1 -timeout 4h -v ./internal/hosttest -run TestKVM -args -long
 
 test-desktop: depend build ## A desktop that is looked at by VNC while it moves (minutes; screenshots in out/desktop)
 	$(GO) test -p 1 -count 1 -timeout 30m -v ./internal/e2e -run TestDesktopMoves -args -long -screenshots $(abspath $(OUT))/desktop

@@ -63,11 +63,12 @@ type migration struct {
 }
 
 type demo struct {
-	bin, out string
-	stderr   io.Writer
-	began    time.Time
-	hosts    *testnet.Hosts
-	client   *democlient.Client
+	bin, out, blueprint, hypervisor string
+
+	stderr io.Writer
+	began  time.Time
+	hosts  *testnet.Hosts
+	client *democlient.Client
 
 	services   []*process          // of the hosts
 	forwarders map[string]*process // of these, by host
@@ -80,10 +81,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	bin := flags.String("bin", "bin", "folder with the drafter command")
 	moves := flags.Int("moves", 3, "how often the VM moves")
 	pause := flags.Duration("pause", 2*time.Second, "how long the client works between moves")
+	blueprint := flags.String("blueprint", "", "folder with a blueprint that has a Valkey server (default: one is built)")
+	hypervisor := flags.String("hypervisor", "auto", "of drafter snapshotter")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	d := &demo{bin: *bin, out: *out, stderr: stderr, began: time.Now(), forwarders: make(map[string]*process)}
+	d := &demo{bin: *bin, out: *out, blueprint: *blueprint, hypervisor: *hypervisor, stderr: stderr, began: time.Now(), forwarders: make(map[string]*process)}
 
 	if os.Getuid() != 0 {
 		return errors.New("must run as root: it makes network namespaces, and drafter looks into the hypervisor's memory")
@@ -134,13 +137,16 @@ func (d *demo) path(elem ...string) string {
 
 // makePackage goes from Debian packages to a package folder that was shipped as one file. What is up to date is kept.
 func (d *demo) makePackage(ctx context.Context) error {
-	d.say("blueprint: a Valkey server from Debian packages")
-	if err := d.drafter(ctx, "blueprint", "--packages", "valkey-server", "--output", d.path("blueprint")); err != nil {
-		return err
+	if d.blueprint == "" {
+		d.say("blueprint: a Valkey server from Debian packages")
+		d.blueprint = d.path("blueprint")
+		if err := d.drafter(ctx, "blueprint", "--packages", "valkey-server", "--output", d.blueprint); err != nil {
+			return err
+		}
 	}
 	inputs := []string{filepath.Join(d.bin, "drafter")}
 	for _, name := range []string{"kernel", "initrd", "disk"} {
-		inputs = append(inputs, d.path("blueprint", vmpackage.DefaultFile(name)))
+		inputs = append(inputs, filepath.Join(d.blueprint, vmpackage.DefaultFile(name)))
 	}
 	folder, archive, shipped := d.path("package"), d.path("valkey.tar.zst"), d.path("demo", "package")
 	if fresh(filepath.Join(shipped, vmpackage.ManifestFile), inputs) {
@@ -154,13 +160,13 @@ func (d *demo) makePackage(ctx context.Context) error {
 		file := vmpackage.DefaultFile(name)
 		device := map[string]string{"name": name, "output": filepath.Join(folder, file)}
 		if name == "kernel" || name == "initrd" || name == "disk" {
-			device["input"] = d.path("blueprint", file)
+			device["input"] = filepath.Join(d.blueprint, file)
 		}
 		made = append(made, device)
 		packed = append(packed, map[string]string{"name": name, "path": filepath.Join(folder, file)})
 		extracted = append(extracted, map[string]string{"name": name, "path": filepath.Join(shipped, file)})
 	}
-	if err := d.drafter(ctx, "snapshotter", "--netns", netnsOf("a"), "--memory-size", "512", "--devices", asJSON(made),
+	if err := d.drafter(ctx, "snapshotter", "--hypervisor", d.hypervisor, "--netns", netnsOf("a"), "--memory-size", "512", "--devices", asJSON(made),
 		"--resume-timeout", "3m", "--enable-output=false", "--chroot-base-dir", d.path("vms")); err != nil {
 		return err
 	}

@@ -1,0 +1,94 @@
+package hosttest
+
+import (
+	"context"
+	"flag"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/testpackage"
+	"github.com/drafter-vm/drafter/pkg/blueprint"
+)
+
+var long = flag.Bool("long", false, "run what takes from some minutes to an hour")
+
+// host is one that is emulated.
+type host struct {
+	t            *testing.T
+	dir, program string // program is QEMU's
+	log          string // what its script says
+}
+
+func newHost(t *testing.T) *host {
+	t.Helper()
+	h := &host{t: t, dir: t.TempDir()}
+	var err error
+	if h.program, err = exec.LookPath("qemu-system-x86_64"); err != nil {
+		t.Skipf("SKIPPED, not tested: %v", err)
+	}
+	h.log = filepath.Join(h.dir, "log")
+	if err := os.WriteFile(h.log, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return h
+}
+
+// build builds a command that runs anywhere.
+func (h *host) build(pkg string) string {
+	h.t.Helper()
+	path := filepath.Join(h.dir, filepath.Base(pkg))
+	if err := testpackage.Build(h.t.Context(), ".", pkg, path); err != nil {
+		h.t.Fatal(err)
+	}
+	return path
+}
+
+// run boots the host of a blueprint with these options of QEMU, and waits for its end. Its second serial port is what its script says. Until then,
+// beside is called with that, every now and then.
+func (h *host) run(limit time.Duration, cfg blueprint.Config, beside func(said string), options ...string) (said string) {
+	h.t.Helper()
+	cfg.Output, cfg.Agent = filepath.Join(h.dir, "host"), h.build("../../cmd/drafter-agent")
+	cfg.Copies = append(cfg.Copies, blueprint.Copy{Host: h.build("../../cmd/drafter"), Guest: "/usr/local/bin/drafter"})
+	made, err := blueprint.Build(h.t.Context(), cfg)
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(h.t.Context(), limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, h.program, append([]string{"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-cpu", "max", "-smp", "2",
+		"-M", "q35,usb=off,vmport=off,hpet=off", "-kernel", made.Kernel, "-initrd", made.Initrd,
+		"-drive", "if=none,id=root,format=raw,file=" + made.Disk, "-device", "virtio-blk-pci,drive=root", "-serial", "null", "-serial", "file:" + h.log}, options...)...)
+	done := make(chan error, 1)
+	go func() {
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			h.t.Errorf("the emulated host: %v: %s", err, out)
+		}
+		done <- err
+	}()
+	for {
+		select {
+		case <-done:
+			return h.said()
+		case <-time.After(time.Second):
+			if beside != nil {
+				beside(h.said())
+			}
+		}
+	}
+}
+
+func (h *host) said() string {
+	h.t.Helper()
+	text, err := os.ReadFile(h.log)
+	if err != nil {
+		h.t.Error(err)
+	}
+	return string(text)
+}
+
+// bootArgs are of every emulated host's kernel.
+const bootArgs = "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check"

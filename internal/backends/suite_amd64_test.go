@@ -16,9 +16,12 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
 )
 
+// consoleBuffer is more than the FIFO that is Firecracker's console holds (pipe(7)).
+const consoleBuffer = 70_000
+
 // TestFirecrackerSuite runs the suite of all backends: with a Linux where the processor has what it takes to run one.
 func TestFirecrackerSuite(t *testing.T) {
-	vmmtest.Run(t, vmmtest.Harness{Backend: backend(t), Configure: func(t testing.TB, cfg *vmm.Config) { graft(t, cfg, false) }, Tiny: !virtualises(t), ResetEnds: true})
+	vmmtest.Run(t, vmmtest.Harness{Backend: backend(t), Configure: func(t testing.TB, cfg *vmm.Config) { graft(t, cfg, false) }, Tiny: !virtualises(t), ConsoleBuffer: consoleBuffer, ResetEnds: true})
 }
 
 // TestFirecrackerJailed runs it in the jailer, as a user of its own.
@@ -27,7 +30,7 @@ func TestFirecrackerJailed(t *testing.T) {
 		t.Skip("SKIPPED, not tested: the jailer needs root")
 	}
 	vmmtest.Run(t, vmmtest.Harness{
-		Backend: jailed(t), Tiny: !virtualises(t), ResetEnds: true, Dir: jailFolder,
+		Backend: jailed(t), Tiny: !virtualises(t), ConsoleBuffer: consoleBuffer, ResetEnds: true, Dir: jailFolder,
 		Attach: func(t testing.TB, dir string, disk vmm.Disk, file string) vmm.Attachment {
 			// As its owner has it, in its folder.
 			inside := filepath.Join(dir, "disk.image")

@@ -46,9 +46,8 @@ func (h *host) build(pkg string) string {
 	return path
 }
 
-// run boots the host of a blueprint with these options of QEMU, and waits for its end. Its second serial port is what its script says. Until then,
-// beside is called with that, every now and then.
-func (h *host) run(limit time.Duration, cfg blueprint.Config, beside func(said string), options ...string) (said string) {
+// blueprint makes what a host boots.
+func (h *host) blueprint(cfg blueprint.Config) blueprint.Result {
 	h.t.Helper()
 	cfg.Output, cfg.Agent = filepath.Join(h.dir, "host"), h.build("../../cmd/drafter-agent")
 	cfg.Copies = append(cfg.Copies, blueprint.Copy{Host: h.build("../../cmd/drafter"), Guest: "/usr/local/bin/drafter"})
@@ -56,9 +55,16 @@ func (h *host) run(limit time.Duration, cfg blueprint.Config, beside func(said s
 	if err != nil {
 		h.t.Fatal(err)
 	}
+	return made
+}
+
+// run boots a host with these options of QEMU, and waits for its end. Its second serial port is what its script says. Until then, beside is called with
+// that, every now and then.
+func (h *host) run(limit time.Duration, made blueprint.Result, beside func(said string), options ...string) (said string) {
+	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), limit)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, h.program, append([]string{"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-cpu", "max", "-smp", "2",
+	cmd := exec.CommandContext(ctx, h.program, append([]string{"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-cpu", "max",
 		"-M", "q35,usb=off,vmport=off,hpet=off", "-kernel", made.Kernel, "-initrd", made.Initrd,
 		"-drive", "if=none,id=root,format=raw,file=" + made.Disk, "-device", "virtio-blk-pci,drive=root", "-serial", "null", "-serial", "file:" + h.log}, options...)...)
 	done := make(chan error, 1)
@@ -72,7 +78,10 @@ func (h *host) run(limit time.Duration, cfg blueprint.Config, beside func(said s
 	for {
 		select {
 		case <-done:
-			return h.said()
+			if said = h.said(); beside != nil {
+				beside(said)
+			}
+			return said
 		case <-time.After(time.Second):
 			if beside != nil {
 				beside(h.said())

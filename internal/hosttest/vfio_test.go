@@ -101,12 +101,13 @@ func TestPassthrough(t *testing.T) {
 	if err := os.WriteFile(blank, make([]byte, 1<<20), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.run(45*time.Minute, blueprint.Config{
+	host := p.blueprint(blueprint.Config{
 		Scripts: []string{"testdata/vfio.sh"}, Size: 2 << 30, Packages: []string{"qemu-system-x86/bookworm-backports", "pciutils", "kmod"},
 		Copies: []blueprint.Copy{
 			{Host: p.kernel, Guest: "/root/inner/vmlinux"}, {Host: p.initrd, Guest: "/root/inner/initrd"}, {Host: blank, Guest: "/root/inner/disk"},
 		},
-	}, nil, "-accel", "tcg,thread=multi", "-m", "2G", "-device", "intel-iommu,intremap=on,caching-mode=on", "-append", bootArgs+" intel_iommu=on",
+	})
+	p.run(45*time.Minute, host, nil, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2G", "-device", "intel-iommu,intremap=on,caching-mode=on", "-append", bootArgs+" intel_iommu=on",
 		"-drive", "if=none,id=nvme,format=raw,file="+p.nvme, "-device", "nvme,drive=nvme,serial=outside")
 	said := p.check("the driver nvme has it, not vfio-pci", "with the host's driver: status 1", "passed through: status 0")
 	if _, list, _ := strings.Cut(said, "passed through: status 0"); strings.Contains(list, "memory.bin") || !strings.Contains(list, "manifest.json") {

@@ -210,7 +210,7 @@ func TestRequests(t *testing.T) {
 	)
 	want := []string{
 		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
-		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0 pci=conf1 reboot=k i8042.noaux i8042.nomux i8042.nopnp i8042.dumbkbd"}`,
+		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0 pci=conf1 reboot=k i8042.noaux i8042.nomux i8042.dumbkbd"}`,
 		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
 		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
 		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,

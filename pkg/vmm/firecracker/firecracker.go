@@ -411,7 +411,7 @@ func (m *machine) boot(ctx context.Context) error {
 // bootArgs adds to a kernel's command line what a guest of Firecracker needs, unless something is said of it: its devices are not on PCI, and it
 // ends by the reset that its keyboard's controller has for it.
 func bootArgs(args string) string {
-	for _, add := range []string{"reboot=k", "pci=off", "i8042.noaux", "i8042.nomux", "i8042.nopnp", "i8042.dumbkbd"} {
+	for _, add := range []string{"reboot=k", "pci=off", "i8042.noaux", "i8042.nomux", "i8042.dumbkbd"} {
 		name, _, _ := strings.Cut(add, "=")
 		if !slices.ContainsFunc(strings.Fields(args), func(have string) bool { return have == name || strings.HasPrefix(have, name+"=") }) {
 			args = strings.TrimSpace(args + " " + add)

@@ -65,6 +65,8 @@ type migration struct {
 type demo struct {
 	bin, out, blueprint, hypervisor string
 
+	verbose bool
+
 	stderr io.Writer
 	began  time.Time
 	hosts  *testnet.Hosts
@@ -82,11 +84,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (err erro
 	moves := flags.Int("moves", 3, "how often the VM moves")
 	pause := flags.Duration("pause", 2*time.Second, "how long the client works between moves")
 	blueprint := flags.String("blueprint", "", "folder with a blueprint that has a Valkey server (default: one is built)")
+	verbose := flags.Bool("v", false, "show what the commands say, too, in detail")
 	hypervisor := flags.String("hypervisor", "auto", "of drafter snapshotter")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
-	d := &demo{bin: *bin, out: *out, blueprint: *blueprint, hypervisor: *hypervisor, stderr: stderr, began: time.Now(), forwarders: make(map[string]*process)}
+	d := &demo{bin: *bin, out: *out, blueprint: *blueprint, hypervisor: *hypervisor, verbose: *verbose, stderr: stderr, began: time.Now(), forwarders: make(map[string]*process)}
 
 	if os.Getuid() != 0 {
 		return errors.New("must run as root: it makes network namespaces, and drafter looks into the hypervisor's memory")

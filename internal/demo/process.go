@@ -33,6 +33,9 @@ type process struct {
 
 // start starts a drafter command on a host. name is for people.
 func (d *demo) start(host, name string, args ...string) (*process, error) {
+	if d.verbose {
+		args = append(args, "--log-level", "debug")
+	}
 	p := &process{name: name, ended: make(chan struct{}), grown: make(chan struct{})}
 	p.cmd = exec.Command(filepath.Join(d.bin, "drafter"), args...)
 	stderr, err := p.cmd.StderrPipe()
@@ -45,6 +48,9 @@ func (d *demo) start(host, name string, args ...string) (*process, error) {
 	go func() {
 		defer close(p.ended)
 		for scanner := bufio.NewScanner(stderr); scanner.Scan(); {
+			if d.verbose {
+				d.say("%s: %s", name, scanner.Text())
+			}
 			p.mu.Lock()
 			p.lines = append(p.lines, scanner.Text())
 			close(p.grown)

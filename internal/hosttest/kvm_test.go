@@ -48,7 +48,7 @@ func TestKVM(t *testing.T) {
 		}
 	}
 	for _, hypervisor := range []string{"qemu", "firecracker"} {
-		part(1200, "demo-"+hypervisor, fmt.Sprintf("./demo -bin bin -out out-%s -blueprint blueprint -hypervisor %s", hypervisor, hypervisor))
+		part(3600, "demo-"+hypervisor, fmt.Sprintf("./demo -moves 1 -bin bin -out out-%s -blueprint blueprint -hypervisor %s", hypervisor, hypervisor))
 	}
 	list := filepath.Join(h.dir, "parts")
 	if err := os.WriteFile(list, []byte(parts.String()), 0o600); err != nil {

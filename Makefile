@@ -63,7 +63,7 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	@# By all cores: what go test -p 1 finds uncompiled it compiles one package at a time.
 	$(GO) build -race ./...
-	@failed=0; \
+	@trap 'exit 130' INT; failed=0; \
 	$(GO) test -race $(GOTESTFLAGS) $$($(GO) list ./... | grep -vxFf <($(GO) list $(ALONE))) || failed=1; \
 	$(GO) test -race -p 1 $(GOTESTFLAGS) $(ALONE) || failed=1; \
 	exit $$failed
@@ -76,8 +76,8 @@ test-faults: depend build ## Faults: links cut at every frame, hosts killed in e
 test-vfio: depend build ## A device that is passed through, on an emulated host with an emulated IOMMU (15 minutes)
 	$(GO) test -count 1 -timeout 1h -v ./internal/hosttest -run TestPassthrough -args -long
 
-test-kvm: depend build ## Guests under KVM, with Firecracker (FIRECRACKER_BIN, JAILER_BIN) and QEMU, on an emulated host (up to an hour)
-	$(GO) test -count 1 -timeout 4h -v ./internal/hosttest -run TestKVM -args -long
+test-kvm: depend build ## Guests under KVM, with Firecracker (FIRECRACKER_BIN, JAILER_BIN) and QEMU, on an emulated host (hours)
+	$(GO) test -count 1 -timeout 5h -v ./internal/hosttest -run TestKVM -args -long
 
 test-desktop: depend build ## A desktop that is looked at by VNC while it moves (minutes; screenshots in out/desktop)
 	$(GO) test -p 1 -count 1 -timeout 30m -v ./internal/e2e -run TestDesktopMoves -args -long -screenshots $(abspath $(OUT))/desktop

@@ -19,7 +19,7 @@ import (
 
 // newCtlCommand makes the command that controls a peer.
 func newCtlCommand() *cobra.Command {
-	const verbs = "status, pause, resume, migratable on|off, migrate ADDRESS, snapshot DIR, cancel or stop"
+	const verbs = "status, pause, resume, migratable on|off, migrate ADDRESS, snapshot DIR, balloon SIZE, cancel or stop"
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "ctl",
@@ -27,7 +27,7 @@ func newCtlCommand() *cobra.Command {
 		Long: `Controls a peer that was started with --control FILE, by that file: a unix socket of the peer's user. Answers are JSON on stdout.
 
 Exit statuses: 0 done; 1 it failed, or is not possible now; 2 the command line cannot be used. Ending ctl migrate and ctl snapshot
-cancels what they began, as long as that can be.`,
+cancels what they began, as long as that can be; ending ctl balloon takes nothing back.`,
 		Example: `  drafter peer --package out/package --instance out/instance-0 --control out/control.sock
   drafter ctl --control out/control.sock status
   drafter ctl --control out/control.sock migrate tls://b.example:1337`,

@@ -339,7 +339,7 @@ func (o *operator) Balloon(ctx context.Context, size int64) (control.Balloon, er
 	switch {
 	case errors.Is(err, runner.ErrSize):
 		err = fmt.Errorf("%w: %w", control.ErrInvalid, err)
-	case errors.Is(err, runner.ErrPhase):
+	case errors.Is(err, runner.ErrPhase), errors.Is(err, runner.ErrBalloon):
 		err = fmt.Errorf("%w: %w", control.ErrConflict, err)
 	}
 	return control.Balloon{Given: given}, err

@@ -3,6 +3,7 @@ package hosttest
 import (
 	"context"
 	"flag"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,7 +14,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/blueprint"
 )
 
-var long = flag.Bool("long", false, "run what takes from some minutes to an hour")
+var long = flag.Bool("long", false, "run what takes from some minutes to hours")
 
 // host is one that is emulated.
 type host struct {
@@ -60,7 +61,7 @@ func (h *host) blueprint(cfg blueprint.Config) blueprint.Result {
 
 // run boots a host with these options of QEMU, and waits for its end. Its second serial port is what its script says. Until then, beside is called with
 // that, every now and then.
-func (h *host) run(limit time.Duration, made blueprint.Result, beside func(said string), options ...string) (said string) {
+func (h *host) run(limit time.Duration, made blueprint.Result, beside func(said string), options ...string) (said string, err error) {
 	h.t.Helper()
 	ctx, cancel := context.WithTimeout(h.t.Context(), limit)
 	defer cancel()
@@ -71,17 +72,17 @@ func (h *host) run(limit time.Duration, made blueprint.Result, beside func(said 
 	go func() {
 		out, err := cmd.CombinedOutput()
 		if err != nil {
-			h.t.Errorf("the emulated host: %v: %s", err, out)
+			err = fmt.Errorf("the emulated host: %w: %s", err, out)
 		}
 		done <- err
 	}()
 	for {
 		select {
-		case <-done:
+		case err := <-done:
 			if said = h.said(); beside != nil {
 				beside(said)
 			}
-			return said
+			return said, err
 		case <-time.After(time.Second):
 			if beside != nil {
 				beside(h.said())

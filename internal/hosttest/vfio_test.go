@@ -107,8 +107,11 @@ func TestPassthrough(t *testing.T) {
 			{Host: p.kernel, Guest: "/root/inner/vmlinux"}, {Host: p.initrd, Guest: "/root/inner/initrd"}, {Host: blank, Guest: "/root/inner/disk"},
 		},
 	})
-	p.run(45*time.Minute, host, nil, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2G", "-device", "intel-iommu,intremap=on,caching-mode=on", "-append", bootArgs+" intel_iommu=on",
+	_, err := p.run(45*time.Minute, host, nil, "-accel", "tcg,thread=multi", "-smp", "2", "-m", "2G", "-device", "intel-iommu,intremap=on,caching-mode=on", "-append", bootArgs+" intel_iommu=on",
 		"-drive", "if=none,id=nvme,format=raw,file="+p.nvme, "-device", "nvme,drive=nvme,serial=outside")
+	if err != nil {
+		t.Error(err)
+	}
 	said := p.check("the driver nvme has it, not vfio-pci", "with the host's driver: status 1", "passed through: status 0")
 	if _, list, _ := strings.Cut(said, "passed through: status 0"); strings.Contains(list, "memory.bin") || !strings.Contains(list, "manifest.json") {
 		t.Errorf("the package has %q", list)

@@ -17,6 +17,9 @@ import (
 // private pages in place of it, which nobody else would ever see again. A seccomp(2) filter over the addresses of the RAM has both
 // ask us instead: we free the pages, and the VMM is told that it is done. While nobody listens, as when we have died, they fail with ENOSYS: the
 // guest's pages stay as they are, and are not freed.
+//
+// Once we have heard of a call, nothing but its end may let the VMM go on (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, Linux 5.19): a signal would, and the
+// pages could be the guest's again before we free them.
 
 // releaseFilter is the filter: a notification for what gives back memory from start on, size bytes. Everything else is allowed.
 func releaseFilter(start, size uint64, action uint32) ([]bpf.RawInstruction, error) {
@@ -51,7 +54,7 @@ func releaseFilter(start, size uint64, action uint32) ([]bpf.RawInstruction, err
 }
 
 // guard installs the filter in a stopped process, and returns what its notifications come to. Where there can be none, as where another
-// filter around us has some already, it is nil: nothing is freed.
+// filter around us has some already, or before Linux 5.19, it is nil: nothing is freed ([Memory.Frees]).
 func guard(pid int, start, size uint64) (_ *os.File, err error) {
 	defer func() {
 		if err != nil {
@@ -86,7 +89,7 @@ func guard(pid int, start, size uint64) (_ *os.File, err error) {
 		}
 		return t.call(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, at)
 	}
-	fd, err := install(unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, unix.SECCOMP_RET_USER_NOTIF)
+	fd, err := install(unix.SECCOMP_FILTER_FLAG_NEW_LISTENER|unix.SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV, unix.SECCOMP_RET_USER_NOTIF)
 	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EINVAL) {
 		_, err = install(0, unix.SECCOMP_RET_ERRNO|uint32(unix.ENOSYS))
 		return nil, err
@@ -122,8 +125,8 @@ type notification struct {
 
 type response struct {
 	id     uint64
-	result int64
-	errno  int32
+	result uint64
+	errno  int32 // negative
 	flags  uint32
 }
 
@@ -156,24 +159,41 @@ func (m *Memory) serveReleases(h *Handle) {
 		case errno != 0: // so is the VMM
 			return
 		}
-		answer := response{id: n.id, result: int64(m.release(h, n.args[0], n.args[1], n.nr == unix.SYS_MMAP))}
+		answer := response{id: n.id}
+		switch addr, size := n.args[0], n.args[1]; {
+		case addr%pageSize != 0: // as the kernel has it
+			answer.errno = -int32(unix.EINVAL)
+		default:
+			m.release(addr-h.grafted, size)
+			if n.nr == unix.SYS_MMAP {
+				answer.result = addr
+			}
+		}
 		_ = raw.Control(func(fd uintptr) {
 			_, _, _ = unix.Syscall(unix.SYS_IOCTL, fd, unix.SECCOMP_IOCTL_NOTIF_SEND, uintptr(unsafe.Pointer(&answer))) // fails if who asked is gone
 		})
 	}
 }
 
-// release frees a range of the VMM's addresses, and returns what the system call is to return. A range that cannot be freed stays as it is, which
-// is as good for the guest.
-func (m *Memory) release(h *Handle, addr, n uint64, mapping bool) uint64 {
-	if off := addr - h.grafted; off < uint64(m.size) {
-		n = min((n+pageSize-1)&^(pageSize-1), uint64(m.size)-off)
-		_ = m.Device().Discard(int64(off), int64(n))
+// release frees a range of the memory. One that cannot be freed stays as it is, which is as good for the guest. The VMM waits: what has not arrived is
+// not waited for, as nobody needs it any more.
+func (m *Memory) release(off, n uint64) {
+	if off >= uint64(m.size) {
+		return
 	}
-	if mapping {
-		return addr
+	n = min((n+pageSize-1)&^(pageSize-1), uint64(m.size)-off)
+	if f := m.filler.Load(); f != nil {
+		_ = f.DeliverZeros(int64(off), int64(n)) // where it is absent
 	}
-	return 0
+	_ = m.Device().Discard(int64(off), int64(n))
+}
+
+// Frees reports whether what the VMM gives back of RAM that was grafted is freed. It is not of a VMM that was adopted, nor where [Spawn] could not
+// arrange for it.
+func (m *Memory) Frees() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.handle != nil && m.handle.releases != nil
 }
 
 // stopReleases ends serveReleases.

@@ -120,6 +120,12 @@ func TestRelease(t *testing.T) {
 			t.Errorf("%s: the page, used again, has %d in the memory, want 9 (%v)", how, b[0], err)
 		}
 	}
+	if got := v.ask(fmt.Sprintf("release %d", 2*pageSize+200)); got != unix.EINVAL.Error() {
+		t.Errorf("release of an address within a page: %s, want EINVAL", got)
+	}
+	if !mem.Frees() {
+		t.Error("it says that it does not free")
+	}
 	if err := mem.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -130,5 +136,39 @@ func TestRelease(t *testing.T) {
 		if got := v.ask(fmt.Sprintf("peek %d", 2*pageSize)); got != "9" {
 			t.Errorf("%s with nobody there: the page has %s, want 9", how, got)
 		}
+	}
+}
+
+// TestReleaseAbsent: a page that has not arrived when it is given back is not fetched for that, nor is the VMM held up.
+func TestReleaseAbsent(t *testing.T) {
+	needFull(t)
+	checkLeaks(t)
+	const size = 1 << 20
+	mem, v := grafted(t, size)
+	defer mem.Close()
+	requests := make(chan int64, 16)
+	filler, err := mem.Receive(t.Context(), func(off int64) { requests <- off }, FillOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := mem.Graft(v.allocate(size)); err != nil {
+		t.Fatal(err)
+	}
+	if got := v.ask(fmt.Sprintf("release %d", 2*pageSize)); got != "<nil>" { // or it would wait for ever
+		t.Fatal(got)
+	}
+	if got := v.ask(fmt.Sprintf("peek %d", 2*pageSize)); got != "0" {
+		t.Errorf("the page has %s", got)
+	}
+	select {
+	case off := <-requests:
+		t.Errorf("the page at %d was asked for", off)
+	default:
+	}
+	// What comes of it nevertheless is nobody's.
+	v.ask(fmt.Sprintf("poke %d 9", 2*pageSize))
+	deliver(t, filler, contents(size, 1))
+	if got := v.ask(fmt.Sprintf("peek %d", 2*pageSize)); got != "9" {
+		t.Errorf("the page, used again, has %s, want 9", got)
 	}
 }

@@ -27,7 +27,7 @@ type Options struct {
 
 	// Graft is a memory that the VMM is to use for its guest though it allocates that by itself. It is mapped into the VMM before its
 	// first instruction; [Memory.Graft] gives it. That takes ptrace: without it, Spawn fails. What the VMM gives back of it to the kernel
-	// is freed while the memory is attached by this process. From an [Adopt] on, it stays.
+	// is freed, see [Memory.Frees].
 	Graft *Memory
 
 	// Wrapped says that the command executes the VMM in the same process, and closes what it has inherited before, as Firecracker's jailer does:

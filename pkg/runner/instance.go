@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -56,6 +57,9 @@ func (p phase) String() string {
 
 // ErrSize is wrapped by the error of [Instance.Balloon] for a size that no guest of the instance's memory can give.
 var ErrSize = errors.New("a guest can give from 0 to less than all of its memory")
+
+// ErrBalloon is wrapped by the error of [Instance.Balloon] when a guest cannot be asked for memory now.
+var ErrBalloon = errors.New("the guest cannot be asked for memory now")
 
 // ErrPhase is returned by a method of Instance that the instance's phase does not allow.
 var ErrPhase = errors.New("instance is not in the right phase")
@@ -1427,7 +1431,7 @@ const (
 
 // Balloon asks the guest of an instance that runs to have given size bytes of its memory in all, in whole MiB, which the host has for others then: 0
 // takes nothing. It waits until that is so, or the guest has come no nearer to it for 5 s, and returns what it has given. What is given stays so where the
-// guest moves to. A guest that comes to need it takes it back by itself.
+// guest moves to. A guest that comes to need it takes it back by itself. When ctx ends, the guest has been asked all the same.
 func (i *Instance) Balloon(ctx context.Context, size int64) (given int64, err error) {
 	defer func() {
 		if err != nil {
@@ -1441,32 +1445,52 @@ func (i *Instance) Balloon(ctx context.Context, size int64) (given int64, err er
 	if !ok {
 		return 0, fmt.Errorf("%s has no balloon", i.cfg.Backend.Name())
 	}
+	if n := i.Missing(); n > 0 {
+		return 0, fmt.Errorf("%w: %d bytes of the VM are still to come", ErrBalloon, n)
+	}
+	if size > 0 && vmm.RequirementsOf(i.cfg.Backend).Graft && !i.memory.Frees() {
+		return 0, fmt.Errorf("%w: what it gives could not be freed: the VM's peer was killed and started again, so move or restart the VM first, or this host does not allow it (seccomp notifications, Linux 5.19)", ErrBalloon)
+	}
 	// Between the calls the machine is free for others.
-	locked := func(do func() error) error {
+	locked := func(do func(context.Context) error) error {
 		i.mu.Lock()
 		defer i.mu.Unlock()
 		if i.phase != running {
 			return fmt.Errorf("it is %s: %w", i.phase, ErrPhase)
 		}
-		return do()
+		ctx, cancel := context.WithTimeoutCause(ctx, i.cfg.RescueTimeout, fmt.Errorf("the hypervisor has not answered within %s", i.cfg.RescueTimeout))
+		defer cancel()
+		err := do(ctx)
+		if errors.Is(err, vmm.ErrNoBalloon) {
+			err = fmt.Errorf("%w: %w", ErrBalloon, err)
+		}
+		return err
 	}
-	if err := locked(func() error { return balloon.SetBalloon(ctx, size) }); err != nil {
+	if err := locked(func(ctx context.Context) error { return balloon.SetBalloon(ctx, size) }); err != nil {
 		return 0, err
 	}
-	for moved, last := time.Now(), int64(-1); ; {
-		if err := locked(func() (err error) { given, err = balloon.Balloon(ctx); return err }); err != nil {
+	return awaitBalloon(ctx, size, i.machine.Done(), func() (given int64, err error) {
+		err = locked(func(ctx context.Context) error { given, err = balloon.Balloon(ctx); return err })
+		return given, err
+	})
+}
+
+// awaitBalloon waits until a guest has given what it was asked for, as far as look tells, or comes no nearer to it. Once the machine has ended, look fails.
+func awaitBalloon(ctx context.Context, size int64, ended <-chan struct{}, look func() (int64, error)) (given int64, err error) {
+	for nearer, nearest := time.Now(), int64(math.MaxInt64); ; {
+		if given, err = look(); err != nil {
 			return 0, err
 		}
-		if given != last {
-			moved, last = time.Now(), given
+		if left := max(given-size, size-given); left < nearest {
+			nearer, nearest = time.Now(), left
 		}
-		if given>>20 == size>>20 || time.Since(moved) >= balloonQuiet {
+		if given>>20 == size>>20 || time.Since(nearer) >= balloonQuiet {
 			return given, nil
 		}
 		select {
 		case <-ctx.Done():
 			return given, context.Cause(ctx)
-		case <-i.machine.Done():
+		case <-ended:
 		case <-time.After(balloonPoll):
 		}
 	}

@@ -120,7 +120,8 @@ type PowerButton interface {
 }
 
 // Ballooner is implemented by machines whose guest can be asked to give memory back. What it has given is part of the device state: a
-// guest goes on having given it wherever it is loaded. A guest without the driver gives nothing.
+// guest goes on having given it wherever it is loaded. A guest without the driver gives nothing: where the VMM can tell, both methods
+// fail with [ErrNoBalloon].
 type Ballooner interface {
 	// SetBalloon asks a running guest to have given so many bytes of its RAM in all, rounded down to a MiB; 0 gives back everything to it. It does not
 	// wait for the guest, which may take its time, and one that needs its memory gives less or takes it back.
@@ -143,6 +144,8 @@ type Announcer interface {
 var (
 	// ErrState is returned when a method is called in a state that does not allow it.
 	ErrState = errors.New("machine is not in the right state")
+	// ErrNoBalloon is wrapped by errors of a Ballooner that has no balloon, or whose guest has no driver for it, or not yet.
+	ErrNoBalloon = errors.New("there is no balloon, or the guest has no driver for it, or not yet")
 	// ErrReboot is what Machine.Err returns after a guest asked for a reboot, which ends the VMM: device state lives in
 	// the instance, not in the process, and the owner decides whether to boot anew.
 	ErrReboot = errors.New("guest rebooted")

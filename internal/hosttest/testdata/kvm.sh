@@ -7,6 +7,7 @@ modprobe kvm_amd
 modprobe tun
 mkdir -p bin && ln -sf /usr/local/bin/drafter bin/drafter
 touch tried
+echo "outer: up"
 
 # An emulated processor takes an interrupt of the host's for one of the guest's now and then, or the other way around: a guest stands still then, whatever
 # runs it, or the host panics. So what does not end in time, or brings the host down, is tried again, which is said.

@@ -185,6 +185,14 @@ func TestRequests(t *testing.T) {
 	if err := m.SetBalloon(ctx, 12<<20+5); err != nil {
 		t.Error(err)
 	}
+	for _, said := range []string{"Device not activated yet.", "Device not found."} {
+		refused := `400 {"fault_message":"Error manipulating the balloon: ` + said + `"}`
+		r.answers["GET /balloon/statistics"], r.answers["PATCH /balloon"] = refused, refused
+		_, err := m.Balloon(ctx)
+		if set := m.SetBalloon(ctx, 0); !errors.Is(err, vmm.ErrNoBalloon) || !errors.Is(set, vmm.ErrNoBalloon) {
+			t.Errorf("with %q: got errors %v and %v, want ErrNoBalloon", said, err, set)
+		}
+	}
 	r.snapshot = nil
 	for what, want := range map[string]string{
 		`400 {"fault_message":"Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"}`: "Permission denied",
@@ -220,6 +228,7 @@ func TestRequests(t *testing.T) {
 		"PUT /actions " + `{"action_type":"InstanceStart"}`,
 		pause, snapshot, resume, pause, snapshot, resume,
 		"GET /balloon/statistics ", "PATCH /balloon " + `{"amount_mib":12}`,
+		"GET /balloon/statistics ", "PATCH /balloon " + `{"amount_mib":0}`, "GET /balloon/statistics ", "PATCH /balloon " + `{"amount_mib":0}`,
 		pause, snapshot, look, resume, look, pause, snapshot, look, resume, look,
 		"PUT /snapshot/load " + `{"snapshot_path":"/proc/self/fd/4","mem_backend":{"backend_type":"File","backend_path":"/proc/self/fd/5"},"resume_vm":false}`,
 		"PATCH /drives/disk0 " + `{"drive_id":"disk0",` + limits + `}`, "PATCH /drives/disk1 " + `{"drive_id":"disk1",` + limits + `}`,

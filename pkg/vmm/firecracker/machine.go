@@ -257,9 +257,18 @@ func (m *machine) SetBalloon(ctx context.Context, size int64) error {
 	}
 	defer m.life.End(before)
 	if err := m.api.call(ctx, http.MethodPatch, "/balloon", balloonUpdate{size >> 20}, nil); err != nil {
-		return fmt.Errorf("set the balloon: %w", err)
+		return fmt.Errorf("set the balloon: %w", noBalloon(err))
 	}
 	return nil
+}
+
+// noBalloon recognises that Firecracker refuses a request because of a balloon that is not there, of which it says no more than that in words.
+func noBalloon(err error) error {
+	var f *fault
+	if errors.As(err, &f) && (strings.Contains(f.message, "not activated") || strings.Contains(strings.ToLower(f.message), "not found")) {
+		return fmt.Errorf("%w: %w", vmm.ErrNoBalloon, err)
+	}
+	return err
 }
 
 // Balloon implements [vmm.Ballooner].
@@ -271,7 +280,7 @@ func (m *machine) Balloon(ctx context.Context) (int64, error) {
 	defer m.life.End(before)
 	var stats balloonStats
 	if err := m.api.call(ctx, http.MethodGet, "/balloon/statistics", nil, &stats); err != nil {
-		return 0, fmt.Errorf("look at the balloon: %w", err)
+		return 0, fmt.Errorf("look at the balloon: %w", noBalloon(err))
 	}
 	return stats.ActualMiB << 20, nil
 }

@@ -112,7 +112,7 @@ func TestFirecrackerMoves(t *testing.T) {
 	for n := range hosts {
 		hosts[n] = runner.Host{
 			Dir: shortDir(t), Netns: fmt.Sprintf("fc%d-%d", n, os.Getpid()), Interface: fmt.Sprintf("tap%d", 7*n), UID: uid + n, GID: gid + n,
-			CgroupVersion: 1, NUMANode: new(int), SerialOutput: console,
+			CgroupVersion: cgroupVersion(), NUMANode: new(int), SerialOutput: console,
 		}
 		for _, line := range []string{"netns add NS", "-n NS tuntap add TAP mode tap", "-n NS link set TAP up"} {
 			line = strings.NewReplacer("NS", hosts[n].Netns, "TAP", hosts[n].Interface).Replace(line)

@@ -68,7 +68,15 @@ func jailFolder(t testing.TB) string {
 func confine(t testing.TB, cfg *vmm.Config) {
 	graft(t, cfg, true)
 	cfg.UID, cfg.GID, cfg.NUMANode = uid, gid, 0
-	cfg.CgroupVersion, cfg.CgroupName = 1, filepath.Base(filepath.Dir(filepath.Dir(filepath.Dir(cfg.Dir))))
+	cfg.CgroupVersion, cfg.CgroupName = cgroupVersion(), filepath.Base(filepath.Dir(filepath.Dir(filepath.Dir(cfg.Dir))))
+}
+
+// cgroupVersion is that of the host's control groups.
+func cgroupVersion() int {
+	if _, err := os.Stat("/sys/fs/cgroup/cgroup.controllers"); err == nil { // cgroups(7): where the root of version 2 is mounted
+		return 2
+	}
+	return 1
 }
 
 // TestFirecrackerConfined: whoever takes over a jailed Firecracker has a user without privileges, in a folder, behind a filter of system calls.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -97,7 +98,7 @@ func (h *host) said() string {
 	if err != nil {
 		h.t.Error(err)
 	}
-	return string(text)
+	return strings.ReplaceAll(string(text), "\r\n", "\n") // it is a terminal's
 }
 
 // bootArgs are of every emulated host's kernel.

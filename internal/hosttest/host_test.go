@@ -27,6 +27,11 @@ type host struct {
 func newHost(t *testing.T) *host {
 	t.Helper()
 	h := &host{t: t, dir: t.TempDir()}
+	t.Cleanup(func() {
+		if *long && t.Skipped() {
+			t.Error("nothing was run, and -long asks for it")
+		}
+	})
 	var err error
 	if h.program, err = exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skipf("SKIPPED, not tested: %v", err)

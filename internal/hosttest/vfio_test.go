@@ -64,7 +64,7 @@ func TestInner(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, p.program, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-accel", "tcg", "-cpu", "max", "-m", "128", "-M", "q35", "-bios", "qboot.rom",
-		"-kernel", p.kernel, "-initrd", p.initrd, "-append", "console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check rdinit=/bin/inner",
+		"-kernel", p.kernel, "-initrd", p.initrd, "-append", bootArgs+" rdinit=/bin/inner",
 		"-drive", "if=none,id=nvme,format=raw,file="+p.nvme, "-device", "nvme,drive=nvme,serial=outside", "-serial", "file:"+p.log, "-monitor", "stdio")
 	monitor, err := cmd.StdinPipe()
 	if err == nil {

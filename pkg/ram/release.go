@@ -160,10 +160,9 @@ func (m *Memory) serveReleases(h *Handle) {
 			return
 		}
 		answer := response{id: n.id}
-		switch addr, size := n.args[0], n.args[1]; {
-		case addr%pageSize != 0: // as the kernel has it
+		if addr, size := n.args[0], n.args[1]; addr%pageSize != 0 { // as the kernel has it
 			answer.errno = -int32(unix.EINVAL)
-		default:
+		} else {
 			m.release(addr-h.grafted, size)
 			if n.nr == unix.SYS_MMAP {
 				answer.result = addr

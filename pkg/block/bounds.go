@@ -59,6 +59,20 @@ func NextData(d Device, off int64) (Range, error) {
 	return restOf(d.Size(), off)
 }
 
+// nextDataOfAny is where one of some devices of a size may hold something, at or after off; their size when none does.
+func nextDataOfAny(off int64, devices ...Device) (int64, error) {
+	next := devices[0].Size()
+	for _, d := range devices {
+		data, err := NextData(d, off)
+		if err == nil {
+			next = min(next, data.Offset)
+		} else if err != io.EOF {
+			return 0, err
+		}
+	}
+	return next, nil
+}
+
 // restOf is the range from off to the end of a device of size bytes.
 func restOf(size, off int64) (Range, error) {
 	if off < 0 {

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -148,14 +147,9 @@ func Equal(ctx context.Context, a, b Device) (equal bool, at int64, err error) {
 			return false, -1, fmt.Errorf("compare devices: %w", err)
 		}
 		// Where both have holes there is nothing to compare.
-		start := size
-		for _, d := range []Device{a, b} {
-			data, err := NextData(d, off)
-			if err == nil {
-				start = min(start, data.Offset)
-			} else if err != io.EOF {
-				return false, -1, fmt.Errorf("compare devices: %w", err)
-			}
+		start, err := nextDataOfAny(off, a, b)
+		if err != nil {
+			return false, -1, fmt.Errorf("compare devices: %w", err)
 		}
 		n := min(copyBufferSize, size-start)
 		if n <= 0 {

@@ -9,7 +9,9 @@
 //   - [File]: a file or a host block device.
 //   - [Memory]: bytes in this process, for tests.
 //   - [Overlay]: a read-only base plus a sparse file with the blocks that were changed plus a small state file that says
-//     which those are. Many instances share a base this way. It survives a power cut at any instruction.
+//     which those are. Many instances share a base this way. It survives a power cut at any instruction. The base may be another
+//     overlay, which then is only read and may have others over it, too. [Overlay.Commit] folds one into its base,
+//     [Overlay.Rebase] puts it over another, and [InspectOverlay] reads what its files say.
 //   - [Tracked]: another device, recording which pages are written, for the rounds of a migration.
 //   - [Lazy]: another device whose blocks arrive while it is in use; reading what is missing waits for it.
 //
@@ -56,7 +58,7 @@
 // # What it does not do
 //
 // It resizes nothing, encrypts nothing and knows no image formats: a device is plain bytes. [Digest] finds accidents,
-// not forgeries. An Overlay has one base, and no snapshots of its own.
+// not forgeries.
 //
 // [blocktest.Run]: https://pkg.go.dev/github.com/drafter-vm/drafter/pkg/block/blocktest#Run
 package block

@@ -54,7 +54,7 @@ func openMissingList(fs storage, path string, deviceSize int64) (_ *missingList,
 	} else if err != nil {
 		return nil, fmt.Errorf("open list of what is missing: %w", err)
 	}
-	if m.file, err = fs.open("open list", path, false, false); err != nil {
+	if m.file, err = fs.open("open list", path, fileWrite); err != nil {
 		return nil, fmt.Errorf("open list of what is missing: %w", err)
 	}
 	defer func() {
@@ -62,7 +62,7 @@ func openMissingList(fs storage, path string, deviceSize int64) (_ *missingList,
 			err = errors.Join(fmt.Errorf("read list of what is missing, %q: %w", path, err), m.file.close())
 		}
 	}()
-	if err := m.file.lock(); err != nil {
+	if err := m.file.lock(false); err != nil {
 		return nil, err
 	}
 	raw := make([]byte, n)

@@ -11,7 +11,10 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"github.com/zeebo/xxh3"
 )
 
 // DefaultOverlayBlockSize is the block size of an overlay, in bytes, when none is given.
@@ -23,12 +26,17 @@ const MaxOverlayBlockSize = 64 << 20
 // OverlayOptions say what an [Overlay] consists of.
 type OverlayOptions struct {
 	// Base holds what was not changed. Nobody may change it while the overlay exists. The overlay owns it from a
-	// successful open on, and closes it.
+	// successful open on, and closes it. It may be another overlay: see ReadOnly.
 	Base Device
 
 	// BasePath is the file Base was opened from. The overlay remembers its size and time of modification, and refuses to be
-	// opened over a base that has others. Empty: only the size of Base is compared.
+	// opened over a base that has others. Empty: only the size of Base is compared. Of a Base that is an Overlay this is known, and
+	// also which blocks it holds.
 	BasePath string
+
+	// AnyBase opens the overlay over a base that is not known to be the one it was made over, but of its size: for who knows that it
+	// holds the same, and is to [Overlay.Rebase] on it.
+	AnyBase bool
 
 	// Overlay is the sparse file of the size of the base that holds the changed blocks, State the file that says which
 	// those are. Both are made when neither exists.
@@ -42,6 +50,11 @@ type OverlayOptions struct {
 	// nothing where they are the same. It costs a read of the base for each such write, and is for bulk writes that
 	// mostly repeat the base: receiving a migration, saving RAM.
 	ElideUnchanged bool
+
+	// ReadOnly opens an overlay that exists, to be read alone: as the base of others, or to be looked at. Any number may have it open
+	// so at a time, while nobody writes it. Neither file is changed; writes and discards fail with an error that wraps syscall.EROFS, and
+	// Flush does nothing.
+	ReadOnly bool
 
 	// Live is a file in memory (memfd_create(2)) in which the overlay keeps, from write to write, what only a Flush puts
 	// into the state file. It is for users that outlive this process, as a virtual machine does: to them every write that
@@ -72,12 +85,14 @@ type OverlayOptions struct {
 // zeros. Copying up a block can therefore skip pages of zeros, and a write to a zero block stores only what was written.
 type Overlay struct {
 	base      Device
+	basePath  string // see identify
 	path      string // of the overlay file; names the device in errors
 	statePath string
 	size      int64 // bytes
 	blockSize int64 // bytes
 	blocks    int64
 	elide     bool
+	readOnly  bool
 	fs        storage
 	data      storedFile // the overlay file
 	log       *slog.Logger
@@ -117,21 +132,9 @@ func checkBlockSize(n int64) error {
 // has changed, another block size, damage, and a second process that has the overlay open are errors.
 //
 // The overlay file is locked with flock(2) until Close.
-func OpenOverlay(opts OverlayOptions) (*Overlay, error) {
-	var modified int64
-	if opts.BasePath != "" {
-		info, err := os.Stat(opts.BasePath)
-		if err != nil {
-			return nil, fmt.Errorf("open overlay: find the base: %w", err)
-		}
-		if info.Mode().IsRegular() { // that of a block device says nothing about its contents
-			modified = info.ModTime().UnixNano()
-		}
-	}
-	return openOverlay(hostStorage{}, opts, modified)
-}
+func OpenOverlay(opts OverlayOptions) (*Overlay, error) { return openOverlay(hostStorage{}, opts) }
 
-func openOverlay(fs storage, opts OverlayOptions, baseModTime int64) (_ *Overlay, err error) {
+func openOverlay(fs storage, opts OverlayOptions) (_ *Overlay, err error) {
 	switch {
 	case opts.Base == nil:
 		return nil, fmt.Errorf("open overlay %q: it has no base", opts.Overlay)
@@ -139,6 +142,8 @@ func openOverlay(fs storage, opts OverlayOptions, baseModTime int64) (_ *Overlay
 		return nil, fmt.Errorf("open overlay: overlay file %q and state file %q: give both", opts.Overlay, opts.State)
 	case filepath.Clean(opts.Overlay) == filepath.Clean(opts.State):
 		return nil, fmt.Errorf("open overlay: overlay and state are both %q: give two files", opts.Overlay)
+	case opts.ReadOnly && opts.Live != nil:
+		return nil, fmt.Errorf("open overlay %q: to be read alone, it has no live file: %w", opts.Overlay, os.ErrInvalid)
 	}
 	if opts.BlockSize != 0 {
 		if err := checkBlockSize(opts.BlockSize); err != nil {
@@ -146,9 +151,12 @@ func openOverlay(fs storage, opts OverlayOptions, baseModTime int64) (_ *Overlay
 		}
 	}
 
+	if below, ok := opts.Base.(*Overlay); ok {
+		opts.BasePath = below.path
+	}
 	o := &Overlay{
-		base: opts.Base, path: opts.Overlay, statePath: opts.State, size: opts.Base.Size(),
-		elide: opts.ElideUnchanged, fs: fs, log: opts.Logger,
+		base: opts.Base, basePath: opts.BasePath, path: opts.Overlay, statePath: opts.State, size: opts.Base.Size(),
+		elide: opts.ElideUnchanged, readOnly: opts.ReadOnly, fs: fs, log: opts.Logger,
 	}
 	if o.log == nil {
 		o.log = slog.Default()
@@ -170,15 +178,23 @@ func openOverlay(fs storage, opts OverlayOptions, baseModTime int64) (_ *Overlay
 		}
 	}()
 
+	base, err := identify(fs, opts.Base, opts.BasePath)
+	if err != nil {
+		return nil, fmt.Errorf("open overlay: find the base: %w", err)
+	}
 	created, err = o.openFiles(opts)
 	if err != nil {
 		return nil, err
 	}
-	want := stateHeader{blockSize: opts.BlockSize, deviceSize: o.size, baseSize: o.size, baseModTime: baseModTime}
+	want := stateHeader{blockSize: opts.BlockSize, deviceSize: o.size, base: base}
 	if want.blockSize == 0 {
 		want.blockSize = DefaultOverlayBlockSize
 	}
 	if o.state == nil {
+		// What the base is known again by must outlive what speaks of it.
+		if err := o.syncBase(); err != nil {
+			return nil, fmt.Errorf("create overlay state %q: %w", o.statePath, err)
+		}
 		if err := o.writeState(want, nil); err != nil {
 			return nil, fmt.Errorf("create overlay state %q: %w", o.statePath, err)
 		}
@@ -209,10 +225,20 @@ func (o *Overlay) openFiles(opts OverlayOptions) (created []string, err error) {
 		return nil, fmt.Errorf("open overlay: state %q exists without its overlay %q: restore the overlay, or delete the state to start afresh from the base", o.statePath, o.path)
 	}
 
-	if o.data, err = o.fs.open("create overlay", o.path, overlayErr != nil, false); err != nil {
+	mode := fileWrite
+	switch {
+	case opts.ReadOnly:
+		mode = fileRead
+		if stateErr != nil { // the making of it was cut short, or it never began
+			return nil, fmt.Errorf("open overlay: %w", stateErr)
+		}
+	case overlayErr != nil:
+		mode = fileCreate
+	}
+	if o.data, err = o.fs.open("create overlay", o.path, mode); err != nil {
 		return nil, fmt.Errorf("open overlay: %w", err)
 	}
-	if err := o.data.lock(); err != nil {
+	if err := o.data.lock(opts.ReadOnly); err != nil {
 		return nil, fmt.Errorf("open overlay: lock %q: %w", o.path, err)
 	}
 	// Only now nobody else can make the state.
@@ -221,10 +247,13 @@ func (o *Overlay) openFiles(opts OverlayOptions) (created []string, err error) {
 	} else if err != nil {
 		return nil, fmt.Errorf("open overlay: %w", err)
 	}
-	if o.state, err = o.fs.open("open state", o.statePath, false, false); err != nil {
+	if mode == fileCreate {
+		mode = fileWrite
+	}
+	if o.state, err = o.fs.open("open state", o.statePath, mode); err != nil {
 		return nil, fmt.Errorf("open overlay: %w", err)
 	}
-	if err := o.state.lock(); err != nil {
+	if err := o.state.lock(opts.ReadOnly); err != nil {
 		return nil, fmt.Errorf("open overlay %q: lock its state %q: %w", o.path, o.statePath, err)
 	}
 	return nil, nil
@@ -281,6 +310,9 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 			return fmt.Errorf("open overlay %q: it has %d bytes, its device has %d: it was truncated, or belongs to another state than %q; restore both from a backup, or delete both to start afresh from the base",
 				o.path, overlaySize, o.size, o.statePath)
 		}
+		if opts.ReadOnly {
+			return nil // it holds nothing
+		}
 		if err := o.data.truncate("size new overlay", o.size); err != nil {
 			return fmt.Errorf("create overlay %q: %w", o.path, err)
 		}
@@ -288,6 +320,9 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 		if err := o.data.sync("sync new overlay"); err != nil {
 			return fmt.Errorf("create overlay %q: %w", o.path, err)
 		}
+	}
+	if opts.ReadOnly {
+		return nil
 	}
 	if err := o.scrub(); err != nil {
 		return fmt.Errorf("open overlay %q: remove what was never flushed: %w", o.path, err)
@@ -317,15 +352,40 @@ func (o *Overlay) checkHeader(opts OverlayOptions, have, want stateHeader) error
 		base = "base"
 	}
 	remedy := fmt.Sprintf("restore the base the overlay was made over, or delete overlay %q and state %q to start afresh", o.path, o.statePath)
-	if have.deviceSize != want.deviceSize || have.baseSize != want.baseSize {
-		return fmt.Errorf("open overlay: %q changed since the overlay was made: it had %d bytes, it has %d now; %s", base, have.baseSize, want.baseSize, remedy)
+	was, is := have.base, want.base
+	switch {
+	case have.deviceSize != want.deviceSize || was.size != is.size:
+		return fmt.Errorf("open overlay: %q changed since the overlay was made: it had %d bytes, it has %d now; %s", base, was.size, is.size, remedy)
+	case opts.AnyBase || was.isOf(is):
+		return nil
 	}
-	if have.baseModTime != want.baseModTime && have.baseModTime != 0 && want.baseModTime != 0 {
-		format := func(ns int64) string { return time.Unix(0, ns).UTC().Format(time.RFC3339Nano) }
-		return fmt.Errorf("open overlay: %q changed since the overlay was made: it was last modified at %s, now at %s; %s",
-			base, format(have.baseModTime), format(want.baseModTime), remedy)
+	remedy += ", or, if it is known to hold the same, tell the overlay so (drafter device rebase --same-contents)"
+	if was.modTime == is.modTime {
+		return fmt.Errorf("open overlay: %q changed since the overlay was made: it holds other blocks; %s", base, remedy)
 	}
-	return nil
+	format := func(ns int64) string { return time.Unix(0, ns).UTC().Format(time.RFC3339Nano) }
+	return fmt.Errorf("open overlay: %q changed since the overlay was made: it was last modified at %s, now at %s; %s", base, format(was.modTime), format(is.modTime), remedy)
+}
+
+// identify finds out what a base from the file at path, if it is not empty, is known again by, as it is now.
+func identify(fs storage, base Device, path string) (id baseIdentity, err error) {
+	id.size = base.Size()
+	if below, ok := base.(*Overlay); ok {
+		// Its file tells when held blocks were written, and nothing of discarded ones.
+		id.states = below.states.digest(below.blocks)
+	}
+	if path != "" {
+		id.modTime, err = fs.modTime(path)
+	}
+	return id, err
+}
+
+// syncBase makes durable what the base is known again by.
+func (o *Overlay) syncBase() error {
+	if o.basePath == "" {
+		return nil
+	}
+	return o.fs.syncFile("sync base", o.basePath)
 }
 
 // scrub punches out of the overlay file what lies outside of held blocks.
@@ -729,8 +789,22 @@ func (o *Overlay) NextData(off int64) (Range, error) {
 }
 
 // NextChange returns the first range at or after off that may differ from the base, in whole blocks but for off itself
-// and the end of the device, and io.EOF when there is none. What lies between off and the range is the base's.
+// and the end of the device, and io.EOF when there is none. What lies between off and the range is the base's. Of overlays over
+// each other, the base is the one below all.
 func (o *Overlay) NextChange(off int64) (Range, error) {
+	r, err := o.nextOwn(off)
+	below, ok := o.base.(*Overlay)
+	if !ok || err != nil && err != io.EOF || err == nil && r.Offset == off {
+		return r, err
+	}
+	if b, belowErr := below.NextChange(off); err == io.EOF || belowErr != io.EOF && (belowErr != nil || b.Offset < r.Offset) {
+		return b, belowErr
+	}
+	return r, nil
+}
+
+// nextOwn is NextChange of this overlay alone.
+func (o *Overlay) nextOwn(off int64) (Range, error) {
 	if o.closed.Load() {
 		return Range{}, errClosed("find changes in", o.path)
 	}
@@ -761,15 +835,7 @@ type OverlayBlocks struct {
 }
 
 // Blocks counts the blocks by where they are. The rest is in the base.
-func (o *Overlay) Blocks() OverlayBlocks {
-	n := OverlayBlocks{Total: o.blocks}
-	for i := range o.states {
-		word := o.states[i].Load()
-		n.Held += int64(bits.OnesCount64(word & statesLow))
-		n.Zero += int64(bits.OnesCount64(word &^ statesLow))
-	}
-	return n
-}
+func (o *Overlay) Blocks() OverlayBlocks { return o.states.count(o.blocks) }
 
 // Flush implements [Device].
 func (o *Overlay) Flush() error {
@@ -777,6 +843,9 @@ func (o *Overlay) Flush() error {
 	defer o.flushing.Unlock()
 	if o.closed.Load() {
 		return errClosed("flush", o.path)
+	}
+	if o.readOnly {
+		return nil
 	}
 	return o.flush()
 }
@@ -854,6 +923,9 @@ func (o *Overlay) usable(verb string) error {
 	if o.closed.Load() {
 		return errClosed(verb, o.path)
 	}
+	if o.readOnly {
+		return fmt.Errorf("%s %q: opened read-only: %w", verb, o.path, syscall.EROFS)
+	}
 	return o.failed()
 }
 
@@ -866,9 +938,12 @@ func (o *Overlay) Close() error {
 	defer o.locks.unlock(0, stripeCount-1)
 	o.flushing.Lock()
 	defer o.flushing.Unlock()
-	err := o.flush()
-	if err == nil && !o.stateLog.sealed {
-		err = o.appendState(batchSeal, nil)
+	var err error
+	if !o.readOnly {
+		err = o.flush()
+		if err == nil && !o.stateLog.sealed {
+			err = o.appendState(batchSeal, nil)
+		}
 	}
 	return errors.Join(err, o.data.close(), o.state.close(), o.base.Close())
 }
@@ -964,4 +1039,24 @@ func (s blockStates) runs(n int64) []stateRun {
 		i = last + 1
 	}
 	return runs
+}
+
+// count counts n blocks by their states.
+func (s blockStates) count(n int64) OverlayBlocks {
+	c := OverlayBlocks{Total: n}
+	for i := range s {
+		word := s[i].Load()
+		c.Held += int64(bits.OnesCount64(word & statesLow))
+		c.Zero += int64(bits.OnesCount64(word &^ statesLow))
+	}
+	return c
+}
+
+// digest is XXH3-64 of the states of n blocks, as a state file has them. It is never 0.
+func (s blockStates) digest(n int64) uint64 {
+	h := xxh3.New()
+	for _, r := range s.runs(n) {
+		_, _ = h.Write(appendRun(nil, r))
+	}
+	return max(h.Sum64(), 1)
 }

@@ -18,7 +18,8 @@ import (
 //	  24   8  device size, bytes
 //	  32   8  base: size, bytes
 //	  40   8  base: time of last modification, ns since 1970 (0: not known)
-//	  48  12  zero
+//	  48   8  base: if it is an overlay, digest of which blocks it holds (0: it is none, or that is not known)
+//	  56   4  zero
 //	  60   4  checksum of the 60 bytes before
 //	then any number of batches, each 32 + 16 × runs bytes
 //	   0   4  "OVLB"
@@ -63,10 +64,22 @@ const (
 
 // stateHeader is what a state file is bound to.
 type stateHeader struct {
-	blockSize   int64
-	deviceSize  int64
-	baseSize    int64
-	baseModTime int64
+	blockSize  int64
+	deviceSize int64
+	base       baseIdentity
+}
+
+// baseIdentity is what a base is known again by.
+type baseIdentity struct {
+	size    int64  // bytes
+	modTime int64  // of its file, ns since 1970; 0: not known
+	states  uint64 // of an overlay: see blockStates.digest; 0: it is none, or not known
+}
+
+// isOf reports whether two identities can be of the same base.
+func (b baseIdentity) isOf(other baseIdentity) bool {
+	return b.size == other.size && (b.modTime == other.modTime || b.modTime == 0 || other.modTime == 0) &&
+		(b.states == other.states || b.states == 0 || other.states == 0)
 }
 
 func (h stateHeader) encode() []byte {
@@ -76,8 +89,9 @@ func (h stateHeader) encode() []byte {
 	le.PutUint32(b[16:], stateVersion)
 	le.PutUint32(b[20:], uint32(h.blockSize))
 	le.PutUint64(b[24:], uint64(h.deviceSize))
-	le.PutUint64(b[32:], uint64(h.baseSize))
-	le.PutUint64(b[40:], uint64(h.baseModTime))
+	le.PutUint64(b[32:], uint64(h.base.size))
+	le.PutUint64(b[40:], uint64(h.base.modTime))
+	le.PutUint64(b[48:], h.base.states)
 	le.PutUint32(b[60:], crc32.Checksum(b[:60], crcTable))
 	return b
 }
@@ -94,12 +108,11 @@ func decodeStateHeader(b []byte) (stateHeader, error) {
 		return stateHeader{}, errDamagedState
 	}
 	h := stateHeader{
-		blockSize:   int64(le.Uint32(b[20:])),
-		deviceSize:  int64(le.Uint64(b[24:])),
-		baseSize:    int64(le.Uint64(b[32:])),
-		baseModTime: int64(le.Uint64(b[40:])),
+		blockSize:  int64(le.Uint32(b[20:])),
+		deviceSize: int64(le.Uint64(b[24:])),
+		base:       baseIdentity{size: int64(le.Uint64(b[32:])), modTime: int64(le.Uint64(b[40:])), states: le.Uint64(b[48:])},
 	}
-	if checkBlockSize(h.blockSize) != nil || h.deviceSize < 0 || h.baseSize < 0 {
+	if checkBlockSize(h.blockSize) != nil || h.deviceSize < 0 || h.base.size < 0 {
 		return stateHeader{}, errDamagedState
 	}
 	return h, nil
@@ -124,12 +137,16 @@ func appendBatch(b []byte, sequence uint64, flags uint32, runs []stateRun) []byt
 	b = le.AppendUint32(b, flags)
 	b = append(b, make([]byte, 12)...)
 	for _, r := range runs {
-		b = le.AppendUint64(b, uint64(r.first))
-		b = le.AppendUint32(b, uint32(r.count))
-		b = le.AppendUint32(b, uint32(r.state))
+		b = appendRun(b, r)
 	}
 	le.PutUint32(b[start+28:], crc32.Checksum(b[start:], crcTable))
 	return b
+}
+
+func appendRun(b []byte, r stateRun) []byte {
+	b = binary.LittleEndian.AppendUint64(b, uint64(r.first))
+	b = binary.LittleEndian.AppendUint32(b, uint32(r.count))
+	return binary.LittleEndian.AppendUint32(b, uint32(r.state))
 }
 
 // decodedBatch is a batch whose checksum is right.

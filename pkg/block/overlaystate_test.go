@@ -9,7 +9,7 @@ import (
 
 // TestStateFormat compares the state file byte by byte: files of earlier versions must stay readable.
 func TestStateFormat(t *testing.T) {
-	header := stateHeader{blockSize: 65536, deviceSize: 0x0102030405, baseSize: 0x0102030405, baseModTime: 0x1122334455667788}
+	header := stateHeader{blockSize: 65536, deviceSize: 0x0102030405, base: baseIdentity{size: 0x0102030405, modTime: 0x1122334455667788, states: 0x99}}
 	got := header.encode()
 	got = appendBatch(got, 1, 0, []stateRun{{first: 3, count: 1, state: blockHeld}, {first: 0x100, count: 0x20, state: blockZero}})
 	got = appendBatch(got, 2, batchSeal, nil)
@@ -18,7 +18,8 @@ func TestStateFormat(t *testing.T) {
 		01000000 00000100                           version, block size
 		0504030201000000 0504030201000000           device, base
 		8877665544332211                            time of modification
-		000000000000000000000000 0d0a2c1e           checksum
+		9900000000000000                            digest of the states of a base that is an overlay
+		00000000 0d0a2c1e                           checksum
 		4f564c42 02000000 0100000000000000 00000000 batch 1
 		0000000000000000 00000000
 		0300000000000000 01000000 01000000          block 3 is held
@@ -64,7 +65,7 @@ func unhex(t *testing.T, s string) []byte {
 // FuzzState checks that no state file makes an overlay panic, or take memory out of proportion, and that what is read is
 // read the same again after it was written.
 func FuzzState(f *testing.F) {
-	header := stateHeader{blockSize: 65536, deviceSize: 64 << 20, baseSize: 64 << 20, baseModTime: 1}.encode()
+	header := stateHeader{blockSize: 65536, deviceSize: 64 << 20, base: baseIdentity{size: 64 << 20, modTime: 1}}.encode()
 	one := appendBatch(bytes.Clone(header), 1, 0, []stateRun{{0, 1, blockHeld}, {10, 1000, blockZero}})
 	two := appendBatch(bytes.Clone(one), 2, batchSeal, nil)
 	f.Add(header)

@@ -13,15 +13,28 @@ import (
 // storage is the part of a file system that an overlay stands on. The steps that change something carry a label, op, by
 // which tests cut the power or fail exactly one step; the file system of the host ignores it.
 type storage interface {
-	// open opens a file to read and write. It makes the file when create is set, and empties it when truncate is.
-	open(op, path string, create, truncate bool) (storedFile, error)
+	open(op, path string, mode fileMode) (storedFile, error)
 	// size is the length of the file at path, or an error that wraps os.ErrNotExist.
 	size(path string) (int64, error)
 	rename(op, from, to string) error
 	remove(op, path string) error
+	// modTime is when the file at path was last modified, in ns since 1970, or 0 for what does not tell: a block device.
+	modTime(path string) (int64, error)
+	// syncFile makes the contents of the file at path, and modTime, durable.
+	syncFile(op, path string) error
 	// syncDir makes the names in a folder durable.
 	syncDir(op, path string) error
 }
+
+// fileMode says how a file of a storage is opened.
+type fileMode int
+
+const (
+	fileRead   fileMode = iota // it is there, and is read alone
+	fileWrite                  // it is there
+	fileCreate                 // it is made if it is not there
+	fileEmpty                  // it is made if it is not there, and emptied if it is
+)
 
 // storedFile is an open file of a storage.
 type storedFile interface {
@@ -36,8 +49,9 @@ type storedFile interface {
 	size() (int64, error)
 	// nextData returns the first range at or after off, and before end, that may hold non-zero bytes, or io.EOF.
 	nextData(off, end int64) (Range, error)
-	// lock takes the file for this process, or fails with errLocked at once. Closing the file gives it back.
-	lock() error
+	// lock takes the file for this process, shared with others that only read it or alone, or fails with errLocked at once. Closing
+	// the file gives it back.
+	lock(shared bool) error
 	close() error
 }
 
@@ -51,7 +65,7 @@ const newSuffix = ".new"
 // error, not at all. The new file is locked before anybody can find it, and returned open. What names it in the steps.
 func replaceFile(fs storage, what, path string, contents []byte) (_ storedFile, err error) {
 	next := path + newSuffix
-	f, err := fs.open("create "+what, next, true, true)
+	f, err := fs.open("create "+what, next, fileEmpty)
 	if err != nil {
 		return nil, err
 	}
@@ -60,7 +74,7 @@ func replaceFile(fs storage, what, path string, contents []byte) (_ storedFile, 
 			err = errors.Join(err, f.close())
 		}
 	}()
-	if err := f.lock(); err != nil {
+	if err := f.lock(false); err != nil {
 		return nil, fmt.Errorf("lock %q: %w", next, err)
 	}
 	if err := f.writeAt("write "+what, contents, 0); err != nil {
@@ -81,15 +95,10 @@ func replaceFile(fs storage, what, path string, contents []byte) (_ storedFile, 
 // hostStorage is the storage of the host.
 type hostStorage struct{}
 
-func (hostStorage) open(_, path string, create, truncate bool) (storedFile, error) {
-	flags := os.O_RDWR
-	if create {
-		flags |= os.O_CREATE
-	}
-	if truncate {
-		flags |= os.O_TRUNC
-	}
-	return openHostFile(path, flags)
+func (hostStorage) open(_, path string, mode fileMode) (storedFile, error) {
+	return openHostFile(path, [...]int{
+		fileRead: os.O_RDONLY, fileWrite: os.O_RDWR, fileCreate: os.O_RDWR | os.O_CREATE, fileEmpty: os.O_RDWR | os.O_CREATE | os.O_TRUNC,
+	}[mode])
 }
 
 func (hostStorage) size(path string) (int64, error) {
@@ -107,14 +116,23 @@ func (hostStorage) rename(_, from, to string) error { return os.Rename(from, to)
 
 func (hostStorage) remove(_, path string) error { return os.Remove(path) }
 
-func (hostStorage) syncDir(_, path string) error {
-	dir, err := os.Open(path)
+func (hostStorage) modTime(path string) (int64, error) {
+	info, err := os.Stat(path)
+	if err != nil || !info.Mode().IsRegular() {
+		return 0, err
+	}
+	return info.ModTime().UnixNano(), nil
+}
+
+func (hostStorage) syncFile(_, path string) error {
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	err = dir.Sync()
-	return errors.Join(err, dir.Close())
+	return errors.Join(f.Sync(), f.Close())
 }
+
+func (s hostStorage) syncDir(op, path string) error { return s.syncFile(op, path) }
 
 // hostFile is a file or block device of the host. Its methods may be called concurrently; those called after close fail
 // with os.ErrClosed.
@@ -192,8 +210,12 @@ func (f *hostFile) size() (int64, error) { return f.Seek(0, io.SeekEnd) }
 
 func (f *hostFile) close() error { return f.Close() }
 
-func (f *hostFile) lock() error {
-	err := f.call("flock", func(fd int) error { return unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB) })
+func (f *hostFile) lock(shared bool) error {
+	how := unix.LOCK_EX
+	if shared {
+		how = unix.LOCK_SH
+	}
+	err := f.call("flock", func(fd int) error { return unix.Flock(fd, how|unix.LOCK_NB) })
 	if errors.Is(err, unix.EWOULDBLOCK) {
 		return errLocked
 	}

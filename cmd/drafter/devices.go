@@ -77,7 +77,9 @@ func parseDevices[T any](flag string) ([]T, error) {
 			if err != nil {
 				return nil, fmt.Errorf("%s: key %q: %w", what, key, err)
 			}
-			if err := json.Unmarshal(one, &device); err != nil {
+			value := json.NewDecoder(bytes.NewReader(one))
+			value.DisallowUnknownFields() // of what is within
+			if err := value.Decode(&device); err != nil {
 				if wrong, ok := err.(*json.UnmarshalTypeError); ok {
 					return nil, fmt.Errorf("%s: key %q is %s, but must be %s", what, key, object[key], jsonType(wrong.Type))
 				}

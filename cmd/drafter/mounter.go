@@ -94,7 +94,8 @@ func runMounter(cmd *cobra.Command, opts mounterOptions) error {
 	var err error
 	switch {
 	case opts.devices != "" || opts.instance != "":
-		if cfg.Devices, err = peerDevices(peerOptions{devices: opts.devices, packagePath: cond(opts.devices == "", opts.packagePath), instance: opts.instance}); err != nil {
+		source := deviceSource{devices: opts.devices, packagePath: cond(opts.devices == "", opts.packagePath), instance: opts.instance}
+		if cfg.Devices, err = source.open(); err != nil {
 			return err
 		}
 	default:

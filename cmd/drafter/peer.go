@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -28,94 +26,11 @@ import (
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
-// peerDevice is an element of the peer's --devices. Durations are nanoseconds.
-type peerDevice struct {
-	Name    string `json:"name"`
-	Base    string `json:"base"`
-	Overlay string `json:"overlay"`
-	State   string `json:"state"`
-
-	BlockSize int64         `json:"blockSize"`
-	Expiry    time.Duration `json:"expiry"`
-
-	// Without all four, --max-downtime and --max-total-time decide; all four zero disable pre-copy.
-	MaxDirtyBlocks *int64         `json:"maxDirtyBlocks"`
-	MinCycles      *int           `json:"minCycles"`
-	MaxCycles      *int           `json:"maxCycles"`
-	CycleThrottle  *time.Duration `json:"cycleThrottle"`
-
-	MakeMigratable *bool `json:"makeMigratable"`
-	Shared         bool  `json:"shared"`
-	SharedBase     bool  `json:"sharedbase"`
-
-	S3Sync        bool   `json:"s3sync"`
-	S3AccessKey   string `json:"s3accesskey"`
-	S3SecretKey   string `json:"s3secretkey"`
-	S3Endpoint    string `json:"s3endpoint"`
-	S3Secure      bool   `json:"s3secure"`
-	S3Bucket      string `json:"s3bucket"`
-	S3Concurrency int    `json:"s3concurrency"`
-}
-
-// device checks what one element says, and returns what it means.
-func (d peerDevice) device() (peer.Device, error) {
-	// The other two keys of S3, s3secure and s3concurrency, mean nothing alone, and configurations carry them with defaults.
-	for _, v := range []struct {
-		key string
-		set bool
-	}{
-		{"shared", d.Shared}, {"sharedbase", d.SharedBase}, {"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
-		{"s3bucket", d.S3Bucket != ""}, {"s3accesskey", d.S3AccessKey != ""}, {"s3secretkey", d.S3SecretKey != ""},
-	} {
-		if v.set {
-			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, v.key)
-		}
-	}
-	policy := migrate.Policy{
-		ByGoal:    d.MaxDirtyBlocks == nil && d.MinCycles == nil && d.MaxCycles == nil && d.CycleThrottle == nil,
-		BlockSize: d.BlockSize, MaxDirtyBlocks: orZero(d.MaxDirtyBlocks), MinCycles: orZero(d.MinCycles), MaxCycles: orZero(d.MaxCycles),
-		CycleThrottle: orZero(d.CycleThrottle), Expiry: d.Expiry,
-	}
-	for _, v := range []struct {
-		key   string
-		value int64
-	}{
-		{"expiry", int64(policy.Expiry)}, {"maxDirtyBlocks", policy.MaxDirtyBlocks}, {"minCycles", int64(policy.MinCycles)},
-		{"maxCycles", int64(policy.MaxCycles)}, {"cycleThrottle", int64(policy.CycleThrottle)},
-	} {
-		if v.value < 0 {
-			return peer.Device{}, usageErrorf("--devices: device %q: key %q is %d: it cannot be negative", d.Name, v.key, v.value)
-		}
-	}
-	if policy.MaxCycles != 0 && policy.MinCycles > policy.MaxCycles {
-		return peer.Device{}, usageErrorf("--devices: device %q: minCycles is %d and maxCycles %d: give a maximum that is not below the minimum", d.Name, policy.MinCycles, policy.MaxCycles)
-	}
-	device := peer.Device{
-		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
-		Policy:       policy,
-		Stationary:   d.MakeMigratable != nil && !*d.MakeMigratable,
-	}
-	if err := device.Policy.Check(); err != nil {
-		return peer.Device{}, usageErrorf("--devices: device %q: %w", d.Name, err)
-	}
-	return device, nil
-}
-
-// orZero is what p points to, if it does.
-func orZero[T any](p *T) (v T) {
-	if p != nil {
-		v = *p
-	}
-	return v
-}
-
 type peerOptions struct {
 	machineFlags
 	links
-	connections   connectionFlags
-	devices       string
-	packagePath   string
-	instance      string
+	connections connectionFlags
+	deviceSource
 	concurrency   int
 	noPostcopy    bool
 	maxDowntime   time.Duration
@@ -157,6 +72,10 @@ The short way gives --package and --instance: a package's folder, and a folder f
 gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
 "maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds.
 
+An instance can go on from another that was closed, beside others that do: --parent gives the folder of that. Of --devices, the key
+"overlays" gives several overlays, the newest last: [{"overlay":PATH,"state":PATH},…]. Only the newest is written. Starting a parent
+again leaves nothing to those that went on from it.
+
 A migration copies everything once, then in cycles what was written meanwhile, until the rest is small enough for
 --max-downtime, or cycles no longer make it less. For a device with any of maxDirtyBlocks, minCycles, maxCycles and
 cycleThrottle, these decide instead: until minCycles in a row had at most maxDirtyBlocks, or maxCycles are done, or nothing
@@ -177,6 +96,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
+	flags.StringSliceVar(&opts.parents, "parent", nil, "with --instance: folder of a closed instance of the same package that this one goes on from; again for each, the oldest first")
 	flags.StringVar(&opts.raddr, "raddr", "", "address of the peer to receive the instance from: HOST:PORT, or as docs/transports.md has them (empty: resume it here)")
 	flags.StringVar(&opts.laddr, "laddr", "", "address to hand the instance over at: HOST:PORT, or as docs/transports.md has them (empty: it is not migratable)")
 	flags.IntVar(&opts.concurrency, "concurrency", 1024, "most workers of a migration; more than 64 are not used")
@@ -281,7 +201,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--metrics: %w", err)
 		}
 	}
-	devices, err := peerDevices(opts)
+	devices, err := opts.deviceSource.open()
 	if err != nil {
 		return err
 	}
@@ -926,85 +846,4 @@ func findDestination(ctx context.Context, o *operator, reports *reports, out io.
 		}
 		return err == nil, nil
 	}
-}
-
-// peerDevices are the devices of the instance, from --devices, or from --package and --instance, or the defaults.
-func peerDevices(opts peerOptions) ([]peer.Device, error) {
-	switch {
-	case opts.devices != "" && (opts.packagePath != "" || opts.instance != ""):
-		return nil, usageErrorf("--devices excludes --package and --instance")
-	case opts.devices == "" && opts.packagePath == "" && opts.instance != "":
-		return nil, usageErrorf("--instance %q needs --package: the package that it is an instance of", opts.instance)
-	case opts.packagePath != "":
-		return packageDevices(opts.packagePath, opts.instance)
-	case opts.devices == "":
-		opts.devices = defaultPeerDevices()
-	}
-	decoded, err := decodeDevices[peerDevice](opts.devices)
-	if err != nil {
-		return nil, err
-	}
-	var devices []peer.Device
-	var configs []runner.DeviceConfig
-	for _, d := range decoded {
-		device, err := d.device()
-		if err != nil {
-			return nil, err
-		}
-		devices = append(devices, device)
-		configs = append(configs, device.DeviceConfig)
-	}
-	if err := runner.CheckDevices(configs); err != nil {
-		return nil, usageErrorf("--devices: %w", err)
-	}
-	return devices, nil
-}
-
-// packageDevices is peer.PackageDevices for what --package and --instance say.
-func packageDevices(path, instance string) ([]peer.Device, error) {
-	_, err := vmpackage.Open(path)
-	if isFile(path) {
-		return nil, fmt.Errorf("--package %q is a file, and a folder is needed: extract it (mkdir out/package && tar -xf %s -C out/package)", path, path)
-	}
-	if _, missing := os.Stat(filepath.Join(path, vmpackage.ManifestFile)); errors.Is(missing, os.ErrNotExist) {
-		return nil, fmt.Errorf("--package: %w: make the package first (drafter snapshotter), or correct the path", err)
-	} else if err != nil {
-		return nil, fmt.Errorf("--package: %w", err)
-	}
-	if instance != "" && sameFile(path, instance) {
-		return nil, usageErrorf("--instance %q is the folder of the package itself: give a folder of its own for what this instance changes, or leave --instance out to change the package", instance)
-	}
-	return peer.PackageDevices(path, instance)
-}
-
-// sameFile reports whether two paths lead to the same file or folder, by whatever links.
-func sameFile(a, b string) bool {
-	x, err := os.Stat(a)
-	if err != nil {
-		return false
-	}
-	y, err := os.Stat(b)
-	return err == nil && os.SameFile(x, y)
-}
-
-// defaultPeerDevices are the devices of out/package with overlays beside it, as documented for --devices.
-func defaultPeerDevices() string {
-	migratable, maxDirtyBlocks, minCycles, maxCycles, cycleThrottle := true, int64(200), 5, 20, 500*time.Millisecond
-	devices := []peerDevice{}
-	pkg, err := vmpackage.Open(filepath.Join("out", "package"))
-	boots := err == nil && !slices.ContainsFunc(pkg.Devices, func(d vmpackage.PackageDevice) bool { return d.Name == vmpackage.Memory })
-	for _, name := range vmpackage.KnownNames() {
-		file := vmpackage.DefaultFile(name)
-		base := filepath.Join("out", "package", file)
-		if _, err := os.Stat(base); err != nil && (name == runner.InitrdDevice || name == "oci") || name == runner.MemoryDevice && boots {
-			continue
-		}
-		devices = append(devices, peerDevice{
-			Name: name, Base: base, Overlay: filepath.Join("out", "overlay", file), State: filepath.Join("out", "state", file),
-			BlockSize: 64 << 10, Expiry: time.Second, MaxDirtyBlocks: &maxDirtyBlocks, MinCycles: &minCycles,
-			MaxCycles: &maxCycles, CycleThrottle: &cycleThrottle, MakeMigratable: &migratable,
-		})
-	}
-	b, _ := json.Marshal(devices) // strings and numbers only: cannot fail
-	return string(b)
 }

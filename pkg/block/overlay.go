@@ -359,6 +359,9 @@ func (o *Overlay) checkHeader(opts OverlayOptions, have, want stateHeader) error
 	case opts.AnyBase || was.isOf(is):
 		return nil
 	}
+	if was.states != 0 && is.states == 0 {
+		return fmt.Errorf("open overlay %q: it was made over another overlay, and %q is none: give it what it was made over", o.path, base)
+	}
 	remedy += ", or, if it is known to hold the same, tell the overlay so (drafter device rebase --same-contents)"
 	if was.modTime == is.modTime {
 		return fmt.Errorf("open overlay: %q changed since the overlay was made: it holds other blocks; %s", base, remedy)

@@ -15,8 +15,10 @@ import (
 
 // PackageDevices are the devices of the package in folder dir, for an instance of it: what that changes goes to overlays in the
 // folder instance, which is made when it is needed. All devices have one, as a migration writes to each. With an empty instance
-// there are no overlays, and the package itself changes. Migration policies are left to Config.Goal.
-func PackageDevices(dir, instance string) ([]Device, error) {
+// there are no overlays, and the package itself changes. Parents are the folders of instances, the oldest first, that this one goes on
+// from: they were closed, each is over those before it, and none may be started again as long as this one is wanted. Migration policies are
+// left to Config.Goal.
+func PackageDevices(dir, instance string, parents ...string) ([]Device, error) {
 	pkg, err := vmpackage.Open(dir)
 	if err != nil {
 		return nil, err
@@ -25,12 +27,20 @@ func PackageDevices(dir, instance string) ([]Device, error) {
 	for _, d := range pkg.Devices {
 		device := Device{DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Path}, Policy: migrate.Policy{ByGoal: true}}
 		if instance != "" {
-			device.Overlay = filepath.Join(instance, "overlay", filepath.Base(d.Path))
-			device.State = filepath.Join(instance, "state", filepath.Base(d.Path))
+			own := instanceLayer(instance, d.Path)
+			device.Overlay, device.State = own.Overlay, own.State
+		}
+		for _, parent := range parents {
+			device.Beneath = append(device.Beneath, instanceLayer(parent, d.Path))
 		}
 		devices = append(devices, device)
 	}
 	return devices, nil
+}
+
+// instanceLayer is where the instance in a folder has the overlay of a package's file.
+func instanceLayer(instance, file string) runner.Layer {
+	return runner.Layer{Overlay: filepath.Join(instance, "overlay", filepath.Base(file)), State: filepath.Join(instance, "state", filepath.Base(file))}
 }
 
 // Clone makes a second VM of this one, which runs on: it is written down as a package in dir/package, as by [Peer.Snapshot], and

@@ -170,7 +170,12 @@ func (s *still) open(c runner.DeviceConfig, size int64, writes bool) error {
 		return err
 	}
 	s.devices = append(s.devices, dev)
-	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !inPlace})
+	var base block.Device
+	if inPlace {
+		base, err = block.OpenFile(c.Base, block.FileOptions{})
+	} else {
+		base, err = c.OpenBase()
+	}
 	if err != nil {
 		return err
 	}

@@ -130,12 +130,21 @@ type DeviceConfig struct {
 	// are written in place, memory and state are replaced when the instance is closed.
 	Base string
 
+	// Beneath are overlays between the base and the Overlay, the oldest first: what an instance has left that was closed, and that
+	// this one, and others, go on from. They are only read, and may be shared as the base may.
+	Beneath []Layer
+
 	// Overlay and State are the copy-on-write overlay of the base and the file that says which blocks it holds. Both are
 	// set or none is; they are created when both are absent.
 	Overlay, State string
 
 	// BlockSize is the overlay's granularity in bytes: a power of two, at least 4096. Zero means 64 KiB.
 	BlockSize int64
+}
+
+// Layer is an overlay that a device goes on from.
+type Layer struct {
+	Overlay, State string // as those of DeviceConfig
 }
 
 // Host is where and how an instance's machine runs on this host. The zero value runs it in our network namespace as our

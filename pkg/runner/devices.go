@@ -64,7 +64,17 @@ func CheckDevices(devices []DeviceConfig) error {
 		if d.BlockSize != 0 && (d.BlockSize < block.PageSize || d.BlockSize > block.MaxOverlayBlockSize || d.BlockSize&(d.BlockSize-1) != 0) {
 			return fmt.Errorf("device %q has block size %d: use a power of two from %d to %d bytes", d.Name, d.BlockSize, block.PageSize, block.MaxOverlayBlockSize)
 		}
-		for _, path := range []string{d.Base, d.Overlay, d.State} {
+		paths := []string{d.Base, d.Overlay, d.State}
+		for _, l := range d.Beneath {
+			if l.Overlay == "" || l.State == "" {
+				return fmt.Errorf("device %q is over overlay %q with state %q: give both", d.Name, l.Overlay, l.State)
+			}
+			paths = append(paths, l.Overlay, l.State)
+		}
+		if len(d.Beneath) > 0 && d.Overlay == "" {
+			return fmt.Errorf("device %q is over overlay %q, which is only read, and has no overlay of its own: give it one", d.Name, d.Beneath[0].Overlay)
+		}
+		for _, path := range paths {
 			if path == "" {
 				continue
 			}
@@ -118,7 +128,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		return nil, err
 	}
 
-	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !writes})
+	base, err := c.openBase(writes)
 	if err != nil {
 		return nil, err
 	}
@@ -157,6 +167,45 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		d.served = newRelay(d.Device)
 	}
 	return d, nil
+}
+
+// OpenBase opens what the device's overlay is over, to be read alone: the base, and the overlays beneath. What is missing of an overlay
+// beneath, or is kept apart from it, is an error: who has them knows nothing of either.
+func (c DeviceConfig) OpenBase() (block.Device, error) { return c.openBase(false) }
+
+func (c DeviceConfig) openBase(writes bool) (_ block.Device, err error) {
+	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !writes})
+	if err != nil {
+		return nil, err
+	}
+	device := block.Device(base)
+	path := c.Base
+	for _, l := range c.Beneath {
+		below := DeviceConfig{Name: c.Name, Base: c.Base, Overlay: l.Overlay, State: l.State}
+		if err = below.CheckWhole(); err == nil {
+			var o *block.Overlay
+			if o, err = block.OpenOverlay(block.OverlayOptions{Base: device, BasePath: path, Overlay: l.Overlay, State: l.State, ReadOnly: true}); err == nil {
+				device, path = o, ""
+			}
+		}
+		if err != nil {
+			return nil, errors.Join(err, device.Close())
+		}
+	}
+	return device, nil
+}
+
+// CheckWhole fails if the device is more, or less, than its base and overlays: some of it has not arrived, or is in its layer.
+func (c DeviceConfig) CheckWhole() error {
+	_, since := c.layerFiles()
+	for path, what := range map[string]string{c.listFile(): "some of it has not arrived", since: "writes since its commit point are kept apart"} {
+		if _, err := os.Lstat(path); err == nil {
+			return fmt.Errorf("overlay %q: %s (%q): start its instance, and close it", c.Overlay, what, path)
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
 }
 
 // create makes the file of a device that will be received.

@@ -51,7 +51,7 @@ func (m *machineFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&m.accel, "accel", "auto", "acceleration: kvm, tcg (emulation, works everywhere), or auto: kvm where the CPU has vmx or svm")
 	flags.StringVar(&m.qemuBin, "qemu-bin", "", "QEMU program (default: qemu-system-x86_64 from PATH)")
 	flags.StringVar(&m.fcBin, "firecracker-bin", "", "Firecracker program (default: firecracker from PATH)")
-	flags.StringVar(&m.jailerBin, "jailer-bin", "", "Firecracker's jailer, in which it runs, or none (default: jailer from PATH if that is there)")
+	flags.StringVar(&m.jailerBin, "jailer-bin", "", "Firecracker's jailer, in which it runs, or none (default: jailer from PATH, or from beside --firecracker-bin, if that is there)")
 	flags.StringVar(&m.chrootBaseDir, "chroot-base-dir", "out/vms", "folder in which running machines have theirs (VMPath)")
 	flags.IntVar(&m.uid, "uid", 0, "user id to run the hypervisor as")
 	flags.IntVar(&m.gid, "gid", 0, "group id to run the hypervisor as")
@@ -203,7 +203,10 @@ func (m *machineFlags) backend(cmd *cobra.Command) (vmm.Backend, []vmm.Backend, 
 	if jailer == noJailer {
 		jailer = ""
 	} else if jailer == "" {
-		jailer, _ = exec.LookPath("jailer")
+		var err error
+		if jailer, err = exec.LookPath("jailer"); err != nil && m.fcBin != "" {
+			jailer, _ = exec.LookPath(filepath.Join(filepath.Dir(m.fcBin), "jailer"))
+		}
 	}
 	firecracker := firecracker.New(firecracker.Options{Binary: m.fcBin, Jailer: jailer})
 	// What is another program is found out now, as later it would look like a package that does not fit this host.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/ram"
 	"github.com/drafter-vm/drafter/pkg/vmm"
+	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
 )
 
@@ -84,7 +85,25 @@ func TestFirecrackerConfined(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("SKIPPED, not tested: the jailer needs root")
 	}
-	b := jailed(t)
+	binary, jailer := program(t), vmmtest.Program(t, "jailer", "JAILER_BIN")
+	t.Run("as given", func(t *testing.T) { testConfined(t, binary, jailer) })
+	for name, mode := range map[string]os.FileMode{"firecracker-v1.13.0-x86_64": 0o755, "firecracker": 0o700} { // as in an archive of a release; root's alone
+		t.Run(fmt.Sprintf("%s %o", name, mode), func(t *testing.T) {
+			content, err := os.ReadFile(binary)
+			if err != nil {
+				t.Fatal(err)
+			}
+			path := filepath.Join(t.TempDir(), name)
+			if err := os.WriteFile(path, content, mode); err != nil {
+				t.Fatal(err)
+			}
+			testConfined(t, path, jailer)
+		})
+	}
+}
+
+func testConfined(t *testing.T, binary, jailer string) {
+	b := firecracker.New(firecracker.Options{Binary: binary, Jailer: jailer, Logger: vmmtest.Logger(t)})
 	ctx := t.Context()
 	spec, err := b.Describe(ctx, vmm.Spec{MemorySize: memorySize})
 	if err != nil {

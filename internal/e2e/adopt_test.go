@@ -95,6 +95,17 @@ func TestCommandAdopt(t *testing.T) {
 		}
 	})
 
+	t.Run("another hypervisor", func(t *testing.T) {
+		kill(t, c)
+		other := w.start(t, w.console, w.peer("package", "instance", "--hypervisor", "firecracker")...)
+		other.wait(t, 1)
+		if said := other.said(); !strings.Contains(said, `is of hypervisor "qemu", and "firecracker" was asked for`) || strings.Contains(said, "kill -9") {
+			t.Errorf("it says:\n%s", said)
+		}
+		c = start("Adopted VM on ")
+		check(t)
+	})
+
 	t.Run("flags of the machine", func(t *testing.T) {
 		kill(t, c)
 		c = start("Adopted VM on ", "--chroot-base-dir", w.path("elsewhere"))

@@ -23,7 +23,15 @@ import (
 
 // TestFirecrackerProcesses is TestProcesses with Firecracker, where there is one, and a guest that any KVM runs.
 func TestFirecrackerProcesses(t *testing.T) {
-	guest := tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN")}
+	testFirecrackerProcesses(t, tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN"), "none"})
+}
+
+// TestFirecrackerJailedProcesses is that with machines in the jailer, as a user of their own.
+func TestFirecrackerJailedProcesses(t *testing.T) {
+	testFirecrackerProcesses(t, tiny{vmmtest.Program(t, "firecracker", "FIRECRACKER_BIN"), vmmtest.Program(t, "jailer", "JAILER_BIN")})
+}
+
+func testFirecrackerProcesses(t *testing.T, guest tiny) {
 	// A disk that will be full is TestFirecrackerFull's: there is too little to come for one to become full here.
 	r := newRoom(t, guest)
 	t.Cleanup(func() { // of peers that were killed, and that nobody follows
@@ -69,15 +77,21 @@ func (r *room) killsBoth(t *testing.T) {
 	r.checkClean(t)
 }
 
-// tiny is the guest of package tinyguest, in Firecracker.
-type tiny struct{ program string }
+// tiny is the guest of package tinyguest, in Firecracker, and in its jailer if there is one.
+type tiny struct{ program, jailer string }
 
 const tinyMemory = 64 << 20
 
 func (tiny) hypervisor() string { return "firecracker" }
 
+func (g tiny) jailed() bool { return g.jailer != "none" }
+
 func (g tiny) flags() []string {
-	return []string{"--firecracker-bin", g.program, "--jailer-bin", "none", "--interface", ""}
+	flags := []string{"--firecracker-bin", g.program, "--jailer-bin", g.jailer, "--interface", ""}
+	if g.jailed() {
+		flags = append(flags, "--uid", "12345", "--gid", "12346")
+	}
+	return flags
 }
 
 func (g tiny) pack(t *testing.T, r *room) {

@@ -101,8 +101,7 @@ func (r *room) processes() (pids []int) {
 		if err != nil || pid == os.Getpid() {
 			continue
 		}
-		environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)) // empty for a zombie
-		if bytes.Contains(environ, []byte(r.mark)) {
+		if r.started(pid, r.mark) || r.holds(pid, r.dir) {
 			pids = append(pids, pid)
 		}
 	}
@@ -113,12 +112,31 @@ func (r *room) processes() (pids []int) {
 func (r *room) machines(name string) (pids []int) {
 	for _, pid := range r.processes() {
 		exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
-		environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
-		if strings.Contains(exe, r.tenant.hypervisor()) && bytes.Contains(environ, []byte(r.mark+name+"=")) {
+		if strings.Contains(exe, r.tenant.hypervisor()) && (r.started(pid, r.mark+name+"=") || r.holds(pid, r.path(name))) {
 			pids = append(pids, pid)
 		}
 	}
 	return pids
+}
+
+// started reports whether a process has a mark in its environment.
+func (r *room) started(pid int, mark string) bool {
+	environ, _ := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid)) // empty for a zombie
+	return bytes.Contains(environ, []byte(mark))
+}
+
+// holds reports whether a process is a hypervisor that has the lock of an instance in a folder, or below it: a jailer takes the environment away.
+func (r *room) holds(pid int, folder string) bool {
+	exe, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+	if !strings.Contains(exe, r.tenant.hypervisor()) {
+		return false
+	}
+	dir := fmt.Sprintf("/proc/%d/fd", pid)
+	entries, _ := os.ReadDir(dir)
+	return slices.ContainsFunc(entries, func(e os.DirEntry) bool {
+		to, _ := os.Readlink(filepath.Join(dir, e.Name()))
+		return strings.HasPrefix(to, folder+"/") && strings.Contains(to, "/overlay/")
+	})
 }
 
 func (r *room) killAll() {

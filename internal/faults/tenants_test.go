@@ -12,6 +12,8 @@ import (
 type tenant interface {
 	// hypervisor is a part of the name of its program.
 	hypervisor() string
+	// jailed reports whether its machines have a mount namespace of their own.
+	jailed() bool
 	// flags are those by which a peer runs it.
 	flags() []string
 	// pack makes the package.
@@ -37,6 +39,7 @@ type tenant interface {
 type linux struct{}
 
 func (linux) hypervisor() string { return "qemu" }
+func (linux) jailed() bool       { return false }
 func (linux) flags() []string    { return nil }
 
 func (linux) pack(t *testing.T, r *room) {

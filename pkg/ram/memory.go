@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -78,6 +79,30 @@ func Create(name string, size int64) (*Memory, error) {
 		return nil, fmt.Errorf("seal size of memory %q: %w", name, err)
 	}
 	return newMemory(file, name, size)
+}
+
+// Bind has the kernel put pages into the memory of a NUMA node, and nowhere else, whoever touches or writes them first: the policy is the
+// memfd's (mbind(2), MPOL_BIND of a shared mapping). Pages that are there stay where they are.
+func (m *Memory) Bind(node int) error {
+	mask := make([]uint64, node/64+1)
+	mask[node/64] = 1 << (node % 64)
+	err := m.control(func(fd int) error {
+		at, err := unix.MmapPtr(fd, 0, nil, uintptr(m.size), unix.PROT_NONE, unix.MAP_SHARED) // nothing is read or written by it
+		if err != nil {
+			return err
+		}
+		const bind = 2 // MPOL_BIND in linux/mempolicy.h
+		_, _, errno := unix.Syscall6(unix.SYS_MBIND, uintptr(at), uintptr(m.size), bind, uintptr(unsafe.Pointer(&mask[0])), uintptr(len(mask)*64+1), 0)
+		err = unix.MunmapPtr(at, uintptr(m.size))
+		if errno != 0 {
+			return errno
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("bind memory %q to NUMA node %d: %w", m.name, node, err)
+	}
+	return nil
 }
 
 // Open adopts an existing memory, such as /proc/PID/fd/N of a living VMM, with its contents. It takes over file, also

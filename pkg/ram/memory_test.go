@@ -294,3 +294,39 @@ func TestMerge(t *testing.T) {
 		t.Errorf("got %v, want %v", got, want)
 	}
 }
+
+// TestBind: the pages of a bound memory are of its node, whoever writes or touches them.
+func TestBind(t *testing.T) {
+	checkLeaks(t)
+	mem, err := Create("bound", testSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mem.Close()
+	if err := mem.Bind(4000); err == nil || !strings.Contains(err.Error(), "NUMA node 4000") {
+		t.Errorf("a node that is not there: %v", err)
+	}
+	if err := mem.Bind(0); errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) {
+		t.Skipf("SKIPPED, not tested: %v", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	other, err := unix.Mmap(int(mem.File().Fd()), 0, testSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(other)
+	other[0] = 1
+	maps, err := os.ReadFile("/proc/self/numa_maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(maps)) {
+		if strings.Contains(line, "memfd:bound") && !strings.Contains(line, " bind:0 ") {
+			t.Errorf("a mapping of it is %q", line)
+		}
+	}
+	if !strings.Contains(string(maps), "memfd:bound") {
+		t.Error("the kernel does not list its mapping")
+	}
+}

@@ -45,6 +45,10 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	o, cfg := i.orphan, i.cfg
+	if named(cfg.backends(), o.info.Hypervisor) == nil {
+		return nil, errors.Join(fmt.Errorf("adopt instance: its machine (process %d) is of hypervisor %q, and %q was asked for: ask for that one, or for any (--hypervisor auto)",
+			o.pid, o.info.Hypervisor, cfg.Backend.Name()), i.letGo())
+	}
 	err := i.adopt(ctx)
 	switch {
 	case err == nil:

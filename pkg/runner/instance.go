@@ -797,6 +797,9 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	} else {
 		i.memory, err = ram.Create(memoryName(i.root), i.desc.MemorySize)
 	}
+	if node := i.cfg.Host.NUMANode; err == nil && node != nil && *node >= 0 {
+		err = i.memory.Bind(*node) // whoever brings a page: a hypervisor binds at most what it touches itself
+	}
 	if err != nil {
 		return err
 	}

@@ -219,8 +219,8 @@ func TestRequests(t *testing.T) {
 	want := []string{
 		"PUT /machine-config " + `{"vcpu_count":2,"mem_size_mib":512,"cpu_template":"T2"}`,
 		"PUT /boot-source " + `{"kernel_image_path":"/k","initrd_path":"/i","boot_args":"console=ttyS0 pci=conf1 reboot=k i8042.noaux i8042.nomux i8042.dumbkbd"}`,
-		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
-		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Async",` + limits + `}`,
+		"PUT /drives/disk0 " + `{"drive_id":"disk0","path_on_host":"0.disk","is_root_device":false,"is_read_only":false,"cache_type":"Writeback","io_engine":"Sync",` + limits + `}`,
+		"PUT /drives/disk1 " + `{"drive_id":"disk1","path_on_host":"1.disk","is_root_device":false,"is_read_only":true,"cache_type":"Writeback","io_engine":"Sync",` + limits + `}`,
 		"PUT /network-interfaces/net0 " + `{"iface_id":"net0","guest_mac":"02:0e:d9:fd:68:3d","host_dev_name":"tap0"}`,
 		"PUT /vsock " + `{"guest_cid":3,"uds_path":"vsock.sock"}`,
 		"PUT /entropy {}",
@@ -292,8 +292,12 @@ func TestRequestsByVersion(t *testing.T) {
 			CPUCount: 1, MemorySize: 64 << 20, MAC: "02:0e:d9:fd:68:3d", Disks: []vmm.Disk{{Name: "disk", Size: 1 << 20}},
 			CPUTemplate: `{"cpuid_modifiers":[{"leaf":"0x1","subleaf":"0x0","flags":0,"modifiers":[{"register":"eax","bitmap":"0b0"}]}]}`,
 		}
-		m, r := recorded(t, vmm.Config{Spec: spec, Boot: &vmm.Boot{Kernel: "/k"}, Interface: "tap7", IOEngineSync: true})
+		sync := version == "1.16.1"
+		m, r := recorded(t, vmm.Config{Spec: spec, Boot: &vmm.Boot{Kernel: "/k"}, Interface: "tap7", IOEngineSync: sync})
 		m.version = version
+		if err := m.checkInterface(); (err != nil) != (version < "1.12") || err != nil && !strings.Contains(err.Error(), `"tap7"`) {
+			t.Errorf("version %s, with another interface: %v", version, err)
+		}
 		if err := errors.Join(m.boot(t.Context()), m.load(t.Context(), someState)); err != nil {
 			t.Fatal(err)
 		}
@@ -315,8 +319,12 @@ func TestRequestsByVersion(t *testing.T) {
 				renamed++
 			}
 		}
-		if !slices.Contains(r.requests, "PUT /cpu-config") || !strings.Contains(strings.Join(r.bodies, ""), `"io_engine":"Sync"`) {
-			t.Errorf("the template or the engine was not told: %q", r.bodies)
+		engine := `"io_engine":"Async"`
+		if sync || version < "1.15" { // those would lose interrupts
+			engine = `"io_engine":"Sync"`
+		}
+		if !slices.Contains(r.requests, "PUT /cpu-config") || !strings.Contains(strings.Join(r.bodies, ""), engine) {
+			t.Errorf("version %s is not told the template, or %s: %q", version, engine, r.bodies)
 		}
 	}
 	if renamed != 5 { // 1.12 to 1.16

@@ -228,9 +228,13 @@ func (b *Backend) Compatible(ctx context.Context, saved vmm.Spec) error {
 	}
 	hidden := hidesFeatures(saved)
 	for _, f := range saved.CPUFeatures {
-		// No template makes one vendor's processor another's.
-		if _, ok := slices.BinarySearch(has, f); !ok && (!hidden || strings.HasPrefix(f, vendorPrefix)) {
-			return fail(fmt.Errorf("cpuFeatures: the guest may use %q, which this host's processor lacks: use a CPU template (--cpu-template)", f))
+		_, ok := slices.BinarySearch(has, f)
+		switch vendor, other := strings.CutPrefix(f, vendorPrefix); {
+		case ok:
+		case other:
+			return fail(fmt.Errorf("cpuFeatures: it was made on a processor of %s, which this host's is not, and no CPU template makes up for that: use a host with one", vendor))
+		case !hidden:
+			return fail(fmt.Errorf("cpuFeatures: the guest may use %q, which this host's processor lacks: make the package with a CPU template that hides it (drafter snapshotter --cpu-template)", f))
 		}
 	}
 	if err := checkSpec(saved); err != nil {

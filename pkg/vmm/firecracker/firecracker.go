@@ -261,6 +261,16 @@ func (b *Backend) start(ctx context.Context, cfg vmm.Config) (_ *machine, err er
 		return nil, err
 	}
 	m.version = info.Version
+	if err := m.checkInterface(); err != nil {
+		return nil, err
+	}
+	if os.Geteuid() == 0 && cfg.UID == 0 {
+		where := "in its jail, as root: give it a user (--uid, --gid)"
+		if jail == nil {
+			where = "without its jailer, as root: say where that is (--jailer-bin)"
+		}
+		m.log.Warn("Firecracker runs "+where, "pid", m.PID())
+	}
 	if cfg.Boot != nil {
 		if err := m.boot(ctx); err != nil {
 			return nil, err
@@ -385,7 +395,7 @@ func (m *machine) boot(ctx context.Context) error {
 		requests = append(requests, request{"/cpu-config", json.RawMessage(spec.CPUTemplate)})
 	}
 	engine := "Async"
-	if m.cfg.IOEngineSync {
+	if m.cfg.IOEngineSync || slices.Compare(numbers(m.version), drains[:]) < 0 {
 		engine = "Sync"
 	}
 	for i, disk := range spec.Disks {
@@ -425,6 +435,24 @@ const answerTime = 30 * time.Second
 
 // interfaceID is what the network interface is called in device state.
 const interfaceID = "net0"
+
+// drains is the first version that saves what becomes of requests which its engine with io_uring has under way. Before that their interrupts are lost, and the
+// guest waits for them for ever: "saving/restoring async IO engine transport state" (67ba7a206) of its repository.
+var drains = [3]int{1, 15, 0}
+
+// fixedInterface is the name of tap interfaces for versions before renames.
+const fixedInterface = "tap0"
+
+// checkInterface refuses a name that a machine could not be loaded with.
+func (m *machine) checkInterface() error {
+	if m.cfg.Spec.MAC == "" || m.cfg.Interface == fixedInterface || m.renames() {
+		return nil
+	}
+	return fmt.Errorf("interface %q: Firecracker %s connects a guest to the interface that it was saved with, whatever is said: call it %s in a network namespace of its own (--interface %s --netns), or use Firecracker 1.12 or newer",
+		m.cfg.Interface, m.version, fixedInterface, fixedInterface)
+}
+
+func (m *machine) renames() bool { return slices.Compare(numbers(m.version), renames[:]) >= 0 }
 
 // renames is the first version that a machine can be loaded by with another tap interface than it was saved with. Before that it has to be one of
 // the same name, in whatever namespace.

@@ -69,9 +69,14 @@ func (j *jail) command(binary string, args []string) (program string, line []str
 	if binary, err = filepath.EvalSymlinks(binary); err != nil {
 		return "", nil, err
 	}
-	if filepath.Base(binary) != j.name() {
+	info, err := os.Stat(binary)
+	if err != nil {
+		return "", nil, err
+	}
+	// The jailer copies it with its permissions, and some versions leave it to root, whatever user is to execute it.
+	if filepath.Base(binary) != j.name() || info.Mode()&0o005 != 0o005 {
 		named := j.outside(j.name())
-		if err := copyFile(named, binary, 0o700); err != nil {
+		if err := copyFile(named, binary, 0o755); err != nil {
 			return "", nil, fmt.Errorf("copy Firecracker to where it has the name that the jailer wants: %w", err)
 		}
 		binary = named
@@ -187,5 +192,5 @@ func copyFile(to, from string, mode os.FileMode) error {
 		return err
 	}
 	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
+	return errors.Join(err, out.Chmod(mode), out.Close()) // whatever the umask
 }

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -702,7 +701,7 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 		return fmt.Errorf("write its state: %w", err)
 	}
 	params := snapshotLoadParams{SnapshotPath: m.loadedPath(), MemBackend: memoryBackend{"File", m.memoryPath()}}
-	if m.cfg.Spec.MAC != "" && slices.Compare(numbers(m.version), renames[:]) >= 0 {
+	if m.cfg.Spec.MAC != "" && m.renames() {
 		params.NetworkOverrides = []networkOverride{{interfaceID, m.cfg.Interface}}
 	}
 	if err := m.cfg.Graft(func() error {

@@ -12,7 +12,8 @@ func TestMeasures(t *testing.T) {
 	lines := `{"utc_timestamp_ms":1700000000000,"api_server":{"process_startup_time_us":900},"block":{"read_bytes":100,"read_agg":{"min_us":1}},"latencies_us":{"pause_vm":7}}
 nonsense
 [1]
-{"block":{"read_bytes":50,"write_bytes":"many"},"block_disk0":{"read_bytes":50}}
+{"block":{"read_bytes":50,"write_bytes":"many"},"block_disk0":{"read_bytes":50},"api_server":{"process_startup_time_us":900},"signals":{"sigsegv":1,"sigpipe":1},"vmm":{"panic_count":1},"seccomp":{"num_faults":1},"vhost_user_block_a":{"init_time_us":7,"cfg_fails":1}}
+{"signals":{"sigsegv":1,"sigpipe":1},"vmm":{"panic_count":1,"device_events":2},"seccomp":{"num_faults":1},"vhost_user_block_a":{"init_time_us":7,"cfg_fails":1}}
 {"block":{"read_bytes":1000}`
 	for len(lines) > 0 { // as it comes
 		n := min(17, len(lines))
@@ -21,7 +22,10 @@ nonsense
 		}
 		lines = lines[n:]
 	}
-	want := map[string]float64{"api_server.process_startup_time_us": 900, "block.read_bytes": 150, "block_disk0.read_bytes": 50}
+	want := map[string]float64{
+		"api_server.process_startup_time_us": 900, "block.read_bytes": 150, "block_disk0.read_bytes": 50, "signals.sigsegv": 1, "signals.sigpipe": 2,
+		"vmm.panic_count": 1, "vmm.device_events": 2, "seccomp.num_faults": 1, "vhost_user_block_a.init_time_us": 7, "vhost_user_block_a.cfg_fails": 2,
+	}
 	if got := m.all(); !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v", got, want)
 	}

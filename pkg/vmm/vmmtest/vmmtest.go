@@ -70,7 +70,11 @@ const ownerEnv = "DRAFTER_VMMTEST_OWNER"
 func Program(t testing.TB, name, variable string) string {
 	t.Helper()
 	binary := os.Getenv(variable)
-	if binary == "" {
+	if binary != "" {
+		if _, err := os.Stat(binary); err != nil { // or else a misspelt one would be one that is not there
+			t.Fatalf("$%s: %v", variable, err)
+		}
+	} else {
 		binary, _ = exec.LookPath(name)
 	}
 	if binary == "" {
@@ -173,7 +177,7 @@ func (s *suite) boot(t *testing.T) {
 	kernel, initrd := s.guest.build(t)
 	spec, err := s.describe(ctx)
 	if err != nil {
-		t.Skipf("%s cannot be used here: %v", s.Backend.Name(), err)
+		t.Fatalf("%s cannot be used here: %v", s.Backend.Name(), err)
 	}
 	if err := s.Backend.Compatible(ctx, spec); err != nil {
 		t.Fatalf("Compatible with what Describe said just now: %v", err)

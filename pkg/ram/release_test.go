@@ -1,6 +1,7 @@
 package ram
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"testing"
@@ -170,5 +171,42 @@ func TestReleaseAbsent(t *testing.T) {
 	deliver(t, filler, contents(size, 1))
 	if got := v.ask(fmt.Sprintf("peek %d", 2*pageSize)); got != "9" {
 		t.Errorf("the page, used again, has %s, want 9", got)
+	}
+}
+
+// TestReleaseHostile: whatever a VMM says that it gives back, only pages of its own guest are freed, and nothing else becomes of it.
+func TestReleaseHostile(t *testing.T) {
+	const size = 16 * pageSize
+	for _, filling := range []bool{false, true} {
+		mem, err := Create("hostile", size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer mem.Close()
+		want := contents(size, 1)
+		if filling {
+			filler, err := mem.Receive(t.Context(), func(int64) {}, FillOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer filler.Close(t.Context())
+			deliver(t, filler, want)
+		} else if _, err := mem.Device().WriteAt(want, 0); err != nil {
+			t.Fatal(err)
+		}
+		const all = ^uint64(0)
+		for _, r := range [][2]uint64{
+			{size, 1}, {size, all}, {all - pageSize + 1, 2 * pageSize}, {all, all}, {1 << 63, 1 << 63}, {0, 0}, {0, all}, {size - pageSize, all},
+		} {
+			mem.release(r[0], r[1])
+		}
+		got := make([]byte, size)
+		if _, err := mem.Device().ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("filling %t: pages that were not given back are gone (%v)", filling, err)
+		}
+		mem.release(size-pageSize, 1<<62) // behind the end there is nothing
+		if _, err := mem.Device().ReadAt(got, 0); err != nil || !block.IsZero(got[size-pageSize:]) || block.IsZero(got[:pageSize]) {
+			t.Errorf("filling %t: of a range that goes beyond the end, the last page is not freed, or the first is (%v)", filling, err)
+		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"time"
@@ -147,16 +148,17 @@ const maxAnswer = 1 << 20
 // client speaks to one Firecracker. It is safe for concurrent use; Firecracker itself answers one request after the other.
 type client struct {
 	http http.Client
+	log  *slog.Logger
 }
 
-// newClient makes a client of the socket at a path. Nothing is connected yet.
-func newClient(socket string) *client {
-	return &client{http.Client{Transport: &http.Transport{
+// newClient makes a client of the socket at a path. Nothing is connected yet. What is said is logged for debugging.
+func newClient(socket string, log *slog.Logger) *client {
+	return &client{http: http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return dialSocket(ctx, socket)
 		},
 		DisableKeepAlives: true, // a Firecracker that was adopted has nobody else's connection
-	}}}
+	}}, log: log}
 }
 
 // dialSocket connects to a socket, and to nothing that a link in its place leads to: the folder may be that of a jailed Firecracker.
@@ -189,13 +191,14 @@ func (f *fault) Error() string {
 
 // call makes a request with a body, unless that is nil, and decodes the answer, unless result is nil.
 func (c *client) call(ctx context.Context, method, path string, body, result any) error {
+	var text []byte
 	var content io.Reader
 	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
+		var err error
+		if text, err = json.Marshal(body); err != nil {
 			return err
 		}
-		content = bytes.NewReader(b)
+		content = bytes.NewReader(text)
 	}
 	request, err := http.NewRequestWithContext(ctx, method, "http://localhost"+path, content)
 	if err != nil {
@@ -217,6 +220,7 @@ func (c *client) call(ctx context.Context, method, path string, body, result any
 	if err != nil {
 		return fmt.Errorf("%s %s: read the answer: %w", method, path, err)
 	}
+	c.log.Debug("Firecracker has answered", "request", method+" "+path, "body", string(text), "code", response.StatusCode, "answer", string(answer))
 	if response.StatusCode >= 300 {
 		var said struct {
 			FaultMessage string `json:"fault_message"`

@@ -110,6 +110,18 @@ func (r *recorder) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 // recorded makes a machine of a recorder.
 func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 	t.Helper()
+	r := &recorder{answers: map[string]string{"GET /": `200 {"state":"Paused","id":"x","app_name":"Firecracker","vmm_version":"1.10.1"}`}}
+	m, snapshot := served(t, cfg, r)
+	r.snapshot = func() {
+		r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform truncate on the memory backing file: Invalid argument"}`
+		snapshot()
+	}
+	return m, r
+}
+
+// served makes a machine of something that serves Firecracker's API. What a snapshot does to files is for that to have done.
+func served(t *testing.T, cfg vmm.Config, api http.Handler) (m *machine, snapshot func()) {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "fc-")
 	if err != nil {
 		t.Fatal(err)
@@ -119,12 +131,11 @@ func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &recorder{answers: map[string]string{"GET /": `200 {"state":"Paused","id":"x","app_name":"Firecracker","vmm_version":"1.10.1"}`}}
-	server := &http.Server{Handler: r}
+	server := &http.Server{Handler: api}
 	go server.Serve(l)
 	t.Cleanup(func() { server.Close() })
 	cfg.Dir, cfg.Logger, cfg.Graft = dir, vmmtest.Logger(t), func(do func() error) error { return do() }
-	m := newMachine(cfg, nil)
+	m = newMachine(cfg, nil)
 	for name, file := range map[string]**os.File{"saved": &m.saved, "loaded": &m.loaded} {
 		if *file, err = os.Create(filepath.Join(dir, name)); err != nil {
 			t.Fatal(err)
@@ -134,8 +145,7 @@ func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 		t.Fatal(err)
 	}
 	t.Cleanup(m.disconnect)
-	r.snapshot = func() {
-		r.answers["PUT /snapshot/create"] = `400 {"fault_message":"Create snapshot error: Cannot perform truncate on the memory backing file: Invalid argument"}`
+	return m, func() {
 		if _, err := m.saved.WriteAt(someState, 0); err != nil {
 			t.Error(err)
 		}
@@ -145,7 +155,6 @@ func recorded(t *testing.T, cfg vmm.Config) (*machine, *recorder) {
 			f.Close()
 		}
 	}
-	return m, r
 }
 
 // someState is device state as far as anybody can see.

@@ -79,9 +79,8 @@ var (
 )
 
 func newMachine(cfg vmm.Config, jail *jail) *machine {
-	m := &machine{
-		cfg: cfg, jail: jail, log: cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir), api: newClient(filepath.Join(cfg.Dir, apiSocket)), done: make(chan struct{}),
-	}
+	log := cfg.Logger.With("vmm", hypervisor, "dir", cfg.Dir)
+	m := &machine{cfg: cfg, jail: jail, log: log, api: newClient(filepath.Join(cfg.Dir, apiSocket), log), done: make(chan struct{})}
 	m.silenced, m.silence = context.WithCancel(context.Background())
 	return m
 }

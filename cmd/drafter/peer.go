@@ -332,6 +332,11 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return err
 	}
 	out.started(p)
+	if opts.laddr != "" || opts.control != "" {
+		if err := cfg.IndexBases(ctx); err != nil {
+			log.Warn("the VM cannot be sent as it is configured", "error", err)
+		}
+	}
 	open()
 	op.p = p
 	desk.put(op)
@@ -489,6 +494,9 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 	switch {
 	case reception != nil, opts.raddr != "" && !opts.boot:
 		if err := peer.CheckVacant(cfg); err != nil {
+			return nil, err
+		}
+		if err := cfg.IndexBases(ctx); err != nil {
 			return nil, err
 		}
 		from, dial, redial := transport.Redacted(opts.raddr), opts.dialFirst, opts.redial()

@@ -60,7 +60,7 @@ func (d peerDevice) device() (peer.Device, error) {
 		key string
 		set bool
 	}{
-		{"shared", d.Shared}, {"sharedbase", d.SharedBase}, {"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
+		{"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
 		{"s3bucket", d.S3Bucket != ""}, {"s3accesskey", d.S3AccessKey != ""}, {"s3secretkey", d.S3SecretKey != ""},
 	} {
 		if v.set {
@@ -90,6 +90,15 @@ func (d peerDevice) device() (peer.Device, error) {
 		DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: d.Base, Overlay: d.Overlay, State: d.State, BlockSize: d.BlockSize},
 		Policy:       policy,
 		Stationary:   d.MakeMigratable != nil && !*d.MakeMigratable,
+	}
+	device.Shared, device.SharedBase = d.Shared, d.SharedBase
+	if d.Shared { // it is given as it is
+		device.Overlay, device.State, d.Overlays = "", "", nil
+		if d.MakeMigratable != nil && !*d.MakeMigratable {
+			return peer.Device{}, usageErrorf("--devices: device %q: \"shared\" excludes \"makeMigratable\": false: what is shared does not travel, and both hosts prove that they have the same", d.Name)
+		}
+	} else if d.SharedBase && d.Overlay == "" && len(d.Overlays) == 0 {
+		return peer.Device{}, usageErrorf("--devices: device %q: \"sharedbase\" needs an overlay: without one the base is the device, and changes", d.Name)
 	}
 	if n := len(d.Overlays); n > 0 {
 		if d.Overlay != "" || d.State != "" {

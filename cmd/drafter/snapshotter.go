@@ -22,6 +22,7 @@ type snapshotterDevice struct {
 	Name   string `json:"name"`
 	Input  string `json:"input"`
 	Output string `json:"output"`
+	Shared bool   `json:"shared,omitempty"`
 }
 
 type snapshotterOptions struct {

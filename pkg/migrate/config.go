@@ -68,6 +68,9 @@ type SourceDevice struct {
 	// Base, if set, is the index of what Device was made from; it must be of Device's size. Where the destination's device
 	// starts as the same, only what differs is sent.
 	Base *BaseIndex
+	// RequireBase has a destination that does not start as Base be refused, before anything is sent, unless it is one that writes a VM down
+	// and has no bases. Needs Base.
+	RequireBase bool
 	// Changed, if set, returns the first range at or after off in which Device may differ from Base, and io.EOF when there
 	// is none, as [block.Overlay.NextChange] does. What lies between is not even read.
 	Changed func(off int64) (block.Range, error)
@@ -397,6 +400,9 @@ func (c *SourceConfig) check() error {
 		var err error
 		if d.Base != nil && d.Base.Size() != d.Device.Size() {
 			return fmt.Errorf("device %q has %d bytes and its base %d: it was not made from that", d.Name, d.Device.Size(), d.Base.Size())
+		}
+		if d.RequireBase && d.Base == nil {
+			return fmt.Errorf("device %q: its base is required, and not known: set SourceDevice.Base", d.Name)
 		}
 		if d.Policy, err = d.Policy.check(); err != nil {
 			return fmt.Errorf("device %q: %w", d.Name, err)

@@ -451,6 +451,8 @@ func (d *destination) offer(ctx context.Context, n int) ([]byte, error) {
 		return nil, nil
 	}
 	a.Copy = d.cfg.Copy
+	_, bases := d.cfg.Target.(BaseTarget)
+	a.Bare = !bases
 	if len(d.shared()) > 0 {
 		for _, dev := range d.devices {
 			a.Shared = append(a.Shared, dev.shared)

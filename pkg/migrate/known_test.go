@@ -437,6 +437,57 @@ func TestMoveFromOtherBase(t *testing.T) {
 	})
 }
 
+// TestMoveRequiresBase: a device whose base is to be there does not travel as a whole, but to who has none of any.
+func TestMoveRequiresBase(t *testing.T) {
+	for name, c := range map[string]struct {
+		spoil   func(*rig, *basedTarget)
+		refused bool
+	}{
+		"the same": {func(*rig, *basedTarget) {}, false},
+		"other contents": {func(_ *rig, to *basedTarget) {
+			base := to.bases["disk"]
+			_, _ = base.WriteAt([]byte("other"), base.Size()-5)
+		}, true},
+		"none":             {func(_ *rig, to *basedTarget) { delete(to.bases, "disk") }, true},
+		"not a BaseTarget": {func(r *rig, to *basedTarget) { r.dest.Target = to.target }, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			noLeak(t)
+			r := newRig(smallShape)
+			to := fromBases(t, r)
+			for i := range r.source.Devices {
+				r.source.Devices[i].RequireBase = r.source.Devices[i].Name == "disk"
+			}
+			c.spoil(r, to)
+			a, b := pipes(2)
+			o := r.move(t.Context(), a, b)
+			if !c.refused {
+				if r.verify(t, o) != "destination" {
+					t.Error(o.srcErr, o.dstErr)
+				}
+				return
+			}
+			if r.verify(t, o) != "source" {
+				t.Error("it has moved")
+			}
+			for _, err := range []error{o.srcErr, o.dstErr} {
+				if err == nil || !strings.Contains(err.Error(), `device "disk": the destination does not have the base`) {
+					t.Errorf("error is %v", err)
+				}
+			}
+			if o.src.DataBytes != 0 {
+				t.Errorf("%d bytes were sent before", o.src.DataBytes)
+			}
+		})
+	}
+	r := newRig(smallShape[:1])
+	r.source.Devices[0].RequireBase = true
+	a, _ := pipes(1)
+	if _, err := Send(t.Context(), a, r.source); err == nil || !strings.Contains(err.Error(), "set SourceDevice.Base") {
+		t.Errorf("without a base: %v", err)
+	}
+}
+
 // lyingTarget promises a base that it does not hold.
 type lyingTarget struct {
 	*basedTarget

@@ -416,6 +416,10 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 		if len(accept.Shared) > 0 && accept.Shared[i] && (d.Handle == "" || accept.Copy) {
 			return fmt.Errorf("%w: accept says that the destination has device %q itself, which was not offered", wire.ErrMalformed, d.Name)
 		}
+		has := func(list []bool) bool { return len(list) > 0 && list[i] }
+		if d.RequireBase && !accept.Bare && !has(accept.Based) && !has(accept.Shared) {
+			return Refuse("device %q: the destination does not have the base it is to have, of digest %s: bring it there, or let the device travel as a whole", d.Name, d.Base.Digest())
+		}
 	}
 	done()
 	s.agree(accept)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,43 +24,95 @@ import (
 // travels, which is no harm.
 const indexPatience = 3 * time.Second
 
-// index returns the index of a device's base, nil where there is none to be had.
-func (c Config) index(ctx context.Context, d runner.DeviceConfig) *migrate.BaseIndex {
-	if d.Overlay == "" {
-		return nil // the base is the device
+// index returns the index of a device's base, nil where there is none to be had. Of a device whose base is to be on both sides it takes as
+// long as it takes, and fails.
+func (c Config) index(ctx context.Context, d Device) (*migrate.BaseIndex, error) {
+	if d.Overlay == "" && !d.hasBase() {
+		return nil, nil // the base is the device
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, indexPatience, errors.New("it takes too long to read"))
-	defer cancel()
+	if !d.hasBase() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, indexPatience, errors.New("it takes too long to read"))
+		defer cancel()
+	}
 	cache := filepath.Join(filepath.Dir(d.Base), "."+filepath.Base(d.Base)+".index")
 	x, err := migrate.OpenBaseIndex(ctx, d.Base, cache, c.Logger)
-	if err != nil {
+	if err != nil && d.hasBase() {
+		return nil, fmt.Errorf("device %q: %w", d.Name, err)
+	} else if err != nil {
 		c.Logger.Info("all of a device travels, as its base is not known", "device", d.Name, "error", err)
-		return nil
+		return nil, nil
 	}
-	return x
+	return x, nil
+}
+
+// IndexBases works out the indexes of the bases that are to be on both sides of a migration (Device.SharedBase), and keeps them beside the bases, so that
+// no migration waits for that: each base is read once, some 0.3 s for each GiB of data that is in the page cache. A Receive does so, too, but the
+// source gives up within a minute.
+func (c Config) IndexBases(ctx context.Context) error {
+	c = c.withDefaults()
+	for _, d := range c.Devices {
+		if !d.hasBase() {
+			continue
+		}
+		if _, err := c.index(ctx, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// device is the configured one of that name.
+func (c Config) device(name string) (Device, bool) {
+	n := slices.IndexFunc(c.Devices, func(d Device) bool { return d.Name == name })
+	if n < 0 {
+		return Device{}, false
+	}
+	return c.Devices[n], true
 }
 
 // addBases names the bases of what is sent.
-func (p *Peer) addBases(ctx context.Context, sc *migrate.SourceConfig) {
+func (p *Peer) addBases(ctx context.Context, sc *migrate.SourceConfig) error {
 	opened := make(map[string]runner.Device)
 	for _, d := range p.instance.Devices() {
 		opened[d.Config.Name] = d
 	}
-	var g errgroup.Group
+	g, ctx := errgroup.WithContext(ctx)
 	for n := range sc.Devices {
 		d := &sc.Devices[n]
 		g.Go(func() error {
-			of := opened[d.Name]
-			if x := p.cfg.index(ctx, of.Config); x != nil && x.Size() == d.Device.Size() {
-				d.Base = x
-				if of.Overlay != nil {
-					d.Changed = of.Overlay.NextChange
-				}
+			c, ok := p.cfg.device(d.Name)
+			if !ok {
+				return nil
+			}
+			x, err := p.cfg.index(ctx, c)
+			if err != nil {
+				return err
+			}
+			d.RequireBase = c.hasBase()
+			if x == nil || x.Size() != d.Device.Size() {
+				return nil // it is refused if it is required
+			}
+			d.Base = x
+			if of := opened[d.Name]; of.Overlay != nil {
+				d.Changed = of.Overlay.NextChange
+			} else if c.Shared {
+				d.Changed = func(int64) (block.Range, error) { return block.Range{}, io.EOF }
 			}
 			return nil
 		})
 	}
-	_ = g.Wait() // they all return nil
+	return g.Wait()
+}
+
+// checkBases refuses a VM of whose devices a base is to be here, and that names none.
+func (t *target) checkBases(m *wire.Manifest) error {
+	for n, d := range m.Devices {
+		if c, ok := t.cfg.device(d.Name); ok && c.hasBase() && d.Base == "" && !t.shared[n] {
+			return migrate.Refuse("device %q: its base is to be on both hosts, and the source names none: give it there, too, or let the device travel as a whole", d.Name)
+		}
+	}
+	return nil
 }
 
 // Bases implements migrate.BaseTarget. A device that is to start as its base is made so here.
@@ -76,8 +129,22 @@ func (t *target) Bases(ctx context.Context, m *wire.Manifest) ([]*migrate.BaseIn
 			continue
 		}
 		g.Go(func() error {
-			x := t.cfg.index(ctx, d.Config)
+			c, ok := t.cfg.device(want.Name)
+			if !ok {
+				return nil
+			}
+			x, err := t.cfg.index(ctx, c)
+			if err != nil {
+				return err
+			}
 			if x == nil || x.Size() != want.Size || x.Digest().String() != want.Base {
+				if c.hasBase() {
+					return migrate.Refuse("device %q: its base is to be on both hosts, and they differ: the source's has digest %s and the destination's %s: bring one to the other, or let the device travel as a whole", want.Name, want.Base, x.Digest())
+				}
+				return nil
+			}
+			if c.Shared { // it is the base
+				out[n] = x
 				return nil
 			}
 			if err := becomeBase(ctx, d); err != nil {

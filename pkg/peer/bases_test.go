@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -87,17 +88,30 @@ func TestIndexOfBase(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if x := cfg.index(t.Context(), d.Config); x == nil || x.Digest() != want.Digest() {
-		t.Errorf("got %v, want %v", x, want.Digest())
+	device := Device{DeviceConfig: d.Config}
+	if x, err := cfg.index(t.Context(), device); err != nil || x.Digest() != want.Digest() {
+		t.Errorf("got %v, %v, want %v", x, err, want.Digest())
 	}
-	inPlace := d.Config
+	inPlace := device
 	inPlace.Overlay, inPlace.State = "", ""
-	if cfg.index(t.Context(), inPlace) != nil {
-		t.Error("a base that is written to has an index")
+	if x, err := cfg.index(t.Context(), inPlace); x != nil || err != nil {
+		t.Errorf("a base that is written to has the index %v, %v", x, err)
 	}
-	gone := d.Config
+	inPlace.Shared = true
+	if x, err := cfg.index(t.Context(), inPlace); err != nil || x.Digest() != want.Digest() {
+		t.Errorf("of a shared disk: %v, %v, want %v", x, err, want.Digest())
+	}
+	gone := device
 	gone.Base += "-gone"
-	if cfg.index(t.Context(), gone) != nil {
-		t.Error("a base that is not there has an index")
+	if x, err := cfg.index(t.Context(), gone); x != nil || err != nil {
+		t.Errorf("a base that is not there has the index %v, %v", x, err)
+	}
+	gone.SharedBase = true
+	if x, err := cfg.index(t.Context(), gone); x != nil || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("a base that is to be on both sides, and is not there: %v, %v", x, err)
+	}
+	cfg.Devices = []Device{device, gone}
+	if err := cfg.IndexBases(t.Context()); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), `"disk"`) {
+		t.Errorf("IndexBases: %v", err)
 	}
 }

@@ -30,7 +30,14 @@ type Device struct {
 	// Stationary devices do not travel: the destination has them already. An instance can be
 	// sent only if its stationary devices do not change while it runs: kernel, initrd, config.
 	Stationary bool
+
+	// SharedBase is of a device whose base is to be on both hosts: only what differs from it travels. Both prove that they hold the same, by
+	// its digest, and another is refused before the guest is disturbed. (Without it, too, what both are found to hold does not travel.)
+	SharedBase bool
 }
+
+// hasBase reports whether the other peer is to have the device's base, or all of it.
+func (d Device) hasBase() bool { return d.SharedBase || d.Shared }
 
 // Config is a peer's instance on this host.
 type Config struct {
@@ -477,7 +484,9 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if err != nil {
 		return &migrate.Report{}, err
 	}
-	p.addBases(ctx, &sc)
+	if err := p.addBases(ctx, &sc); err != nil {
+		return &migrate.Report{}, err
+	}
 	p.offerMemory(streams, &sc)
 	report, err := send(ctx, streams, sc)
 	if err != nil && !errors.Is(err, migrate.ErrInDoubt) && !errors.Is(err, migrate.ErrUnsettled) {
@@ -516,7 +525,11 @@ func (p *Peer) source() (migrate.SourceConfig, error) {
 	var devices []migrate.SourceDevice
 	for _, d := range p.cfg.Devices {
 		if of, ok := opened[d.Name]; ok && !d.Stationary {
-			devices = append(devices, migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy})
+			sent := migrate.SourceDevice{Name: d.Name, Device: of.Block, Tracker: of.Tracker, Policy: d.Policy}
+			if d.Shared {
+				sent.Tracker = nil // nobody writes it
+			}
+			devices = append(devices, sent)
 		}
 	}
 	id := wire.NewID()
@@ -709,6 +722,9 @@ func (t *target) Prepare(ctx context.Context, m *wire.Manifest) ([]block.Device,
 			incoming[n].Memory = t.takeMemory(d)
 		}
 		t.shared = append(t.shared, incoming[n].Memory != nil)
+	}
+	if err := t.checkBases(m); err != nil {
+		return nil, err
 	}
 	i, err := runner.Prepare(ctx, t.cfg.runner(), m.ID, desc, incoming)
 	if errors.Is(err, runner.ErrMismatch) {

@@ -138,6 +138,10 @@ type DeviceConfig struct {
 	// set or none is; they are created when both are absent.
 	Overlay, State string
 
+	// Shared is of a disk that others have, too, and that nobody writes: its machine was made with it read-only. It has no overlay, and is only
+	// read here, with what that means to who would write the file (see LockFile).
+	Shared bool
+
 	// BlockSize is the overlay's granularity in bytes: a power of two, at least 4096. Zero means 64 KiB.
 	BlockSize int64
 }

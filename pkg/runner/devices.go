@@ -71,6 +71,9 @@ func CheckDevices(devices []DeviceConfig) error {
 			}
 			paths = append(paths, l.Overlay, l.State)
 		}
+		if d.Shared && (!IsDisk(d.Name) || d.Overlay != "") {
+			return fmt.Errorf("device %q is shared: that can be a disk without an overlay, which all may only read", d.Name)
+		}
 		if len(d.Beneath) > 0 && d.Overlay == "" {
 			return fmt.Errorf("device %q is over overlay %q, which is only read, and has no overlay of its own: give it one", d.Name, d.Beneath[0].Overlay)
 		}
@@ -90,7 +93,7 @@ func CheckDevices(devices []DeviceConfig) error {
 
 // writable reports whether the instance changes the device, and so may not share its file with another.
 func (d DeviceConfig) writable() bool {
-	return IsDisk(d.Name) || d.Name == MemoryDevice || d.Name == StateDevice
+	return IsDisk(d.Name) && !d.Shared || d.Name == MemoryDevice || d.Name == StateDevice
 }
 
 // recordFile is the file that what is written to the device goes to; for a state device, the one its record is in.
@@ -114,7 +117,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 
 	inPlace := c.Overlay == ""
 	if _, err := os.Stat(c.Base); errors.Is(err, os.ErrNotExist) {
-		if mode != openReceive || !inPlace {
+		if mode != openReceive || !inPlace || c.Shared {
 			return nil, fmt.Errorf("its base %q does not exist: make the package first, or correct the path", c.Base)
 		}
 		if err := d.create(c.Base, size); err != nil {

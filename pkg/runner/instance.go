@@ -662,6 +662,9 @@ func (i *Instance) checkDisks() error {
 		if d.Size() != disk.Size {
 			return fmt.Errorf("disk %q has %d bytes (%q), the machine was made with %d: they belong to different packages", disk.Name, d.Size(), d.Base, disk.Size)
 		}
+		if d.Shared && !disk.ReadOnly {
+			return fmt.Errorf("disk %q is shared, and this machine can write it: make a snapshot in which it is shared, too, or give it an overlay instead", disk.Name)
+		}
 	}
 	for _, d := range i.devices {
 		if IsDisk(d.Name) && !inMachine[d.Name] {

@@ -182,7 +182,7 @@ func (i *Instance) CanPostpone(device string) bool {
 		return i.memory.Capabilities().Lazy
 	}
 	d := i.device(device)
-	return d != nil && d.served != nil
+	return d != nil && d.served != nil && !d.Shared // which is here
 }
 
 // Postpone declares, before Load, what of the devices arrives only while the guest runs, by device; devices of which

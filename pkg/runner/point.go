@@ -199,7 +199,7 @@ func (i *Instance) keepPoint() error {
 		return nil
 	}
 	for _, d := range i.devices {
-		if d.served == nil {
+		if d.served == nil || d.Shared { // nothing is written to it
 			continue
 		}
 		if info, err := os.Stat(d.Base); d.Overlay == "" && err == nil && !info.Mode().IsRegular() {

@@ -42,6 +42,9 @@ type Device struct {
 
 	// Output is the package's file.
 	Output string
+
+	// Shared makes a disk read-only in the guest, so that VMs made from the package can all have one file for it.
+	Shared bool
 }
 
 // Config is a snapshot to create. Backend and Devices must be set; the zero value of the rest is usable.
@@ -322,7 +325,10 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 			}
 			o.partial = append(o.partial, d.Output)
 		}
-		devices = append(devices, runner.DeviceConfig{Name: d.Name, Base: path})
+		if d.Shared && !runner.IsDisk(d.Name) {
+			return nil, fmt.Errorf("device %q: only a disk can be shared", d.Name)
+		}
+		devices = append(devices, runner.DeviceConfig{Name: d.Name, Base: path, Shared: d.Shared})
 		size := int64(0)
 		var err error
 		switch d.Name {
@@ -341,7 +347,7 @@ func (o *outputs) make(ctx context.Context, cfg Config, spec *vmm.Spec) ([]runne
 			if size == 0 || size%512 != 0 {
 				return nil, fmt.Errorf("device %q: %q has %d bytes; a disk is a multiple of 512 bytes", d.Name, cmp.Or(d.Input, d.Output), size)
 			}
-			spec.Disks = append(spec.Disks, vmm.Disk{Name: d.Name, Size: size})
+			spec.Disks = append(spec.Disks, vmm.Disk{Name: d.Name, Size: size, ReadOnly: d.Shared})
 		}
 	}
 	slices.SortStableFunc(spec.Disks, func(a, b vmm.Disk) int { return cmp.Compare(diskRank(a.Name), diskRank(b.Name)) })

@@ -17,6 +17,8 @@ type Accept struct {
 	// Based says, for each device of the manifest, whether it holds the base that the manifest names for it, so that only
 	// what differs from it need come. Empty: none.
 	Based []bool `json:"based,omitempty"`
+	// Bare says that the destination makes its devices anew, and has bases of none.
+	Bare bool `json:"bare,omitempty"`
 	// Shared says, for each device of the manifest, whether the destination has it itself, by its handle: nothing of it comes. Empty:
 	// none.
 	Shared []bool `json:"shared,omitempty"`

@@ -151,7 +151,8 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 		{Name: "state", Output: out("state")}, {Name: "memory", Output: out("memory")}, {Name: "config", Output: out("config")},
 		{Name: "kernel", Input: kernel, Output: out("kernel")}, {Name: "initrd", Input: initrd, Output: out("initrd")},
 	}
-	for _, name := range append([]string{"disk"}, extraDisks...) {
+	for _, name := range append([]string{"disk"}, extraDisks...) { // "shared:NAME" is one that its guest may only read
+		name, shared := strings.CutPrefix(name, "shared:")
 		blank := filepath.Join(dir, name+".blank")
 		if err := os.WriteFile(blank, nil, 0o600); err != nil {
 			t.Fatal(err)
@@ -159,7 +160,7 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 		if err := os.Truncate(blank, diskSize); err != nil {
 			t.Fatal(err)
 		}
-		devices = append(devices, snapshot.Device{Name: name, Input: blank, Output: out(name)})
+		devices = append(devices, snapshot.Device{Name: name, Input: blank, Output: out(name), Shared: shared})
 	}
 
 	ctx, cancel := context.WithCancel(newContext(t))

@@ -1,7 +1,14 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -147,5 +154,134 @@ func commit(t *testing.T, c runner.DeviceConfig) {
 	}
 	if err := o.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+// share makes a device of a configuration the file at path, which is shared.
+func share(cfg *peer.Config, name, path string) {
+	for i := range cfg.Devices {
+		if d := &cfg.Devices[i]; d.Name == name {
+			d.DeviceConfig = runner.DeviceConfig{Name: name, Base: path, Shared: true}
+		}
+	}
+}
+
+// TestSharedDisk: VMs have one file as a disk, none writes it, and it does not travel. Nor does a base that is to be on both hosts. Hosts that have
+// something else are found out before the guest notices anything.
+func TestSharedDisk(t *testing.T) {
+	g := newGuest(t, "shared:media")
+	ctx := newContext(t)
+	dir := shortDir(t)
+	media := filepath.Join(dir, "media")
+	content := make([]byte, diskSize)
+	for i := range content {
+		content[i] = byte(i*i>>11 ^ i)
+	}
+	copyOf := func(name string, change int) string {
+		t.Helper()
+		path := filepath.Join(dir, name)
+		changed := bytes.Clone(content)
+		changed[diskSize/2] += byte(change)
+		if err := os.WriteFile(path, changed, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	copyOf("media", 0)
+
+	var peers []*peer.Peer
+	var consoles []*testguest.Console
+	for range 2 {
+		g.console = newConsole(t)
+		cfg := g.config(t, shortDir(t))
+		share(&cfg, "media", media)
+		p, err := peer.Resume(ctx, cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { p.Close(context.WithoutCancel(t.Context())) }()
+		peers, consoles = append(peers, p), append(consoles, g.console)
+	}
+	sums := make([]string, 2)
+	for n, c := range consoles {
+		g.console = c
+		sums[n] = g.do(t, fmt.Sprintf("disk media sum %d 1048576", diskSize/2))
+		if answer, err := c.Do(ctx, "disk media write 0 4096 1"); err == nil {
+			t.Errorf("a guest has written a shared disk: %s", answer)
+		}
+	}
+	if sums[0] != sums[1] {
+		t.Errorf("the guests see %s and %s", sums[0], sums[1])
+	}
+	if got, err := os.ReadFile(media); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("the shared file has changed (%v)", err)
+	}
+	if lock, err := runner.LockFile(media, true); err == nil {
+		lock.Close()
+		t.Error("somebody who would write the shared file may have it")
+	}
+
+	// To hosts on which it is another, or the base of the root disk is.
+	g.console = consoles[0]
+	p := peers[0]
+	g.do(t, "put /name first")
+	attempt := func(to peer.Config) error {
+		t.Helper()
+		a, b := net.Pipe()
+		defer a.Close()
+		defer b.Close()
+		received := make(chan error, 1)
+		go func() {
+			other, _, err := peer.Receive(ctx, to, []io.ReadWriter{b})
+			if err == nil {
+				other.Close(context.WithoutCancel(t.Context()))
+			}
+			received <- err
+		}()
+		_, err := p.Send(ctx, []io.ReadWriter{a})
+		return errors.Join(err, <-received)
+	}
+	other := g.config(t, shortDir(t))
+	share(&other, "media", copyOf("other", 1))
+	if err := attempt(other); err == nil || !strings.Contains(err.Error(), `device "media": its base is to be on both hosts, and they differ`) {
+		t.Errorf("to a host with another file: %v", err)
+	}
+	elsewhere := g.config(t, shortDir(t))
+	share(&elsewhere, "media", copyOf("copy", 0))
+	for i := range elsewhere.Devices {
+		if d := &elsewhere.Devices[i]; d.Name == "disk" {
+			d.Base, d.SharedBase = copyOf("disk", 0), true
+		}
+	}
+	if err := attempt(elsewhere); err == nil || !strings.Contains(err.Error(), `device "disk": its base is to be on both hosts, and they differ`) {
+		t.Errorf("to a host with another base: %v", err)
+	}
+	if got := g.do(t, "cat /name"); !strings.Contains(got, "first") {
+		t.Errorf("after moves that were refused its name is %s", got)
+	}
+
+	// To one that has a copy.
+	to := g.config(t, shortDir(t))
+	share(&to, "media", copyOf("copy", 0))
+	for i := range to.Devices {
+		to.Devices[i].SharedBase = to.Devices[i].Name == "disk"
+	}
+	moved, report := move(t, p, to)
+	defer moved.Close(context.WithoutCancel(t.Context()))
+	if report.SameBytes < diskSize || report.DataBytes > diskSize/2 {
+		t.Errorf("%d bytes were the same, and %d were sent, of disks of %d bytes", report.SameBytes, report.DataBytes, diskSize)
+	}
+	if got := g.do(t, fmt.Sprintf("disk media sum %d 1048576", diskSize/2)); got != sums[0] {
+		t.Errorf("after the move the shared disk is %s, want %s", got, sums[0])
+	}
+	if left, err := filepath.Glob(media + ".*"); err != nil || len(left) > 0 {
+		t.Errorf("beside the shared file there is %q (%v)", left, err)
+	}
+
+	// What can be written cannot be shared.
+	wrong := g.config(t, shortDir(t))
+	share(&wrong, "disk", media)
+	if _, err := peer.Resume(ctx, wrong); err == nil || !strings.Contains(err.Error(), `disk "disk" is shared, and this machine can write it`) {
+		t.Errorf("sharing a disk that can be written: %v", err)
 	}
 }

@@ -92,11 +92,8 @@ func (d peerDevice) device() (peer.Device, error) {
 		Stationary:   d.MakeMigratable != nil && !*d.MakeMigratable,
 	}
 	device.Shared, device.SharedBase = d.Shared, d.SharedBase
-	if d.Shared { // it is given as it is
-		device.Overlay, device.State, d.Overlays = "", "", nil
-		if d.MakeMigratable != nil && !*d.MakeMigratable {
-			return peer.Device{}, usageErrorf("--devices: device %q: \"shared\" excludes \"makeMigratable\": false: what is shared does not travel, and both hosts prove that they have the same", d.Name)
-		}
+	if d.Shared { // it is given as it is, and does not travel, but both hosts prove that they have the same
+		device.Overlay, device.State, d.Overlays, device.Stationary = "", "", nil, false
 	} else if d.SharedBase && d.Overlay == "" && len(d.Overlays) == 0 {
 		return peer.Device{}, usageErrorf("--devices: device %q: \"sharedbase\" needs an overlay: without one the base is the device, and changes", d.Name)
 	}

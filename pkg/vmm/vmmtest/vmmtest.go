@@ -532,7 +532,7 @@ func (s *suite) testSlowConsole(t *testing.T) {
 		channel.do(t, "say "+text)
 	}
 	close(stuck)
-	if _, err := console.Line(ctx, text); err != nil {
+	if _, err := console.Line(testContext(t), text); err != nil { // all of that may have taken long
 		t.Error(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
@@ -284,4 +285,80 @@ func TestSharedDisk(t *testing.T) {
 	if _, err := peer.Resume(ctx, wrong); err == nil || !strings.Contains(err.Error(), `disk "disk" is shared, and this machine can write it`) {
 		t.Errorf("sharing a disk that can be written: %v", err)
 	}
+}
+
+// TestCommandDevice: an instance is looked at while it runs and after, goes on in another, which becomes independent of it, and then the package.
+func TestCommandDevice(t *testing.T) {
+	w := newWorkshop(t)
+	w.pack(t)
+	w.checkClean(t)
+	device := func(status int, command, instance string, more ...string) (stdout, stderr string) {
+		t.Helper()
+		var out bytes.Buffer
+		args := append([]string{"device", command, "--package", w.path("package"), "--instance", w.path(instance)}, more...)
+		c := w.startWith(t, nil, &out, args...)
+		c.wait(t, status)
+		return out.String(), c.said()
+	}
+	says := func(text string, want ...string) {
+		t.Helper()
+		for _, s := range want {
+			if !strings.Contains(text, s) {
+				t.Errorf("it does not say %q:\n%s", s, text)
+			}
+		}
+	}
+	// lives starts a peer, has its guest do something, and closes it.
+	lives := func(instance string, work func(), more ...string) {
+		t.Helper()
+		c := w.start(t, w.console, w.peer("package", instance, more...)...)
+		c.waitFor(t, "Resumed VM")
+		work()
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+		w.checkClean(t)
+	}
+
+	var written string
+	lives("work", func() {
+		w.do(t, "put /name work")
+		written = w.do(t, "disk disk write 0 65536 7")
+		text, _ := device(0, "inspect", "work", "disk")
+		says(text, "64 MiB", "64 KiB blocks", "in use")
+		_, errs := device(1, "commit", "work", "--all")
+		says(errs, "its peer, or the machine that a killed peer has left, runs it")
+	})
+	text, _ := device(0, "inspect", "work")
+	says(text, "memory ", "disk ", "64 KiB blocks: 1 held, 0 zero, of 1024")
+	text, _ = device(0, "map", "work", "disk")
+	says(text, "disk: 64 MiB", "0 B │▅·····")
+	text, _ = device(0, "verify", "work")
+	says(text, "state: ok", "memory: ok", "disk: ok")
+
+	parent := []string{"--parent", w.path("work")}
+	name := func(want string) {
+		t.Helper()
+		if got := w.do(t, "cat /name"); !strings.Contains(got, want) {
+			t.Errorf("the guest's name is %s, want %s", got, want)
+		}
+		if got := w.do(t, "disk disk sum 0 65536"); got != written {
+			t.Errorf("its disk has %s, want %s", got, written)
+		}
+	}
+	lives("fork", func() {
+		name("work")
+		w.do(t, "put /name fork")
+	}, parent...)
+	whole, _ := device(0, "verify", "fork", parent...)
+	device(0, "rebase", "fork", append([]string{"--all", "--to-package", w.path("package")}, parent...)...)
+	if alone, _ := device(0, "verify", "fork"); alone != whole {
+		t.Errorf("without its parent it is\n%swith it it was\n%s", alone, whole)
+	}
+	lives("fork", func() { name("fork") })
+	device(0, "commit", "fork", "--all")
+	lives("", func() { name("fork") })
+	if c := w.start(t, nil, w.peer("package", "work")...); true {
+		says(c.wait(t, 1), "changed since the overlay was made", "drafter device rebase --same-contents")
+	}
+	w.checkClean(t)
 }

@@ -46,6 +46,7 @@ type peerOptions struct {
 	rollback      bool
 	verify        bool
 	clone         bool
+	onDemand      bool
 }
 
 func newPeerCommand() *cobra.Command {
@@ -112,6 +113,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
 	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state (hooks see DRAFTER_CLONE=true)")
+	flags.BoolVar(&opts.onDemand, "memory-on-demand", false, "bring no more of the memory than the guest touches, until the instance is sent (default: with --clone)")
 	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
 	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
@@ -149,6 +151,11 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--clone excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots shares no state with others")
 	case opts.keepPoint && opts.boot:
 		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
+	}
+	if !cmd.Flags().Changed("memory-on-demand") {
+		opts.onDemand = opts.clone && !opts.hugePages
+	} else if opts.onDemand && opts.hugePages {
+		return usageErrorf("--memory-on-demand excludes --huge-pages: memory is put into huge pages when all of it is here; choose one")
 	}
 	if opts.profiles && opts.metrics == "" {
 		return usageErrorf("--pprof needs --metrics: the address at which profiles are served")
@@ -222,7 +229,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Clone: opts.clone, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, Clone: opts.clone, MemoryOnDemand: opts.onDemand, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 	if opts.metrics != "" {

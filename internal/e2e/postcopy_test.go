@@ -214,7 +214,8 @@ func TestCommandPostCopy(t *testing.T) {
 			(*src).waitFor(t, "Adopted VM on ")
 			(*dst).waitFor(t, "Adopted VM on ")
 		}},
-		{"source gone for long", false, []string{"--rescue-timeout", "2s"}, func(t *testing.T, link *slowLink, src, dst **command) {
+		// The agent, which waits for what does not come, is waited for.
+		{"source gone for long", false, []string{"--rescue-timeout", "2s", "--resume-timeout", "10s"}, func(t *testing.T, link *slowLink, src, dst **command) {
 			(*src).Process.Kill()
 			(*src).wait(t, -1)
 			(*dst).waitFor(t, "The VM is frozen")

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 )
 
 // Commit writes what the overlay holds to its base, which must be writable, and leaves the overlay empty. The device reads the
@@ -30,7 +29,13 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 	if err := o.writeState(header, o.states.runs(o.blocks)); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	if err := o.copyOwn(ctx, o.base, progress); err != nil {
+	blocks := o.Blocks()
+	done, total := int64(0), (blocks.Held+blocks.Zero)*o.blockSize
+	if err := CopyRanges(ctx, o.base, o, o.nextOwn, func(n int64) {
+		if done += n; progress != nil {
+			progress(min(done, total), total)
+		}
+	}); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
 	if err := errors.Join(o.base.Flush(), o.syncBase()); err != nil {
@@ -66,36 +71,6 @@ func (o *Overlay) begin(verb string) error {
 func (o *Overlay) end() {
 	o.flushing.Unlock()
 	o.locks.unlock(0, stripeCount-1)
-}
-
-// copyOwn writes to dst all blocks that are not of the base.
-func (o *Overlay) copyOwn(ctx context.Context, dst Device, progress func(done, total int64)) error {
-	blocks := o.Blocks()
-	done, total := int64(0), (blocks.Held+blocks.Zero)*o.blockSize
-	buffer := make([]byte, copyBufferSize)
-	for off := int64(0); ; {
-		r, err := o.nextOwn(off)
-		if err == io.EOF {
-			return nil
-		}
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			return err
-		}
-		p := buffer[:min(r.Length, copyBufferSize)]
-		if _, err := o.ReadAt(p, r.Offset); err != nil && err != io.EOF {
-			return err
-		}
-		if err := writeSparse(dst, p, r.Offset, false); err != nil {
-			return err
-		}
-		off = r.Offset + int64(len(p))
-		if done += int64(len(p)); progress != nil {
-			progress(min(done, total), total)
-		}
-	}
 }
 
 // RebaseOptions say what an overlay is put over.

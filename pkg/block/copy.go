@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"sync"
@@ -95,6 +96,69 @@ func Copy(ctx context.Context, dst, src Device, opts CopyOptions) error {
 		return fmt.Errorf("copy device: %w", err)
 	}
 	progress(src.Size())
+	return nil
+}
+
+// CopyRanges makes parts of dst read as those of src, and leaves the rest of dst as it is. The parts are those that next returns: the first at or after
+// an offset, until io.EOF. Holes of src become holes. Nothing is flushed. Progress, if not nil, is called with the bytes that were done
+// since the last call. When it fails, or ctx is cancelled, dst holds some of the parts.
+func CopyRanges(ctx context.Context, dst, src Device, next func(off int64) (Range, error), progress func(n int64)) error {
+	buffer := make([]byte, copyBufferSize)
+	for off := int64(0); ; {
+		part, err := next(off)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		for off = part.Offset; off < part.End(); {
+			if err := ctx.Err(); err != nil {
+				return err
+			}
+			data, err := NextData(src, off)
+			if err == io.EOF {
+				data.Offset = part.End()
+			} else if err != nil {
+				return err
+			}
+			start := min(data.Offset, part.End())
+			if err := discardData(dst, off, start); err != nil {
+				return err
+			}
+			p := buffer[:min(data.End(), part.End(), start+copyBufferSize)-start]
+			if err := readFull(src, p, start); err != nil {
+				return err
+			}
+			if err := writeSparse(dst, p, start, false); err != nil {
+				return err
+			}
+			end := start + int64(len(p))
+			if progress != nil {
+				progress(end - off)
+			}
+			off = end
+		}
+	}
+}
+
+// discardData discards what may be data of d from off to end.
+func discardData(d Device, off, end int64) error {
+	for off < end {
+		r, err := NextData(d, off)
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		off = min(r.End(), end)
+		if n := off - r.Offset; n > 0 {
+			if err := d.Discard(r.Offset, n); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
 }
 

@@ -47,8 +47,8 @@ type Config struct {
 	Host    runner.Host  // where machines run on this host
 	Hooks   runner.Hooks // called on the way; nil ones are left out
 
-	// ForceOwner and Clone are those of runner.Config.
-	ForceOwner, Clone bool
+	// ForceOwner, Clone and MemoryOnDemand are those of runner.Config.
+	ForceOwner, Clone, MemoryOnDemand bool
 
 	// KeepCommitPoint and Rollback are those of runner.Config.
 	KeepCommitPoint, Rollback bool
@@ -98,7 +98,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, MemoryOnDemand: c.MemoryOnDemand, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)
@@ -484,7 +484,11 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if err != nil {
 		return &migrate.Report{}, err
 	}
-	if err := p.addBases(ctx, &sc); err != nil {
+	err = p.instance.BringMemory(ctx)
+	if err == nil {
+		err = p.addBases(ctx, &sc)
+	}
+	if err != nil {
 		return &migrate.Report{}, err
 	}
 	p.offerMemory(streams, &sc)

@@ -95,8 +95,8 @@ func BenchmarkFault(b *testing.B) {
 		name string
 		opts FillOptions
 	}{
-		{"quiet", FillOptions{demandOnly: true, ReadAround: -1}},
-		{"read around", FillOptions{demandOnly: true}},
+		{"quiet", FillOptions{OnDemand: true, ReadAround: -1}},
+		{"read around", FillOptions{OnDemand: true}},
 		{"full background", FillOptions{}},
 		{"full background, no read around", FillOptions{ReadAround: -1}},
 		{"full background, chunk=64K", FillOptions{Chunk: 64 << 10}},

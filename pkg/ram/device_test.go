@@ -17,7 +17,7 @@ func TestDevice(t *testing.T) {
 	for name, fill := range map[string]func(t *testing.T, mem *Memory){
 		"filling": func(t *testing.T, mem *Memory) { startFill(t, mem, newSource(content), FillOptions{}) },
 		"filling on demand": func(t *testing.T, mem *Memory) {
-			startFill(t, mem, newSource(content), FillOptions{demandOnly: true})
+			startFill(t, mem, newSource(content), FillOptions{OnDemand: true})
 		},
 		"receiving": func(t *testing.T, mem *Memory) {
 			requests := make(chan int64, mem.Size()/pageSize)

@@ -48,8 +48,9 @@ type FillOptions struct {
 	// may be called by several goroutines. Nil: see Filler.Err.
 	OnError func(error)
 
-	// demandOnly leaves out the background, but for reading around, for tests that want to see faults.
-	demandOnly bool
+	// OnDemand brings what is demanded, with what is around it, and what is known to be zero, and nothing else until [Filler.Rest] is called:
+	// for a guest that is to take no more memory than it uses. Fill only.
+	OnDemand bool
 }
 
 func (o FillOptions) withDefaults() FillOptions {
@@ -116,6 +117,9 @@ type Filler struct {
 	latency                                                         histogram
 
 	nearby chan span // what the background should do next, because a page of it was demanded; dropped when full
+
+	rest     chan struct{} // closed when all is wanted
+	wantRest sync.Once
 }
 
 // Fill brings the contents of src into the memory: at once where the guest touches them, the rest in the background.
@@ -156,7 +160,7 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 		m: m, src: src, request: request, opts: opts.withDefaults(),
 		present: newBitmap(pages), claimed: newBitmap(pages),
 		complete: make(chan struct{}), ready: make(chan struct{}), done: make(chan struct{}),
-		wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1), nearby: make(chan span, 4),
+		wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1), nearby: make(chan span, 4), rest: make(chan struct{}),
 	}
 	f.changed.L = &f.mu
 	f.extents, _ = src.(block.Extents)
@@ -178,11 +182,13 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 		close(f.complete)
 	} else if src != nil {
 		f.work.Go(f.retry)
-		if f.opts.demandOnly {
-			f.work.Go(func() { f.load(nil, f.ctx.Done()) })
-		} else {
-			f.work.Go(f.stream)
-		}
+		f.work.Go(func() {
+			if f.opts.OnDemand {
+				f.bringZeros()
+				f.load(nil, f.rest)
+			}
+			f.stream()
+		})
 	}
 	var ended <-chan struct{}
 	if m.handle != nil {
@@ -836,6 +842,35 @@ func (f *Filler) pass() (again bool) {
 	return f.remaining.Load() > 0
 }
 
+// bringZeros brings what the source is known to have no data for.
+func (f *Filler) bringZeros() {
+	pages := f.present.limit
+	for page := int64(0); f.extents != nil && page < pages && f.ctx.Err() == nil; {
+		r, err := f.extents.NextData(page * pageSize)
+		if errors.Is(err, io.EOF) {
+			r = block.Range{Offset: pages * pageSize}
+		} else if err != nil {
+			return // it will show in a read
+		}
+		f.putZeros(page, min(r.Offset/pageSize, pages))
+		page = max(page+1, (r.End()+pageSize-1)/pageSize)
+	}
+}
+
+// Rest has everything be brought that was left out on demand. It may be called again.
+func (f *Filler) Rest() { f.wantRest.Do(func() { close(f.rest) }) }
+
+// NextPresent is the first range at or after off of what is there, and io.EOF when there is none. The rest is the source's.
+func (f *Filler) NextPresent(off int64) (block.Range, error) {
+	lo := f.present.next(off/pageSize, f.present.limit, true)
+	if lo >= f.present.limit {
+		return block.Range{}, io.EOF
+	}
+	hi := f.present.next(lo, f.present.limit, false)
+	start := max(lo*pageSize, off)
+	return block.Range{Offset: start, Length: hi*pageSize - start}, nil
+}
+
 // load brings spans, and whatever is nearby a demanded page first, until spans or done is closed. It reports whether all
 // went well.
 func (f *Filler) load(spans <-chan span, done <-chan struct{}) bool {
@@ -853,6 +888,7 @@ func (f *Filler) load(spans <-chan span, done <-chan struct{}) bool {
 				more = true
 			case s, more = <-spans:
 			case <-done:
+			case <-f.ctx.Done():
 			}
 		}
 		if !more {

@@ -204,7 +204,7 @@ func TestFillDemandOnly(t *testing.T) {
 		mem := create(t, testSize)
 		v := startVMM(t, mem, Options{})
 		v.attach(mem)
-		f := startFill(t, mem, newSource(contents(testSize, 1)), FillOptions{demandOnly: true, ReadAround: around})
+		f := startFill(t, mem, newSource(contents(testSize, 1)), FillOptions{OnDemand: true, ReadAround: around})
 		if got := v.ask("verify 1 4"); got != "0" {
 			t.Errorf("the VMM found %s wrong pages", got)
 		}
@@ -402,7 +402,7 @@ func TestFillBalloon(t *testing.T) {
 	mem := create(t, 1<<20)
 	v := startVMM(t, mem, Options{})
 	v.attach(mem)
-	f := startFill(t, mem, newSource(contents(1<<20, 1)), FillOptions{demandOnly: true})
+	f := startFill(t, mem, newSource(contents(1<<20, 1)), FillOptions{OnDemand: true})
 	if got := v.ask("peek 8192"); got == "0" {
 		t.Error("page 2 is zero")
 	}
@@ -640,7 +640,7 @@ func TestFillStrayFaults(t *testing.T) {
 	mem := create(t, size)
 	v := startVMM(t, mem, Options{})
 	v.attach(mem)
-	f := startFill(t, mem, newSource(contents(size, 1)), FillOptions{demandOnly: true})
+	f := startFill(t, mem, newSource(contents(size, 1)), FillOptions{OnDemand: true})
 	v.do("stray")
 	for page := range 8 {
 		if got, want := v.ask("peek %d", page*pageSize), contents(size, 1)[page*pageSize]; got != strconv.Itoa(int(want)) {

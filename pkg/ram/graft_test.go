@@ -262,7 +262,7 @@ func TestGraftTracks(t *testing.T) {
 	mem, v := grafted(t, size)
 	defer mem.Close()
 	src := contents(size, 1)
-	filler, err := mem.Fill(t.Context(), bytes.NewReader(src), FillOptions{demandOnly: true})
+	filler, err := mem.Fill(t.Context(), bytes.NewReader(src), FillOptions{OnDemand: true})
 	if err != nil {
 		t.Fatal(err)
 	}

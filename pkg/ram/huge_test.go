@@ -67,7 +67,7 @@ func TestCollapse(t *testing.T) {
 	}
 	collapses(0, "empty")
 	want := contents(size, 1)
-	filler, err := mem.Fill(t.Context(), newSource(want), FillOptions{demandOnly: true})
+	filler, err := mem.Fill(t.Context(), newSource(want), FillOptions{OnDemand: true})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -120,7 +120,7 @@ func TestQEMU(t *testing.T) {
 				t.Fatal(err)
 			}
 			data := contents(size, 1)
-			f := startFill(t, mem, newSource(data), FillOptions{demandOnly: true})
+			f := startFill(t, mem, newSource(data), FillOptions{OnDemand: true})
 			for _, addr := range []int64{48 << 20, 3 * pageSize, 4*pageSize - 8, 63<<20 + 100} {
 				if got := q.bytesAt(addr, 16); !bytes.Equal(got, data[addr:addr+16]) {
 					t.Errorf("guest has %x at %#x, want %x", got, addr, data[addr:addr+16])

@@ -251,10 +251,20 @@ func restoreSaved(state *device) error {
 // fill has memory filled from its device, lazily. Resumed is the filling that another process began.
 func (i *Instance) fill(ctx context.Context, resumed bool) (err error) {
 	// It goes on when the call that started it, and with that its context, is over.
-	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{Resume: resumed, OnError: func(err error) {
+	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{Resume: resumed, OnDemand: i.cfg.MemoryOnDemand, OnError: func(err error) {
 		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
 	}})
+	i.onDemand = err == nil && i.cfg.MemoryOnDemand
 	return err
+}
+
+// BringMemory brings what Config.MemoryOnDemand has left out of the memory, and returns when all of it is there.
+func (i *Instance) BringMemory(ctx context.Context) error {
+	if !i.onDemand {
+		return nil
+	}
+	i.filler.Rest()
+	return i.filler.Wait(ctx)
 }
 
 // AgentOwed reports whether the guest's agent is still to be told that the guest runs, by AfterResume. It is so after the

@@ -219,6 +219,11 @@ type Config struct {
 	// must be unique. Without it they hear that the guest goes on.
 	Clone bool
 
+	// MemoryOnDemand has Resume bring no more of the memory than the guest touches, and what is around that, until the instance is sent: for many
+	// that run from one package, of which each takes the memory that it uses. Otherwise all of it is brought, in the background. What
+	// was never brought is not written when the instance is saved.
+	MemoryOnDemand bool
+
 	// KeepCommitPoint has the instance keep what it takes to return to what it is when it begins to run here: by Resume, or after
 	// Prepare when all of it has arrived. Disks are written to layers then, which are folded in when the instance is saved.
 	// Memory that is received is written to its device as it comes, too. Boot knows no commit point.

@@ -86,6 +86,8 @@ type Instance struct {
 	foreign bool     // the memory is that of a source on this host, whose guest uses it until this instance is ours
 	memory  *ram.Memory
 	filler  *ram.Filler // nil unless memory is filled lazily
+	// onDemand says that the filler brings only what is touched, from the memory's device. It does not change once the guest runs.
+	onDemand bool
 	disks   []diskServer
 
 	diskConnection *os.File // of disks that are mounted: the machine holds it, too
@@ -1636,7 +1638,13 @@ func (i *Instance) save(ctx context.Context) error {
 		if memory.Overlay == "" {
 			return block.ReplaceFile(ctx, memory.Base, i.memory.Device())
 		}
-		if err := block.Copy(ctx, memory.Device, i.memory.Device(), block.CopyOptions{}); err != nil {
+		var err error
+		if i.onDemand { // what it has not brought is there
+			err = block.CopyRanges(ctx, memory.Device, i.memory.Device(), i.filler.NextPresent, nil)
+		} else {
+			err = block.Copy(ctx, memory.Device, i.memory.Device(), block.CopyOptions{})
+		}
+		if err != nil {
 			return err
 		}
 		return memory.Flush()

@@ -152,32 +152,10 @@ func (d *device) fold(ctx context.Context) error {
 	if err := from.Flush(); err != nil {
 		return err
 	}
-	buffer := make([]byte, 1<<20)
-	for off := int64(0); ; {
-		r, err := from.NextChange(off)
-		if err == io.EOF {
-			return d.Flush()
-		}
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			return err
-		}
-		p := buffer[:min(r.Length, int64(len(buffer)))]
-		if n, err := from.ReadAt(p, r.Offset); n < len(p) {
-			return err
-		}
-		if block.IsZero(p) {
-			err = d.Discard(r.Offset, int64(len(p)))
-		} else {
-			_, err = d.WriteAt(p, r.Offset)
-		}
-		if err != nil {
-			return err
-		}
-		off = r.Offset + int64(len(p))
+	if err := block.CopyRanges(ctx, d, from, from.NextChange, nil); err != nil {
+		return err
 	}
+	return d.Flush()
 }
 
 // dropLayers removes what void layers have left.

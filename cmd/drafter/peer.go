@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
@@ -47,6 +48,7 @@ type peerOptions struct {
 	verify        bool
 	clone         bool
 	onDemand      bool
+	hostName      string
 }
 
 func newPeerCommand() *cobra.Command {
@@ -112,7 +114,8 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.StringVar(&opts.report, "report", "", "file to write the reports of migrations to, one JSON object a line")
 	flags.BoolVar(&opts.boot, "boot", false, "boot the instance from its disks instead of resuming its memory: after a power loss (with --raddr: what had not arrived of them is fetched there)")
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
-	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state (hooks see DRAFTER_CLONE=true)")
+	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state: it takes another machine-id, and hooks see DRAFTER_CLONE=true")
+	flags.StringVar(&opts.hostName, "host-name", "", "what the guest is called from when the instance is resumed on, by its agent (empty: as before)")
 	flags.BoolVar(&opts.onDemand, "memory-on-demand", false, "bring no more of the memory than the guest touches, until the instance is sent (default: with --clone)")
 	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
 	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
@@ -149,6 +152,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--rollback excludes --force-owner: only an instance that belongs here can return to its commit point")
 	case opts.clone && (opts.raddr != "" || opts.accept != "" || opts.boot):
 		return usageErrorf("--clone excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots shares no state with others")
+	case opts.hostName != "" && (opts.raddr != "" || opts.accept != "" || opts.boot):
+		return usageErrorf("--host-name excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots names itself")
+	case opts.hostName != "" && agent.CheckHostName(opts.hostName) != nil:
+		return usageErrorf("--host-name: %w", agent.CheckHostName(opts.hostName))
 	case opts.keepPoint && opts.boot:
 		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
 	}
@@ -229,7 +236,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Clone: opts.clone, MemoryOnDemand: opts.onDemand, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, MemoryOnDemand: opts.onDemand, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 	if opts.metrics != "" {

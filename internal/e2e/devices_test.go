@@ -9,14 +9,17 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
 // goesOn is the configuration of an instance in a folder that goes on from others.
@@ -361,4 +364,98 @@ func TestCommandDevice(t *testing.T) {
 		says(c.wait(t, 1), "changed since the overlay was made", "drafter device rebase --same-contents")
 	}
 	w.checkClean(t)
+}
+
+// TestClones: instances of one package have identities of their own, take the memory that they touch, and keep what they have become.
+func TestClones(t *testing.T) {
+	count := 5
+	if *long {
+		count = 50
+	}
+	g := newGuest(t)
+	type clone struct {
+		peer     *peer.Peer
+		console  *testguest.Console
+		dir      string
+		identity string
+	}
+	var clones []clone
+	config := func(n int, dir string) peer.Config {
+		cfg := g.config(t, dir)
+		cfg.Clone, cfg.MemoryOnDemand, cfg.HostName = true, true, fmt.Sprintf("clone-%d", n)
+		return cfg
+	}
+	identity := func() string {
+		return g.do(t, "cat /etc/machine-id") + g.do(t, "cat /etc/hostname") + g.do(t, "cat /proc/sys/kernel/hostname")
+	}
+	seen := make(map[string]string) // what must be one's own, and whose it is
+	var resumed []time.Duration
+	for n := range count {
+		c := clone{console: newConsole(t), dir: shortDir(t)}
+		g.console = c.console
+		began := time.Now()
+		var err error
+		if c.peer, err = peer.Resume(newContext(t), config(n, c.dir)); err != nil {
+			t.Fatalf("clone %d: %v", n, err)
+		}
+		defer func() { c.peer.Close(context.WithoutCancel(t.Context())) }()
+		resumed = append(resumed, time.Since(began))
+		c.identity = identity()
+		if strings.Contains(c.identity, machineID) || strings.Contains(c.identity, "packaged") || strings.Count(c.identity, fmt.Sprintf("clone-%d\\n", n)) != 2 {
+			t.Errorf("clone %d is %s", n, c.identity)
+		}
+		for _, own := range []string{g.do(t, "cat /etc/machine-id"), g.do(t, "cat /proc/sys/kernel/random/uuid")} {
+			if other, ok := seen[own]; ok {
+				t.Errorf("clones %d and %s both have %s", n, other, own)
+			}
+			seen[own] = fmt.Sprint(n)
+		}
+		clones = append(clones, c)
+	}
+	slices.Sort(resumed)
+	var most uint64
+	for n, c := range clones {
+		stats, ok := c.peer.Instance().FillStats()
+		if !ok {
+			t.Fatalf("clone %d has all of its memory", n)
+		}
+		most = max(most, stats.DemandBytes+stats.FillBytes)
+	}
+	data := int64(0) // of the memory that they have in common
+	memory, err := block.OpenFile(filepath.Join(g.pkg, vmpackage.DefaultFile(runner.MemoryDevice)), block.FileOptions{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer memory.Close()
+	for off := int64(0); ; {
+		r, err := memory.NextData(off)
+		if err == io.EOF {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		data, off = data+r.Length, r.End()
+	}
+	t.Logf("%d clones, resumed with their agents told in %v, %v and %v (least, median, most); at most %d KiB of %d of memory were brought", count, resumed[0], resumed[len(resumed)/2], resumed[len(resumed)-1], most>>10, data>>10)
+	if most > uint64(data)/2 {
+		t.Errorf("a clone has brought %d bytes of %d of memory", most, data)
+	}
+
+	// Closed, it keeps what it is; sent, all of it goes.
+	c := clones[0]
+	g.console = c.console
+	if err := c.peer.Close(context.WithoutCancel(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	again := g.config(t, c.dir)
+	again.MemoryOnDemand = true
+	p, err := peer.Resume(newContext(t), again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, _ = move(t, p, g.config(t, shortDir(t)))
+	defer func() { p.Close(context.WithoutCancel(t.Context())) }()
+	if got := identity(); got != c.identity {
+		t.Errorf("closed, resumed and moved, it is %s, and was %s", got, c.identity)
+	}
 }

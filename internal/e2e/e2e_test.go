@@ -40,6 +40,8 @@ import (
 const (
 	memorySize = 192 << 20
 	diskSize   = 64 << 20
+
+	machineID = "0123456789abcdef0123456789abcdef" // of guests in packages
 	// spareMiB of its memory is what the guest leaves to its kernel and programs while it writes all the rest over and over.
 	spareMiB = 24
 )
@@ -141,10 +143,15 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 	if testing.Short() {
 		t.Skip("boots real machines: left out with -short")
 	}
-	kernel, initrd := testguest.BuildWith(t, map[string]string{
-		"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest"),
-	})
 	dir := shortDir(t)
+	files := map[string]string{"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest")}
+	for name, text := range map[string]string{"machine-id": machineID, "hostname": "packaged"} {
+		files["/etc/"+name] = filepath.Join(dir, name)
+		if err := os.WriteFile(files["/etc/"+name], []byte(text+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kernel, initrd := testguest.BuildWith(t, files)
 	g := &guest{backend: qemu.New(qemu.Options{}), pkg: filepath.Join(dir, "package"), console: newConsole(t)}
 	out := func(name string) string { return filepath.Join(g.pkg, vmpackage.DefaultFile(name)) }
 	devices := []snapshot.Device{

@@ -33,8 +33,8 @@ type Guest struct {
 	// BeforeSuspend, if set, is called before the machine is paused; an error tells the host that the guest is not ready.
 	BeforeSuspend func(ctx context.Context) error
 
-	// AfterResume, if set, is called after the machine runs again, with the clock set and the random number generator
-	// reseeded. clone says that other machines run from the same state.
+	// AfterResume, if set, is called after the machine runs again, with the clock set, the random number generator
+	// reseeded, and the identity taken that the host gives it. clone says that other machines run from the same state.
 	AfterResume func(ctx context.Context, clone bool) error
 
 	// ShutDown, if set, has the guest begin to shut down, or to reboot where its machine ends by that only. It does not wait for the end.
@@ -54,9 +54,10 @@ type Guest struct {
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
 
-	// What a resumed machine needs of its kernel. Tests replace them.
+	// What a resumed machine needs of its kernel, and of its files. Tests replace them.
 	setClock func(time.Time) (time.Duration, error)
 	reseed   func(entropy []byte) error
+	become   func(Identity) error
 }
 
 // Serve dials the host and serves its calls, again and again, until ctx is done, whose error it returns. Hooks that run
@@ -110,6 +111,9 @@ func newService(ctx context.Context, g *Guest) *service {
 	}
 	if guest.reseed == nil {
 		guest.reseed = reseed
+	}
+	if guest.become == nil {
+		guest.become = func(id Identity) error { return id.take("/") }
 	}
 	s := &service{Guest: &guest, logger: g.Logger, ctx: ctx, turn: make(chan struct{}, 1)}
 	if s.logger == nil {
@@ -201,16 +205,19 @@ func (c *calls) ShutDown(ctx context.Context, req *agentpb.ShutDownRequest) (*ag
 
 // resume does all it can and reports everything that failed.
 func (s *service) resume(ctx context.Context, req *agentpb.AfterResumeRequest) (step time.Duration, err error) {
-	var errs [3]error
+	var errs [4]error
 	if req.Time != nil {
 		step, errs[0] = s.setClock(req.Time.AsTime())
 	}
 	if len(req.Entropy) > 0 {
 		errs[1] = s.reseed(req.Entropy)
 	}
+	if id := (Identity{req.MachineId, req.HostName}); !id.isZero() {
+		errs[2] = s.become(id)
+	}
 	s.logger.Info("after resume", "call", req.Id, "clock_step", step, "clone", req.Clone)
 	if s.Guest.AfterResume != nil {
-		errs[2] = s.Guest.AfterResume(ctx, req.Clone)
+		errs[3] = s.Guest.AfterResume(ctx, req.Clone)
 	}
 	return step, errors.Join(errs[:]...)
 }

@@ -140,6 +140,9 @@ type AfterResumeRequest struct {
 
 	// Clone says that other machines run, or may run, from the same state: the guest should change what must be unique.
 	Clone bool
+
+	// Identity is what the guest is to be told apart by from now on.
+	Identity Identity
 }
 
 // NewEntropy is 64 bytes from this host's random number generator.
@@ -160,7 +163,7 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 			now = time.Now()
 		}
 		resp, err := a.AfterResume(ctx, &agentpb.AfterResumeRequest{
-			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone,
+			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone, MachineId: req.Identity.MachineID, HostName: req.Identity.HostName,
 		})
 		if err == nil {
 			h.logger.Debug("guest resumed", "clock_step", time.Duration(resp.ClockStepNanos))

@@ -50,6 +50,9 @@ type Config struct {
 	// ForceOwner, Clone and MemoryOnDemand are those of runner.Config.
 	ForceOwner, Clone, MemoryOnDemand bool
 
+	// HostName is that of runner.Config.
+	HostName string
+
 	// KeepCommitPoint and Rollback are those of runner.Config.
 	KeepCommitPoint, Rollback bool
 
@@ -98,7 +101,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, MemoryOnDemand: c.MemoryOnDemand, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, MemoryOnDemand: c.MemoryOnDemand, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	for _, d := range c.Devices {
 		rc.Devices = append(rc.Devices, d.DeviceConfig)

@@ -215,9 +215,13 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
-	// Clone tells the guest's agents, when Resume has resumed it, that other VMs run from the same state, or may: they change what
-	// must be unique. Without it they hear that the guest goes on.
+	// Clone tells the guest's agents, when Resume has resumed it, that other VMs run from the same state, or may: they give the guest another
+	// machine-id(5), and hooks of theirs change what else must be unique. Without it they hear that the guest goes on. The guest's random number
+	// generator is seeded anew in either case.
 	Clone bool
+
+	// HostName is what the guest's agents call the guest from then on. Empty: as before.
+	HostName string
 
 	// MemoryOnDemand has Resume bring no more of the memory than the guest touches, and what is around that, until the instance is sent: for many
 	// that run from one package, of which each takes the memory that it uses. Otherwise all of it is brought, in the background. What

@@ -3,6 +3,7 @@ package runner
 import (
 	"context"
 	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,6 +39,15 @@ type callNote struct {
 	Suspend string `json:"suspend,omitempty"` // id of a BeforeSuspend that no AfterResume has followed
 	Resume  string `json:"resume,omitempty"`  // id of an AfterResume that has not been answered
 	Clone   bool   `json:"clone,omitempty"`   // that says that there are others
+
+	MachineID string `json:"machineID,omitempty"` // and gives these; the former in hexadecimal
+	HostName  string `json:"hostName,omitempty"`
+}
+
+// identity is what the call gives the guest.
+func (n callNote) identity() agent.Identity {
+	id, _ := hex.DecodeString(n.MachineID) // ours
+	return agent.Identity{MachineID: id, HostName: n.HostName}
 }
 
 // callFile is the name of that file.
@@ -84,11 +94,17 @@ func (g *guest) recall() {
 // owed reports whether the agent is to be told that the guest runs.
 func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
-// noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, and whether it is a clone.
-func (g *guest) noteResume(clone bool) {
-	if g != nil && len(g.agents) > 0 {
-		g.remember(callNote{Resume: rand.Text(), Clone: clone})
+// noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, whether it is a clone, which has an identity of
+// its own, and what it is called if that changes.
+func (g *guest) noteResume(clone bool, hostName string) {
+	if g == nil || len(g.agents) == 0 {
+		return
 	}
+	n := callNote{Resume: rand.Text(), Clone: clone, HostName: hostName}
+	if clone {
+		n.MachineID = hex.EncodeToString(agent.NewMachineID())
+	}
+	g.remember(n)
 }
 
 // telling is whether the agent knows of a suspend that has not been followed by a resume.
@@ -265,7 +281,7 @@ func (g *guest) tellResumed(ctx context.Context, m vmm.Machine, timeout time.Dur
 			errs = append(errs, bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", h.BeforeSuspend))
 		}
 		return errors.Join(append(errs, bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-			err := h.AfterResume(ctx, agent.AfterResumeRequest{ID: note.Resume, Entropy: agent.NewEntropy(), Clone: note.Clone})
+			err := h.AfterResume(ctx, agent.AfterResumeRequest{ID: note.Resume, Entropy: agent.NewEntropy(), Clone: note.Clone, Identity: note.identity()})
 			if err != nil && ctx.Err() != nil {
 				silent.Store(true)
 			}

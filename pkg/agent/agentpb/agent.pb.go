@@ -208,10 +208,12 @@ func (*BeforeSuspendResponse) Descriptor() ([]byte, []int) {
 
 type AfterResumeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`           // as in BeforeSuspendRequest, of the last AfterResume
-	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`       // the host's wall clock at the time of sending; absent: leave the clock
-	Entropy       []byte                 `protobuf:"bytes,3,opt,name=entropy,proto3" json:"entropy,omitempty"` // at most 512 random bytes for the guest's kernel; empty: leave its generator
-	Clone         bool                   `protobuf:"varint,4,opt,name=clone,proto3" json:"clone,omitempty"`    // this machine is one of several made from the same state
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`                                // as in BeforeSuspendRequest, of the last AfterResume
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`                            // the host's wall clock at the time of sending; absent: leave the clock
+	Entropy       []byte                 `protobuf:"bytes,3,opt,name=entropy,proto3" json:"entropy,omitempty"`                      // at most 512 random bytes for the guest's kernel; empty: leave its generator
+	Clone         bool                   `protobuf:"varint,4,opt,name=clone,proto3" json:"clone,omitempty"`                         // this machine is one of several made from the same state
+	MachineId     []byte                 `protobuf:"bytes,5,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 16 random bytes: what the machine is told apart by from now on (machine-id(5)); empty: as before
+	HostName      string                 `protobuf:"bytes,6,opt,name=host_name,json=hostName,proto3" json:"host_name,omitempty"`    // what the machine calls itself from now on; empty: as before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -272,6 +274,20 @@ func (x *AfterResumeRequest) GetClone() bool {
 		return x.Clone
 	}
 	return false
+}
+
+func (x *AfterResumeRequest) GetMachineId() []byte {
+	if x != nil {
+		return x.MachineId
+	}
+	return nil
+}
+
+func (x *AfterResumeRequest) GetHostName() string {
+	if x != nil {
+		return x.HostName
+	}
+	return ""
 }
 
 type AfterResumeResponse struct {
@@ -410,12 +426,15 @@ const file_agent_proto_rawDesc = "" +
 	"\x11after_resume_hook\x18\x02 \x01(\bR\x0fafterResumeHook\"&\n" +
 	"\x14BeforeSuspendRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
-	"\x15BeforeSuspendResponse\"\x84\x01\n" +
+	"\x15BeforeSuspendResponse\"\xc0\x01\n" +
 	"\x12AfterResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
 	"\aentropy\x18\x03 \x01(\fR\aentropy\x12\x14\n" +
-	"\x05clone\x18\x04 \x01(\bR\x05clone\"?\n" +
+	"\x05clone\x18\x04 \x01(\bR\x05clone\x12\x1d\n" +
+	"\n" +
+	"machine_id\x18\x05 \x01(\fR\tmachineId\x12\x1b\n" +
+	"\thost_name\x18\x06 \x01(\tR\bhostName\"?\n" +
 	"\x13AfterResumeResponse\x12(\n" +
 	"\x10clock_step_nanos\x18\x01 \x01(\x12R\x0eclockStepNanos\")\n" +
 	"\x0fShutDownRequest\x12\x16\n" +

@@ -1,0 +1,93 @@
+package agent
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"golang.org/x/sys/unix"
+)
+
+// Identity is what a machine is told apart by, where several are made from the same state. The zero value leaves a machine what it is.
+type Identity struct {
+	// MachineID replaces that of machine-id(5), where the guest has one: 16 random bytes, or none.
+	MachineID []byte
+
+	// HostName is what the machine calls itself from now on, as hostname(7) has it. Empty: as before.
+	HostName string
+}
+
+// NewMachineID is 16 bytes from this host's random number generator, marked as those of a random UUID (RFC 9562, version 4), as
+// machine-id(5) wants it.
+func NewMachineID() []byte {
+	id := make([]byte, 16)
+	rand.Read(id) // never fails
+	id[6] = id[6]&0x0f | 0x40
+	id[8] = id[8]&0x3f | 0x80
+	return id
+}
+
+var hostNamePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$`)
+
+// CheckHostName reports why a guest cannot be called that: by hostname(7), and at most 64 bytes, which is what Linux takes.
+func CheckHostName(name string) error {
+	if !hostNamePattern.MatchString(name) {
+		return fmt.Errorf("host name %q: use at most 64 letters, digits, hyphens and dots, with a letter or digit at both ends", name)
+	}
+	return nil
+}
+
+func (id Identity) isZero() bool { return len(id.MachineID) == 0 && id.HostName == "" }
+
+// take makes the machine whose files are below root, and this kernel if that is /, what id says. It does all it can, and reports what failed. What a
+// guest has not, it is not given.
+func (id Identity) take(root string) error {
+	var errs []error
+	if len(id.MachineID) != 0 {
+		if len(id.MachineID) != 16 {
+			return fmt.Errorf("take identity: a machine id of %d bytes", len(id.MachineID))
+		}
+		text := hex.EncodeToString(id.MachineID) + "\n"
+		// The second is a link to the first as a rule.
+		errs = append(errs, replaceText(filepath.Join(root, "etc/machine-id"), text), replaceText(filepath.Join(root, "var/lib/dbus/machine-id"), text))
+	}
+	if id.HostName != "" {
+		if err := CheckHostName(id.HostName); err != nil {
+			return fmt.Errorf("take identity: %w", err)
+		}
+		if root == "/" {
+			if err := unix.Sethostname([]byte(id.HostName)); err != nil {
+				errs = append(errs, fmt.Errorf("set host name %q: %w", id.HostName, err))
+			}
+		}
+		errs = append(errs, replaceText(filepath.Join(root, "etc/hostname"), id.HostName+"\n"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("take identity: %w", err)
+	}
+	return nil
+}
+
+// replaceText gives a file that exists other contents, whole or not at all where its folder can be written.
+func replaceText(path, text string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	next := path + ".new"
+	if err := os.WriteFile(next, []byte(text), info.Mode().Perm()); err == nil {
+		if err = os.Rename(next, path); err == nil {
+			return nil
+		}
+		_ = os.Remove(next)
+	}
+	// It may be a mount of its own, as in a container.
+	return os.WriteFile(path, []byte(text), info.Mode().Perm())
+}

@@ -88,7 +88,7 @@ type Instance struct {
 	filler  *ram.Filler // nil unless memory is filled lazily
 	// onDemand says that the filler brings only what is touched, from the memory's device. It does not change once the guest runs.
 	onDemand bool
-	disks   []diskServer
+	disks    []diskServer
 
 	diskConnection *os.File // of disks that are mounted: the machine holds it, too
 

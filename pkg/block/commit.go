@@ -13,7 +13,7 @@ import (
 // refuse to be opened.
 //
 // Nobody may use the overlay meanwhile. Progress, if not nil, is told how many bytes of blocks are done, of how many.
-func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) error {
+func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) (err error) {
 	if err := o.begin("commit"); err != nil {
 		return err
 	}
@@ -24,11 +24,26 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 	if err := o.flush(); err != nil {
 		return err
 	}
-	header := stateHeader{blockSize: o.blockSize, deviceSize: o.size, base: baseIdentity{size: o.size}}
+	header := stateHeader{blockSize: o.blockSize, deviceSize: o.size}
+	if header.base, err = identify(o.fs, o.base, o.basePath); err != nil {
+		return fmt.Errorf("commit %q: %w", o.path, err)
+	}
+	header.base = header.base.unknown()
 	// From here on the base is another at each moment. With what it still holds, the overlay is right over each of them.
 	if err := o.writeState(header, o.states.runs(o.blocks)); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
+	defer func() {
+		if err != nil && header.base.modTime == 0 { // what it is over is the base as it has become; if this fails, too, the next to open it notes that
+			known := errors.Join(o.base.Flush(), o.syncBase())
+			if known == nil {
+				header.base, known = identify(o.fs, o.base, o.basePath)
+			}
+			if known == nil {
+				_ = o.writeState(header, o.states.runs(o.blocks))
+			}
+		}
+	}()
 	blocks := o.Blocks()
 	done, total := int64(0), (blocks.Held+blocks.Zero)*o.blockSize
 	if err := CopyRanges(ctx, o.base, o, o.nextOwn, func(n int64) {
@@ -41,13 +56,14 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 	if err := errors.Join(o.base.Flush(), o.syncBase()); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	var err error
-	if header.base, err = identify(o.fs, o.base, o.basePath); err != nil {
+	id, err := identify(o.fs, o.base, o.basePath)
+	if err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	if err := o.writeState(header, nil); err != nil {
+	if err := o.writeState(stateHeader{blockSize: o.blockSize, deviceSize: o.size, base: id}, nil); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
+	header.base = id
 	for _, r := range o.states.runs(o.blocks) {
 		o.states.set(r.first, r.first+r.count-1, blockBase)
 	}

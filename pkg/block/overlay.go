@@ -328,6 +328,14 @@ func (o *Overlay) load(opts OverlayOptions, want stateHeader) error {
 		return fmt.Errorf("open overlay %q: remove what was never flushed: %w", o.path, err)
 	}
 
+	// A commit was cut short. From now on the base is known again, unless it is an overlay that is only read here: who writes that next removes
+	// from its file what was never flushed, and with that changes its time.
+	if below, ok := opts.Base.(*Overlay); header.base.modTime == 0 && want.base.modTime != 0 && !opts.AnyBase && !(ok && below.readOnly) {
+		header.base = want.base
+		if err := o.writeState(header, durable); err != nil {
+			return fmt.Errorf("note the base in overlay state %q: %w", o.statePath, err)
+		}
+	}
 	compact := stateHeaderSize + batchHeaderSize*2 + int64(len(durable))*batchRunSize
 	if o.stateLog.torn || o.stateLog.end > 2*compact+PageSize {
 		torn := o.stateLog.torn
@@ -359,7 +367,9 @@ func (o *Overlay) checkHeader(opts OverlayOptions, have, want stateHeader) error
 	case opts.AnyBase || was.isOf(is):
 		return nil
 	}
-	if was.states != 0 && is.states == 0 {
+	if (was.states == 0) != (is.states == 0) && was.states == 0 {
+		return fmt.Errorf("open overlay %q: it was made over a base that is no overlay, and %q is one: give it what it was made over", o.path, base)
+	} else if was.states != 0 && is.states == 0 {
 		return fmt.Errorf("open overlay %q: it was made over another overlay, and %q is none: give it what it was made over", o.path, base)
 	}
 	remedy += ", or, if it is known to hold the same, tell the overlay so (drafter device rebase --same-contents)"
@@ -1055,11 +1065,11 @@ func (s blockStates) count(n int64) OverlayBlocks {
 	return c
 }
 
-// digest is XXH3-64 of the states of n blocks, as a state file has them. It is never 0.
+// digest is XXH3-64 of the states of n blocks, as a state file has them. It is neither 0 nor unknownStates.
 func (s blockStates) digest(n int64) uint64 {
 	h := xxh3.New()
 	for _, r := range s.runs(n) {
 		_, _ = h.Write(appendRun(nil, r))
 	}
-	return max(h.Sum64(), 1)
+	return max(h.Sum64(), unknownStates+1)
 }

@@ -18,7 +18,7 @@ import (
 //	  24   8  device size, bytes
 //	  32   8  base: size, bytes
 //	  40   8  base: time of last modification, ns since 1970 (0: not known)
-//	  48   8  base: if it is an overlay, digest of which blocks it holds (0: it is none, or that is not known)
+//	  48   8  base: if it is an overlay, digest of which blocks it holds (1: not known); 0: it is none
 //	  56   4  zero
 //	  60   4  checksum of the 60 bytes before
 //	then any number of batches, each 32 + 16 × runs bytes
@@ -73,13 +73,22 @@ type stateHeader struct {
 type baseIdentity struct {
 	size    int64  // bytes
 	modTime int64  // of its file, ns since 1970; 0: not known
-	states  uint64 // of an overlay: see blockStates.digest; 0: it is none, or not known
+	states  uint64 // of an overlay: see blockStates.digest, or unknownStates; 0: it is none
 }
+
+// unknownStates is of a base that is an overlay, and of which is not known what it holds.
+const unknownStates = 1
 
 // isOf reports whether two identities can be of the same base.
 func (b baseIdentity) isOf(other baseIdentity) bool {
-	return b.size == other.size && (b.modTime == other.modTime || b.modTime == 0 || other.modTime == 0) &&
-		(b.states == other.states || b.states == 0 || other.states == 0)
+	return b.size == other.size && (b.modTime == other.modTime || b.modTime == 0 || other.modTime == 0) && (b.states == 0) == (other.states == 0) &&
+		(b.states == other.states || b.states == unknownStates || other.states == unknownStates)
+}
+
+// unknown is what is known of a base that changes.
+func (b baseIdentity) unknown() baseIdentity {
+	b.modTime, b.states = 0, min(b.states, unknownStates)
+	return b
 }
 
 func (h stateHeader) encode() []byte {

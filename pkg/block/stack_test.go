@@ -279,6 +279,17 @@ func TestCommit(t *testing.T) {
 	if !bytes.Equal(contentOf(t, o), want) {
 		t.Error("a Commit that is cut short changes what is read")
 	}
+	mustClose(t, o)
+	// Over another base, or without it, it is refused all the same.
+	alone := upper
+	alone.Base, alone.BasePath = must[*block.File](t)(block.OpenFile(s.base, block.FileOptions{ReadOnly: true})), s.base
+	if _, err := block.OpenOverlay(alone); err == nil || !strings.Contains(err.Error(), "it was made over another overlay") {
+		t.Errorf("after a Commit that was cut short, without what it is over: %v", err)
+	}
+	mustClose(t, alone.Base)
+	lower.Base = must[*block.File](t)(block.OpenFile(s.base, block.FileOptions{ReadOnly: true}))
+	upper.Base = must[*block.Overlay](t)(block.OpenOverlay(lower))
+	o = must[*block.Overlay](t)(block.OpenOverlay(upper))
 	last := int64(0)
 	if err := o.Commit(ctx, func(done, total int64) { last = total - done }); err != nil || last != 0 {
 		t.Fatalf("Commit: %v, with %d bytes to do", err, last)
@@ -318,6 +329,28 @@ func TestCommit(t *testing.T) {
 	if !bytes.Equal(must[[]byte](t)(os.ReadFile(s.base)), want) {
 		t.Error("after all was committed, the base reads as something else")
 	}
+	// One that was cut short is over the base that has come of it, and no other.
+	s.write(t, 1, "again", 0)
+	cut := s.layers[0]
+	cut.Base, cut.BasePath = must[*block.File](t)(block.OpenFile(s.base, block.FileOptions{})), s.base
+	o = must[*block.Overlay](t)(block.OpenOverlay(cut))
+	cancelled, cancel = context.WithCancel(ctx)
+	if err := o.Commit(cancelled, func(done, total int64) { cancel() }); err != nil && !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	cancel()
+	mustClose(t, o)
+	mustClose(t, s.open(t, 1))
+	setModTime(t, s.base, time.Date(2033, 1, 2, 3, 4, 5, 6000, time.UTC))
+	if _, err := s.try(1, block.OverlayOptions{}); err == nil || !strings.Contains(err.Error(), "last modified at") {
+		t.Errorf("over a base that has changed since a Commit was cut short: %v", err)
+	}
+	setModTime(t, s.base, time.Now())
+	o = must[block.Device](t)(s.try(1, block.OverlayOptions{AnyBase: true})).(*block.Overlay)
+	if err := o.Rebase(ctx, block.RebaseOptions{Base: must[*block.File](t)(block.OpenFile(s.base, block.FileOptions{ReadOnly: true})), BasePath: s.base, SameContents: true}); err != nil {
+		t.Fatal(err)
+	}
+	mustClose(t, o)
 	// The second was made over a first that held blocks.
 	if _, err := s.try(2, block.OverlayOptions{}); err == nil {
 		t.Error("the second overlay opens over a first that holds nothing any more")

@@ -183,7 +183,7 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 	} else if src != nil {
 		f.work.Go(f.retry)
 		f.work.Go(func() {
-			if f.opts.OnDemand {
+			if f.opts.OnDemand && f.lazy { // or else there is no demand, and the guest waits for all of it
 				f.bringZeros()
 				f.load(nil, f.rest)
 			}

@@ -44,6 +44,12 @@ type callNote struct {
 	HostName  string `json:"hostName,omitempty"`
 }
 
+// next is the note of calls that follow, which tell the guest what it was not told yet.
+func (n callNote) next(suspend, resume string) callNote {
+	n.Suspend, n.Resume = suspend, resume
+	return n
+}
+
 // identity is what the call gives the guest.
 func (n callNote) identity() agent.Identity {
 	id, _ := hex.DecodeString(n.MachineID) // ours
@@ -219,7 +225,7 @@ func (g *guest) beforeSuspend(ctx context.Context, m vmm.Machine, timeout time.D
 		return context.Cause(ctx) // and the guest knows nothing
 	}
 	if g.told != uncertain || g.note.Suspend == "" {
-		g.remember(callNote{Suspend: rand.Text(), Clone: g.note.Clone})
+		g.remember(g.note.next(rand.Text(), ""))
 	}
 	g.agents.RepeatSuspend(g.note.Suspend)
 	g.told = uncertain
@@ -252,7 +258,7 @@ func (g *guest) undoSuspend(ctx context.Context, m vmm.Machine, timeout time.Dur
 	again := g.told == uncertain
 	g.told = untold
 	if g.note.Resume == "" {
-		g.remember(callNote{Suspend: g.note.Suspend, Resume: rand.Text(), Clone: g.note.Clone})
+		g.remember(g.note.next(g.note.Suspend, rand.Text()))
 	}
 	return g.tellResumed(ctx, m, timeout, again)
 }
@@ -263,7 +269,7 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 	}
 	g.told = untold
 	if g.note.Resume == "" {
-		g.remember(callNote{Resume: rand.Text(), Clone: g.note.Clone})
+		g.remember(g.note.next("", rand.Text()))
 	}
 	return g.tellResumed(ctx, m, timeout, false)
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -80,11 +81,29 @@ func (s deviceSource) chosen(names []string) ([]peer.Device, error) {
 	return chosen, nil
 }
 
+// isMade reports whether an overlay was made: both of its files are there, or none is.
+func isMade(l runner.Layer) (bool, error) {
+	_, err := os.Stat(l.State)
+	if err == nil {
+		return true, nil
+	}
+	if !errors.Is(err, os.ErrNotExist) {
+		return false, err
+	}
+	if info, err := os.Stat(l.Overlay); err == nil && info.Size() > 0 {
+		return false, fmt.Errorf("overlay %q exists without its state %q: restore the state, or delete the overlay to start afresh from the base", l.Overlay, l.State)
+	}
+	return false, nil
+}
+
+// top is the newest overlay of a device, which has one.
+func top(d peer.Device) runner.Layer { return runner.Layer{Overlay: d.Overlay, State: d.State} }
+
 // layers are the overlays of a device, the oldest first.
 func layers(d peer.Device) []runner.Layer {
 	all := slices.Clone(d.Beneath)
 	if d.Overlay != "" {
-		all = append(all, runner.Layer{Overlay: d.Overlay, State: d.State})
+		all = append(all, top(d))
 	}
 	return all
 }
@@ -138,10 +157,16 @@ func view(d peer.Device) (deviceView, error) {
 	}
 	for _, l := range layers(d) {
 		o := overlayView{Overlay: l.Overlay, State: l.State}
-		if _, err := os.Stat(l.State); errors.Is(err, os.ErrNotExist) && l.Overlay == d.Overlay {
-			o.Missing = true
-			v.Overlays = append(v.Overlays, o)
-			continue
+		if l.Overlay == d.Overlay {
+			made, err := isMade(l)
+			if err != nil {
+				return v, fmt.Errorf("device %q: %w", d.Name, err)
+			}
+			if !made {
+				o.Missing = true
+				v.Overlays = append(v.Overlays, o)
+				continue
+			}
 		}
 		if o.info, err = block.InspectOverlay(l.Overlay, l.State); errors.Is(err, os.ErrNotExist) {
 			return v, fmt.Errorf("device %q: %w: start its instance and close it, or correct the path", d.Name, err)
@@ -378,8 +403,16 @@ func openAtRest(d peer.Device) (block.Device, *os.File, error) {
 	if err != nil {
 		return nil, nil, errors.Join(err, lock.Close())
 	}
-	if _, err := os.Stat(d.State); d.Overlay == "" || errors.Is(err, os.ErrNotExist) {
-		return base, lock, nil // it will be made
+	err = d.CheckWhole()
+	made := false
+	if err == nil && d.Overlay != "" {
+		made, err = isMade(top(d))
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, base.Close(), lock.Close())
+	}
+	if !made {
+		return base, lock, nil // it will be
 	}
 	o, err := block.OpenOverlay(block.OverlayOptions{Base: base, BasePath: d.Base, Overlay: d.Overlay, State: d.State, ReadOnly: true})
 	if err != nil {
@@ -392,7 +425,7 @@ func newVerifyCommand(source *deviceSource) *cobra.Command {
 	return &cobra.Command{
 		Use:   "verify [DEVICE…]",
 		Short: "Check that the files of devices belong together, and read all of them",
-		Long: `Checks that the files of each device are whole and belong together, and reads all of it: every block of the base and its overlays. Of a
+		Long: `Checks that the files of each device are whole and belong together, and reads all that it consists of. Of a
 --package whose manifest has digests it compares these, too. It says a digest of each device, which is the same for devices of the same
 contents, on whatever host and in whatever layers; it finds accidents, not forgeries.
 
@@ -462,8 +495,38 @@ func atRest(source deviceSource) error {
 	return nil
 }
 
+// mayChange refuses to change devices of an instance that somebody runs, or that is anything else than closed. Idle says that nobody uses them, which
+// only the device of its state would tell.
+func mayChange(source deviceSource, closed, idle bool) error {
+	if err := atRest(source); err != nil {
+		return err
+	}
+	devices, err := source.open()
+	if err != nil || idle {
+		return err
+	}
+	n := slices.IndexFunc(devices, func(d peer.Device) bool { return d.Name == runner.StateDevice })
+	if n < 0 {
+		return usageErrorf("--devices has no device %q, by which it is known whether a VM uses the others: name it, too, or give --idle if none does", runner.StateDevice)
+	}
+	state, lock, err := openAtRest(devices[n])
+	if err != nil {
+		return fmt.Errorf("device %q: %w", runner.StateDevice, err)
+	}
+	defer lock.Close()
+	defer state.Close()
+	r, err := runner.ReadRecord(state)
+	if err != nil {
+		return fmt.Errorf("device %q: %w", runner.StateDevice, err)
+	}
+	if closed && r.Status != runner.Saved && r.Status != runner.ShutDown {
+		return fmt.Errorf("the instance is not closed: its record says %q; start it, and close it, first", r.Status)
+	}
+	return nil
+}
+
 func newCommitCommand(source *deviceSource) *cobra.Command {
-	var all bool
+	var all, idle bool
 	cmd := &cobra.Command{
 		Use:   "commit DEVICE… | --all",
 		Short: "Write what the newest overlay of devices holds to what is below it, and empty it",
@@ -471,8 +534,9 @@ func newCommitCommand(source *deviceSource) *cobra.Command {
 and is kept. The device reads the same at every moment: what is cut short can be done again.
 
 What else is over that base, or over that overlay, is worth nothing afterwards, and refuses to be started. To fold all of an instance into its
-package, name all of its devices by --all: state, memory and disks belong together. The manifest of the package is written anew, without
-digests, as these would have to be worked out from all of it.`,
+package, name all of its devices by --all: state, memory and disks belong together, and the instance has to be closed. A package that has been folded into has no digests
+any more, as these would have to be worked out from all of it. One of which only a part could be folded is of use to this instance alone,
+until that is done.`,
 		Example: `  drafter device commit --package out/package --instance out/instance-0 --all`,
 		RunE: func(cmd *cobra.Command, names []string) error {
 			if all == (len(names) > 0) {
@@ -482,7 +546,7 @@ digests, as these would have to be worked out from all of it.`,
 			if err != nil {
 				return err
 			}
-			if err := atRest(*source); err != nil {
+			if err := mayChange(*source, true, idle); err != nil {
 				return err
 			}
 			if !all && source.packagePath != "" {
@@ -490,30 +554,13 @@ digests, as these would have to be worked out from all of it.`,
 					return err
 				}
 			}
-			if source.packagePath != "" && len(source.parents) == 0 {
-				// Before anything of it changes, as what is cut short is to have no digests, too.
-				if err := refreshManifest(cmd.Context(), source.packagePath); err != nil {
-					return err
-				}
-			}
 			bar := newStageBar(cmd.ErrOrStderr())
 			defer bar.end()
-			for _, d := range devices {
-				n, err := commitDevice(cmd.Context(), d, bar)
-				bar.end()
-				if err != nil {
-					return interrupted(cmd, fmt.Errorf("device %q: %w", d.Name, err))
-				}
-				if n > 0 {
-					fmt.Fprintf(cmd.OutOrStdout(), "%s: %s written to %s\n", d.Name, bytesText(n), below(d))
-				} else if !all {
-					fmt.Fprintf(cmd.OutOrStdout(), "%s: its overlay holds nothing\n", d.Name)
-				}
-			}
-			return nil
+			return interrupted(cmd, commitDevices(cmd, devices, all, bar))
 		},
 	}
-	cmd.Flags().BoolVar(&all, "all", false, "commit all devices of the instance")
+	cmd.Flags().BoolVar(&all, "all", false, "commit all devices of the instance that have overlays")
+	cmd.Flags().BoolVar(&idle, "idle", false, "believe that no VM uses these devices, and that what they hold is to be kept, whatever the instance's record says")
 	return cmd
 }
 
@@ -548,28 +595,126 @@ func keepTogether(source deviceSource, chosen []peer.Device) error {
 	return nil
 }
 
-// commitDevice folds the newest overlay of a device into what is below it, and says how many bytes that were.
-func commitDevice(ctx context.Context, d peer.Device, bar *stageBar) (n int64, err error) {
+// commitDevices folds the newest overlays of devices into what is below them. All are opened before the first is changed, so that what is in the way of
+// one keeps the others as they are.
+func commitDevices(cmd *cobra.Command, devices []peer.Device, all bool, bar *stageBar) (err error) {
+	var opened []*committing
+	defer func() {
+		for _, c := range opened {
+			err = errors.Join(err, c.close())
+		}
+	}()
+	for _, d := range devices {
+		if d.Overlay == "" && all {
+			continue // it has nothing to fold
+		}
+		c, err := openCommit(d)
+		if err != nil {
+			return fmt.Errorf("device %q: %w", d.Name, err)
+		}
+		if c != nil {
+			opened = append(opened, c)
+		} else if !all {
+			fmt.Fprintf(cmd.OutOrStdout(), "%s: its overlay holds nothing\n", d.Name)
+		}
+	}
+	packages := make(map[string]bool)
+	for _, c := range opened {
+		// Digests go before anything that they are of changes, as what is cut short is to have none, too.
+		dir := filepath.Dir(c.device.Base)
+		if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err == nil && len(c.device.Beneath) == 0 && !packages[dir] {
+			packages[dir] = true
+			if err := peer.CheckCommit(dir, devices); err != nil {
+				return err
+			}
+			if err := markCommit(dir, opened); err != nil {
+				return err
+			}
+			if err := refreshManifest(cmd.Context(), dir); err != nil {
+				return err
+			}
+		}
+	}
+	if len(opened) == 0 && len(devices) > 0 { // of one that was cut short at its very end
+		dir := filepath.Dir(devices[0].Base)
+		if err := peer.CheckCommit(dir, devices); err != nil {
+			return err
+		}
+		if err := os.Remove(filepath.Join(dir, peer.CommitMark)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	for _, c := range opened {
+		n := int64(0)
+		err := c.overlay.Commit(cmd.Context(), func(done, total int64) {
+			n = total
+			bar.show(vmpackage.Progress{Stage: vmpackage.Stage("commit " + c.device.Name), Done: done, Total: total})
+		})
+		bar.end()
+		if err != nil {
+			return fmt.Errorf("device %q: %w: what was below it is changed in part, and of use to this instance only, until the same command is done again", c.device.Name, err)
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%s: %s written to %s\n", c.device.Name, bytesText(n), below(c.device))
+	}
+	for dir := range packages {
+		if err := os.Remove(filepath.Join(dir, peer.CommitMark)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// markCommit marks a package as one into which overlays are being folded. Those of a commit that was cut short before are so still.
+func markCommit(dir string, opened []*committing) error {
+	f, err := os.OpenFile(filepath.Join(dir, peer.CommitMark), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return err
+	}
+	for _, c := range opened {
+		path, err := filepath.Abs(c.device.Overlay)
+		if err == nil {
+			_, err = fmt.Fprintln(f, url.PathEscape(path))
+		}
+		if err != nil {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// committing is a device whose newest overlay is about to be folded.
+type committing struct {
+	device  peer.Device
+	overlay *block.Overlay
+	lock    *os.File
+}
+
+func (c *committing) close() error { return errors.Join(c.overlay.Close(), c.lock.Close()) }
+
+// openCommit opens a device to be folded; nil if there is nothing to fold.
+func openCommit(d peer.Device) (_ *committing, err error) {
 	if d.Overlay == "" {
-		return 0, errors.New("it has no overlay to commit")
+		return nil, errors.New("it has no overlay to commit")
+	}
+	if made, err := isMade(top(d)); err != nil || !made {
+		return nil, err
 	}
 	info, err := block.InspectOverlay(d.Overlay, d.State)
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil // it was never made
-	} else if err != nil {
-		return 0, err
-	}
-	if info.Blocks.Held+info.Blocks.Zero == 0 {
-		return 0, nil
+	if err != nil || info.Blocks.Held+info.Blocks.Zero == 0 {
+		return nil, err
 	}
 	if err := d.CheckWhole(); err != nil {
-		return 0, err
+		return nil, err
 	}
-	lock, err := runner.LockFile(d.Base, len(d.Beneath) == 0)
-	if err != nil {
-		return 0, err
+	c := &committing{device: d}
+	if c.lock, err = runner.LockFile(d.Base, len(d.Beneath) == 0); err != nil {
+		return nil, err
 	}
-	defer func() { err = errors.Join(err, lock.Close()) }()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, c.lock.Close())
+		}
+	}()
 	var base block.Device
 	if n := len(d.Beneath); n == 0 {
 		base, err = block.OpenFile(d.Base, block.FileOptions{})
@@ -579,18 +724,12 @@ func commitDevice(ctx context.Context, d peer.Device, bar *stageBar) (n int64, e
 		base, err = openOverlay(to, block.OverlayOptions{})
 	}
 	if err != nil {
-		return 0, err
+		return nil, err
 	}
-	o, err := block.OpenOverlay(block.OverlayOptions{Base: base, BasePath: d.Base, Overlay: d.Overlay, State: d.State})
-	if err != nil {
-		return 0, errors.Join(err, base.Close())
+	if c.overlay, err = block.OpenOverlay(block.OverlayOptions{Base: base, BasePath: d.Base, Overlay: d.Overlay, State: d.State}); err != nil {
+		return nil, errors.Join(err, base.Close())
 	}
-	defer func() { err = errors.Join(err, o.Close()) }()
-	err = o.Commit(ctx, func(done, total int64) {
-		n = total
-		bar.show(vmpackage.Progress{Stage: vmpackage.Stage("commit " + d.Name), Done: done, Total: total})
-	})
-	return n, err
+	return c, nil
 }
 
 // openOverlay opens the newest overlay of a device to be written.
@@ -611,7 +750,7 @@ func openOverlay(c runner.DeviceConfig, opts block.OverlayOptions) (*block.Overl
 }
 
 func newRebaseCommand(source *deviceSource) *cobra.Command {
-	var all, same bool
+	var all, same, idle bool
 	var to, toPackage string
 	cmd := &cobra.Command{
 		Use:   "rebase DEVICE… | --all",
@@ -639,8 +778,11 @@ is not the same, the guest reads what never was. Without --to and --to-package t
 			if err != nil {
 				return err
 			}
-			if err := atRest(*source); err != nil {
+			if err := mayChange(*source, false, idle); err != nil {
 				return err
+			}
+			if all {
+				devices = slices.DeleteFunc(devices, func(d peer.Device) bool { return d.Overlay == "" })
 			}
 			bases := make(map[string]string)
 			switch {
@@ -655,13 +797,15 @@ is not the same, the guest reads what never was. Without --to and --to-package t
 					bases[d.Name] = d.Base
 				}
 			}
+			for _, d := range devices {
+				if err := checkRebase(d, bases[d.Name], to == "" && toPackage == ""); err != nil {
+					return fmt.Errorf("device %q: %w", d.Name, err)
+				}
+			}
 			bar := newStageBar(cmd.ErrOrStderr())
 			defer bar.end()
 			for _, d := range devices {
 				base := bases[d.Name]
-				if base == "" && !(same && to == "" && toPackage == "") {
-					return fmt.Errorf("device %q: --to-package %q has none of that name", d.Name, toPackage)
-				}
 				done, err := rebaseDevice(cmd.Context(), d, base, same, bar)
 				bar.end()
 				if err != nil {
@@ -682,18 +826,43 @@ is not the same, the guest reads what never was. Without --to and --to-package t
 	cmd.Flags().BoolVar(&all, "all", false, "rebase all devices of the instance")
 	cmd.Flags().StringVar(&to, "to", "", "file to put the overlay of one device over")
 	cmd.Flags().StringVar(&toPackage, "to-package", "", "folder of a package to put the overlays over")
+	cmd.Flags().BoolVar(&idle, "idle", false, "believe that no VM uses these devices, where the device of its state is not among them")
 	cmd.Flags().BoolVar(&same, "same-contents", false, "believe that the new base holds what the old one did")
 	return cmd
+}
+
+// checkRebase fails if a device could not be put over the file to, or, if asIs, over what it is said to be over.
+func checkRebase(d peer.Device, to string, asIs bool) error {
+	if d.Overlay == "" {
+		return errors.New("it has no overlay to rebase")
+	}
+	if _, err := isMade(top(d)); err != nil || asIs {
+		return err
+	}
+	if to == "" {
+		return errors.New("--to-package has none of that name")
+	}
+	was, err := block.OpenFile(d.Base, block.FileOptions{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer was.Close()
+	is, err := block.OpenFile(to, block.FileOptions{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer is.Close()
+	if was.Size() != is.Size() {
+		return fmt.Errorf("%q has %d bytes, the device has %d: give one of the same size", to, is.Size(), was.Size())
+	}
+	return nil
 }
 
 // rebaseDevice puts the newest overlay of a device over the file to, or, if that is empty, over what it is said to be over. It reports
 // whether there was an overlay.
 func rebaseDevice(ctx context.Context, d peer.Device, to string, same bool, bar *stageBar) (done bool, err error) {
-	if d.Overlay == "" {
-		return false, errors.New("it has no overlay to rebase")
-	}
-	if _, err := os.Stat(d.State); errors.Is(err, os.ErrNotExist) {
-		return false, nil // it was never made
+	if made, err := isMade(top(d)); err != nil || !made {
+		return false, err
 	}
 	onto := d.DeviceConfig
 	if to != "" {
@@ -705,6 +874,10 @@ func rebaseDevice(ctx context.Context, d peer.Device, to string, same bool, bar 
 			return false, err
 		}
 		defer lock.Close()
+	}
+	// It may be over that already, by a command that came no further than this device.
+	if o, err := openOverlay(onto, block.OverlayOptions{}); err == nil {
+		return true, o.Close()
 	}
 	base, err := onto.OpenBase()
 	if err != nil {

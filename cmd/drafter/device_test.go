@@ -3,8 +3,10 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,11 +14,12 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
-// rest is a package of a disk and a kernel, and instances of it, none of which runs.
+// rest is a package of two disks and a saved state, and instances of it, none of which runs.
 type rest struct {
 	t        *testing.T
 	dir, pkg string
@@ -38,7 +41,15 @@ func (r *rest) newPackage(dir string, disk []byte) {
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		r.t.Fatal(err)
 	}
-	var files []vmpackage.File
+	state := filepath.Join(dir, vmpackage.DefaultFile(runner.StateDevice))
+	f, err := block.CreateFile(state, runner.StateDeviceSize)
+	if err == nil {
+		err = errors.Join(runner.WriteSaved(f, []byte("no machine's")), f.Close())
+	}
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	files := []vmpackage.File{{Name: runner.StateDevice, Path: state}}
 	for _, name := range []string{"disk", "data"} {
 		path := filepath.Join(dir, vmpackage.DefaultFile(name))
 		f, err := block.CreateFile(path, restSize)
@@ -87,14 +98,28 @@ func (r *rest) write(text string, off int64, name, instance string, parents ...s
 			r.t.Fatal(err)
 		}
 	}
-	o, err := openOverlay(r.device(name, instance, parents...), block.OverlayOptions{})
+	for _, n := range []string{name, runner.StateDevice} {
+		o, err := openOverlay(r.device(n, instance, parents...), block.OverlayOptions{})
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		if n == name {
+			_, err = o.WriteAt([]byte(text), off)
+		}
+		if err := errors.Join(err, o.Close()); err != nil {
+			r.t.Fatal(err)
+		}
+	}
+}
+
+// record has an instance's record say something.
+func (r *rest) record(status runner.Status, instance string, parents ...string) {
+	r.t.Helper()
+	o, err := openOverlay(r.device(runner.StateDevice, instance, parents...), block.OverlayOptions{})
+	if err == nil {
+		err = errors.Join(runner.WriteRecord(o, runner.Record{Status: status}), o.Close())
+	}
 	if err != nil {
-		r.t.Fatal(err)
-	}
-	if _, err := o.WriteAt([]byte(text), off); err != nil {
-		r.t.Fatal(err)
-	}
-	if err := o.Close(); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -157,8 +182,8 @@ func TestDeviceInspect(t *testing.T) {
 	if err := json.Unmarshal([]byte(r.do("inspect", r.source("a"), "--json")), &views); err != nil {
 		t.Fatal(err)
 	}
-	if len(views) != 2 || views[0].Name != "disk" || views[0].Size != restSize || len(views[0].Overlays) != 1 || views[0].Overlays[0].Held != 1 || !views[0].Overlays[0].Clean ||
-		views[0].Overlays[0].Modified == nil || time.Since(*views[0].Overlays[0].Modified) > time.Minute || !views[1].Overlays[0].Missing {
+	if len(views) != 3 || views[1].Name != "disk" || views[1].Size != restSize || len(views[1].Overlays) != 1 || views[1].Overlays[0].Held != 1 || !views[1].Overlays[0].Clean ||
+		views[1].Overlays[0].Modified == nil || time.Since(*views[1].Overlays[0].Modified) > time.Minute || !views[2].Overlays[0].Missing {
 		t.Errorf("inspect says %+v", views)
 	}
 	o, err := openOverlay(r.device("disk", "b", "a"), block.OverlayOptions{})
@@ -226,6 +251,30 @@ func TestDeviceVerify(t *testing.T) {
 	if text := r.do("verify", r.source("c")); !strings.Contains(text, "data: ok") {
 		t.Errorf("verify of all says %q", text)
 	}
+	for _, suffix := range []string{".missing", ".since"} {
+		path := r.device("disk", "c").State + suffix
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if status, _, errs := r.try("verify", r.source("c"), "disk"); status != 1 || !strings.Contains(errs, path) {
+			t.Errorf("verify of what is not whole: status %d, %s", status, errs)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lost := r.device("disk", "a").State
+	if err := os.Rename(lost, lost+".lost"); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range [][]string{{"inspect"}, {"map"}, {"verify"}, {"commit", "--all"}, {"rebase", "--all", "--same-contents"}} {
+		if status, _, errs := r.try(line[0], r.source("a"), line[1:]...); status != 1 || !strings.Contains(errs, "exists without its state") {
+			t.Errorf("%q of an overlay that has lost its state: status %d, %s", line, status, errs)
+		}
+	}
+	if err := os.Rename(lost+".lost", lost); err != nil {
+		t.Fatal(err)
+	}
 	f, err := os.OpenFile(filepath.Join(r.pkg, vmpackage.DefaultFile("disk")), os.O_WRONLY, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -266,7 +315,47 @@ func TestDeviceCommit(t *testing.T) {
 	if err := os.Remove(r.device("disk", "a").State + ".missing"); err != nil {
 		t.Fatal(err)
 	}
+	for _, status := range []runner.Status{runner.Running, runner.Moved, runner.Receiving} {
+		r.record(status, "a")
+		if rc, _, errs := r.try("commit", r.source("a"), "--all"); rc != 1 || !strings.Contains(errs, fmt.Sprintf("its record says %q", status)) {
+			t.Errorf("a commit of an instance that is %s: status %d, %s", status, rc, errs)
+		}
+	}
+	r.record(runner.Saved, "a")
+	// What is in the way of one device keeps all as they are.
+	r.write("in use", 0, "data", "other")
+	used, err := openOverlay(r.device("data", "other"), block.OverlayOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := runner.LockFile(r.device("data", "other").Base, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if rc, _, errs := r.try("commit", r.source("a"), "--all"); rc != 1 || !strings.Contains(errs, "in use by another instance") {
+		t.Errorf("a commit to a base in use: status %d, %s", rc, errs)
+	}
+	if err := errors.Join(used.Close(), lock.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := vmpackage.Verify(t.Context(), r.pkg, vmpackage.ExtractOptions{}); err != nil {
+		t.Errorf("after a commit that was refused, the package is not what it was: %v", err)
+	}
+	// One that was cut short keeps everybody but its instance from the package, until it is done again.
+	mark := filepath.Join(r.pkg, peer.CommitMark)
+	if err := os.WriteFile(mark, []byte(url.PathEscape(r.device("data", "a").Overlay)+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, instance := range []string{"other", "new"} {
+		if rc, _, errs := r.try("inspect", r.source(instance)); rc != 1 || !strings.Contains(errs, "was cut short") || !strings.Contains(errs, filepath.Join(r.dir, "a", "overlay")) {
+			t.Errorf("an instance of a package that is of two moments: status %d, %s", rc, errs)
+		}
+	}
+	r.do("inspect", r.source("a"))
 	r.do("commit", r.source("a"), "--all")
+	if _, err := os.Stat(mark); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the package is marked still (%v)", err)
+	}
 	disk, err := os.ReadFile(filepath.Join(r.pkg, vmpackage.DefaultFile("disk")))
 	if err != nil || !bytes.Equal(disk, want) {
 		t.Errorf("the package is not what was committed to it, %v", err)
@@ -284,7 +373,7 @@ func TestDeviceCommit(t *testing.T) {
 	for _, test := range []struct {
 		args []string
 		want string
-	}{{nil, "--all"}, {[]string{"disk", "--all"}, "--all"}, {[]string{"disk", "disk"}, "named twice"}, {[]string{"other"}, `no device "other": use disk, data`}} {
+	}{{nil, "--all"}, {[]string{"disk", "--all"}, "--all"}, {[]string{"disk", "disk"}, "named twice"}, {[]string{"other"}, `no device "other": use state, disk, data`}} {
 		if status, _, errs := r.try("commit", r.source("a"), test.args...); status != 2 || !strings.Contains(errs, test.want) {
 			t.Errorf("commit %q: status %d, %s", test.args, status, errs)
 		}
@@ -299,7 +388,7 @@ func TestDeviceRebase(t *testing.T) {
 
 	// Without its parent, over another package, and over a copy of that.
 	disk := filepath.Join(r.pkg, vmpackage.DefaultFile("disk"))
-	if out := r.do("rebase", r.source("b", "a"), "disk", "--to", disk); !strings.Contains(out, "is over "+disk+" now") {
+	if out := r.do("rebase", r.source("b", "a"), "--all", "--to-package", r.pkg); !strings.Contains(out, "is over "+disk+" now") {
 		t.Errorf("rebase says %q", out)
 	}
 	if got := r.content("disk", "b"); !bytes.Equal(got, want) {
@@ -307,6 +396,16 @@ func TestDeviceRebase(t *testing.T) {
 	}
 	other := filepath.Join(r.dir, "other")
 	r.newPackage(other, bytes.Repeat([]byte("other"), 10_000))
+	lacking := filepath.Join(r.dir, "lacking")
+	r.newPackage(lacking, nil)
+	if err := os.Truncate(filepath.Join(lacking, vmpackage.DefaultFile("data")), restSize/2); err != nil {
+		t.Fatal(err)
+	}
+	r.write("more", 100, "data", "b")
+	if rc, _, errs := r.try("rebase", r.source("b"), "--all", "--to-package", lacking); rc == 0 {
+		t.Errorf("a rebase to a package that is broken: status %d, %s", rc, errs)
+	}
+	r.do("rebase", r.source("b"), "disk", "--to-package", other) // as one that was cut short leaves it
 	r.do("rebase", r.source("b"), "--all", "--to-package", other)
 	if status, _, errs := r.try("verify", r.source("b"), "disk"); status != 1 || !strings.Contains(errs, "changed since the overlay was made") {
 		t.Errorf("over what it was before: status %d, %s", status, errs)
@@ -333,10 +432,10 @@ func TestDeviceRebase(t *testing.T) {
 	}{
 		{[]string{"disk"}, 2, "--to FILE"}, {[]string{"--all", "--to", "x"}, 2, "one device"}, {[]string{"disk", "--to", "x", "--to-package", "y"}, 2, "exclude"},
 		{[]string{"--to", "x"}, 2, "--all"}, {[]string{"disk", "--to", filepath.Join(r.dir, "none")}, 1, "no such file"}, {[]string{"disk", "--to-package", r.dir}, 2, "--to-package"},
-		{[]string{"disk", "--to", filepath.Join(other, "manifest.json")}, 1, "give one of the same size"}, {[]string{"data", "--to", disk}, 0, ""},
+		{[]string{"disk", "--to", filepath.Join(other, "manifest.json")}, 1, "give one of the same size"}, {[]string{"data", "--to", disk}, 0, "is over"},
 	} {
 		status, out, errs := r.try("rebase", r.source("b"), test.args...)
-		if status != test.status || !strings.Contains(errs, test.want) || status == 0 && !strings.Contains(out, "not made yet") {
+		if status != test.status || !strings.Contains(out+errs, test.want) {
 			t.Errorf("rebase %q: status %d, %s%s", test.args, status, out, errs)
 		}
 	}
@@ -379,5 +478,30 @@ func TestPeerDevicesOverlays(t *testing.T) {
 		if _, err := test.source.open(); err == nil || !strings.Contains(err.Error(), test.want) {
 			t.Errorf("%+v: %v, want an error that says %q", test.source, err, test.want)
 		}
+	}
+}
+
+// TestDeviceIdle: where nothing tells whether a VM uses devices, that has to be said. What has no overlay is passed over by --all.
+func TestDeviceIdle(t *testing.T) {
+	r := newRest(t)
+	r.write("first", 5<<20, "disk", "a")
+	d, data := r.device("disk", "a"), r.device("data", "a")
+	devices := fmt.Sprintf(`[{"name":"disk","base":%q,"overlay":%q,"state":%q},{"name":"data","base":%q,"shared":true}]`, d.Base, d.Overlay, d.State, data.Base)
+	for _, command := range []string{"commit", "rebase"} {
+		line := []string{"device", command, "--devices", devices, "--all"}
+		if command == "rebase" {
+			line = append(line, "--same-contents")
+		}
+		if status, _, errs := drafter(t.Context(), line...); status != 2 || !strings.Contains(errs, "--idle") {
+			t.Errorf("%s: status %d, %s", command, status, errs)
+		}
+		if status, out, errs := drafter(t.Context(), append(line, "--idle")...); status != 0 || !strings.Contains(out, "disk: ") || strings.Contains(out, "data") {
+			t.Errorf("%s --idle: status %d, %s%s", command, status, out, errs)
+		}
+	}
+	// Its digests went with what they were of.
+	m, err := vmpackage.ReadManifest(t.Context(), r.pkg)
+	if in, _ := m.Device("disk"); err != nil || in.SHA256 != "" {
+		t.Errorf("the manifest has digests still: %+v, %v", in, err)
 	}
 }

@@ -346,10 +346,15 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return err
 	}
 	out.started(p)
-	if opts.laddr != "" || opts.control != "" {
-		if err := cfg.IndexBases(ctx); err != nil {
-			log.Warn("the VM cannot be sent as it is configured", "error", err)
-		}
+	if opts.laddr != "" || opts.control != "" { // so that whoever takes the VM need not wait for it
+		indexing, stop := context.WithCancel(ctx)
+		var indexed sync.WaitGroup
+		indexed.Go(func() {
+			if err := cfg.IndexBases(indexing); err != nil && indexing.Err() == nil {
+				log.Warn("the VM cannot be sent as it is configured", "error", err)
+			}
+		})
+		defer func() { stop(); indexed.Wait() }()
 	}
 	open()
 	op.p = p

@@ -92,6 +92,11 @@ func (d peerDevice) device() (peer.Device, error) {
 		Stationary:   d.MakeMigratable != nil && !*d.MakeMigratable,
 	}
 	device.Shared, device.SharedBase = d.Shared, d.SharedBase
+	for _, l := range append([]peerLayer{{d.Overlay, d.State}}, d.Overlays...) {
+		if _, err := os.Stat(l.State); d.Shared && err == nil {
+			return peer.Device{}, usageErrorf("--devices: device %q is shared, and there is an overlay of it (%q), which would not be looked at: remove that, or leave \"shared\" out", d.Name, l.Overlay)
+		}
+	}
 	if d.Shared { // it is given as it is, and does not travel, but both hosts prove that they have the same
 		device.Overlay, device.State, d.Overlays, device.Stationary = "", "", nil, false
 	} else if d.SharedBase && d.Overlay == "" && len(d.Overlays) == 0 {

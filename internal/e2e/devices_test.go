@@ -368,7 +368,7 @@ func TestCommandDevice(t *testing.T) {
 
 // TestClones: instances of one package have identities of their own, take the memory that they touch, and keep what they have become.
 func TestClones(t *testing.T) {
-	count := 5
+	count := 3
 	if *long {
 		count = 50
 	}
@@ -446,6 +446,9 @@ func TestClones(t *testing.T) {
 	g.console = c.console
 	if err := c.peer.Close(context.WithoutCancel(t.Context())); err != nil {
 		t.Fatal(err)
+	}
+	if stats, _ := c.peer.Instance().FillStats(); stats.DemandBytes+stats.FillBytes > uint64(data)/2 {
+		t.Errorf("to be closed, a clone has brought %d bytes of %d of memory", stats.DemandBytes+stats.FillBytes, data)
 	}
 	again := g.config(t, c.dir)
 	again.MemoryOnDemand = true

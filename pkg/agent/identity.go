@@ -72,7 +72,8 @@ func (id Identity) take(root string) error {
 	return nil
 }
 
-// replaceText gives a file that exists other contents, whole or not at all where its folder can be written.
+// replaceText gives a file that exists other contents, whole or not at all. One that nobody can write, as on a root that is read-only, keeps its
+// own: whoever has made the guest so has to see to that.
 func replaceText(path, text string) error {
 	info, err := os.Lstat(path)
 	if errors.Is(err, os.ErrNotExist) || err == nil && !info.Mode().IsRegular() {
@@ -82,12 +83,18 @@ func replaceText(path, text string) error {
 		return err
 	}
 	next := path + ".new"
-	if err := os.WriteFile(next, []byte(text), info.Mode().Perm()); err == nil {
-		if err = os.Rename(next, path); err == nil {
-			return nil
-		}
-		_ = os.Remove(next)
+	if err = os.WriteFile(next, []byte(text), info.Mode().Perm()); err == nil {
+		err = os.Rename(next, path)
 	}
-	// It may be a mount of its own, as in a container.
-	return os.WriteFile(path, []byte(text), info.Mode().Perm())
+	if err == nil {
+		return nil
+	}
+	_ = os.Remove(next)
+	if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EROFS) { // it may be a mount of its own, as in a container
+		err = os.WriteFile(path, []byte(text), info.Mode().Perm())
+	}
+	if errors.Is(err, unix.EROFS) {
+		return nil
+	}
+	return err
 }

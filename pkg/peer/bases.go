@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
 	"slices"
 	"time"
@@ -26,7 +27,8 @@ const indexPatience = 3 * time.Second
 
 // index returns the index of a device's base, nil where there is none to be had. Of a device whose base is to be on both sides it takes as
 // long as it takes, and fails.
-func (c Config) index(ctx context.Context, d Device) (*migrate.BaseIndex, error) {
+// Opened, if not nil, is the file that is in use as the base: another that has taken its place is not it.
+func (c Config) index(ctx context.Context, d Device, opened os.FileInfo) (*migrate.BaseIndex, error) {
 	if d.Overlay == "" && !d.hasBase() {
 		return nil, nil // the base is the device
 	}
@@ -37,6 +39,12 @@ func (c Config) index(ctx context.Context, d Device) (*migrate.BaseIndex, error)
 	}
 	cache := filepath.Join(filepath.Dir(d.Base), "."+filepath.Base(d.Base)+".index")
 	x, err := migrate.OpenBaseIndex(ctx, d.Base, cache, c.Logger)
+	if err == nil && opened != nil {
+		var now os.FileInfo
+		if now, err = os.Stat(d.Base); err == nil && !os.SameFile(now, opened) {
+			err = fmt.Errorf("%q is another file than the one that the VM has been using since it was started: restore that, or close the VM and start it again", d.Base)
+		}
+	}
 	if err != nil && d.hasBase() {
 		return nil, fmt.Errorf("device %q: %w", d.Name, err)
 	} else if err != nil {
@@ -55,7 +63,7 @@ func (c Config) IndexBases(ctx context.Context) error {
 		if !d.hasBase() {
 			continue
 		}
-		if _, err := c.index(ctx, d); err != nil {
+		if _, err := c.index(ctx, d, nil); err != nil {
 			return err
 		}
 	}
@@ -85,7 +93,8 @@ func (p *Peer) addBases(ctx context.Context, sc *migrate.SourceConfig) error {
 			if !ok {
 				return nil
 			}
-			x, err := p.cfg.index(ctx, c)
+			of := opened[d.Name]
+			x, err := p.cfg.index(ctx, c, of.Base)
 			if err != nil {
 				return err
 			}
@@ -94,7 +103,7 @@ func (p *Peer) addBases(ctx context.Context, sc *migrate.SourceConfig) error {
 				return nil // it is refused if it is required
 			}
 			d.Base = x
-			if of := opened[d.Name]; of.Overlay != nil {
+			if of.Overlay != nil {
 				d.Changed = of.Overlay.NextChange
 			} else if c.Shared {
 				d.Changed = func(int64) (block.Range, error) { return block.Range{}, io.EOF }
@@ -133,7 +142,7 @@ func (t *target) Bases(ctx context.Context, m *wire.Manifest) ([]*migrate.BaseIn
 			if !ok {
 				return nil
 			}
-			x, err := t.cfg.index(ctx, c)
+			x, err := t.cfg.index(ctx, c, d.Base)
 			if err != nil {
 				return err
 			}

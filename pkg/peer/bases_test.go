@@ -89,25 +89,47 @@ func TestIndexOfBase(t *testing.T) {
 		t.Fatal(err)
 	}
 	device := Device{DeviceConfig: d.Config}
-	if x, err := cfg.index(t.Context(), device); err != nil || x.Digest() != want.Digest() {
+	if x, err := cfg.index(t.Context(), device, nil); err != nil || x.Digest() != want.Digest() {
 		t.Errorf("got %v, %v, want %v", x, err, want.Digest())
+	}
+	opened, err := os.Stat(d.Config.Base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x, err := cfg.index(t.Context(), device, opened); err != nil || x.Digest() != want.Digest() {
+		t.Errorf("the base that is in use: %v, %v", x, err)
+	}
+	text, err := os.ReadFile(d.Config.Base)
+	if err == nil {
+		err = errors.Join(os.WriteFile(d.Config.Base+".new", text, 0o600), os.Rename(d.Config.Base+".new", d.Config.Base))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if x, err := cfg.index(t.Context(), device, opened); x != nil || err != nil {
+		t.Errorf("a base that was replaced while it is in use has the index %v, %v", x, err)
+	}
+	required := device
+	required.SharedBase = true
+	if x, err := cfg.index(t.Context(), required, opened); x != nil || err == nil || !strings.Contains(err.Error(), "is another file than the one that the VM has been using") {
+		t.Errorf("one that is to be on both sides: %v, %v", x, err)
 	}
 	inPlace := device
 	inPlace.Overlay, inPlace.State = "", ""
-	if x, err := cfg.index(t.Context(), inPlace); x != nil || err != nil {
+	if x, err := cfg.index(t.Context(), inPlace, nil); x != nil || err != nil {
 		t.Errorf("a base that is written to has the index %v, %v", x, err)
 	}
 	inPlace.Shared = true
-	if x, err := cfg.index(t.Context(), inPlace); err != nil || x.Digest() != want.Digest() {
+	if x, err := cfg.index(t.Context(), inPlace, nil); err != nil || x.Digest() != want.Digest() {
 		t.Errorf("of a shared disk: %v, %v, want %v", x, err, want.Digest())
 	}
 	gone := device
 	gone.Base += "-gone"
-	if x, err := cfg.index(t.Context(), gone); x != nil || err != nil {
+	if x, err := cfg.index(t.Context(), gone, nil); x != nil || err != nil {
 		t.Errorf("a base that is not there has the index %v, %v", x, err)
 	}
 	gone.SharedBase = true
-	if x, err := cfg.index(t.Context(), gone); x != nil || !errors.Is(err, os.ErrNotExist) {
+	if x, err := cfg.index(t.Context(), gone, nil); x != nil || !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("a base that is to be on both sides, and is not there: %v, %v", x, err)
 	}
 	cfg.Devices = []Device{device, gone}

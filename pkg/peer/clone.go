@@ -5,8 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -35,7 +38,33 @@ func PackageDevices(dir, instance string, parents ...string) ([]Device, error) {
 		}
 		devices = append(devices, device)
 	}
-	return devices, nil
+	return devices, CheckCommit(dir, devices)
+}
+
+// CommitMark is the file of a package that lists the overlays which are being folded into it, while they are: then the package is of more moments than
+// one, and of use to their instance alone.
+const CommitMark = ".commit"
+
+// CheckCommit refuses a package, in folder dir, into which the overlays of another instance than that of the devices were being folded when that was cut
+// short.
+func CheckCommit(dir string, devices []Device) error {
+	mark, err := os.ReadFile(filepath.Join(dir, CommitMark))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	overlays := strings.Fields(string(mark))
+	for _, d := range devices {
+		if path, err := filepath.Abs(d.Overlay); err == nil && d.Overlay != "" && slices.Contains(overlays, url.PathEscape(path)) {
+			return nil
+		}
+	}
+	of := ""
+	if len(overlays) > 0 {
+		of, _ = url.PathUnescape(overlays[0])
+	}
+	return fmt.Errorf("package %q: a commit to it, of overlay %q and those beside it, was cut short, and until it is done again (drafter device commit) it is of use to that instance only", dir, of)
 }
 
 // instanceLayer is where the instance in a folder has the overlay of a package's file.

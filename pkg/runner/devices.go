@@ -25,9 +25,10 @@ type device struct {
 	layer   *layer         // what the guest writes, while a commit point is kept under it
 	lazy    *block.Lazy    // the device again, while something of it is missing
 	liveFiles
-	lock    *os.File // holds the lock on the base until the device is closed
-	created []string // files that opening the device made, to remove if nothing comes of it
-	folders []string // folders that it made for them, outermost first
+	lock    *os.File    // holds the lock on the base until the device is closed
+	base    os.FileInfo // of that
+	created []string    // files that opening the device made, to remove if nothing comes of it
+	folders []string    // folders that it made for them, outermost first
 	closed  bool
 }
 
@@ -136,6 +137,9 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		return nil, err
 	}
 	d.Device = base
+	if d.base, err = d.lock.Stat(); err != nil {
+		return nil, err
+	}
 	if inPlace && !writes && mode == openReceive {
 		d.Device = &sameDevice{Device: base, name: c.Name}
 	}

@@ -1259,6 +1259,7 @@ func (i *Instance) AfterResume(ctx context.Context) error {
 // Device is a device of an instance as a migration sees it.
 type Device struct {
 	Config  DeviceConfig  // as it was given
+	Base    os.FileInfo   // the file that was opened as Config.Base, which may be another by now: see os.SameFile
 	Block   block.Device  // its content
 	Tracker block.Tracker // nil for a device that does not change while the instance runs
 
@@ -1287,7 +1288,7 @@ func (foreignMemory) Discard(off, n int64) error {
 func (i *Instance) Devices() []Device {
 	var out []Device
 	for _, d := range i.devices {
-		dev := Device{Config: d.DeviceConfig, Block: d.Device}
+		dev := Device{Config: d.DeviceConfig, Base: d.base, Block: d.Device}
 		if d.overlay != nil {
 			dev.Overlay = d.overlay
 		}

@@ -509,6 +509,9 @@ func mayChange(source deviceSource, closed, idle bool) error {
 	if n < 0 {
 		return usageErrorf("--devices has no device %q, by which it is known whether a VM uses the others: name it, too, or give --idle if none does", runner.StateDevice)
 	}
+	if !closed {
+		return nil
+	}
 	state, lock, err := openAtRest(devices[n])
 	if err != nil {
 		return fmt.Errorf("device %q: %w", runner.StateDevice, err)
@@ -519,7 +522,7 @@ func mayChange(source deviceSource, closed, idle bool) error {
 	if err != nil {
 		return fmt.Errorf("device %q: %w", runner.StateDevice, err)
 	}
-	if closed && r.Status != runner.Saved && r.Status != runner.ShutDown {
+	if r.Status != runner.Saved && r.Status != runner.ShutDown {
 		return fmt.Errorf("the instance is not closed: its record says %q; start it, and close it, first", r.Status)
 	}
 	return nil

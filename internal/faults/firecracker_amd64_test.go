@@ -19,6 +19,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/snapshot"
 	"github.com/drafter-vm/drafter/pkg/vmm/firecracker"
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
+	"golang.org/x/sys/unix"
 )
 
 // TestFirecrackerProcesses is TestProcesses with Firecracker, where there is one, and a guest that any KVM runs.
@@ -36,9 +37,16 @@ func testFirecrackerProcesses(t *testing.T, guest tiny) {
 	r := newRoom(t, guest)
 	t.Cleanup(func() { // of peers that were killed, and that nobody follows
 		r.killAll()
-		mounts, err := filepath.Glob(r.path("vms/firecracker/*/root/disks"))
-		for _, dir := range mounts {
-			err = errors.Join(err, expose.DetachFUSE(dir))
+		roots, err := filepath.Glob(r.path("vms/firecracker/*/root"))
+		for _, root := range roots {
+			if disks := filepath.Join(root, "disks"); exists(disks) {
+				err = errors.Join(err, expose.DetachFUSE(disks))
+			}
+			if state := filepath.Join(root, "state"); guest.jailed() && exists(state) {
+				if e := unix.Unmount(state, 0); !errors.Is(e, unix.EINVAL) { // it is no mount any more
+					err = errors.Join(err, e)
+				}
+			}
 		}
 		if err != nil {
 			t.Error(err)
@@ -219,4 +227,9 @@ func number(t *testing.T, text string) uint64 {
 		t.Fatal(err)
 	}
 	return n
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }

@@ -169,7 +169,7 @@ func TestLeaksAreFound(t *testing.T) {
 		t.Skip("needs root: mounts and namespaces")
 	}
 	dir := t.TempDir()
-	r := &room{dir: dir, mark: fmt.Sprintf("DRAFTER_FAULTS=%d-planted-", os.Getpid())}
+	r := &room{tenant: linux{}, dir: dir, mark: fmt.Sprintf("DRAFTER_FAULTS=%d-planted-", os.Getpid())}
 	file := func(path string) func(t *testing.T) {
 		return func(t *testing.T) {
 			if err := os.MkdirAll(filepath.Dir(r.path(path)), 0o700); err != nil {
@@ -281,7 +281,7 @@ func (r *room) program(t *testing.T, name string, attr *syscall.SysProcAttr, fil
 
 // TestTwoOwnersAreFound shows that machines which execute at the same time are counted, and one that does nothing is not.
 func TestTwoOwnersAreFound(t *testing.T) {
-	r := &room{dir: t.TempDir(), mark: fmt.Sprintf("DRAFTER_FAULTS=%d-busy-", os.Getpid())}
+	r := &room{tenant: linux{}, dir: t.TempDir(), mark: fmt.Sprintf("DRAFTER_FAULTS=%d-busy-", os.Getpid())}
 	ctx, cancel := context.WithTimeout(t.Context(), guestWait)
 	defer cancel()
 	busy := func() int { return r.program(t, "x", nil, nil, "sh", "-c", "while :; do :; done") }

@@ -83,7 +83,7 @@ func (r *rest) source(instance string, parents ...string) deviceSource {
 
 func (r *rest) device(name, instance string, parents ...string) runner.DeviceConfig {
 	r.t.Helper()
-	devices, err := r.source(instance, parents...).chosen([]string{name})
+	devices, _, err := r.source(instance, parents...).chosen([]string{name})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func (r *rest) record(status runner.Status, instance string, parents ...string) 
 
 func (r *rest) content(name, instance string, parents ...string) []byte {
 	r.t.Helper()
-	devices, err := r.source(instance, parents...).chosen([]string{name})
+	devices, _, err := r.source(instance, parents...).chosen([]string{name})
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -178,12 +178,16 @@ func TestDeviceInspect(t *testing.T) {
 	if strings.Contains(text, "in use") || strings.Contains(text, "not closed") {
 		t.Errorf("inspect says of overlays at rest:\n%s", text)
 	}
+	written, err := os.Stat(r.device("disk", "a").Overlay)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var views []deviceView
 	if err := json.Unmarshal([]byte(r.do("inspect", r.source("a"), "--json")), &views); err != nil {
 		t.Fatal(err)
 	}
 	if len(views) != 3 || views[1].Name != "disk" || views[1].Size != restSize || len(views[1].Overlays) != 1 || views[1].Overlays[0].Held != 1 || !views[1].Overlays[0].Clean ||
-		views[1].Overlays[0].Modified == nil || time.Since(*views[1].Overlays[0].Modified) > time.Minute || !views[2].Overlays[0].Missing {
+		views[1].Overlays[0].Modified == nil || !views[1].Overlays[0].Modified.Equal(written.ModTime()) || !views[2].Overlays[0].Missing {
 		t.Errorf("inspect says %+v", views)
 	}
 	o, err := openOverlay(r.device("disk", "b", "a"), block.OverlayOptions{})

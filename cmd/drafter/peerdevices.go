@@ -155,16 +155,14 @@ func (s deviceSource) open() ([]peer.Device, error) {
 		return nil, err
 	}
 	var devices []peer.Device
-	var configs []runner.DeviceConfig
 	for _, d := range decoded {
 		device, err := d.device()
 		if err != nil {
 			return nil, err
 		}
 		devices = append(devices, device)
-		configs = append(configs, device.DeviceConfig)
 	}
-	if err := runner.CheckDevices(configs); err != nil {
+	if err := runner.CheckDevices(peer.DeviceConfigs(devices)); err != nil {
 		return nil, usageErrorf("--devices: %w", err)
 	}
 	return devices, nil
@@ -196,11 +194,7 @@ func packageDevices(path, instance string, parents []string) ([]peer.Device, err
 	if err != nil {
 		return nil, err
 	}
-	var configs []runner.DeviceConfig
-	for _, d := range devices {
-		configs = append(configs, d.DeviceConfig)
-	}
-	if err := runner.CheckDevices(configs); err != nil { // a parent that is there twice
+	if err := runner.CheckDevices(peer.DeviceConfigs(devices)); err != nil { // a parent that is there twice
 		return nil, usageErrorf("--package, --instance and --parent: %w", err)
 	}
 	return devices, nil

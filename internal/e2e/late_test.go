@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
 )
 
@@ -15,11 +16,7 @@ import (
 func (g *guest) runnerConfig(t *testing.T, folder string) runner.Config {
 	t.Helper()
 	cfg := g.config(t, folder)
-	rc := runner.Config{Backend: cfg.Backend, Host: cfg.Host, ResumeTimeout: cfg.ResumeTimeout}
-	for _, d := range cfg.Devices {
-		rc.Devices = append(rc.Devices, d.DeviceConfig)
-	}
-	return rc
+	return runner.Config{Backend: cfg.Backend, Host: cfg.Host, ResumeTimeout: cfg.ResumeTimeout, Devices: peer.DeviceConfigs(cfg.Devices)}
 }
 
 // TestLateDevices runs a guest at its destination while half of its memory and disk have not arrived there and are garbage

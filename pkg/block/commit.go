@@ -13,7 +13,7 @@ import (
 // refuse to be opened.
 //
 // Nobody may use the overlay meanwhile. Progress, if not nil, is told how many bytes of blocks are done, of how many.
-func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) (err error) {
+func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) error {
 	if err := o.begin("commit"); err != nil {
 		return err
 	}
@@ -24,24 +24,18 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 	if err := o.flush(); err != nil {
 		return err
 	}
-	header := stateHeader{blockSize: o.blockSize, deviceSize: o.size}
-	if header.base, err = identify(o.fs, o.base, o.basePath); err != nil {
+	id, err := identify(o.fs, o.base, o.basePath)
+	if err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	header.base = header.base.unknown()
 	// From here on the base is another at each moment. With what it still holds, the overlay is right over each of them.
-	if err := o.writeState(header, o.states.runs(o.blocks)); err != nil {
+	if err := o.writeState(o.header(id.unknown()), o.states.runs(o.blocks)); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
+	committed := false
 	defer func() {
-		if err != nil && header.base.modTime == 0 { // what it is over is the base as it has become; if this fails, too, the next to open it notes that
-			known := errors.Join(o.base.Flush(), o.syncBase())
-			if known == nil {
-				header.base, known = identify(o.fs, o.base, o.basePath)
-			}
-			if known == nil {
-				_ = o.writeState(header, o.states.runs(o.blocks))
-			}
+		if !committed { // what it is over is the base as it has become; if this fails, too, the next to open it notes that
+			_ = o.bind(o.states.runs(o.blocks))
 		}
 	}()
 	blocks := o.Blocks()
@@ -53,17 +47,10 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 	}); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	if err := errors.Join(o.base.Flush(), o.syncBase()); err != nil {
+	if err := o.bind(nil); err != nil {
 		return fmt.Errorf("commit %q: %w", o.path, err)
 	}
-	id, err := identify(o.fs, o.base, o.basePath)
-	if err != nil {
-		return fmt.Errorf("commit %q: %w", o.path, err)
-	}
-	if err := o.writeState(stateHeader{blockSize: o.blockSize, deviceSize: o.size, base: id}, nil); err != nil {
-		return fmt.Errorf("commit %q: %w", o.path, err)
-	}
-	header.base = id
+	committed = true
 	for _, r := range o.states.runs(o.blocks) {
 		o.states.set(r.first, r.first+r.count-1, blockBase)
 	}
@@ -71,6 +58,23 @@ func (o *Overlay) Commit(ctx context.Context, progress func(done, total int64)) 
 		return fmt.Errorf("commit %q: free the space of the overlay: %w", o.path, err)
 	}
 	return nil
+}
+
+// bind makes the base durable, and has the state say that the overlay is over it as it is now, and holds these blocks.
+func (o *Overlay) bind(runs []stateRun) error {
+	if err := errors.Join(o.base.Flush(), o.syncBase()); err != nil {
+		return err
+	}
+	id, err := identify(o.fs, o.base, o.basePath)
+	if err != nil {
+		return err
+	}
+	return o.writeState(o.header(id), runs)
+}
+
+// header is that of the state of the overlay over a base.
+func (o *Overlay) header(base baseIdentity) stateHeader {
+	return stateHeader{blockSize: o.blockSize, deviceSize: o.size, base: base}
 }
 
 // begin has everything wait until end, but for reads: see Commit for these.
@@ -133,7 +137,7 @@ func (o *Overlay) Rebase(ctx context.Context, opts RebaseOptions) error {
 		err = o.fs.syncFile("sync new base", opts.BasePath)
 	}
 	if err == nil {
-		err = o.writeState(stateHeader{blockSize: o.blockSize, deviceSize: o.size, base: base}, o.states.runs(o.blocks))
+		err = o.writeState(o.header(base), o.states.runs(o.blocks))
 	}
 	if err != nil {
 		return fmt.Errorf("rebase %q: %w", o.path, err)

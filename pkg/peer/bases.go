@@ -177,25 +177,5 @@ func becomeBase(ctx context.Context, d runner.Device) (err error) {
 	if d.Overlay == nil {
 		return block.Copy(ctx, d.Block, base, block.CopyOptions{Concurrency: 2})
 	}
-	buffer := make([]byte, 256<<10)
-	for off := int64(0); ; {
-		r, err := d.Overlay.NextChange(off)
-		if err == io.EOF {
-			return nil
-		}
-		if err == nil {
-			err = ctx.Err()
-		}
-		if err != nil {
-			return err
-		}
-		p := buffer[:min(r.Length, int64(len(buffer)))]
-		if n, err := base.ReadAt(p, r.Offset); n < len(p) {
-			return err
-		}
-		if _, err := d.Block.WriteAt(p, r.Offset); err != nil {
-			return err
-		}
-		off = r.Offset + int64(len(p))
-	}
+	return block.CopyRanges(ctx, d.Block, base, d.Overlay.NextChange, nil)
 }

@@ -66,11 +66,7 @@ func (c MounterConfig) withDefaults() (MounterConfig, error) {
 	if (c.Dir == "") == (len(c.Devices) == 0) {
 		return c, errors.New("give either the folder of a package, or its devices")
 	}
-	var configs []runner.DeviceConfig
-	for _, d := range c.Devices {
-		configs = append(configs, d.DeviceConfig)
-	}
-	return c, runner.CheckDevices(configs)
+	return c, runner.CheckDevices(DeviceConfigs(c.Devices))
 }
 
 // Mounter owns a VM that nothing runs, and shows its devices as files. What is written to the files is in the VM when it is

@@ -103,10 +103,25 @@ func (c Config) runner() runner.Config {
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
 		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, MemoryOnDemand: c.MemoryOnDemand, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
-	for _, d := range c.Devices {
-		rc.Devices = append(rc.Devices, d.DeviceConfig)
-	}
+	rc.Devices = DeviceConfigs(c.Devices)
 	return rc
+}
+
+// DeviceConfigs are where devices live.
+func DeviceConfigs(devices []Device) []runner.DeviceConfig {
+	configs := make([]runner.DeviceConfig, len(devices))
+	for n, d := range devices {
+		configs[n] = d.DeviceConfig
+	}
+	return configs
+}
+
+// CheckAtRest fails with an error that wraps runner.ErrAlive if somebody runs the instance with these devices. It opens none of them.
+func CheckAtRest(devices []Device) error {
+	if runner.Alive(DeviceConfigs(devices)) {
+		return fmt.Errorf("%w: its peer, or the machine that a killed peer has left, runs it: end that first", runner.ErrAlive)
+	}
+	return nil
 }
 
 func (c Config) withDefaults() Config {

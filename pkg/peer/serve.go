@@ -101,13 +101,11 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 		}
 	}
 	var devices []Device
-	var configs []runner.DeviceConfig
 	for _, f := range files {
 		// Stationary: only read, and locked against those who would write.
 		devices = append(devices, Device{DeviceConfig: runner.DeviceConfig{Name: f.Name, Base: f.Path}, Stationary: true})
-		configs = append(configs, devices[len(devices)-1].DeviceConfig)
 	}
-	if err := runner.CheckDevices(configs); err != nil {
+	if err := runner.CheckDevices(DeviceConfigs(devices)); err != nil {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, sessions: make(map[*session]struct{}), found: make(chan struct{})}

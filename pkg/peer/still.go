@@ -142,12 +142,8 @@ func openStill(devices []Device, sizes map[string]int64) (_ *still, err error) {
 			err = errors.Join(err, s.discard())
 		}
 	}()
-	var configs []runner.DeviceConfig
-	for _, d := range devices {
-		configs = append(configs, d.DeviceConfig)
-	}
-	if runner.Alive(configs) {
-		return nil, fmt.Errorf("%w: its peer, or the machine that a killed peer has left, runs it: end that first", runner.ErrAlive)
+	if err := CheckAtRest(devices); err != nil {
+		return nil, err
 	}
 	for _, d := range devices {
 		size, received := sizes[d.Name]

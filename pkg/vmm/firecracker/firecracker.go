@@ -395,7 +395,7 @@ func (m *machine) boot(ctx context.Context) error {
 		requests = append(requests, request{"/cpu-config", json.RawMessage(spec.CPUTemplate)})
 	}
 	engine := "Async"
-	if m.cfg.IOEngineSync || slices.Compare(numbers(m.version), drains[:]) < 0 {
+	if m.cfg.IOEngineSync || !m.isFrom(drains) {
 		engine = "Sync"
 	}
 	for i, disk := range spec.Disks {
@@ -445,14 +445,17 @@ const fixedInterface = "tap0"
 
 // checkInterface refuses a name that a machine could not be loaded with.
 func (m *machine) checkInterface() error {
-	if m.cfg.Spec.MAC == "" || m.cfg.Interface == fixedInterface || m.renames() {
+	if m.cfg.Spec.MAC == "" || m.cfg.Interface == fixedInterface || m.isFrom(renames) {
 		return nil
 	}
 	return fmt.Errorf("interface %q: Firecracker %s connects a guest to the interface that it was saved with, whatever is said: call it %s in a network namespace of its own (--interface %s --netns), or use Firecracker 1.12 or newer",
 		m.cfg.Interface, m.version, fixedInterface, fixedInterface)
 }
 
-func (m *machine) renames() bool { return slices.Compare(numbers(m.version), renames[:]) >= 0 }
+// isFrom reports whether the machine's Firecracker is of a version, or newer.
+func (m *machine) isFrom(version [3]int) bool {
+	return slices.Compare(numbers(m.version), version[:]) >= 0
+}
 
 // renames is the first version that a machine can be loaded by with another tap interface than it was saved with. Before that it has to be one of
 // the same name, in whatever namespace.

@@ -700,7 +700,7 @@ func (m *machine) load(ctx context.Context, state []byte) error {
 		return fmt.Errorf("write its state: %w", err)
 	}
 	params := snapshotLoadParams{SnapshotPath: m.loadedPath(), MemBackend: memoryBackend{"File", m.memoryPath()}}
-	if m.cfg.Spec.MAC != "" && m.renames() {
+	if m.cfg.Spec.MAC != "" && m.isFrom(renames) {
 		params.NetworkOverrides = []networkOverride{{interfaceID, m.cfg.Interface}}
 	}
 	if err := m.cfg.Graft(func() error {

@@ -66,7 +66,7 @@ test: depend build lint ## Everything: unit tests with the race detector, root-o
 	@trap 'exit 130' INT; failed=0; \
 	$(GO) test -race $(GOTESTFLAGS) $$($(GO) list ./... | grep -vxFf <($(GO) list $(ALONE))) || failed=1; \
 	$(GO) test -race -p 1 $(GOTESTFLAGS) $(ALONE) || failed=1; \
-	[ -n "$$FIRECRACKER_BIN" ] || command -v firecracker >/dev/null || echo "SKIPPED, not tested: Firecracker itself, as there is none; name one in FIRECRACKER_BIN, and its jailer in JAILER_BIN" >&2; \
+	[ -n "$${FIRECRACKER_BIN-}" ] || command -v firecracker >/dev/null || echo "SKIPPED, not tested: Firecracker itself, as there is none; name one in FIRECRACKER_BIN, and its jailer in JAILER_BIN" >&2; \
 	exit $$failed
 
 test-faults: depend build ## Faults: links cut at every frame, hosts killed in every state, real peers too (hours; FAULTFLAGS=-seed N, …)

@@ -75,6 +75,10 @@ type SourceDevice struct {
 	// is none, as [block.Overlay.NextChange] does. What lies between is not even read.
 	Changed func(off int64) (block.Range, error)
 
+	// Stored, if set, is what a destination can fetch from a store. Only what was written since, and what the destination does not get
+	// there, comes from here.
+	Stored *Stored
+
 	// Handle, if set, is by which a destination on this host can have the device itself, with all that is written to it until the guest
 	// is paused: see [SharedTarget]. At most wire.MaxHandle bytes.
 	Handle string
@@ -400,6 +404,11 @@ func (c *SourceConfig) check() error {
 		var err error
 		if d.Base != nil && d.Base.Size() != d.Device.Size() {
 			return fmt.Errorf("device %q has %d bytes and its base %d: it was not made from that", d.Name, d.Device.Size(), d.Base.Size())
+		}
+		if d.Stored != nil {
+			if err := d.Stored.check(d.Device.Size()); err != nil {
+				return fmt.Errorf("device %q: %w", d.Name, err)
+			}
 		}
 		if d.RequireBase && d.Base == nil {
 			return fmt.Errorf("device %q: its base is required, and not known: set SourceDevice.Base", d.Name)

@@ -129,11 +129,12 @@ type destination struct {
 	reconnects int
 	wireBytes  int64 // read from links that are gone
 
-	size       atomic.Int64
-	dataBytes  atomic.Int64
-	zeroBytes  atomic.Int64
-	stateBytes atomic.Int64
-	filling    atomic.Pointer[filling] // for the meter
+	size        atomic.Int64
+	dataBytes   atomic.Int64
+	zeroBytes   atomic.Int64
+	storedBytes atomic.Int64 // fetched from a store
+	stateBytes  atomic.Int64
+	filling     atomic.Pointer[filling] // for the meter
 }
 
 // content takes in what one session brings.
@@ -189,8 +190,9 @@ type targetDevice struct {
 	// blank: it held only zeros when it was handed over, so that a run of zeros that was never anything else here need
 	// not be written. Free RAM then costs nothing.
 	blank    bool
-	based    bool // it started as the base that the manifest names
-	shared   bool // it is the source's device itself, for which this stands
+	based    bool          // it started as the base that the manifest names
+	stored   *targetStored // what comes from a store; nil: nothing
+	shared   bool          // it is the source's device itself, for which this stands
 	flushing atomic.Bool
 
 	// What is missing when the guest is started; nil where nothing is. A page leaves lacking when it was delivered.
@@ -376,6 +378,7 @@ func (d *destination) walk(ctx context.Context, streams []io.ReadWriter) error {
 	if err := l.send(wire.Header{Type: wire.TypeAccept}, accept); err != nil {
 		return err
 	}
+	d.fetchAll(c)
 	state, theirs, err := d.collect(c)
 	if err != nil {
 		return err
@@ -451,6 +454,11 @@ func (d *destination) offer(ctx context.Context, n int) ([]byte, error) {
 		return nil, nil
 	}
 	a.Copy = d.cfg.Copy
+	if slices.ContainsFunc(d.devices, func(dev *targetDevice) bool { return dev.stored != nil }) {
+		for _, dev := range d.devices {
+			a.Stored = append(a.Stored, dev.stored != nil)
+		}
+	}
 	_, bases := d.cfg.Target.(BaseTarget)
 	a.Bare = !bases
 	if len(d.shared()) > 0 {
@@ -580,6 +588,9 @@ func (d *destination) prepare(m *wire.Manifest) (*content, error) {
 		}
 		d.size.Add(t.size)
 		d.devices = append(d.devices, t)
+	}
+	if err := d.stored(m); err != nil {
+		return nil, err
 	}
 	return d.newContent(d.link, m.Window), nil
 }
@@ -719,6 +730,9 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 		c.tally.add(i, n)
 		return nil
 	}
+	if dev.stored != nil {
+		defer dev.stored.touch(r)()
+	}
 	if b.Header.Type == wire.TypeData {
 		dev.digest.write(r.Offset, b.Bytes())
 		if _, err := dev.WriteAt(b.Bytes(), r.Offset); err != nil {
@@ -803,6 +817,10 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 			state = append(state, m.payload...)
 			last = m.Flags&wire.FlagLast != 0
 			d.stateBytes.Store(int64(len(state)))
+		case wire.TypeIdle:
+			if err := d.idle(c, m.Header); err != nil {
+				return nil, nil, err
+			}
 		case wire.TypeMissing:
 			if err := d.list(m); err != nil {
 				return nil, nil, err
@@ -814,6 +832,9 @@ func (d *destination) collect(c *content) (state []byte, theirs *wire.Summary, e
 			for i, dev := range c.devices {
 				if dev.lacking != nil && dev.lacking.count.Load() > 0 && !dev.listed {
 					return nil, nil, unexpectedFrame(m.Type, fmt.Sprintf("more of what device %d is missing", i))
+				}
+				if dev.stored != nil && !dev.stored.over.Load() {
+					return nil, nil, unexpectedFrame(m.Type, fmt.Sprintf("the rest of device %d, which is being fetched", i))
 				}
 			}
 			if theirs, err = wire.DecodeSummary(m.payload, len(c.devices)); err != nil {
@@ -903,7 +924,7 @@ func (d *destination) report(streams int, err error) *Report {
 	r := &Report{
 		Role: wire.RoleDestination.String(), Outcome: d.state.get().String(), Streams: streams,
 		Total: Millis(time.Since(d.began)), Downtime: d.downtime.total(), Parts: d.downtime.parts, Phases: d.state.history,
-		DataBytes: d.dataBytes.Load(), ZeroBytes: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(),
+		DataBytes: d.dataBytes.Load(), ZeroBytes: d.zeroBytes.Load(), StateBytes: d.stateBytes.Load(), StoredBytes: d.storedBytes.Load(),
 	}
 	if err != nil {
 		r.Error = err.Error()

@@ -55,6 +55,7 @@ type link struct {
 	onBulk   func(wire.Header, wire.Check, *wire.Reader) error
 	onAck    func(device int, total int64) error
 	onDemand func(device int, r block.Range) error
+	onAbsent func(h wire.Header, payload []byte) error
 
 	// reserved: stream 0 takes no more from bulk, unless it is the only one. What is urgent then has nothing in its way.
 	reserved atomic.Bool
@@ -500,6 +501,17 @@ func (s *stream) readFrames() error {
 				return fmt.Errorf("%w: %v frame from the %v", wire.ErrMalformed, h.Type, l.peer())
 			}
 			if err := l.onDemand(int(h.Device), block.Range{Offset: int64(h.Offset), Length: n}); err != nil {
+				return err
+			}
+		case wire.TypeAbsent:
+			if l.onAbsent == nil || s.index != 0 {
+				return fmt.Errorf("%w: %v frame from the %v on stream %d", wire.ErrMalformed, h.Type, l.peer(), s.index)
+			}
+			b := make([]byte, h.Length)
+			if err := r.Payload(b); err != nil {
+				return err
+			}
+			if err := l.onAbsent(h, b); err != nil {
 				return err
 			}
 		default:

@@ -76,7 +76,11 @@ type Report struct {
 	ZeroBytes  int64 `json:"zero_bytes"`  // content that was sent or received as runs of zeros
 	StateBytes int64 `json:"state_bytes"` // device state
 
-	SameBytes  int64 `json:"same_bytes,omitempty"`  // at the source: content that was not sent, as the destination held it
+	SameBytes int64 `json:"same_bytes,omitempty"` // at the source: content that was not sent, as the destination held it
+	// StoredBytes is, at the destination, content that came from a store; AbsentBytes, at the source, what could have and did not.
+	StoredBytes int64 `json:"stored_bytes,omitempty"`
+	AbsentBytes int64 `json:"absent_bytes,omitempty"`
+
 	SavedBytes int64 `json:"saved_bytes,omitempty"` // at the source: of the data, what compression saved
 
 	WireBytes  int64   `json:"wire_bytes"` // everything this side wrote to (source) or read from (destination) the streams

@@ -356,6 +356,9 @@ func (s *source) describe() []wire.Device {
 		if d.Base != nil {
 			out[i].Base = d.Base.Digest().String()
 		}
+		if d.Stored != nil {
+			out[i].Stored = d.Stored.Reference
+		}
 		out[i].Handle = d.Handle
 	}
 	return out

@@ -79,7 +79,7 @@ func newSource(cfg SourceConfig, first SourceState) *source {
 		s.devices = append(s.devices, &sourceDevice{SourceDevice: d, index: i, size: d.Device.Size()})
 		total += d.Device.Size()
 	}
-	s.all = s.devices
+	s.all, s.storing = s.devices, newStoring(s.devices)
 	s.began = time.Now()
 	s.meter = &meter{tell: cfg.Progress, take: func() Progress {
 		p := Progress{Role: wire.RoleSource.String(), State: s.state.get().String(), Round: int(s.round.Load()), Size: total, Dirty: s.dirty.Load(),
@@ -146,6 +146,7 @@ type source struct {
 	late       []bool            // per device, whether it may be incomplete when the guest runs there
 	copies     bool              // the destination wants a copy
 	shared     []string          // devices that the destination has itself
+	storing    *storing          // what the destination fetches from a store; nil: nothing
 	ran        bool              // the destination said that it runs the guest
 	still      bool              // the guest stands still: downtime goes on
 	stuck      bool              // the guest could not be resumed after a copy
@@ -167,6 +168,7 @@ type source struct {
 	delivered  atomic.Pointer[wire.Summary] // what was served, once all of it was
 	demands    atomic.Int64
 	lateBytes  int64        // missing at the switch
+	absent     atomic.Int64 // bytes that the destination could have fetched and did not
 	roundTrip  atomic.Int64 // nanoseconds; 0: not measured yet
 	round      atomic.Int64
 	dirty      atomic.Int64
@@ -359,6 +361,7 @@ func (s *source) attach(l *link) {
 		}
 		return s.demanded(v, device, r)
 	}
+	l.onAbsent = s.notFetched
 	l.onAck = func(device int, total int64) error {
 		w := s.acked.Load()
 		if w == nil || s.current.Load() != l {
@@ -417,6 +420,9 @@ func (s *source) walk(ctx context.Context, streams []io.ReadWriter) error {
 			return fmt.Errorf("%w: accept says that the destination has device %q itself, which was not offered", wire.ErrMalformed, d.Name)
 		}
 		has := func(list []bool) bool { return len(list) > 0 && list[i] }
+		if has(accept.Stored) && (d.Stored == nil || has(accept.Shared)) {
+			return fmt.Errorf("%w: accept says that the destination fetches device %q, of which nothing is stored", wire.ErrMalformed, d.Name)
+		}
 		if d.RequireBase && !accept.Bare && !has(accept.Based) && !has(accept.Shared) {
 			return Refuse("device %q: the destination does not have the base it is to have, of digest %s: bring it there, or let the device travel as a whole", d.Name, d.Base.Digest())
 		}
@@ -552,6 +558,7 @@ func (s *source) agree(accept *wire.Accept) {
 			d.digest.shared.Store(true)
 		}
 	}
+	s.store(accept.Stored)
 }
 
 // confirm waits until the destination has what it needs to run the guest, and compares accounts.
@@ -684,6 +691,12 @@ func (s *source) copy() error {
 		for i, why := range v.Reasons {
 			s.reasons[s.devices[i].Name] = why
 		}
+		if err == nil && v.Action != Continue && !s.fetched() { // nothing was copied yet, and nothing would be
+			if err := s.awaitFetched(); err != nil {
+				return err
+			}
+			continue
+		}
 		if err != nil || v.Action != Continue {
 			return err
 		}
@@ -700,6 +713,9 @@ func (s *source) copy() error {
 			}
 		}
 		if err := s.cycle(v.Again); err != nil {
+			return err
+		}
+		if err := s.awaitFetched(); err != nil {
 			return err
 		}
 	}
@@ -912,26 +928,35 @@ func (s *source) each(devices []*sourceDevice, f func(*sourceDevice) error) erro
 // sendRound sends one round of a device, and waits until the destination has all of it: only then may a page be sent
 // again, as two versions of it on two streams could arrive in any order.
 func (s *source) sendRound(d *sourceDevice, began time.Time, plan func(*sourceDevice, *planner) (Dirty, error)) error {
+	dirty, err := s.sendAll(d, plan)
+	if err != nil {
+		return err
+	}
+	s.noteRound(d, dirty, began)
+	return nil
+}
+
+// sendAll is sendRound without a note of the round.
+func (s *source) sendAll(d *sourceDevice, plan func(*sourceDevice, *planner) (Dirty, error)) (Dirty, error) {
 	index := len(d.rounds)
 	dirty, err := s.sendContent(d, plan)
 	if err != nil {
-		return err
+		return dirty, err
 	}
 	// With less than this on its way, nothing but the end of the round makes the destination acknowledge it.
 	tells := s.window.awaits(d.index, ackThreshold(s.cfg.Window))
 	asked := time.Now()
 	h := wire.Header{Type: wire.TypeRoundEnd, Device: uint16(d.index), Offset: uint64(s.window.total(d.index))}
 	if err := s.link.send(h, []byte{byte(index >> 24), byte(index >> 16), byte(index >> 8), byte(index)}); err != nil {
-		return err
+		return dirty, err
 	}
 	if err := s.window.drained(d.index); err != nil {
-		return err
+		return dirty, err
 	}
 	if tells {
 		s.noteRoundTrip(time.Since(asked))
 	}
-	s.noteRound(d, dirty, began)
-	return nil
+	return dirty, nil
 }
 
 // noteRoundTrip keeps the shortest of what was measured: the others had to wait for something besides.
@@ -1255,7 +1280,7 @@ func (s *source) report(streams int, err error) *Report {
 		ID: wire.PublicID(s.cfg.ID), Role: wire.RoleSource.String(), Outcome: s.state.get().String(), Streams: cmp.Or(s.streams, streams),
 		Total: Millis(time.Since(s.began)), Downtime: s.downtime.total(), Parts: s.downtime.parts, AgentBefore: Millis(s.agent), Phases: s.state.history, Reasons: s.reasons, Decisions: s.decisions,
 		DataBytes: s.dataBytes.Load(), ZeroBytes: s.zeroBytes.Load(), StateBytes: s.stateBytes.Load(),
-		SameBytes: s.sameBytes.Load(), SavedBytes: s.savedBytes.Load(),
+		SameBytes: s.sameBytes.Load(), SavedBytes: s.savedBytes.Load(), AbsentBytes: s.absent.Load(),
 	}
 	if err != nil {
 		r.Error = err.Error()

@@ -64,6 +64,10 @@ const (
 	TypeSettled Type = 0x43 // destination: nothing is missing, durably; its totals and digests
 	TypeCopied  Type = 0x44 // source: the copy is good, and the guest runs on here
 
+	// Content by reference, stream 0; since version 2, between two that have agreed on it.
+	TypeAbsent Type = 0x50 // destination: pages of a device that it does not get from the store
+	TypeIdle   Type = 0x51 // source: all else was sent; what is not fetched from the store yet can come from me
+
 	// Meeting again, stream 0; since version 2.
 	TypeSeek   Type = 0x60 // source: what has become of the migration of this id?
 	TypeRejoin Type = 0x61 // destination: this has
@@ -72,10 +76,12 @@ const (
 
 // Flags are per type; a flag a type does not have is refused.
 const (
-	// FlagLast marks the last State frame, and the last Missing frame of a device.
+	// FlagLast marks the last State frame, and the last Missing or Absent frame of a device.
 	FlagLast = 0x01
 	// FlagFresh on a Serve says that the source remembers nothing of what it sent before.
 	FlagFresh = 0x01
+	// FlagNow on an Idle says that all of it is to come from the source, now.
+	FlagNow = 0x01
 	// FlagNeverRan on an Abort promises that the sender will never run this guest from this migration, and that the
 	// promise is durable. It lets a source in doubt take its guest back.
 	FlagNeverRan = 0x01
@@ -114,6 +120,8 @@ var rules = [256]rule{
 	TypeServed:    {name: "served", since: 2, min: summarySize, max: summarySize * (1 + MaxDevices)},
 	TypeSettled:   {name: "settled", since: 2, min: summarySize, max: summarySize * (1 + MaxDevices)},
 	TypeCopied:    {name: "copied", since: 2},
+	TypeAbsent:    {name: "absent", since: 2, max: MaxPayload, flags: FlagLast, device: true, offset: true},
+	TypeIdle:      {name: "idle", since: 2, flags: FlagNow},
 	TypeSeek:      {name: "seek", since: 2, min: 1, max: MaxName},
 	TypeRejoin:    {name: "rejoin", since: 2, min: 2, max: MaxPayload},
 	TypeServe:     {name: "serve", since: 2, flags: FlagFresh},

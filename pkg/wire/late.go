@@ -17,6 +17,8 @@ type Accept struct {
 	// Based says, for each device of the manifest, whether it holds the base that the manifest names for it, so that only
 	// what differs from it need come. Empty: none.
 	Based []bool `json:"based,omitempty"`
+	// Stored says, for each device of the manifest, whether the destination fetches what is stored of it. Empty: none.
+	Stored []bool `json:"stored,omitempty"`
 	// Bare says that the destination makes its devices anew, and has bases of none.
 	Bare bool `json:"bare,omitempty"`
 	// Shared says, for each device of the manifest, whether the destination has it itself, by its handle: nothing of it comes. Empty:
@@ -53,7 +55,7 @@ func DecodeAccept(b []byte, n int) (*Accept, error) {
 	if len(a.Network) > MaxNetwork {
 		return nil, fmt.Errorf("%w: accept has %d bytes of the guest's network", ErrMalformed, len(a.Network))
 	}
-	for _, list := range [][]bool{a.Postpone, a.Based, a.Shared} {
+	for _, list := range [][]bool{a.Postpone, a.Based, a.Stored, a.Shared} {
 		if len(list) != 0 && len(list) != n {
 			return nil, fmt.Errorf("%w: accept speaks of %d devices, the manifest of %d", ErrMalformed, len(list), n)
 		}
@@ -75,9 +77,18 @@ var maxRun = 2 * ((bits.Len64(MaxPages) + 6) / 7)
 // EncodeMissing passes on the Missing frames that list runs, which ascend without touching, of a device, until send fails.
 // An empty list is one frame. The payload is send's only during the call.
 func EncodeMissing(device uint16, runs []Run, send func(Header, []byte) error) error {
+	return encodeRuns(TypeMissing, device, runs, true, send)
+}
+
+// EncodeAbsent is EncodeMissing for Absent frames, of which many lists may precede the last of a device.
+func EncodeAbsent(device uint16, runs []Run, last bool, send func(Header, []byte) error) error {
+	return encodeRuns(TypeAbsent, device, runs, last, send)
+}
+
+func encodeRuns(of Type, device uint16, runs []Run, last bool, send func(Header, []byte) error) error {
 	var payload []byte
 	for {
-		h := Header{Type: TypeMissing, Device: device}
+		h := Header{Type: of, Device: device}
 		payload = payload[:0]
 		for end := int64(-1); len(runs) > 0 && len(payload) <= MaxPayload-maxRun; runs = runs[1:] {
 			if end < 0 {
@@ -88,7 +99,7 @@ func EncodeMissing(device uint16, runs []Run, send func(Header, []byte) error) e
 			payload = binary.AppendUvarint(payload, uint64(runs[0].Pages))
 			end = runs[0].Page + runs[0].Pages
 		}
-		if len(runs) == 0 {
+		if len(runs) == 0 && last {
 			h.Flags = FlagLast
 		}
 		h.Length = uint32(len(payload))
@@ -98,10 +109,10 @@ func EncodeMissing(device uint16, runs []Run, send func(Header, []byte) error) e
 	}
 }
 
-// DecodeMissing decodes the payload of a Missing frame and passes on its runs, which ascend without touching, until f fails.
+// DecodeMissing decodes the payload of a Missing or Absent frame and passes on its runs, which ascend without touching, until f fails.
 func DecodeMissing(h Header, payload []byte, f func(Run) error) error {
 	bad := func(what string) error {
-		return fmt.Errorf("%w: missing list of device %d: %s", ErrMalformed, h.Device, what)
+		return fmt.Errorf("%w: %v list of device %d: %s", ErrMalformed, h.Type, h.Device, what)
 	}
 	if h.Offset%PageSize != 0 || len(payload) == 0 && h.Offset != 0 {
 		return bad("it does not begin with a page")

@@ -54,12 +54,19 @@ type Device struct {
 	// may hold too.
 	Base string `json:"base,omitempty"`
 
+	// Stored, if set, is by which a destination can find, in a store that both can reach, what the device held a while ago. It is JSON, opaque
+	// here, and names no secret.
+	Stored json.RawMessage `json:"stored,omitempty"`
+
 	// Handle, if set, is by which a destination on the source's host can have the device itself. Its form is the two ends' own.
 	Handle string `json:"handle,omitempty"`
 }
 
-// MaxHandle is the most bytes of a Handle.
-const MaxHandle = 64
+// MaxHandle is the most bytes of a Handle, and MaxStored of what Stored says.
+const (
+	MaxHandle = 64
+	MaxStored = 1 << 10
+)
 
 // Manifest says what a migration will bring. A device is known by its position from then on.
 type Manifest struct {
@@ -102,6 +109,9 @@ func (m *Manifest) check() error {
 		}
 		if d.Base != "" && !digestPattern.MatchString(d.Base) {
 			return fmt.Errorf("device %q: base %q is not a digest", d.Name, clip(printable(d.Base), 2*len(Digest{})))
+		}
+		if len(d.Stored) > MaxStored {
+			return fmt.Errorf("device %q: %d bytes of what is stored of it: at most %d are allowed", d.Name, len(d.Stored), MaxStored)
 		}
 		if len(d.Handle) > MaxHandle || d.Handle != printable(d.Handle) {
 			return fmt.Errorf("device %q: handle %q: at most %d printable bytes are allowed", d.Name, clip(printable(d.Handle), MaxHandle), MaxHandle)

@@ -27,10 +27,12 @@ var mayImport = map[string][]string{
 	"ram":       {"block"},
 	"expose":    {"block"},
 	"vmpackage": {"block"},
+	"objstore":  {"block"},
 	"migrate":   {"block", "wire"},
 	"control":   {"migrate"},
 	"runner":    {"block", "ram", "expose", "vmm", "agent"},
 	"snapshot":  {"block", "blueprint", "runner", "vmm", "vmpackage"},
+	"depot":     {"block", "migrate", "objstore", "peer", "runner", "vmpackage", "wire"},
 	"peer":      {"block", "expose", "migrate", "runner", "transport", "vmm", "vmpackage", "wire"},
 }
 
@@ -44,6 +46,7 @@ var onlyIn = map[string]string{
 	"github.com/coder/websocket":      "transport",
 	"github.com/flynn/noise":          "transport",
 	"github.com/prometheus/":          "control",
+	"github.com/minio/minio-go":       "objstore",
 	"github.com/spf13/cobra":          "",
 	"github.com/schollz/progressbar/": "",
 }

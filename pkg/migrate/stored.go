@@ -81,6 +81,12 @@ func NewIndexBuilder(size int64) *IndexBuilder { return &IndexBuilder{newDigest(
 // Write notes that data, whole pages, is what is stored at off.
 func (b *IndexBuilder) Write(off int64, data []byte) { b.pages.write(off, data) }
 
+// Zero notes that the n bytes at off, whole pages, are zeros.
+func (b *IndexBuilder) Zero(off, n int64) { b.pages.zero(off, n) }
+
+// Builder goes on from an index, which stays what it is.
+func (x *BaseIndex) Builder() *IndexBuilder { return &IndexBuilder{x.pages.clone()} }
+
 // Index is a copy of what was noted. Nobody may call Write meanwhile.
 func (b *IndexBuilder) Index() *BaseIndex { return newBaseIndex(b.pages.clone()) }
 

@@ -186,6 +186,11 @@ func Open(cfg Config) (*Store, error) {
 // Location is where the store is.
 func (s *Store) Location() Location { return s.cfg.Location }
 
+// Serves reports whether the store is what a configuration asks for.
+func (s *Store) Serves(cfg Config) bool {
+	return s.cfg.Same(cfg.Location) && s.cfg.AccessKey == cfg.AccessKey && s.cfg.SecretKey == cfg.SecretKey && s.cfg.Key.ID() == cfg.Key.ID()
+}
+
 // Close ends idle connections. The store can be used afterwards.
 func (s *Store) Close() {
 	if t, ok := s.cfg.Transport.(*http.Transport); ok {

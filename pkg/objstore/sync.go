@@ -417,6 +417,13 @@ func (s *Syncer) nextChange(off int64) (block.Range, error) {
 	return block.Range{}, io.EOF
 }
 
+// List is what is in the store by now, of whatever moments.
+func (s *Syncer) List() *List {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &List{Size: s.list.Size, Chunks: slices.Clone(s.list.Chunks)}
+}
+
 // Stats says how far it is.
 func (s *Syncer) Stats() SyncStats {
 	s.mu.Lock()

@@ -10,8 +10,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/drafter-vm/drafter/pkg/migrate"
-	"github.com/drafter-vm/drafter/pkg/vmpackage"
 	"github.com/drafter-vm/drafter/pkg/wire"
 )
 
@@ -177,64 +175,17 @@ func (p *Peer) Cancel() bool {
 	return true
 }
 
-// Snapshot writes the VM, which runs on, down as a package in a new folder. The guest is paused for as long as a migration would:
-// for its device state, and what it wrote last. Config.Goal applies, and all of the memory and the disks is written meanwhile. When it
-// fails nothing is left. The report is that of the writing side. Where dir exists the error wraps fs.ErrExist.
-func (p *Peer) Snapshot(ctx context.Context, dir string) (*vmpackage.Manifest, *migrate.Report, error) {
-	t := Terminator{Dir: dir, Copy: true, Concurrency: p.cfg.Concurrency, RescueTimeout: p.cfg.RescueTimeout, Logger: p.cfg.Logger}
-	err := p.cfg.CheckSavable()
-	if err == nil {
-		err = t.Check()
+// StreamPair makes n streams within this process, for a peer and something else here.
+func StreamPair(n int) (here, there []io.ReadWriter, err error) {
+	for range n {
+		a, b, err := socketPair()
+		if err != nil {
+			closeAll(append(here, there...))
+			return nil, nil, err
+		}
+		here, there = append(here, a), append(there, b)
 	}
-	if err != nil {
-		return nil, nil, fmt.Errorf("snapshot VM: %w", err)
-	}
-	here, there, err := socketPair()
-	if err != nil {
-		return nil, nil, fmt.Errorf("snapshot VM: %w", err)
-	}
-	type result struct {
-		report *migrate.Report
-		err    error
-	}
-	sent := make(chan result, 1)
-	go func() {
-		report, err := p.copyTo(ctx, here)
-		sent <- result{report, err}
-	}()
-	manifest, report, err := t.Receive(ctx, []io.ReadWriter{there})
-	s := <-sent
-	if err == nil {
-		report.Downtime, report.Parts = s.report.Downtime, s.report.Parts // which this side alone sees whole
-		return manifest, report, s.err
-	}
-	// One of them failed because the other did, and was told no more than a stranger would be.
-	var told *migrate.PeerError
-	switch {
-	case s.err == nil || errors.As(s.err, &told):
-	case errors.As(err, &told):
-		err = s.err
-	default:
-		err = fmt.Errorf("%w; %w", s.err, err)
-	}
-	return nil, report, fmt.Errorf("snapshot VM: %w", err)
-}
-
-// copyTo sends a copy of the VM to ourselves.
-func (p *Peer) copyTo(ctx context.Context, to net.Conn) (*migrate.Report, error) {
-	streams := []io.ReadWriter{to}
-	ctx, done, err := p.begin(ctx, copying)
-	if err == nil {
-		defer done()
-		err = p.checkWhole()
-	}
-	if err != nil {
-		code, reason := refusal(err)
-		refuse(streams, wire.RoleSource, code, reason)
-		return &migrate.Report{}, err
-	}
-	defer closeAll(streams)
-	return p.send(ctx, streams)
+	return here, there, nil
 }
 
 // socketPair makes a stream within this process.

@@ -75,6 +75,9 @@ type Config struct {
 	// dial, or wait for the other to do so (Lobby.Rejoin). Nil: a link that is lost then is lost.
 	FindSource, FindDestination func(ctx context.Context) ([]io.ReadWriter, error)
 
+	// Storage keeps what devices hold in a store that other peers reach, too, so that less of it has to come from here. Nil: nothing is kept.
+	Storage Storage
+
 	// Network keeps the guest's connections when it moves. Nil: they end, or it is the caller's affair.
 	Network Network
 
@@ -178,6 +181,8 @@ type Peer struct {
 	paused bool       // by Pause
 	stays  bool       // SetMigratable has forbidden to send it
 
+	synced map[string]synced // devices that are kept in a store; it does not change once there can be an operation
+
 	rest *rest // what is still to come of an instance that was received; nil: nothing, as far as is known
 }
 
@@ -192,7 +197,7 @@ type rest struct {
 }
 
 func newPeer(cfg Config, i *runner.Instance) *Peer {
-	p := &Peer{cfg: cfg, instance: i}
+	p := &Peer{cfg: cfg, instance: i, synced: make(map[string]synced)}
 	p.started.Store(i != nil)
 	return p
 }
@@ -250,6 +255,9 @@ func start(ctx context.Context, cfg Config, alive bool, how func(context.Context
 		}
 	}
 	p.started.Store(true)
+	if _, given := i.InDoubt(); !given {
+		p.startSync()
+	}
 	if i.AgentOwed() {
 		p.agent.Go(func() {
 			if err := i.AfterResume(context.WithoutCancel(ctx)); err != nil {
@@ -399,11 +407,14 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 	case err == nil:
 		t.agent.Wait()
 		report.AgentAfter = migrate.Millis(t.agentTook)
-		return newPeer(cfg, t.instance), report, nil
+		p := newPeer(cfg, t.instance)
+		p.startSync()
+		return p, report, nil
 	case errors.Is(err, migrate.ErrUnsettled):
 		p := newPeer(cfg, t.instance)
 		p.rest = &rest{claim: claim(t.instance), cancel: func() {}, done: make(chan struct{}), report: report, err: err}
 		close(p.rest.done)
+		p.startSync()
 		_, err := p.Arrival()
 		return p, report, err
 	case t.instance != nil && errors.Is(err, migrate.ErrInDoubt):
@@ -447,7 +458,7 @@ func (p *Peer) Send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 		return &migrate.Report{}, err
 	}
 	defer done()
-	return p.send(ctx, streams)
+	return p.send(ctx, streams, nil)
 }
 
 // SendTo is Send to whoever dial connects to, as [DialStreams] does. Nobody is dialled when the VM cannot be sent now, so that a peer
@@ -466,7 +477,7 @@ func (p *Peer) SendTo(ctx context.Context, dial func(context.Context) ([]io.Read
 	if err := p.cfg.Authorize.give(ctx, streams); err != nil {
 		return &migrate.Report{}, err
 	}
-	return p.send(ctx, streams)
+	return p.send(ctx, streams, nil)
 }
 
 // beginSend registers a Send, if the VM can be sent now.
@@ -496,8 +507,8 @@ func (p *Peer) checkWhole() error {
 	return nil
 }
 
-// send is a Send that was begun, to a peer or to ourselves.
-func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error) {
+// send is a Send that was begun, to a peer or to ourselves, which adapts what is sent.
+func (p *Peer) send(ctx context.Context, streams []io.ReadWriter, adapt func(*migrate.SourceConfig)) (*migrate.Report, error) {
 	sc, err := p.source()
 	if err != nil {
 		return &migrate.Report{}, err
@@ -509,7 +520,12 @@ func (p *Peer) send(ctx context.Context, streams []io.ReadWriter) (*migrate.Repo
 	if err != nil {
 		return &migrate.Report{}, err
 	}
-	p.offerMemory(streams, &sc)
+	if adapt != nil {
+		adapt(&sc)
+	} else {
+		p.offerMemory(streams, &sc)
+		defer p.addStored(ctx, &sc)()
+	}
 	report, err := send(ctx, streams, sc)
 	if err != nil && !errors.Is(err, migrate.ErrInDoubt) && !errors.Is(err, migrate.ErrUnsettled) {
 		sc.Guest.(source).kept.undo()
@@ -627,6 +643,8 @@ func (p *Peer) Err() error { return p.instance.Machine().Err() }
 func (p *Peer) Kill() error {
 	err := p.instance.Kill()
 	p.endRest()
+	p.Cancel()
+	p.endSync()
 	return err
 }
 
@@ -655,6 +673,7 @@ func (p *Peer) Close(ctx context.Context) error {
 		<-op.done
 	}
 	p.endRest()
+	p.endSync()
 	err := p.instance.Close(ctx)
 	if !errors.Is(err, runner.ErrUnsaved) {
 		p.agent.Wait()

@@ -15,6 +15,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
@@ -25,6 +26,9 @@ type ServerConfig struct {
 	// Dir is the folder of the package. Devices, instead of it, say where each device is.
 	Dir     string
 	Devices []vmpackage.File
+
+	// Images, instead of both, are the devices themselves. They are only read, and closed with the server.
+	Images []Image
 
 	// Concurrency bounds the workers of each session. 0 means migrate's default.
 	Concurrency int
@@ -37,6 +41,13 @@ type ServerConfig struct {
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+}
+
+// Image is a device of a package that is no file.
+type Image struct {
+	Name   string // of the device
+	Device block.Device
+	ID     string // tells its content from any other
 }
 
 // Server serves a package to any number of peers, each of which gets a VM of its own that starts where the package was saved.
@@ -87,8 +98,8 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 	if cfg.RescueTimeout == 0 {
 		cfg.RescueTimeout = time.Minute
 	}
-	if (cfg.Dir == "") == (len(cfg.Devices) == 0) {
-		return nil, errors.New("give either the folder of a package, or its devices")
+	if given := []bool{cfg.Dir != "", len(cfg.Devices) > 0, len(cfg.Images) > 0}; slices.Index(given, true) < 0 || slices.Contains(given[slices.Index(given, true)+1:], true) {
+		return nil, errors.New("give either the folder of a package, or its devices, or images of them")
 	}
 	files := cfg.Devices
 	if cfg.Dir != "" {
@@ -109,7 +120,12 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 		return nil, err
 	}
 	s := &Server{cfg: cfg, sessions: make(map[*session]struct{}), found: make(chan struct{})}
-	if s.still, err = openStill(devices, nil); err != nil {
+	if len(cfg.Images) > 0 {
+		s.still = new(still)
+		for _, image := range cfg.Images {
+			s.still.devices = append(s.still.devices, &stillDevice{Device: image.Device, name: image.Name, id: image.ID})
+		}
+	} else if s.still, err = openStill(devices, nil); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -162,6 +178,9 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 // contentOf tells the content of a device from another: by the digest in the package's manifest, which is the same wherever the package is;
 // where there is none, or the file was written to since, by when that was.
 func contentOf(dir string, d *stillDevice) (string, error) {
+	if d.id != "" {
+		return d.id, nil
+	}
 	info, err := os.Stat(d.path)
 	if err != nil {
 		return "", err

@@ -30,7 +30,8 @@ type still struct {
 type stillDevice struct {
 	block.Device
 	name string
-	path string   // of the file that holds it, or its base
+	path string   // of the file that holds it, or its base; empty for an image
+	id   string   // of an image
 	lock *os.File // on that file; nil: none
 	made bool     // the file that is written to is new
 }

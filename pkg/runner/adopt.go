@@ -267,6 +267,19 @@ func (i *Instance) BringMemory(ctx context.Context) error {
 	return i.filler.Wait(ctx)
 }
 
+// MemoryFilled reports whether all of the memory is here. With Config.MemoryOnDemand it is not, until it is brought.
+func (i *Instance) MemoryFilled() bool {
+	if i.filler == nil {
+		return true
+	}
+	select {
+	case <-i.filler.Done():
+		return i.filler.Err() == nil
+	default:
+		return false
+	}
+}
+
 // AgentOwed reports whether the guest's agent is still to be told that the guest runs, by AfterResume. It is so after the
 // adoption of an instance of which something is missing.
 func (i *Instance) AgentOwed() bool {

@@ -21,6 +21,7 @@ type device struct {
 
 	overlay *block.Overlay // nil where there is none
 	tracked *block.Tracked // non-nil for disks: the device again, recording writes while a migration runs
+	writes  *block.Tracked // non-nil for disks: the same for somebody else
 	served  *relay         // non-nil for disks: the device again, as the machine has it open, or the layer has it as its base
 	layer   *layer         // what the guest writes, while a commit point is kept under it
 	lazy    *block.Lazy    // the device again, while something of it is missing
@@ -169,7 +170,8 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		d.overlay, d.Device = overlay, overlay
 	}
 	if IsDisk(c.Name) {
-		d.tracked = block.NewTracked(d.Device)
+		d.writes = block.NewTracked(d.Device)
+		d.tracked = block.NewTracked(d.writes)
 		d.Device = d.tracked
 		d.served = newRelay(d.Device)
 	}

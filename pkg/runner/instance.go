@@ -1263,6 +1263,10 @@ type Device struct {
 	Block   block.Device  // its content
 	Tracker block.Tracker // nil for a device that does not change while the instance runs
 
+	// Writes is another Tracker, for who wants to know beside a migration, once the instance runs. Nil for a device that does not change, and for
+	// memory, in which nobody can see cheaply what is written.
+	Writes block.Tracker
+
 	// Overlay knows what differs from the base. Nil where there is none, and for memory, whose overlay is what it was when it
 	// was saved.
 	Overlay Changes
@@ -1304,12 +1308,12 @@ func (i *Instance) Devices() []Device {
 				dev.Block = &keptMemory{Device: dev.Block, kept: i.point.memory}
 			}
 		case d.layer != nil && i.point.front.Load():
-			dev.Block, dev.Tracker = d.layer, d.layer
+			dev.Block, dev.Tracker, dev.Writes = d.layer, d.layer, d.layer.writes
 			if dev.Overlay != nil {
 				dev.Overlay = d
 			}
 		case d.tracked != nil:
-			dev.Tracker = d.tracked
+			dev.Tracker, dev.Writes = d.tracked, d.writes
 		}
 		out = append(out, dev)
 	}

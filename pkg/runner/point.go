@@ -53,6 +53,7 @@ type point struct {
 // layer is what a guest wrote to a disk since the commit point.
 type layer struct {
 	*block.Tracked
+	writes  *block.Tracked // the same for somebody else
 	overlay *block.Overlay
 	created []string // its files, if opening it made them
 	void    bool     // it is not needed when it is closed
@@ -93,7 +94,8 @@ func (d *device) openLayer(live *os.File) error {
 	if err != nil {
 		return fmt.Errorf("device %q: open what was written since the commit point: %w", d.Name, err)
 	}
-	l.Tracked = block.NewTracked(l.overlay)
+	l.writes = block.NewTracked(l.overlay)
+	l.Tracked = block.NewTracked(l.writes)
 	d.layer = l
 	return nil
 }

@@ -463,7 +463,7 @@ func TestPeerDevicesOverlays(t *testing.T) {
 		`[{"name":"disk","base":"b","overlays":[{"overlay":"1","state":"1s"}]},{"name":"data","base":"c","overlays":[{"overlay":"3","state":"1s"}]}]`: `both use the file "1s"`,
 		`[{"name":"disk","base":"b","overlays":[{"path":"1","state":"1s"}]}]`:                                                                         "path",
 	} {
-		if _, err := (deviceSource{devices: in}).open(); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := (&deviceSource{devices: in}).open(); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want an error that says %q", in, err, want)
 		}
 	}

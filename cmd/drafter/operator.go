@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/control"
+	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -26,8 +27,17 @@ type operator struct {
 
 	pushes chan push
 	way    way
+	backup *depot.Backup // nil: no copies are put into a store
 
 	telling sync.Mutex // held while the metrics are told whether the guest is paused
+}
+
+// hold keeps copies for a store from being made until release is called, so that a migration finds the peer free.
+func (o *operator) hold() (release func()) {
+	if o.backup == nil {
+		return func() {}
+	}
+	return o.backup.Hold()
 }
 
 // push is a migration that somebody here has asked for.

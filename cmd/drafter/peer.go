@@ -14,10 +14,12 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/control"
+	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -32,6 +34,7 @@ type peerOptions struct {
 	links
 	connections connectionFlags
 	deviceSource
+	depotFlags
 	concurrency   int
 	noPostcopy    bool
 	maxDowntime   time.Duration
@@ -96,6 +99,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	offerMachine(cmd)
 	opts.links.registerBothWays(flags)
 	opts.connections.register(flags)
+	opts.depotFlags.register(flags)
 	flags.StringVar(&opts.devices, "devices", "", "devices of the instance, a JSON array (default: out/package, with overlays in out/overlay and out/state)")
 	flags.StringVar(&opts.packagePath, "package", "", "folder of the package, instead of --devices")
 	flags.StringVar(&opts.instance, "instance", "", "with --package: folder for the instance's overlays (empty: write to the package itself)")
@@ -159,6 +163,20 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	case opts.keepPoint && opts.boot:
 		return usageErrorf("--keep-commit-point excludes --boot: there is no memory yet to return to; give it at the next start")
 	}
+	for _, v := range []struct {
+		flag string
+		set  bool
+	}{
+		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"boot", opts.boot}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""},
+		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
+	} {
+		if opts.restore != "" && v.set {
+			return usageErrorf("--restore excludes --%s: the instance comes from the store, to the folder --package, which is made for it", v.flag)
+		}
+	}
+	if opts.restore != "" && opts.packagePath == "" {
+		return usageErrorf("--restore needs --package: the folder to make for the instance")
+	}
 	if !cmd.Flags().Changed("memory-on-demand") {
 		opts.onDemand = opts.clone && !opts.hugePages
 	} else if opts.onDemand && opts.hugePages {
@@ -215,8 +233,18 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--metrics: %w", err)
 		}
 	}
-	devices, err := opts.deviceSource.open()
+	store, err := opts.depotFlags.open(ctx, cmd)
 	if err != nil {
+		return err
+	}
+	defer store.close()
+	var devices []peer.Device
+	if store.version != nil {
+		devices = restoredDevices(store.version, opts.packagePath)
+	} else if devices, err = opts.deviceSource.open(); err != nil {
+		return err
+	}
+	if err := store.keep(ctx, &opts.depotFlags, cmd.Flags(), devices, opts.stores); err != nil {
 		return err
 	}
 	if err := opts.checkMemory(devices); err != nil {
@@ -239,6 +267,12 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, MemoryOnDemand: opts.onDemand, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
+	if store.storage != nil {
+		cfg.Storage = store.storage
+	}
+	if store.version != nil {
+		cfg.FindSource = store.version.Redial
+	}
 	if opts.metrics != "" {
 		cfg.Hooks.Flushed = out.metrics.Flushed
 	}
@@ -254,7 +288,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return err
 	}
 	defer stopMetrics()
-	op := &operator{links: opts.links, watch: out, pushes: make(chan push)}
+	op := &operator{links: opts.links, watch: out, pushes: make(chan push), backup: store.backup}
 	ctx, op.stop = context.WithCancel(ctx)
 	defer op.stop()
 	start := &starter{state: "starting", watch: out, stop: op.stop}
@@ -319,7 +353,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			lobby.Close()
 		}
 	}()
-	p, err := startPeer(ctx, cfg, opts, reception, reports, out)
+	p, err := startPeer(ctx, cfg, opts, store.version, reception, reports, out)
 	if errors.Is(err, runner.ErrGiven) && !opts.forceOwner && (opts.control != "" || listener != nil && !transport.Single(opts.laddr)) {
 		open()
 		var end givenEnd
@@ -338,7 +372,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		opts.boot = opts.boot && end != givenSaved
 		start = &starter{state: "starting", watch: out, stop: op.stop}
 		desk.put(start)
-		p, err = startPeer(ctx, cfg, opts, reception, reports, out)
+		p, err = startPeer(ctx, cfg, opts, nil, reception, reports, out)
 	}
 	if err != nil && ctx.Err() != nil { // by a signal, or from the control socket
 		return fmt.Errorf("%w: %w", errInterrupted, err)
@@ -356,6 +390,17 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		})
 		defer func() { stop(); indexed.Wait() }()
 	}
+	if store.version != nil {
+		if err := describeRestored(ctx, opts.packagePath, devices); err != nil {
+			log.Warn("the instance runs, but the folder that it was restored to is no package yet: it will be when the instance is closed", "error", err)
+		}
+	}
+	backingUp, stopBackup := context.WithCancel(ctx)
+	var backups sync.WaitGroup
+	if store.backup != nil {
+		backups.Go(func() { store.backup.Run(backingUp, p) })
+	}
+	defer func() { stopBackup(); backups.Wait() }()
 	open()
 	op.p = p
 	desk.put(op)
@@ -364,10 +409,15 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	err = servePeer(ctx, op, lobby, reports, out)
 	stopControl()
+	stopBackup()
+	backups.Wait()
 	if p.Running() {
 		out.metrics.State(control.Closing)
 	}
 	err = errors.Join(err, closePeer(ctx, p, out))
+	if store.version != nil {
+		err = errors.Join(err, store.version.Close(context.WithoutCancel(ctx)))
+	}
 	if keeper != nil { // the rest is free for others, who may have the VM from here again
 		if lobby != nil {
 			lobby.Close()
@@ -480,7 +530,7 @@ func refreshManifest(ctx context.Context, dir string) error {
 }
 
 // startPeer brings the instance up, in the way the options ask for.
-func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception *peer.Lobby, reports *reports, out io.Writer) (*peer.Peer, error) {
+func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *depot.Version, reception *peer.Lobby, reports *reports, out io.Writer) (*peer.Peer, error) {
 	if opts.rollback { // which is refused where a machine is alive
 		p, err := peer.Resume(ctx, cfg)
 		if err != nil {
@@ -511,8 +561,11 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 		return nil, err
 	}
 	switch {
-	case reception != nil, opts.raddr != "" && !opts.boot:
+	case reception != nil, image != nil, opts.raddr != "" && !opts.boot:
 		if err := peer.CheckVacant(cfg); err != nil {
+			if image != nil {
+				err = fmt.Errorf("--restore %s: %w: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restore, err)
+			}
 			return nil, err
 		}
 		if err := cfg.IndexBases(ctx); err != nil {
@@ -529,6 +582,13 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, reception
 				from = a.From.String()
 				return a.Streams, nil
 			}, nil
+		}
+		if image != nil {
+			if err := checkAlone(image, opts.restore); err != nil && !opts.forceOwner {
+				return nil, err
+			}
+			from, dial, redial = "image "+image.Name+"@"+image.ID, image.Dial, nil
+			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", image.Name, image.ID, image.Taken.Format(time.RFC3339), humanize.Time(image.Taken))
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
@@ -695,6 +755,7 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				logger(ctx).Warn("the VM is whole, but the peer that it came from could not be told: that one may be in doubt", "error", err)
 			}
 		case a := <-arrivals:
+			release := o.hold()
 			_, gone, err := give(ctx, p, handing{from: a.From, do: func(ctx context.Context) (*migrate.Report, error) {
 				if a.Err != nil {
 					return nil, a.Err
@@ -702,6 +763,7 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				defer a.Close()
 				return p.Send(ctx, a.Streams)
 			}}, reports, out)
+			release()
 			if gone || err != nil {
 				return err
 			}
@@ -709,9 +771,11 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			o.way.dial(a.again)
 			ours, cancel := context.WithCancel(ctx)
 			stop := context.AfterFunc(a.ctx, cancel)
+			release := o.hold()
 			r, gone, err := give(ours, p, handing{from: a.to, pushed: true, do: func(ctx context.Context) (*migrate.Report, error) {
 				return p.SendTo(ctx, a.first)
 			}}, reports, out)
+			release()
 			stop()
 			cancel()
 			a.end <- r

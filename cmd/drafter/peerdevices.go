@@ -7,9 +7,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
+	"github.com/drafter-vm/drafter/pkg/objstore"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
@@ -38,12 +41,16 @@ type peerDevice struct {
 	Shared         bool  `json:"shared"`
 	SharedBase     bool  `json:"sharedbase"`
 
+	// S3Sync has the device be kept in a store while it is used, and fetched from there. Without a bucket the store is that of --store, or the one that the
+	// source names.
 	S3Sync        bool   `json:"s3sync"`
 	S3AccessKey   string `json:"s3accesskey"`
 	S3SecretKey   string `json:"s3secretkey"`
 	S3Endpoint    string `json:"s3endpoint"`
 	S3Secure      bool   `json:"s3secure"`
 	S3Bucket      string `json:"s3bucket"`
+	S3Prefix      string `json:"s3prefix"`
+	S3Region      string `json:"s3region"`
 	S3Concurrency int    `json:"s3concurrency"`
 }
 
@@ -55,18 +62,6 @@ type peerLayer struct {
 
 // device checks what one element says, and returns what it means.
 func (d peerDevice) device() (peer.Device, error) {
-	// The other two keys of S3, s3secure and s3concurrency, mean nothing alone, and configurations carry them with defaults.
-	for _, v := range []struct {
-		key string
-		set bool
-	}{
-		{"s3sync", d.S3Sync}, {"s3endpoint", d.S3Endpoint != ""},
-		{"s3bucket", d.S3Bucket != ""}, {"s3accesskey", d.S3AccessKey != ""}, {"s3secretkey", d.S3SecretKey != ""},
-	} {
-		if v.set {
-			return peer.Device{}, usageErrorf("--devices: device %q: key %q is not available in this version; leave it out", d.Name, v.key)
-		}
-	}
 	policy := migrate.Policy{
 		ByGoal:    d.MaxDirtyBlocks == nil && d.MinCycles == nil && d.MaxCycles == nil && d.CycleThrottle == nil,
 		BlockSize: d.BlockSize, MaxDirtyBlocks: orZero(d.MaxDirtyBlocks), MinCycles: orZero(d.MinCycles), MaxCycles: orZero(d.MaxCycles),
@@ -120,6 +115,38 @@ func (d peerDevice) device() (peer.Device, error) {
 	return device, nil
 }
 
+// store is where a device with s3sync is kept.
+func (d peerDevice) store(device peer.Device) (depot.DeviceConfig, error) {
+	fail := func(format string, args ...any) (depot.DeviceConfig, error) {
+		return depot.DeviceConfig{}, usageErrorf("--devices: device %q: %w", d.Name, fmt.Errorf(format, args...))
+	}
+	if device.Stationary || device.Shared {
+		return fail("\"s3sync\" is for a device that travels: leave it out")
+	}
+	c := objstore.Config{AccessKey: d.S3AccessKey, SecretKey: d.S3SecretKey, Concurrency: d.S3Concurrency}
+	c.Bucket, c.Prefix, c.Region = d.S3Bucket, d.S3Prefix, d.S3Region
+	switch {
+	case d.S3Endpoint == "":
+	case strings.Contains(d.S3Endpoint, "://"):
+		if d.S3Secure && !strings.HasPrefix(d.S3Endpoint, "https://") {
+			return fail("\"s3secure\" is true, and \"s3endpoint\" is %q: make it https://, or leave \"s3secure\" out", d.S3Endpoint)
+		}
+		c.Endpoint = d.S3Endpoint
+	case d.S3Secure:
+		c.Endpoint = "https://" + d.S3Endpoint
+	default:
+		c.Endpoint = "http://" + d.S3Endpoint
+	}
+	if c.Bucket == "" {
+		if c.AccessKey != "" || c.SecretKey != "" || c.Endpoint != "" || c.Prefix != "" {
+			return fail("\"s3sync\" has an endpoint, prefix or credentials, and no \"s3bucket\": name it, or leave all of them out to use --store, or the store that the source names")
+		}
+	} else if _, err := objstore.Open(c); err != nil {
+		return fail("%w", err)
+	}
+	return depot.DeviceConfig{Store: c}, nil
+}
+
 // orZero is what p points to, if it does.
 func orZero[T any](p *T) (v T) {
 	if p != nil {
@@ -134,10 +161,13 @@ type deviceSource struct {
 	packagePath string
 	instance    string
 	parents     []string
+
+	// stores are, once opened, the devices that are kept in a store by their own keys.
+	stores map[string]depot.DeviceConfig
 }
 
 // open returns the devices of the instance, from --devices, or from --package and --instance, or the defaults.
-func (s deviceSource) open() ([]peer.Device, error) {
+func (s *deviceSource) open() ([]peer.Device, error) {
 	switch {
 	case s.devices != "" && (s.packagePath != "" || s.instance != "" || len(s.parents) > 0):
 		return nil, usageErrorf("--devices excludes --package, --instance and --parent")
@@ -155,12 +185,18 @@ func (s deviceSource) open() ([]peer.Device, error) {
 		return nil, err
 	}
 	var devices []peer.Device
+	s.stores = make(map[string]depot.DeviceConfig)
 	for _, d := range decoded {
 		device, err := d.device()
 		if err != nil {
 			return nil, err
 		}
 		devices = append(devices, device)
+		if d.S3Sync {
+			if s.stores[d.Name], err = d.store(device); err != nil {
+				return nil, err
+			}
+		}
 	}
 	if err := runner.CheckDevices(peer.DeviceConfigs(devices)); err != nil {
 		return nil, usageErrorf("--devices: %w", err)

@@ -33,6 +33,7 @@ type workshop struct {
 	kernel, initrd string
 	mark           string // in the environment of every process that is started here, and of theirs
 	console        *testguest.Console
+	env            []string // more of it, for every process
 }
 
 // marks makes the mark of each workshop different.
@@ -153,7 +154,7 @@ func (w *workshop) start(t *testing.T, console *testguest.Console, args ...strin
 func (w *workshop) startWith(t *testing.T, stdin io.Reader, stdout io.Writer, args ...string) *command {
 	t.Helper()
 	c := &command{Cmd: exec.Command(w.bin, args...), args: args, done: make(chan struct{}), grown: make(chan struct{})}
-	c.Env = append(os.Environ(), w.mark+"=1")
+	c.Env = append(append(os.Environ(), w.mark+"=1"), w.env...)
 	c.Stdin, c.Stdout, c.Stderr = stdin, stdout, c
 	if err := c.Start(); err != nil {
 		t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
@@ -41,7 +42,7 @@ type BackupReport struct {
 	Taken    time.Time     // when the VM was as it is
 	Downtime time.Duration // of the VM
 	Took     time.Duration // until all of it was in the store
-	Changed  int64         // bytes that were another than in the version before
+	Sent     int64         // bytes, of whole chunks, that were not in the store
 }
 
 // Backup puts versions of a running VM into a store, one after the other. The first has all of it, each other what has changed, for which all of the
@@ -49,6 +50,11 @@ type BackupReport struct {
 type Backup struct {
 	cfg   BackupConfig
 	bases map[string]*base
+
+	turn sync.Mutex // held while the VM is copied, and by who wants it not to be
+
+	mu     sync.Mutex // guards cancel
+	cancel context.CancelFunc
 }
 
 // base is what the latest version holds of a device.
@@ -106,16 +112,49 @@ func (b *Backup) Run(ctx context.Context, p *peer.Peer) {
 	}
 }
 
-// Once makes a version.
-func (b *Backup) Once(ctx context.Context, p *peer.Peer) (BackupReport, error) {
-	began := time.Now()
-	t := &copyTarget{backup: b}
-	defer t.close()
+// Hold has the VM not be copied until release is called: it ends a copying that is under way, of which nothing comes. What has been copied goes on
+// to be put. It is for who wants the peer to be free.
+func (b *Backup) Hold() (release func()) {
+	b.mu.Lock()
+	if b.cancel != nil {
+		b.cancel()
+	}
+	b.mu.Unlock()
+	b.turn.Lock()
+	return b.turn.Unlock
+}
+
+// copy copies the VM, unless somebody wants it not to be.
+func (b *Backup) copy(ctx context.Context, p *peer.Peer, t *copyTarget) (*migrate.Report, error) {
+	if !b.turn.TryLock() {
+		return nil, fmt.Errorf("back up VM: %w: it is not to be copied now", peer.ErrBusy)
+	}
+	defer b.turn.Unlock()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	b.mu.Lock()
+	b.cancel = cancel
+	b.mu.Unlock()
 	bases := make(map[string]*migrate.BaseIndex)
 	for name, have := range b.bases {
 		bases[name] = have.index
 	}
 	report, err := p.Copy(ctx, t, bases)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.cancel = nil
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", peer.ErrBusy, err)
+	}
+	return report, err
+}
+
+// Once makes a version.
+func (b *Backup) Once(ctx context.Context, p *peer.Peer) (BackupReport, error) {
+	began := time.Now()
+	t := &copyTarget{backup: b}
+	defer t.close()
+	report, err := b.copy(ctx, p, t)
 	if err != nil {
 		return BackupReport{}, err
 	}
@@ -136,7 +175,7 @@ func (b *Backup) Once(ctx context.Context, p *peer.Peer) (BackupReport, error) {
 		if err != nil {
 			return r, fmt.Errorf("back up device %q: %w", d.name, err)
 		}
-		r.Changed += d.put
+		r.Sent += d.put
 		now[d.name] = &base{l, d.index.Index()}
 		root.Devices = append(root.Devices, objstore.RootDevice{Name: d.name, Size: d.Size(), List: id.String()})
 	}

@@ -189,7 +189,7 @@ func (s *Storage) Sync(device string, source peer.SyncSource) (peer.Syncing, err
 		return nil, nil
 	}
 	log := s.cfg.Logger.With("device", device)
-	syncer, err := objstore.NewSyncer(objstore.SyncConfig{Store: store, Device: source.Device, Writes: source.Writes, Ready: source.Ready, Stored: source.Stored, Quiet: c.Quiet, Logger: log})
+	syncer, err := objstore.NewSyncer(objstore.SyncConfig{Store: store, Device: source.Device, Writes: source.Writes, Still: source.Still, Ready: source.Ready, Stored: source.Stored, Quiet: c.Quiet, Logger: log})
 	if err != nil {
 		return nil, err
 	}

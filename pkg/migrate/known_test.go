@@ -315,7 +315,7 @@ func (t *basedTarget) Prepare(ctx context.Context, m *wire.Manifest) ([]block.De
 func (t *basedTarget) copyTo(ctx context.Context, m *wire.Manifest, devices []block.Device) error {
 	for i, d := range m.Devices {
 		if base := t.bases[d.Name]; base != nil {
-			if err := block.Copy(ctx, devices[i], base, block.CopyOptions{}); err != nil {
+			if err := block.Copy(context.WithoutCancel(ctx), devices[i], base, block.CopyOptions{}); err != nil {
 				return err
 			}
 		}

@@ -20,8 +20,8 @@ import (
 
 // Content by reference: what a device held a while ago is in a store that both sides reach. The destination fetches it from there, while the
 // source sends what is not there, or was written since. What the destination cannot get, for whatever reason, it says, and the source
-// sends that, too. It says so as well of half of what it has not begun to fetch yet whenever the source has nothing else to send:
-// so both ways are used until all is here, and a store that is slow, or silent, costs little.
+// sends that, too. When the source has had nothing else to do for a while, it gets some of what the destination has not begun to fetch, as much at a
+// time as it sends in about a second: so both ways are used until all is here, and a store that is slow, or silent, costs little.
 //
 //	source                                   destination
 //	  manifest: stored ───────────────────►  StoreTarget.Stored
@@ -68,8 +68,9 @@ type Fetcher interface {
 
 const (
 	fetchers   = 32              // chunks of a device that are fetched at once, at most
-	leastShare = 4 << 20         // bytes, at least, that are left to the source when it has nothing else to do, or all
-	fetchGrace = 2 * time.Second // that a chunk may take when it is the last that is waited for
+	fetchGrace = 3 * time.Second // for which the source may have nothing to do before it gets a part of what could be fetched, and a chunk be the last that is waited for
+	firstShare = 4 << 20         // bytes of that part, the first time
+	shareTime  = time.Second     // that sending it should take
 )
 
 // IndexBuilder makes the index of what is stored, as it is stored. Its methods may be called concurrently, but not for the same page.
@@ -404,6 +405,8 @@ type targetStored struct {
 	flying map[int]context.CancelFunc // being fetched
 	absent []int                      // not got, and the source was not told
 	idle   time.Time                  // since when the source has nothing else to do; zero: it has
+	share  int64                      // bytes that it got when it had nothing to do; 0: it did not get any yet
+	shared time.Time                  // when
 }
 
 // stored asks the target what it can fetch, if the source has something stored.
@@ -499,20 +502,21 @@ func (d *destination) fetchChunks(ctx context.Context, dev *targetDevice) error 
 			d.log.Warn("a part of a device is not to be had from the store, and comes from the source", "device", dev.name, "offset", r.Offset, "error", err)
 		}
 		if err == nil {
-			if err := d.put(dev, r.Offset, p); err != nil {
+			n, err := d.put(dev, r.Offset, p)
+			if err != nil {
 				d.link.fail(err)
 				return err
 			}
 			if fetched {
-				d.storedBytes.Add(r.Length)
+				d.storedBytes.Add(n)
 			}
 		}
 		st.done(n, err == nil)
 	}
 }
 
-// put stores a chunk, but for what the source has sent of it.
-func (d *destination) put(dev *targetDevice, off int64, p []byte) error {
+// put stores a chunk, but for what the source has sent of it, and returns how much of that were data.
+func (d *destination) put(dev *targetDevice, off int64, p []byte) (data int64, err error) {
 	st := dev.stored
 	st.using.Lock()
 	defer st.using.Unlock()
@@ -535,17 +539,18 @@ func (d *destination) put(dev *targetDevice, off int64, p []byte) error {
 		if !zero {
 			dev.digest.write(run.Offset, p[at:at+n])
 			if _, err := dev.WriteAt(p[at:at+n], run.Offset); err != nil {
-				return d.deviceError("write", dev, run.Offset, err)
+				return data, d.deviceError("write", dev, run.Offset, err)
 			}
+			data += n
 		} else if !dev.blank || !dev.digest.isZero(run.Offset, run.Length) {
 			dev.digest.zero(run.Offset, run.Length)
 			if err := dev.Discard(run.Offset, run.Length); err != nil {
-				return d.deviceError("discard", dev, run.Offset, err)
+				return data, d.deviceError("discard", dev, run.Offset, err)
 			}
 		}
 		at += n
 	}
-	return nil
+	return data, nil
 }
 
 // touch begins the writing of content that the source has sent; the returned function ends it.
@@ -595,6 +600,13 @@ func (s *targetStored) sourceIdle(now bool) {
 	defer s.mu.Unlock()
 	if s.idle.IsZero() {
 		s.idle = time.Now()
+		switch took := s.idle.Sub(s.shared); {
+		case s.share == 0:
+		case took < shareTime/2:
+			s.share *= 2
+		case took > 2*shareTime:
+			s.share = max(s.share/2, firstShare/4)
+		}
 	}
 	if now {
 		s.leave(s.next)
@@ -625,14 +637,19 @@ func (s *targetStored) report(now time.Time) (absent []int, last bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.idle.IsZero() && len(s.absent) == 0 {
-		switch {
-		case s.next < s.end: // half of the rest, from its end
-			first := s.next + (s.end-s.next)/2
-			for bytes := int64(0); first > s.next && bytes < leastShare; first-- {
-				bytes = s.chunks[s.end-1].End() - s.chunks[first].Offset
+		switch waited := now.Sub(s.idle) > fetchGrace; {
+		case s.next < s.end && (waited || s.share > 0): // from its end
+			if s.share == 0 {
+				s.share = firstShare
+			}
+			first := s.end
+			for bytes := int64(0); first > s.next && bytes < s.share; {
+				first--
+				bytes += s.chunks[first].Length
 			}
 			s.leave(first)
-		case now.Sub(s.idle) > fetchGrace:
+			s.shared = now
+		case s.next >= s.end && waited:
 			s.leaveFlying()
 		}
 	}

@@ -103,7 +103,7 @@ func decodeList(b []byte) (*List, error) {
 func (s *Store) PutList(ctx context.Context, l *List) (ID, error) {
 	b := l.encode()
 	id := s.cfg.Key.idOf(b)
-	if err := s.put(ctx, "lists", id, b); err != nil {
+	if _, err := s.put(ctx, "lists", id, b); err != nil {
 		return ID{}, fmt.Errorf("put list of chunks: %w", err)
 	}
 	return id, nil
@@ -179,13 +179,13 @@ func (s *Store) PutDevice(ctx context.Context, d block.Device, opts PutOptions) 
 				if k, err := d.ReadAt(p, at.Offset); k < len(p) {
 					return fmt.Errorf("put device: read %d bytes at %d: %w", len(p), at.Offset, errors.Join(err, io.ErrUnexpectedEOF))
 				}
-				id, err := s.Put(ctx, p)
+				id, sent, err := s.putNew(ctx, p)
 				if err != nil {
 					return fmt.Errorf("put device: %w", err)
 				}
 				mu.Lock()
 				defer mu.Unlock()
-				if done += at.Length; id != l.Chunks[chunk] {
+				if done += at.Length; sent {
 					put += at.Length
 				}
 				l.Chunks[chunk] = id

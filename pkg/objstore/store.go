@@ -333,38 +333,45 @@ func (s *Store) eachObject(ctx context.Context, folder string, f func(name strin
 
 // Put puts content there, unless it is there, and returns its name.
 func (s *Store) Put(ctx context.Context, content []byte) (ID, error) {
-	if len(content) == 0 || len(content) > MaxChunkSize {
-		return ID{}, fmt.Errorf("put chunk of %d bytes: 1 to %d are allowed", len(content), MaxChunkSize)
-	}
-	if block.IsZero(content) {
-		return Zeros, nil
-	}
-	id := s.cfg.Key.idOf(content)
-	return id, s.put(ctx, "chunks", id, content)
+	id, _, err := s.putNew(ctx, content)
+	return id, err
 }
 
-func (s *Store) put(ctx context.Context, folder string, id ID, content []byte) error {
+// putNew is Put that says whether it was not there, or too old.
+func (s *Store) putNew(ctx context.Context, content []byte) (_ ID, sent bool, err error) {
+	if len(content) == 0 || len(content) > MaxChunkSize {
+		return ID{}, false, fmt.Errorf("put chunk of %d bytes: 1 to %d are allowed", len(content), MaxChunkSize)
+	}
+	if block.IsZero(content) {
+		return Zeros, false, nil
+	}
+	id := s.cfg.Key.idOf(content)
+	sent, err = s.put(ctx, "chunks", id, content)
+	return id, sent, err
+}
+
+func (s *Store) put(ctx context.Context, folder string, id ID, content []byte) (sent bool, err error) {
 	if s.believes(id) {
-		return nil
+		return false, nil
 	}
 	name := folder + "/" + id.path()
 	age, err := s.age(ctx, name)
 	if err == nil && age < refreshAfter {
 		s.believe(id)
-		return nil
+		return false, nil
 	}
 	if err != nil && !errors.Is(err, ErrNotFound) {
-		return err
+		return false, err
 	}
 	body, err := s.cfg.Key.pack(name, content)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if err := s.putObject(ctx, name, body); err != nil {
-		return err
+		return false, err
 	}
 	s.believe(id)
-	return nil
+	return true, nil
 }
 
 func (s *Store) believes(id ID) bool {

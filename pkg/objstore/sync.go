@@ -25,6 +25,9 @@ type SyncConfig struct {
 	// as it was the time before is quiet. That is for memory, of which nobody can tell cheaply what is written.
 	Writes block.Tracker
 
+	// Still says that nobody writes to Device, instead of Writes: it is put once.
+	Still bool
+
 	// Quiet is for how long a chunk was not written to that is put into the store. 0 means 10 s. Without Writes it is the least time between two readings.
 	Quiet time.Duration
 
@@ -91,11 +94,21 @@ func NewSyncer(cfg SyncConfig) (*Syncer, error) {
 	for i := range s.changed {
 		s.changed[i] = true
 	}
-	if cfg.Writes == nil {
+	if cfg.Still {
+		s.cfg.Writes = still{}
+	}
+	if s.cfg.Writes == nil {
 		s.sums = make([]uint64, n)
 	}
 	return s, nil
 }
+
+// still is the tracker of a device that nobody writes to.
+type still struct{}
+
+func (still) Start(context.Context) error                    { return nil }
+func (still) Collect(context.Context) ([]block.Range, error) { return nil, nil }
+func (still) Stop() error                                    { return nil }
 
 // Run syncs until ctx ends, and returns when nothing of it goes on. A store that fails is tried again, at longer and longer intervals.
 func (s *Syncer) Run(ctx context.Context) error {
@@ -119,7 +132,7 @@ func (s *Syncer) Run(ctx context.Context) error {
 		}()
 	}
 	const patience = time.Minute
-	pause := s.interval()
+	pause, announced := s.interval(), false
 	for {
 		select {
 		case <-ctx.Done():
@@ -143,6 +156,10 @@ func (s *Syncer) Run(ctx context.Context) error {
 				s.log.Info("the object store can be written again")
 			}
 			pause = s.interval()
+			if st := s.Stats(); !announced && (st.Bytes > 0 || st.Waiting == 0) {
+				announced = true
+				s.log.Info("the object store has what a device holds, but for what was written a short while ago", "chunks", st.Chunks, "stored", st.Stored)
+			}
 		default:
 			if before == nil {
 				s.log.Warn("the object store cannot be written: it falls behind", "error", err)
@@ -173,7 +190,7 @@ func (s *Syncer) pass(ctx context.Context) error {
 	s.mu.Lock()
 	now := time.Since(s.began)
 	for n, changed := range s.changed {
-		if changed && now-time.Duration(s.last[n]) >= s.cfg.Quiet {
+		if changed && (s.cfg.Still || now-time.Duration(s.last[n]) >= s.cfg.Quiet) {
 			due = append(due, n)
 		}
 	}

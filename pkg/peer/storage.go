@@ -29,6 +29,7 @@ type Storage interface {
 type SyncSource struct {
 	Device block.Device  // is only read
 	Writes block.Tracker // of writes to it, for nobody else; nil: nobody can tell
+	Still  bool          // nobody writes to it
 	Ready  func() bool   // whether it may be read by now
 
 	// Stored is to be told what is put, as it is put, and never twice at the same time.
@@ -74,7 +75,7 @@ func (p *Peer) startSync() {
 		memory := d.Config.Name == runner.MemoryDevice
 		var err error
 		s.Syncing, err = p.cfg.Storage.Sync(d.Config.Name, SyncSource{
-			Device: d.Block, Writes: d.Writes, Stored: s.index.Write,
+			Device: d.Block, Writes: d.Writes, Still: d.Tracker == nil, Stored: s.index.Write,
 			Ready: func() bool { return p.instance.Missing() == 0 && (!memory || p.instance.MemoryFilled()) },
 		})
 		if err != nil {

@@ -51,6 +51,14 @@ type FillOptions struct {
 	// OnDemand brings what is demanded, with what is around it, and what is known to be zero, and nothing else until [Filler.Rest] is called:
 	// for a guest that is to take no more memory than it uses. Fill only.
 	OnDemand bool
+
+	// First are brought before all else, in this order, whatever OnDemand says: what the guest is known to touch soon. Zeros among them take up memory,
+	// which they are going to do anyway: a page that is left a hole costs a fault when it is touched. Fill only.
+	First []block.Range
+
+	// Record keeps the order in which pages are touched, for a later First, until [Filler.Touched] is called. Nothing else is brought meanwhile, as
+	// what is there is touched without a fault. It is of no use on a rung without faults. Fill only.
+	Record bool
 }
 
 func (o FillOptions) withDefaults() FillOptions {
@@ -118,6 +126,11 @@ type Filler struct {
 
 	nearby chan span // what the background should do next, because a page of it was demanded; dropped when full
 
+	recording atomic.Bool   // touches are noted; set to false with mu held
+	noted     *bitmap       // pages of touched
+	touched   []int64       // offsets of pages, in the order of the faults; guarded by mu
+	recorded  chan struct{} // closed when recording ends
+
 	rest     chan struct{} // closed when all is wanted
 	wantRest sync.Once
 }
@@ -160,7 +173,7 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 		m: m, src: src, request: request, opts: opts.withDefaults(),
 		present: newBitmap(pages), claimed: newBitmap(pages),
 		complete: make(chan struct{}), ready: make(chan struct{}), done: make(chan struct{}),
-		wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1), nearby: make(chan span, 4), rest: make(chan struct{}),
+		recorded: make(chan struct{}), wanted: map[int64]time.Time{}, failing: map[int64]struct{}{}, retryNow: make(chan struct{}, 1), nearby: make(chan span, 4), rest: make(chan struct{}),
 	}
 	f.changed.L = &f.mu
 	f.extents, _ = src.(block.Extents)
@@ -172,6 +185,10 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 	m.filler.Store(f)
 	m.unfilled.Store(false)
 	if f.lazy {
+		if f.opts.Record {
+			f.noted = newBitmap(pages)
+			f.recording.Store(true)
+		}
 		for range f.opts.Workers {
 			f.servers.Add(1)
 			m.servers.Go(func() { defer f.servers.Done(); f.serve() })
@@ -183,6 +200,14 @@ func (m *Memory) startFill(ctx context.Context, src io.ReaderAt, request func(in
 	} else if src != nil {
 		f.work.Go(f.retry)
 		f.work.Go(func() {
+			f.bringFirst()
+			if f.opts.Record && f.lazy {
+				select {
+				case <-f.recorded:
+				case <-f.rest:
+				case <-f.ctx.Done():
+				}
+			}
 			if f.opts.OnDemand && f.lazy { // or else there is no demand, and the guest waits for all of it
 				f.bringZeros()
 				f.load(nil, f.rest)
@@ -211,6 +236,11 @@ func (m *Memory) prepareFill(f *Filler) error {
 	case (prior != nil || m.unfilled.Load()) && !f.opts.Resume:
 		return errors.New("an earlier filling is incomplete and its guest may have run, set Resume to go on with it")
 	}
+	for _, r := range f.opts.First {
+		if err := m.checkPages(r); err != nil {
+			return err
+		}
+	}
 	pages := m.size / pageSize
 	f.present.add(0, pages)
 	if prior != nil {
@@ -227,8 +257,8 @@ func (m *Memory) prepareFill(f *Filler) error {
 			ranges = []block.Range{{Offset: 0, Length: m.size}}
 		}
 		for _, r := range ranges {
-			if r.Offset < 0 || r.Length <= 0 || r.Length > m.size || r.Offset > m.size-r.Length || r.Offset%pageSize != 0 || r.Length%pageSize != 0 {
-				return fmt.Errorf("range %d+%d is not of whole pages within its %d bytes", r.Offset, r.Length, m.size)
+			if err := m.checkPages(r); err != nil {
+				return err
 			}
 			f.present.remove(r.Offset/pageSize, r.End()/pageSize)
 		}
@@ -271,6 +301,14 @@ func (m *Memory) prepareFill(f *Filler) error {
 			return fmt.Errorf("poll userfaultfd: %w", err)
 		}
 		return m.wake(0, m.size) // faults that an earlier filler read and did not answer
+	}
+	return nil
+}
+
+// checkPages fails if a range is not of whole pages of the memory.
+func (m *Memory) checkPages(r block.Range) error {
+	if r.Offset < 0 || r.Length <= 0 || r.Length > m.size || r.Offset > m.size-r.Length || r.Offset%pageSize != 0 || r.Length%pageSize != 0 {
+		return fmt.Errorf("range %d+%d is not of whole pages within its %d bytes", r.Offset, r.Length, m.size)
 	}
 	return nil
 }
@@ -477,6 +515,9 @@ func (f *Filler) serve() {
 			return
 		}
 		f.faults.Add(1)
+		if f.recording.Load() {
+			f.note(page)
+		}
 		switch {
 		case f.present.has(page):
 			// It arrived meanwhile, or it is a hole: known to be zero, or punched by the VMM (balloon).
@@ -545,7 +586,7 @@ func (f *Filler) read(buf []byte, off int64) error {
 // When it has enough to do already, it is not told: what serves faults must not get in the way of faults.
 func (f *Filler) readAround(page int64) {
 	n := f.opts.ReadAround / pageSize
-	if n <= 1 {
+	if n <= 1 || f.recording.Load() {
 		return
 	}
 	lo := page / n * n

@@ -605,6 +605,12 @@ func TestFillMisuse(t *testing.T) {
 		"outside": func() (*Filler, error) {
 			return mem.Fill(t.Context(), newSource(nil), FillOptions{Ranges: []block.Range{{Offset: 1 << 20, Length: pageSize}}})
 		},
+		"half a page first": func() (*Filler, error) {
+			return mem.Fill(t.Context(), newSource(nil), FillOptions{First: []block.Range{{Offset: 100, Length: pageSize}}})
+		},
+		"first outside": func() (*Filler, error) {
+			return mem.Fill(t.Context(), newSource(nil), FillOptions{First: []block.Range{{Offset: 0, Length: pageSize + 1<<20}}})
+		},
 		"small source": func() (*Filler, error) {
 			small := create(t, 4096)
 			return mem.Fill(t.Context(), small.Device(), FillOptions{})

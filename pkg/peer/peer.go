@@ -50,8 +50,9 @@ type Config struct {
 	// ForceOwner, Clone and MemoryOnDemand are those of runner.Config.
 	ForceOwner, Clone, MemoryOnDemand bool
 
-	// HostName is that of runner.Config.
-	HostName string
+	// HostName and RecordWorkingSet are those of runner.Config.
+	HostName         string
+	RecordWorkingSet time.Duration
 
 	// KeepCommitPoint and Rollback are those of runner.Config.
 	KeepCommitPoint, Rollback bool
@@ -104,7 +105,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, MemoryOnDemand: c.MemoryOnDemand, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, MemoryOnDemand: c.MemoryOnDemand, RecordWorkingSet: c.RecordWorkingSet, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	rc.Devices = DeviceConfigs(c.Devices)
 	return rc

@@ -52,6 +52,9 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 	err := i.adopt(ctx)
 	switch {
 	case err == nil:
+		if cfg.RecordWorkingSet > 0 {
+			i.log.Warn("the working set is not recorded", "reason", "the machine was running already")
+		}
 		return i, nil
 	case errors.Is(err, errNeverRan):
 		state := i.device(StateDevice)
@@ -147,7 +150,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 		if arriving {
 			err = i.receiveMemory(ctx, ram.FillOptions{Resume: true})
 		} else {
-			err = i.fill(ctx, true)
+			err = i.fill(ctx, ram.FillOptions{Resume: true})
 		}
 		if err != nil {
 			return err
@@ -248,12 +251,14 @@ func restoreSaved(state *device) error {
 	return writeRecord(state, r)
 }
 
-// fill has memory filled from its device, lazily. Resumed is the filling that another process began.
-func (i *Instance) fill(ctx context.Context, resumed bool) (err error) {
-	// It goes on when the call that started it, and with that its context, is over.
-	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, ram.FillOptions{Resume: resumed, OnDemand: i.cfg.MemoryOnDemand, OnError: func(err error) {
+// fill has memory filled from its device, lazily. With Resume it is the filling that another process began.
+func (i *Instance) fill(ctx context.Context, opts ram.FillOptions) (err error) {
+	opts.OnDemand = i.cfg.MemoryOnDemand
+	opts.OnError = func(err error) {
 		i.log.Error("a part of the memory cannot be read, trying again", "device", MemoryDevice, "error", err)
-	}})
+	}
+	// It goes on when the call that started it, and with that its context, is over.
+	i.filler, err = i.memory.Fill(context.WithoutCancel(ctx), i.device(MemoryDevice).Device, opts)
 	i.onDemand = err == nil && i.cfg.MemoryOnDemand
 	return err
 }

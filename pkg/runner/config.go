@@ -228,6 +228,11 @@ type Config struct {
 	// was never brought is not written when the instance is saved.
 	MemoryOnDemand bool
 
+	// RecordWorkingSet has Resume record which pages of the memory the guest touches, from its start until that long after its agent has answered, in a hidden
+	// file beside the base of the memory (.NAME.workingset): any later start from that base brings these first. Nothing else is brought while it
+	// records. 0: it does not.
+	RecordWorkingSet time.Duration
+
 	// KeepCommitPoint has the instance keep what it takes to return to what it is when it begins to run here: by Resume, or after
 	// Prepare when all of it has arrived. Disks are written to layers then, which are folded in when the instance is saved.
 	// Memory that is received is written to its device as it comes, too. Boot knows no commit point.

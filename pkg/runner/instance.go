@@ -97,7 +97,8 @@ type Instance struct {
 	guest   *guest        // nil when the machine has no guest sockets
 	quiet   chan struct{} // of a guest that was received: closed when it may notice
 
-	huge background // see useHugePages
+	huge             background // see useHugePages
+	ahead, recording background // see workingSet
 
 	killed atomic.Bool // by Kill: its end is no shutdown
 
@@ -170,10 +171,11 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	i.point.front.Store(true)
+	set := i.workingSet()
 	if err := i.start(ctx, nil); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
-	if err := i.fill(ctx, false); err != nil {
+	if err := i.fill(ctx, ram.FillOptions{First: set.first, Record: set.record}); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	select {
@@ -216,6 +218,9 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.afterResume(ctx); err != nil {
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
+	i.mu.Lock() // OnRun has shown it to others
+	defer i.mu.Unlock()
+	i.recordWorkingSet(set)
 	return i, nil
 }
 
@@ -1673,6 +1678,8 @@ func (i *Instance) save(ctx context.Context) error {
 func (i *Instance) teardown() error {
 	i.enter(closed)
 	i.huge.end()
+	i.ahead.end()
+	i.recording.end()
 	errs := []error{i.Throttle(context.Background(), 0)}
 	if i.machine != nil {
 		errs = append(errs, i.machine.Close())

@@ -369,7 +369,8 @@ func TestCommandDevice(t *testing.T) {
 	w.checkClean(t)
 }
 
-// TestClones: instances of one package have identities of their own, take the memory that they touch, and keep what they have become.
+// TestClones: instances of one package have identities of their own, take the memory that they touch, and keep what they have become. The second records
+// what it touches, and those after it hardly wait for that any more.
 func TestClones(t *testing.T) {
 	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
 	count := 3
@@ -382,11 +383,16 @@ func TestClones(t *testing.T) {
 		console  *testguest.Console
 		dir      string
 		identity string
+		faults   uint64 // until its agent had answered
 	}
 	var clones []clone
+	workingSet := filepath.Join(g.pkg, "."+vmpackage.DefaultFile(runner.MemoryDevice)+".workingset")
 	config := func(n int, dir string) peer.Config {
 		cfg := g.config(t, dir)
 		cfg.Clone, cfg.MemoryOnDemand, cfg.HostName = true, true, fmt.Sprintf("clone-%d", n)
+		if n == 1 {
+			cfg.RecordWorkingSet = time.Second
+		}
 		return cfg
 	}
 	identity := func() string {
@@ -404,6 +410,8 @@ func TestClones(t *testing.T) {
 		}
 		defer func() { c.peer.Close(context.WithoutCancel(t.Context())) }()
 		resumed = append(resumed, time.Since(began))
+		stats, _ := c.peer.Instance().FillStats()
+		c.faults = stats.Faults
 		c.identity = identity()
 		if strings.Contains(c.identity, machineID) || strings.Contains(c.identity, "packaged") || strings.Count(c.identity, fmt.Sprintf("clone-%d\\n", n)) != 2 {
 			t.Errorf("clone %d is %s", n, c.identity)
@@ -415,6 +423,17 @@ func TestClones(t *testing.T) {
 			seen[own] = fmt.Sprint(n)
 		}
 		clones = append(clones, c)
+		for recorded := time.Now(); n == 1; time.Sleep(10 * time.Millisecond) {
+			if _, err := os.Stat(workingSet); err == nil {
+				break
+			} else if time.Since(recorded) > guestWait {
+				t.Fatalf("its working set is not recorded: %v", err)
+			}
+		}
+	}
+	t.Logf("until their agents had answered, clones waited for %d pages, and for %d with a recorded working set", clones[0].faults, clones[2].faults)
+	if 2*clones[2].faults > clones[0].faults {
+		t.Errorf("a clone has waited for %d pages, in spite of a recorded working set; without one, for %d", clones[2].faults, clones[0].faults)
 	}
 	slices.Sort(resumed)
 	var most uint64
@@ -423,6 +442,7 @@ func TestClones(t *testing.T) {
 		if !ok {
 			t.Fatalf("clone %d has all of its memory", n)
 		}
+		t.Logf("clone %d: %d faults, %d KiB demanded, %d KiB brought otherwise", n, stats.Faults, stats.DemandBytes>>10, stats.FillBytes>>10)
 		most = max(most, stats.DemandBytes+stats.FillBytes)
 	}
 	data := int64(0) // of the memory that they have in common

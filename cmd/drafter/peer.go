@@ -51,6 +51,7 @@ type peerOptions struct {
 	verify        bool
 	clone         bool
 	onDemand      bool
+	recordSet     time.Duration
 	hostName      string
 }
 
@@ -121,6 +122,8 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state: it takes another machine-id, and hooks see DRAFTER_CLONE=true")
 	flags.StringVar(&opts.hostName, "host-name", "", "what the guest is called from when the instance is resumed on, by its agent (empty: as before)")
 	flags.BoolVar(&opts.onDemand, "memory-on-demand", false, "bring no more of the memory than the guest touches, until the instance is sent (default: with --clone)")
+	flags.DurationVar(&opts.recordSet, "record-working-set", 0, "record beside the package's memory which pages of it the guest touches, from when it is resumed until so long after its agent has answered (--record-working-set=3s; 1s if no time is given): later starts bring these first")
+	flags.Lookup("record-working-set").NoOptDefVal = "1s"
 	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
 	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
@@ -156,6 +159,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--rollback excludes --force-owner: only an instance that belongs here can return to its commit point")
 	case opts.clone && (opts.raddr != "" || opts.accept != "" || opts.boot):
 		return usageErrorf("--clone excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots shares no state with others")
+	case opts.recordSet < 0:
+		return usageErrorf("--record-working-set=%s: give a time above zero, or none for 1s", opts.recordSet)
+	case opts.recordSet > 0 && (opts.raddr != "" || opts.accept != "" || opts.boot):
+		return usageErrorf("--record-working-set excludes --raddr, --accept and --boot: only a VM that is resumed here touches the memory of its package")
 	case opts.hostName != "" && (opts.raddr != "" || opts.accept != "" || opts.boot):
 		return usageErrorf("--host-name excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots names itself")
 	case opts.hostName != "" && agent.CheckHostName(opts.hostName) != nil:
@@ -264,7 +271,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, MemoryOnDemand: opts.onDemand, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 	if store.storage != nil {

@@ -136,8 +136,8 @@ type Filler struct {
 }
 
 // Fill brings the contents of src into the memory: at once where the guest touches them, the rest in the background.
-// If src implements [block.Extents], what it knows to be zero is not read; zeros never take up memory. Its reads are
-// made concurrently. Where it is shorter than the memory, reads fail with io.EOF, which is an error like others.
+// If src implements [block.Extents], what it knows to be zero is not read; zeros never take up memory, but for those of
+// FillOptions.First. Its reads are made concurrently. Where it is shorter than the memory, reads fail with io.EOF, which is an error like others.
 //
 // What the memory holds in the ranges to be filled is dropped first: VMMs touch RAM before there is anything in it, and
 // the zero pages that populates must not hide the contents. The guest must not have run. When Fill has returned, the

@@ -10,6 +10,7 @@
 //	postcopy/vm        the same in a real machine
 //	handover           a move within one host, memory handed over, beside TCP
 //	resume             from a package to the guest's first instruction, 128 MiB to 4 GiB
+//	working-set        from a package to the guest's answer with a recorded working set, beside without
 //	slowdown           how fast a guest works at a peer that does not migrate, beside plain QEMU; and while it migrates
 //	nat                256 network namespaces, made and removed
 //	forward            a client through a forward, beside a plain DNAT rule

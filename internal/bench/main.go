@@ -82,7 +82,7 @@ type machine struct {
 func allCases() []benchCase {
 	var all []benchCase
 	all = append(all, engineCases()...)
-	return append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), slowdownCase(), natCase(), forwardCase(), tunnelCase())
+	return append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), workingSetCase(), slowdownCase(), natCase(), forwardCase(), tunnelCase())
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {

@@ -116,7 +116,11 @@ type tinyVM struct {
 	began    time.Time // of resuming it
 }
 
-func startTiny(ctx context.Context, b *bench, pkg string) (_ *tinyVM, err error) {
+func startTiny(ctx context.Context, b *bench, pkg string) (*tinyVM, error) {
+	return startTinyAs(ctx, b, pkg, func(*runner.Config) {})
+}
+
+func startTinyAs(ctx context.Context, b *bench, pkg string, change func(*runner.Config)) (_ *tinyVM, err error) {
 	vm := &tinyVM{}
 	if vm.console, err = testguest.NewConsole(); err != nil {
 		return nil, err
@@ -134,9 +138,11 @@ func startTiny(ctx context.Context, b *bench, pkg string) (_ *tinyVM, err error)
 		return nil, err
 	}
 	vm.began = time.Now()
-	vm.instance, err = runner.Resume(ctx, runner.Config{
+	cfg := runner.Config{
 		Devices: devices, Backend: qemu.New(qemu.Options{}), Host: b.tinyHost(vm.console), ResumeTimeout: guestWait, Logger: quiet,
-	})
+	}
+	change(&cfg)
+	vm.instance, err = runner.Resume(ctx, cfg)
 	return vm, err
 }
 

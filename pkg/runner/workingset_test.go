@@ -3,6 +3,7 @@ package runner
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -10,6 +11,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/ram"
@@ -217,5 +221,58 @@ func TestWorkingSetUnknown(t *testing.T) {
 	}
 	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
 		t.Errorf("there are %v (%v)", entries, err)
+	}
+}
+
+// TestReadAhead has the kernel read parts of a file that it has not cached.
+func TestReadAhead(t *testing.T) {
+	const size = 8 << 20
+	f, err := os.Create(filepath.Join(t.TempDir(), "base"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.Write(bytes.Repeat([]byte{1}, size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(f.Sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)); err != nil {
+		t.Fatal(err)
+	}
+	m, err := unix.Mmap(int(f.Fd()), 0, size, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Munmap(m)
+	// cached is how many pages of a range the kernel has in its page cache.
+	cached := func(r block.Range) (n int64) {
+		t.Helper()
+		vec := make([]byte, r.Length/block.PageSize)
+		if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&m[r.Offset])), uintptr(r.Length), uintptr(unsafe.Pointer(&vec[0]))); errno != 0 {
+			t.Fatal(errno)
+		}
+		for _, v := range vec {
+			n += int64(v & 1)
+		}
+		return n
+	}
+	if n := cached(block.Range{Length: size}); n > 0 {
+		t.Skipf("the file system of %q keeps %d pages in the page cache", f.Name(), n)
+	}
+	ranges := []block.Range{{Offset: 1 << 20, Length: 1 << 20}, {Offset: 3 << 20, Length: block.PageSize}, {Offset: 3<<20 + 64<<10, Length: 64 << 10}, {Offset: 8 * block.PageSize, Length: block.PageSize}}
+	readAhead(t.Context(), f, ranges)
+	for until := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		missing := int64(0)
+		for _, r := range ranges {
+			missing += r.Length/block.PageSize - cached(r)
+		}
+		if missing == 0 {
+			break
+		}
+		if time.Now().After(until) {
+			t.Fatalf("%d pages are not in the page cache", missing)
+		}
+	}
+	if n := cached(block.Range{Offset: 4 << 20, Length: 4 << 20}); n > 0 {
+		t.Errorf("%d pages were read that nobody wants", n)
 	}
 }

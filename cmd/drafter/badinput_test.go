@@ -404,6 +404,16 @@ func TestSnapshotterRefuses(t *testing.T) {
 	}
 }
 
+// s3 has the disk be kept in a store, with more keys.
+func s3(more ...any) func([]map[string]any) {
+	return func(d []map[string]any) {
+		d[3]["s3sync"] = true
+		for n := 0; n < len(more); n += 2 {
+			d[3][more[n].(string)] = more[n+1]
+		}
+	}
+}
+
 // f512 is the path of a file that is no multiple of 512 bytes, beside the package.
 func f512(d []map[string]any) string {
 	return filepath.Join(filepath.Dir(filepath.Dir(d[3]["input"].(string))), "odd")
@@ -434,10 +444,24 @@ func TestPeerRefuses(t *testing.T) {
 		{"expiry negative", set("expiry", -5), nil, 2, []string{`"disk"`, `"expiry"`, "-5"}},
 		{"shared", set("shared", true), nil, 1, []string{`"disk" is shared`, "can write it", "make a snapshot in which it is shared"}},
 		{"sharedbase", func(d []map[string]any) { d[3]["sharedbase"] = true; delete(d[3], "overlay"); delete(d[3], "state") }, nil, 2, []string{`"disk"`, `"sharedbase" needs an overlay`}},
-		{"s3sync", set("s3sync", true), nil, 2, []string{`"s3sync"`, "leave it out"}},
-		{"s3endpoint", set("s3endpoint", "host"), nil, 2, []string{`"s3endpoint"`, "leave it out"}},
-		{"s3bucket", set("s3bucket", "bucket"), nil, 2, []string{`"s3bucket"`, "leave it out"}},
-		{"s3secretkey", set("s3secretkey", "secret"), nil, 2, []string{`"s3secretkey"`, "leave it out"}},
+		{"s3 without bucket", s3("s3endpoint", "host:9000"), nil, 2, []string{`"disk"`, `no "s3bucket"`, "--store"}},
+		{"s3 credentials without bucket", s3("s3accesskey", "a", "s3secretkey", "hidden"), nil, 2, []string{`"disk"`, `no "s3bucket"`}},
+		{"s3 half of the credentials", s3("s3bucket", "b", "s3secretkey", "hidden"), nil, 2, []string{`"disk"`, "both the access key and the secret key"}},
+		{"s3 endpoint", s3("s3bucket", "b", "s3endpoint", "host/path"), nil, 2, []string{`"disk"`, `"http://host/path"`, "without a path"}},
+		{"s3 endpoint that is not secure", s3("s3bucket", "b", "s3endpoint", "http://host", "s3secure", true), nil, 2, []string{`"disk"`, `"s3secure"`, "https://"}},
+		{"s3 of what stays", s3("s3bucket", "b", "makeMigratable", false), nil, 2, []string{`"disk"`, "device that travels"}},
+		{"store", nil, []string{"--store", "bucket"}, 2, []string{`--store "bucket"`, "s3://BUCKET"}},
+		{"store without a bucket", nil, []string{"--store", "s3://"}, 2, []string{"--store", "no bucket"}},
+		{"store endpoint alone", nil, []string{"--store-endpoint", "http://host"}, 2, []string{"--store-endpoint needs --store"}},
+		{"store endpoint", nil, []string{"--store", "s3://b", "--store-endpoint", "host:9000"}, 2, []string{`"host:9000"`, "http://HOST:PORT"}},
+		{"store key", nil, []string{"--store", "s3://b", "--store-key", "/no/such/key"}, 2, []string{"--store-key", "/no/such/key"}},
+		{"store concurrency", nil, []string{"--store", "s3://b", "--store-concurrency", "0"}, 2, []string{"--store-concurrency 0", "1 to 1024"}},
+		{"store quiet", nil, []string{"--store", "s3://b", "--store-sync", "--store-quiet", "0s"}, 2, []string{"--store-quiet 0s", "above zero"}},
+		{"backup without store", nil, []string{"--backup", "web"}, 2, []string{"--backup needs --store"}},
+		{"backup name", nil, []string{"--store", "s3://b", "--backup", "../x"}, 2, []string{"--backup", `"../x"`}},
+		{"backup time alone", nil, []string{"--store", "s3://b", "--backup-every", "1s"}, 2, []string{"--backup-every needs --backup"}},
+		{"backup keep", nil, []string{"--store", "s3://b", "--backup", "web", "--backup-keep", "0"}, 2, []string{"--backup-keep 0", "at least 1"}},
+		{"restore with devices", nil, []string{"--store", "s3://b", "--restore", "web", "--package", "x"}, 2, []string{"--restore excludes --devices"}},
 		{"block size beyond any overlay", set("blockSize", 1<<40), nil, 2, []string{"1099511627776", "67108864"}},
 		{"disk the machine lacks", set("name", "logs"), nil, 1, []string{`"disk"`, "add it to the devices"}},
 		{"memory of another package", func(d []map[string]any) { d[1]["base"], d[2]["base"] = d[2]["base"], d[1]["base"] }, nil, 1, []string{"memory", "different packages"}},

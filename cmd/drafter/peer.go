@@ -240,7 +240,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--metrics: %w", err)
 		}
 	}
-	store, err := opts.depotFlags.open(ctx, cmd)
+	store, err := opts.depotFlags.open(ctx, cmd, opts.packagePath)
 	if err != nil {
 		return err
 	}
@@ -397,7 +397,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		})
 		defer func() { stop(); indexed.Wait() }()
 	}
-	if store.version != nil {
+	if store.version != nil && p.Instance().Missing() == 0 {
 		if err := describeRestored(ctx, opts.packagePath, devices); err != nil {
 			log.Warn("the instance runs, but the folder that it was restored to is no package yet: it will be when the instance is closed", "error", err)
 		}
@@ -422,6 +422,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		out.metrics.State(control.Closing)
 	}
 	err = errors.Join(err, closePeer(ctx, p, out))
+	if store.version != nil && err == nil { // which may have been adopted, and have got the rest since
+		err = describeRestored(context.WithoutCancel(ctx), opts.packagePath, devices)
+	}
 	if store.version != nil {
 		err = errors.Join(err, store.version.Close(context.WithoutCancel(ctx)))
 	}
@@ -537,7 +540,7 @@ func refreshManifest(ctx context.Context, dir string) error {
 }
 
 // startPeer brings the instance up, in the way the options ask for.
-func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *depot.Version, reception *peer.Lobby, reports *reports, out io.Writer) (*peer.Peer, error) {
+func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *depot.Version, reception *peer.Lobby, reports *reports, out io.Writer) (_ *peer.Peer, err error) {
 	if opts.rollback { // which is refused where a machine is alive
 		p, err := peer.Resume(ctx, cfg)
 		if err != nil {
@@ -594,6 +597,15 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *de
 			if err := checkAlone(image, opts.restore); err != nil && !opts.forceOwner {
 				return nil, err
 			}
+			undo, failed := markRestored(image, opts.packagePath)
+			if failed != nil {
+				return nil, fmt.Errorf("--restore %s: %w", opts.restore, failed)
+			}
+			defer func() {
+				if err != nil {
+					undo()
+				}
+			}()
 			from, dial, redial = "image "+image.Name+"@"+image.ID, image.Dial, nil
 			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", image.Name, image.ID, image.Taken.Format(time.RFC3339), humanize.Time(image.Taken))
 		}

@@ -487,8 +487,8 @@ type peerDepot struct {
 	version *depot.Version  // to start from; nil: none
 }
 
-// open opens what the flags name, but for what devices are kept in: see keep.
-func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command) (_ *peerDepot, err error) {
+// open opens what the flags name, but for what devices are kept in: see keep. Dir is the folder to restore to.
+func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string) (_ *peerDepot, err error) {
 	flags := cmd.Flags()
 	c, named, err := f.config(flags)
 	if err != nil {
@@ -527,6 +527,14 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command) (_ *peerDepot
 		name, version, err := imageAndVersion(f.restore)
 		if err != nil {
 			return nil, err
+		}
+		// One that was begun goes on with the version that it was begun with.
+		if begun, err := os.ReadFile(filepath.Join(dir, restoreMark)); err == nil {
+			if of, at, _ := strings.Cut(strings.TrimSpace(string(begun)), "@"); of == name && (version == "" || version == at) {
+				version = at
+			} else {
+				return nil, usageErrorf("--restore %s: %q is being made from %q: finish that, or name another folder (--package)", f.restore, dir, strings.TrimSpace(string(begun)))
+			}
 		}
 		if d.version, err = depot.Open(ctx, d.store, name, version, c.Logger); err != nil {
 			return nil, interrupted(cmd, fmt.Errorf("--restore: %w", err))
@@ -601,8 +609,31 @@ func restoredDevices(v *depot.Version, dir string) []peer.Device {
 	return devices
 }
 
+// restoreMark is a file in the folder of an image that has not been fetched wholly, with its name and version.
+const restoreMark = ".restore"
+
+// markRestored makes the folder that an image is restored to. Undo removes it, if that has come to nothing.
+func markRestored(v *depot.Version, dir string) (undo func(), err error) {
+	made, err := runner.MakeFolders(dir, 0o700)
+	mark := filepath.Join(dir, restoreMark)
+	if err == nil {
+		err = os.WriteFile(mark, []byte(v.Name+"@"+v.ID+"\n"), 0o600)
+	}
+	undo = func() {
+		_ = os.Remove(mark)
+		runner.RemoveFolders(made)
+	}
+	if err != nil {
+		undo()
+	}
+	return undo, err
+}
+
 // describeRestored makes the folder of an image a package.
 func describeRestored(ctx context.Context, dir string, devices []peer.Device) error {
+	if err := os.Remove(filepath.Join(dir, restoreMark)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err == nil {
 		return nil
 	}

@@ -75,15 +75,23 @@ func TestCommandStore(t *testing.T) {
 		args := append([]string{"peer", "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input"}, more...)
 		return w.start(t, w.console, append(append(args, "--package", w.path(name)), store...)...)
 	}
-	slow := &tests3.Fault{Delay: 20 * time.Millisecond, Match: tests3.Of(http.MethodGet, "chunks")}
+	slow := &tests3.Fault{Delay: 50 * time.Millisecond, Match: tests3.Of(http.MethodGet, "chunks")}
 	proxy.Set(slow)
-	a := restored("a", "--restore", "web", "--store-sync", "--store-quiet", "1s", "--laddr", "localhost:0", "--backup", "copies", "--backup-every", "1s", "--report", w.path("a.json"))
+	withAll := []string{"--restore", "web", "--store-sync", "--store-quiet", "1s", "--laddr", "localhost:0", "--backup", "copies", "--backup-every", "1s", "--report", w.path("a.json")}
+	a := restored("a", withAll...)
 	a.waitFor(t, "VM runs here")
 	early := proxy.Gets.Load()
 	w.do(t, "put /name first")
+
+	// Its peer dies, while a part of it is missing, and there is a newer version when it goes on.
+	a.Process.Kill()
+	a.wait(t, -1)
+	run(0, "store", "push", "--package", w.path("package"), "web")
+	a = restored("a", withAll...)
+	a.waitFor(t, "Adopted VM")
+	proxy.Set(nil)
 	a.waitFor(t, "Received VM")
 	t.Logf("the VM ran after %d requests to the store, and was whole after %d", early, proxy.Gets.Load())
-	proxy.Set(nil)
 	sum := w.do(t, "disk disk write 0 1048576 5")
 	a.waitFor(t, "level=INFO msg=\"backed up the VM\"")
 	a.waitForCount(t, "the object store has what a device holds", 5)

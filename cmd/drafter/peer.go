@@ -53,6 +53,7 @@ type peerOptions struct {
 	onDemand      bool
 	recordSet     time.Duration
 	hostName      string
+	guest         agent.Network
 }
 
 func newPeerCommand() *cobra.Command {
@@ -121,6 +122,10 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.BoolVar(&opts.forceOwner, "force-owner", false, "take back an instance that was given to a peer which never confirmed, and which you know does not run it")
 	flags.BoolVar(&opts.clone, "clone", false, "tell the guest's agent, when the instance is resumed, that other VMs run from the same state: it takes another machine-id, and hooks see DRAFTER_CLONE=true")
 	flags.StringVar(&opts.hostName, "host-name", "", "what the guest is called from when the instance is resumed on, by its agent (empty: as before)")
+	flags.StringVar(&opts.guest.MAC, "guest-mac", "", "MAC that the guest's interface has from when the instance is resumed on, by its agent: for clones in one network (empty: as before)")
+	flags.StringSliceVar(&opts.guest.Addresses, "guest-address", nil, "likewise, an address with its prefix length, instead of those of its family; again for each")
+	flags.StringSliceVar(&opts.guest.Gateways, "guest-gateway", nil, "likewise, the gateway of its default route; again for IPv6")
+	flags.StringVar(&opts.guest.Interface, "guest-interface", "", "the guest's interface that these are for (default: the first)")
 	flags.BoolVar(&opts.onDemand, "memory-on-demand", false, "bring no more of the memory than the guest touches, until the instance is sent (default: with --clone)")
 	flags.DurationVar(&opts.recordSet, "record-working-set", 0, "record beside the package's memory which pages of it the guest touches, from when it is resumed until so long after its agent has answered (--record-working-set=3s; 1s if no time is given): later starts bring these first")
 	flags.Lookup("record-working-set").NoOptDefVal = "1s"
@@ -165,6 +170,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--record-working-set excludes --raddr, --accept and --boot: only a VM that is resumed here touches the memory of its package")
 	case opts.hostName != "" && (opts.raddr != "" || opts.accept != "" || opts.boot):
 		return usageErrorf("--host-name excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots names itself")
+	case !opts.guest.IsZero() && (opts.raddr != "" || opts.accept != "" || opts.boot):
+		return usageErrorf("--guest-mac, --guest-address and --guest-gateway exclude --raddr, --accept and --boot: what is received is the VM itself, and what boots sets its network up itself")
+	case opts.guest.Check() != nil:
+		return usageErrorf("--guest-mac, --guest-address and --guest-gateway: %w", opts.guest.Check())
 	case opts.hostName != "" && agent.CheckHostName(opts.hostName) != nil:
 		return usageErrorf("--host-name: %w", agent.CheckHostName(opts.hostName))
 	case opts.keepPoint && opts.boot:
@@ -174,7 +183,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		flag string
 		set  bool
 	}{
-		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"boot", opts.boot}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""},
+		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"boot", opts.boot}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()},
 		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
 	} {
 		if opts.restore != "" && v.set {
@@ -271,7 +280,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 	if store.storage != nil {

@@ -33,13 +33,13 @@ var mayImport = map[string][]string{
 	"runner":    {"block", "ram", "expose", "vmm", "agent"},
 	"snapshot":  {"block", "blueprint", "runner", "vmm", "vmpackage"},
 	"depot":     {"block", "migrate", "objstore", "peer", "runner", "vmpackage", "wire"},
-	"peer":      {"block", "expose", "migrate", "runner", "transport", "vmm", "vmpackage", "wire"},
+	"peer":      {"agent", "block", "expose", "migrate", "runner", "transport", "vmm", "vmpackage", "wire"},
 }
 
 // onlyIn says which outside libraries enter only in one room, or a few (or in cmd and internal, which may use anything).
 var onlyIn = map[string]string{
 	"github.com/hanwen/go-fuse":       "expose",
-	"github.com/vishvananda/netlink":  "nat forward flow",
+	"github.com/vishvananda/netlink":  "nat forward flow agent",
 	"github.com/google/nftables":      "nat",
 	"github.com/containerd/ttrpc":     "agent",
 	"github.com/quic-go/":             "transport",

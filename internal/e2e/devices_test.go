@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -387,9 +388,11 @@ func TestClones(t *testing.T) {
 	}
 	var clones []clone
 	workingSet := filepath.Join(g.pkg, "."+vmpackage.DefaultFile(runner.MemoryDevice)+".workingset")
+	address := func(n int) string { return fmt.Sprintf("10.9.%d.%d/32", n/250, 1+n%250) }
 	config := func(n int, dir string) peer.Config {
 		cfg := g.config(t, dir)
 		cfg.Clone, cfg.MemoryOnDemand, cfg.HostName = true, true, fmt.Sprintf("clone-%d", n)
+		cfg.GuestNetwork = agent.Network{Interface: "lo", Addresses: []string{address(n)}} // it has no other
 		if n == 1 {
 			cfg.RecordWorkingSet = time.Second
 		}
@@ -415,6 +418,9 @@ func TestClones(t *testing.T) {
 		c.identity = identity()
 		if strings.Contains(c.identity, machineID) || strings.Contains(c.identity, "packaged") || strings.Count(c.identity, fmt.Sprintf("clone-%d\\n", n)) != 2 {
 			t.Errorf("clone %d is %s", n, c.identity)
+		}
+		if has, own := g.do(t, "cat /proc/net/fib_trie"), strings.TrimSuffix(address(n), "/32"); strings.Count(has, "10.9.") != strings.Count(has, own) || !strings.Contains(has, own) {
+			t.Errorf("clone %d is to have the address %s, and has %s", n, own, has)
 		}
 		for _, own := range []string{g.do(t, "cat /etc/machine-id"), g.do(t, "cat /proc/sys/kernel/random/uuid")} {
 			if other, ok := seen[own]; ok {

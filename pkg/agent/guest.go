@@ -212,7 +212,7 @@ func (s *service) resume(ctx context.Context, req *agentpb.AfterResumeRequest) (
 	if len(req.Entropy) > 0 {
 		errs[1] = s.reseed(req.Entropy)
 	}
-	if id := (Identity{req.MachineId, req.HostName}); !id.isZero() {
+	if id := (Identity{req.MachineId, req.HostName, networkOf(req.Network)}); !id.isZero() {
 		errs[2] = s.become(id)
 	}
 	s.logger.Info("after resume", "call", req.Id, "clock_step", step, "clone", req.Clone)

@@ -163,7 +163,7 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 			now = time.Now()
 		}
 		resp, err := a.AfterResume(ctx, &agentpb.AfterResumeRequest{
-			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone, MachineId: req.Identity.MachineID, HostName: req.Identity.HostName,
+			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone, MachineId: req.Identity.MachineID, HostName: req.Identity.HostName, Network: req.Identity.Network.message(),
 		})
 		if err == nil {
 			h.logger.Debug("guest resumed", "clock_step", time.Duration(resp.ClockStepNanos))

@@ -19,6 +19,9 @@ type Identity struct {
 
 	// HostName is what the machine calls itself from now on, as hostname(7) has it. Empty: as before.
 	HostName string
+
+	// Network is what a network interface of the machine is from now on.
+	Network Network
 }
 
 // NewMachineID is 16 bytes from this host's random number generator, marked as those of a random UUID (RFC 9562, version 4), as
@@ -41,7 +44,9 @@ func CheckHostName(name string) error {
 	return nil
 }
 
-func (id Identity) isZero() bool { return len(id.MachineID) == 0 && id.HostName == "" }
+func (id Identity) isZero() bool {
+	return len(id.MachineID) == 0 && id.HostName == "" && id.Network.IsZero()
+}
 
 // take makes the machine whose files are below root, and this kernel if that is /, what id says. It does all it can, and reports what failed. What a
 // guest has not, it is not given.
@@ -65,6 +70,9 @@ func (id Identity) take(root string) error {
 			}
 		}
 		errs = append(errs, replaceText(filepath.Join(root, "etc/hostname"), id.HostName+"\n"))
+	}
+	if root == "/" && !id.Network.IsZero() {
+		errs = append(errs, id.Network.take())
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("take identity: %w", err)

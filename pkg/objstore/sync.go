@@ -202,7 +202,7 @@ func (s *Syncer) pass(ctx context.Context) error {
 		return err
 	}
 	for _, n := range due {
-		if ctx.Err() != nil {
+		if s.wanted(ctx) {
 			break
 		}
 		if hole(n) {
@@ -358,7 +358,7 @@ func (s *Syncer) readAll(ctx context.Context) error {
 	return nil
 }
 
-// wanted reports whether a reading is to be cut short.
+// wanted reports whether a pass is to be cut short: somebody waits for a snapshot, or for the end.
 func (s *Syncer) wanted(ctx context.Context) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

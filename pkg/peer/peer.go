@@ -13,6 +13,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -50,8 +51,9 @@ type Config struct {
 	// ForceOwner, Clone and MemoryOnDemand are those of runner.Config.
 	ForceOwner, Clone, MemoryOnDemand bool
 
-	// HostName and RecordWorkingSet are those of runner.Config.
+	// HostName, GuestNetwork and RecordWorkingSet are those of runner.Config, in which the second is Network.
 	HostName         string
+	GuestNetwork     agent.Network
 	RecordWorkingSet time.Duration
 
 	// KeepCommitPoint and Rollback are those of runner.Config.
@@ -105,7 +107,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, MemoryOnDemand: c.MemoryOnDemand, RecordWorkingSet: c.RecordWorkingSet, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, Network: c.GuestNetwork, MemoryOnDemand: c.MemoryOnDemand, RecordWorkingSet: c.RecordWorkingSet, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	rc.Devices = DeviceConfigs(c.Devices)
 	return rc

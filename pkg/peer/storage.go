@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -88,11 +89,15 @@ func (p *Peer) startSync() {
 
 // endSync ends that.
 func (p *Peer) endSync() {
+	var ends sync.WaitGroup
 	for name, s := range p.synced {
-		if err := s.Close(); err != nil {
-			p.cfg.Logger.Warn("a device is not kept in the store any more, and that was not clean", "device", name, "error", err)
-		}
+		ends.Go(func() {
+			if err := s.Close(); err != nil {
+				p.cfg.Logger.Warn("a device is not kept in the store any more, and that was not clean", "device", name, "error", err)
+			}
+		})
 	}
+	ends.Wait()
 }
 
 // addStored names what is stored of what is sent. Until done is called, nothing more is put.

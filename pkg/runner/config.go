@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
@@ -222,6 +223,9 @@ type Config struct {
 
 	// HostName is what the guest's agents call the guest from then on. Empty: as before.
 	HostName string
+
+	// Network is what the guest's agents make a network interface of the guest, when Resume has resumed it: for clones that are to differ in that.
+	Network agent.Network
 
 	// MemoryOnDemand has Resume bring no more of the memory than the guest touches, and what is around that, until the instance is sent: for many
 	// that run from one package, of which each takes the memory that it uses. Otherwise all of it is brought, in the background. What

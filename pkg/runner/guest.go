@@ -42,6 +42,7 @@ type callNote struct {
 
 	MachineID string `json:"machineID,omitempty"` // and gives these; the former in hexadecimal
 	HostName  string `json:"hostName,omitempty"`
+	Network   string `json:"network,omitempty"` // JSON
 }
 
 // next is the note of calls that follow, which tell the guest what it was not told yet.
@@ -53,7 +54,9 @@ func (n callNote) next(suspend, resume string) callNote {
 // identity is what the call gives the guest.
 func (n callNote) identity() agent.Identity {
 	id, _ := hex.DecodeString(n.MachineID) // ours
-	return agent.Identity{MachineID: id, HostName: n.HostName}
+	identity := agent.Identity{MachineID: id, HostName: n.HostName}
+	_ = json.Unmarshal([]byte(n.Network), &identity.Network) // ours, or empty
+	return identity
 }
 
 // callFile is the name of that file.
@@ -101,14 +104,18 @@ func (g *guest) recall() {
 func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
 // noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, whether it is a clone, which has an identity of
-// its own, and what it is called if that changes.
-func (g *guest) noteResume(clone bool, hostName string) {
+// its own, what it is called if that changes, and what its network is.
+func (g *guest) noteResume(clone bool, hostName string, network agent.Network) {
 	if g == nil || len(g.agents) == 0 {
 		return
 	}
 	n := callNote{Resume: rand.Text(), Clone: clone, HostName: hostName}
 	if clone {
 		n.MachineID = hex.EncodeToString(agent.NewMachineID())
+	}
+	if !network.IsZero() {
+		text, _ := json.Marshal(network) // strings only: cannot fail
+		n.Network = string(text)
 	}
 	g.remember(n)
 }

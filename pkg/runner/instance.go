@@ -23,6 +23,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/ram"
 	"github.com/drafter-vm/drafter/pkg/vmm"
@@ -191,7 +192,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	// From the moment the guest may write to its disks, the saved memory does not belong to them any more: that must be
 	// on record first. It costs a sync, which runs beside the machine's work. The record still says where the device state
 	// is, for whoever finds that this process died before the guest ran.
-	i.guest.noteResume(i.cfg.Clone, i.cfg.HostName)
+	i.guest.noteResume(i.cfg.Clone, i.cfg.HostName, i.cfg.Network)
 	var work errgroup.Group
 	resumed = true
 	record := Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state), Kept: i.cfg.KeepCommitPoint, Layered: i.cfg.KeepCommitPoint, Time: time.Now()}
@@ -1246,7 +1247,7 @@ func (i *Instance) Run(ctx context.Context) error {
 	if i.phase != suspended {
 		return fmt.Errorf("run instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.guest.noteResume(false, "")
+	i.guest.noteResume(false, "", agent.Network{})
 	return i.run(ctx)
 }
 

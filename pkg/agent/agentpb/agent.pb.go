@@ -214,6 +214,7 @@ type AfterResumeRequest struct {
 	Clone         bool                   `protobuf:"varint,4,opt,name=clone,proto3" json:"clone,omitempty"`                         // this machine is one of several made from the same state
 	MachineId     []byte                 `protobuf:"bytes,5,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 16 random bytes: what the machine is told apart by from now on (machine-id(5)); empty: as before
 	HostName      string                 `protobuf:"bytes,6,opt,name=host_name,json=hostName,proto3" json:"host_name,omitempty"`    // what the machine calls itself from now on; empty: as before
+	Network       *Network               `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`                      // what its network interface is from now on; absent: as before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -290,6 +291,82 @@ func (x *AfterResumeRequest) GetHostName() string {
 	return ""
 }
 
+func (x *AfterResumeRequest) GetNetwork() *Network {
+	if x != nil {
+		return x.Network
+	}
+	return nil
+}
+
+// Network is what a network interface is to be.
+type Network struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Interface     string                 `protobuf:"bytes,1,opt,name=interface,proto3" json:"interface,omitempty"` // its name; empty: the first that is no loopback
+	Mac           string                 `protobuf:"bytes,2,opt,name=mac,proto3" json:"mac,omitempty"`             // six bytes in hexadecimal, with colons; empty: as before
+	Addresses     []string               `protobuf:"bytes,3,rep,name=addresses,proto3" json:"addresses,omitempty"` // with prefix lengths; those of the same family that it has go
+	Gateways      []string               `protobuf:"bytes,4,rep,name=gateways,proto3" json:"gateways,omitempty"`   // of default routes; those of the same family that it has go
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Network) Reset() {
+	*x = Network{}
+	mi := &file_agent_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Network) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Network) ProtoMessage() {}
+
+func (x *Network) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Network.ProtoReflect.Descriptor instead.
+func (*Network) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Network) GetInterface() string {
+	if x != nil {
+		return x.Interface
+	}
+	return ""
+}
+
+func (x *Network) GetMac() string {
+	if x != nil {
+		return x.Mac
+	}
+	return ""
+}
+
+func (x *Network) GetAddresses() []string {
+	if x != nil {
+		return x.Addresses
+	}
+	return nil
+}
+
+func (x *Network) GetGateways() []string {
+	if x != nil {
+		return x.Gateways
+	}
+	return nil
+}
+
 type AfterResumeResponse struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	ClockStepNanos int64                  `protobuf:"zigzag64,1,opt,name=clock_step_nanos,json=clockStepNanos,proto3" json:"clock_step_nanos,omitempty"` // by how much the wall clock was set; 0: it was right, or nobody may set it
@@ -299,7 +376,7 @@ type AfterResumeResponse struct {
 
 func (x *AfterResumeResponse) Reset() {
 	*x = AfterResumeResponse{}
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -311,7 +388,7 @@ func (x *AfterResumeResponse) String() string {
 func (*AfterResumeResponse) ProtoMessage() {}
 
 func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[5]
+	mi := &file_agent_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -324,7 +401,7 @@ func (x *AfterResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AfterResumeResponse.ProtoReflect.Descriptor instead.
 func (*AfterResumeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{5}
+	return file_agent_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *AfterResumeResponse) GetClockStepNanos() int64 {
@@ -343,7 +420,7 @@ type ShutDownRequest struct {
 
 func (x *ShutDownRequest) Reset() {
 	*x = ShutDownRequest{}
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -355,7 +432,7 @@ func (x *ShutDownRequest) String() string {
 func (*ShutDownRequest) ProtoMessage() {}
 
 func (x *ShutDownRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[6]
+	mi := &file_agent_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -368,7 +445,7 @@ func (x *ShutDownRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutDownRequest.ProtoReflect.Descriptor instead.
 func (*ShutDownRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{6}
+	return file_agent_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ShutDownRequest) GetReboot() bool {
@@ -386,7 +463,7 @@ type ShutDownResponse struct {
 
 func (x *ShutDownResponse) Reset() {
 	*x = ShutDownResponse{}
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +475,7 @@ func (x *ShutDownResponse) String() string {
 func (*ShutDownResponse) ProtoMessage() {}
 
 func (x *ShutDownResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[7]
+	mi := &file_agent_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +488,7 @@ func (x *ShutDownResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShutDownResponse.ProtoReflect.Descriptor instead.
 func (*ShutDownResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{7}
+	return file_agent_proto_rawDescGZIP(), []int{8}
 }
 
 var File_agent_proto protoreflect.FileDescriptor
@@ -426,7 +503,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x11after_resume_hook\x18\x02 \x01(\bR\x0fafterResumeHook\"&\n" +
 	"\x14BeforeSuspendRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
-	"\x15BeforeSuspendResponse\"\xc0\x01\n" +
+	"\x15BeforeSuspendResponse\"\xf5\x01\n" +
 	"\x12AfterResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
@@ -434,7 +511,13 @@ const file_agent_proto_rawDesc = "" +
 	"\x05clone\x18\x04 \x01(\bR\x05clone\x12\x1d\n" +
 	"\n" +
 	"machine_id\x18\x05 \x01(\fR\tmachineId\x12\x1b\n" +
-	"\thost_name\x18\x06 \x01(\tR\bhostName\"?\n" +
+	"\thost_name\x18\x06 \x01(\tR\bhostName\x123\n" +
+	"\anetwork\x18\a \x01(\v2\x19.drafter.agent.v1.NetworkR\anetwork\"s\n" +
+	"\aNetwork\x12\x1c\n" +
+	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x10\n" +
+	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1c\n" +
+	"\taddresses\x18\x03 \x03(\tR\taddresses\x12\x1a\n" +
+	"\bgateways\x18\x04 \x03(\tR\bgateways\"?\n" +
 	"\x13AfterResumeResponse\x12(\n" +
 	"\x10clock_step_nanos\x18\x01 \x01(\x12R\x0eclockStepNanos\")\n" +
 	"\x0fShutDownRequest\x12\x16\n" +
@@ -458,33 +541,35 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_agent_proto_goTypes = []any{
 	(*InfoRequest)(nil),           // 0: drafter.agent.v1.InfoRequest
 	(*InfoResponse)(nil),          // 1: drafter.agent.v1.InfoResponse
 	(*BeforeSuspendRequest)(nil),  // 2: drafter.agent.v1.BeforeSuspendRequest
 	(*BeforeSuspendResponse)(nil), // 3: drafter.agent.v1.BeforeSuspendResponse
 	(*AfterResumeRequest)(nil),    // 4: drafter.agent.v1.AfterResumeRequest
-	(*AfterResumeResponse)(nil),   // 5: drafter.agent.v1.AfterResumeResponse
-	(*ShutDownRequest)(nil),       // 6: drafter.agent.v1.ShutDownRequest
-	(*ShutDownResponse)(nil),      // 7: drafter.agent.v1.ShutDownResponse
-	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*Network)(nil),               // 5: drafter.agent.v1.Network
+	(*AfterResumeResponse)(nil),   // 6: drafter.agent.v1.AfterResumeResponse
+	(*ShutDownRequest)(nil),       // 7: drafter.agent.v1.ShutDownRequest
+	(*ShutDownResponse)(nil),      // 8: drafter.agent.v1.ShutDownResponse
+	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
 }
 var file_agent_proto_depIdxs = []int32{
-	8, // 0: drafter.agent.v1.AfterResumeRequest.time:type_name -> google.protobuf.Timestamp
-	0, // 1: drafter.agent.v1.Agent.Info:input_type -> drafter.agent.v1.InfoRequest
-	2, // 2: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
-	4, // 3: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
-	6, // 4: drafter.agent.v1.Agent.ShutDown:input_type -> drafter.agent.v1.ShutDownRequest
-	1, // 5: drafter.agent.v1.Agent.Info:output_type -> drafter.agent.v1.InfoResponse
-	3, // 6: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
-	5, // 7: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
-	7, // 8: drafter.agent.v1.Agent.ShutDown:output_type -> drafter.agent.v1.ShutDownResponse
-	5, // [5:9] is the sub-list for method output_type
-	1, // [1:5] is the sub-list for method input_type
-	1, // [1:1] is the sub-list for extension type_name
-	1, // [1:1] is the sub-list for extension extendee
-	0, // [0:1] is the sub-list for field type_name
+	9, // 0: drafter.agent.v1.AfterResumeRequest.time:type_name -> google.protobuf.Timestamp
+	5, // 1: drafter.agent.v1.AfterResumeRequest.network:type_name -> drafter.agent.v1.Network
+	0, // 2: drafter.agent.v1.Agent.Info:input_type -> drafter.agent.v1.InfoRequest
+	2, // 3: drafter.agent.v1.Agent.BeforeSuspend:input_type -> drafter.agent.v1.BeforeSuspendRequest
+	4, // 4: drafter.agent.v1.Agent.AfterResume:input_type -> drafter.agent.v1.AfterResumeRequest
+	7, // 5: drafter.agent.v1.Agent.ShutDown:input_type -> drafter.agent.v1.ShutDownRequest
+	1, // 6: drafter.agent.v1.Agent.Info:output_type -> drafter.agent.v1.InfoResponse
+	3, // 7: drafter.agent.v1.Agent.BeforeSuspend:output_type -> drafter.agent.v1.BeforeSuspendResponse
+	6, // 8: drafter.agent.v1.Agent.AfterResume:output_type -> drafter.agent.v1.AfterResumeResponse
+	8, // 9: drafter.agent.v1.Agent.ShutDown:output_type -> drafter.agent.v1.ShutDownResponse
+	6, // [6:10] is the sub-list for method output_type
+	2, // [2:6] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -498,7 +583,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

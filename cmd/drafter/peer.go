@@ -249,7 +249,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--metrics: %w", err)
 		}
 	}
-	store, err := opts.depotFlags.open(ctx, cmd, opts.packagePath)
+	store, err := opts.depotFlags.open(ctx, cmd, opts.packagePath, out.metrics)
 	if err != nil {
 		return err
 	}

@@ -19,6 +19,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/objstore"
@@ -485,16 +486,17 @@ type peerDepot struct {
 	storage *depot.Storage  // nil: nothing is kept
 	backup  *depot.Backup   // nil: no copies
 	version *depot.Version  // to start from; nil: none
+	metrics *control.Metrics
 }
 
 // open opens what the flags name, but for what devices are kept in: see keep. Dir is the folder to restore to.
-func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string) (_ *peerDepot, err error) {
+func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, metrics *control.Metrics) (_ *peerDepot, err error) {
 	flags := cmd.Flags()
 	c, named, err := f.config(flags)
 	if err != nil {
 		return nil, err
 	}
-	d := new(peerDepot)
+	d := &peerDepot{metrics: metrics}
 	if f.quiet <= 0 {
 		return nil, usageErrorf("--store-quiet %v: give a time above zero", f.quiet)
 	}
@@ -543,6 +545,9 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string) (
 	if f.backup != "" {
 		cfg := depot.BackupConfig{Store: d.store, Name: f.backup, Every: f.backupEvery, Keep: f.backupKeep, Logger: c.Logger}
 		cfg.Done = func(r depot.BackupReport, err error) {
+			if !errors.Is(err, peer.ErrBusy) {
+				metrics.BackedUp(r.Taken, err)
+			}
 			if err == nil {
 				c.Logger.Info("backed up the VM", "image", f.backup+"@"+r.Version, "downtime", r.Downtime, "took", r.Took, "sent", humanize.IBytes(uint64(r.Sent)))
 			}
@@ -581,6 +586,13 @@ func (d *peerDepot) keep(ctx context.Context, f *depotFlags, flags *pflag.FlagSe
 	if d.storage, err = depot.NewStorage(cfg); err != nil {
 		return usageErrorf("--store-sync: %w", err)
 	}
+	d.metrics.Store(func() map[string]control.Stored {
+		all := make(map[string]control.Stored)
+		for name, s := range d.storage.Stats() {
+			all[name] = control.Stored{Stored: s.Stored, Waiting: s.Waiting, Bytes: s.Bytes, Failing: s.Failing != nil}
+		}
+		return all
+	})
 	// A VM does not wait for its store.
 	if err := d.storage.Ping(ctx); err != nil {
 		cfg.Logger.Warn("the object store cannot be used now: devices will be kept there when it can", "error", err)

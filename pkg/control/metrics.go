@@ -55,6 +55,11 @@ type Memory struct {
 //	drafter_memory_fill_failures_total                     attempts to fill that failed
 //	drafter_memory_fault_latency_seconds{rank}             rank: p50, p99, max
 //	drafter_hypervisor_total{name}                         what the hypervisor counts of itself, by its names: Firecracker's
+//	drafter_store_chunks{device,state}                     of devices that are kept in an object store; state: stored, waiting
+//	drafter_store_bytes_total{device}                      put there, or found to be there
+//	drafter_store_failing{device}                          1 while the store cannot be written
+//	drafter_backups_total{result}                          copies put into an object store; result: written, failed
+//	drafter_backup_timestamp_seconds                       of when the latest of them is; 0: there is none
 //	drafter_disk_flush_seconds{disk}                       histogram of the guest's flushes
 //	drafter_disk_flush_failures_total{disk}                flushes that failed
 //	drafter_migration_state{role,state}                    1 for the state of the migration under way, or the last
@@ -92,13 +97,22 @@ type Metrics struct {
 	peerState, state, size, rest, dirty, bandwidth, part, agent *prometheus.GaugeVec
 	migrations, bytes, late, reconnects                         *prometheus.CounterVec
 	duration, downtime, flush                                   *prometheus.HistogramVec
-	flushFailures, snapshots, snapshotBytes                     *prometheus.CounterVec
+	flushFailures, snapshots, snapshotBytes, backups            *prometheus.CounterVec
+	backedUp                                                    prometheus.Gauge
 	snapshotPause                                               prometheus.Histogram
 
 	mu     sync.Mutex       // guards what follows, and changes of state
 	last   migrate.Progress // of what is under way
 	memory func() (Memory, bool)
 	vmm    func() map[string]float64
+	store  func() map[string]Stored
+}
+
+// Stored is how far a device is that is kept in an object store.
+type Stored struct {
+	Stored, Waiting int   // chunks that the store has as the device has them, and others
+	Bytes           int64 // put there, or found to be there
+	Failing         bool  // the latest attempt to put something has failed
 }
 
 // NewMetrics returns metrics of a peer that is starting.
@@ -120,7 +134,7 @@ func NewMetrics(version string) *Metrics {
 		m.registry.MustRegister(h)
 		return h
 	}
-	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &memoryCollector{m}, &vmmCollector{m})
+	m.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &memoryCollector{m}, &vmmCollector{m}, &storeCollector{m})
 	gauges("build_info", "1, with the version of Drafter.", "version").WithLabelValues(version).Set(1)
 	m.peerState = gauges("peer_state", "1 for the state the peer is in, 0 for others.", "state")
 	m.resume = gauge("resume_duration_seconds", "Time it took to resume the instance; 0 for one that was received or booted.")
@@ -153,6 +167,8 @@ func NewMetrics(version string) *Metrics {
 	for _, result := range []string{snapshotWritten, snapshotFailed} {
 		m.snapshots.WithLabelValues(result) // so that 0 is seen
 	}
+	m.backups = counters("backups_total", "Copies of the VM that were put into an object store: written, or failed.", "result")
+	m.backedUp = gauge("backup_timestamp_seconds", "Time, since 1970, of which the latest copy in the object store is; 0 if there is none.")
 	m.State(Starting)
 	return m
 }
@@ -332,6 +348,57 @@ func (m *Metrics) Hypervisor(counted func() map[string]float64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.vmm = counted
+}
+
+// BackedUp is told of each copy of the VM that was put into an object store: of when it is, or why there is none.
+func (m *Metrics) BackedUp(taken time.Time, err error) {
+	if err != nil {
+		m.backups.WithLabelValues(snapshotFailed).Inc()
+		return
+	}
+	m.backups.WithLabelValues(snapshotWritten).Inc()
+	m.backedUp.Set(float64(taken.UnixMilli()) / 1000)
+}
+
+// Store says how to learn how far devices are that are kept in an object store, by their names. It is called at each scrape, by any goroutine.
+func (m *Metrics) Store(stats func() map[string]Stored) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.store = stats
+}
+
+// storeCollector asks who keeps devices in an object store at each scrape.
+type storeCollector struct{ m *Metrics }
+
+var (
+	storeChunks  = prometheus.NewDesc("drafter_store_chunks", "Chunks of devices that are kept in an object store: stored as the device has them, or waiting.", []string{"device", "state"}, nil)
+	storeBytes   = prometheus.NewDesc("drafter_store_bytes_total", "Bytes of devices that were put into an object store, or found to be there.", []string{"device"}, nil)
+	storeFailing = prometheus.NewDesc("drafter_store_failing", "1 while what a device holds cannot be put into the object store.", []string{"device"}, nil)
+)
+
+func (c *storeCollector) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{storeChunks, storeBytes, storeFailing} {
+		out <- d
+	}
+}
+
+func (c *storeCollector) Collect(out chan<- prometheus.Metric) {
+	c.m.mu.Lock()
+	stats := c.m.store
+	c.m.mu.Unlock()
+	if stats == nil {
+		return
+	}
+	for device, s := range stats() {
+		failing := 0.0
+		if s.Failing {
+			failing = 1
+		}
+		out <- prometheus.MustNewConstMetric(storeChunks, prometheus.GaugeValue, float64(s.Stored), device, "stored")
+		out <- prometheus.MustNewConstMetric(storeChunks, prometheus.GaugeValue, float64(s.Waiting), device, "waiting")
+		out <- prometheus.MustNewConstMetric(storeBytes, prometheus.CounterValue, float64(s.Bytes), device)
+		out <- prometheus.MustNewConstMetric(storeFailing, prometheus.GaugeValue, failing, device)
+	}
 }
 
 // vmmCollector asks the hypervisor's machine at each scrape.

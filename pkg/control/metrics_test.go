@@ -73,6 +73,11 @@ func story(m *Metrics) {
 	m.Memory(func() (Memory, bool) {
 		return Memory{Faults: 7, Failures: 1, Demanded: 4096, Background: 1 << 20, Zero: 8192, Missing: 512, P50: 9 * time.Microsecond, P99: 35 * time.Microsecond, Max: time.Millisecond}, true
 	})
+	m.Store(func() map[string]Stored {
+		return map[string]Stored{"disk": {Stored: 200, Waiting: 56, Bytes: 52428800, Failing: true}}
+	})
+	m.BackedUp(time.Unix(1700000000, 0), nil)
+	m.BackedUp(time.Time{}, errors.New("the store is gone"))
 	m.Hypervisor(func() map[string]float64 { return map[string]float64{"block.read_bytes": 512} })
 	m.Flushed("disk", 2*time.Millisecond, nil)
 	m.Flushed("disk", 300*time.Millisecond, errors.New("no space"))

@@ -175,6 +175,26 @@ func TestNumber(t *testing.T) {
 	}
 }
 
+// TestOffsets: a pass has one request in each stride, whole and aligned, and random ones in no order.
+func TestOffsets(t *testing.T) {
+	for _, op := range []deviceOp{{Request: 4096}, {Request: 4096, Random: true}, {Request: 4096, Stride: 65536, Random: true}} {
+		stride := max(op.Request, op.Stride)
+		offsets := op.offsets(1 << 20)
+		if slices.IsSorted(offsets) == op.Random {
+			t.Errorf("%+v: sorted: %t", op, !op.Random)
+		}
+		slices.Sort(offsets)
+		if want := 1 << 20 / int(stride); len(offsets) != want {
+			t.Errorf("%+v: %d requests, want %d", op, len(offsets), want)
+		}
+		for i, off := range offsets {
+			if off%op.Request != 0 || off/stride != int64(i) {
+				t.Errorf("%+v: request %d is at %d", op, i, off)
+			}
+		}
+	}
+}
+
 // TestChart draws rows of all kinds, with a name that has to be escaped and values off the axis.
 func TestChart(t *testing.T) {
 	rows := []Row{

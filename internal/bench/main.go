@@ -82,7 +82,10 @@ type machine struct {
 func allCases() []benchCase {
 	var all []benchCase
 	all = append(all, engineCases()...)
-	return append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), workingSetCase(), slowdownCase(), natCase(), forwardCase(), tunnelCase())
+	all = append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), workingSetCase(), slowdownCase())
+	all = append(all, overlayCases()...)
+	all = append(all, exposeCases()...)
+	return append(all, natCase(), forwardCase(), tunnelCase())
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {

@@ -22,6 +22,8 @@ var roles = map[string]func(*actor) error{
 	"destination":      engineDestination,
 	"late destination": lateDestination,
 	"guest":            guestMain,
+	"device user":      deviceUser,
+	"server":           serverMain,
 }
 
 // actor is this process in a role.

@@ -10,10 +10,13 @@ import (
 	"io"
 	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/ram"
 )
 
 func TestMain(m *testing.M) {
@@ -192,6 +195,37 @@ func TestOffsets(t *testing.T) {
 				t.Errorf("%+v: request %d is at %d", op, i, off)
 			}
 		}
+	}
+}
+
+// TestFootprint: memory of a file is found, and so is that of a process below.
+func TestFootprint(t *testing.T) {
+	before, err := footprintOf(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory, err := ram.Create("test", 4*mib)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer memory.Close()
+	if err := fillDevice(memory.Device()); err != nil {
+		t.Fatal(err)
+	}
+	below := exec.CommandContext(t.Context(), "sleep", "60") // until the test ends
+	if err := below.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { below.Process.Kill(); below.Wait() }()
+	after, err := footprintOf(os.Getpid())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := after.files - before.files; got < 4*mib || got > 8*mib {
+		t.Errorf("a memory file of 4 MiB counts as %d bytes", got)
+	}
+	if after.below <= before.below {
+		t.Errorf("with a process below, those take %d bytes, before %d", after.below, before.below)
 	}
 }
 

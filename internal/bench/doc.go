@@ -11,6 +11,7 @@
 //	handover           a move within one host, memory handed over, beside TCP
 //	resume             from a package to the guest's first instruction, 128 MiB to 4 GiB
 //	working-set        from a package to the guest's answer with a recorded working set, beside without
+//	clones             50 clones of one package, in turn and at once: time to an answer, and memory, beside QEMU booting the guest
 //	slowdown           how fast a guest works at a peer that does not migrate, beside plain QEMU; and while it migrates
 //	overlay/…          4 KiB and 64 KiB requests to an overlay, by what is in it, beside a file
 //	expose/…           the same of qemu-img bench to an NBD socket, and to a file served by FUSE, beside the file behind it, and qemu-nbd

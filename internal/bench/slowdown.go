@@ -171,11 +171,30 @@ type plainVM struct {
 	console *testguest.Console
 	memory  *ram.Memory // what the backend wants to have; perhaps not used
 	folder  string
+	began   time.Time // of starting QEMU
 }
 
 // bootPlain boots the same machine as the package's, but with a disk that is a file, and with memory that QEMU allocates
 // itself or with a memfd.
 func bootPlain(ctx context.Context, b *bench, memfd bool) (_ *plainVM, err error) {
+	vmlinux, initrd, err := tinyFiles(ctx, b)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := startPlain(ctx, b, vmm.Boot{Kernel: vmlinux, Initrd: initrd}, slowdownMemory, memfd)
+	if err != nil {
+		return nil, err
+	}
+	ready, cancel := context.WithTimeout(ctx, guestWait)
+	defer cancel()
+	if err := startServices(ready, vm.console, tinyServices); err != nil {
+		return nil, errors.Join(err, vm.close())
+	}
+	return vm, nil
+}
+
+// startPlain starts it, and waits for nothing.
+func startPlain(ctx context.Context, b *bench, boot vmm.Boot, memory int64, memfd bool) (_ *plainVM, err error) {
 	vm := &plainVM{}
 	if vm.console, err = testguest.NewConsole(); err != nil {
 		return nil, err
@@ -199,38 +218,30 @@ func bootPlain(ctx context.Context, b *bench, memfd bool) (_ *plainVM, err error
 	if err := os.Mkdir(root, 0o700); err != nil {
 		return nil, err
 	}
-	vmlinux, initrd, err := testguest.Make(ctx, map[string]string{"/bin/drafter-agent": filepath.Join(b.bin, "drafter-agent")})
-	if err != nil {
-		return nil, err
-	}
-	if vm.memory, err = ram.Create("plain", slowdownMemory); err != nil {
+	if vm.memory, err = ram.Create("plain", memory); err != nil {
 		return nil, err
 	}
 	backend := qemu.New(qemu.Options{})
 	spec, err := backend.Describe(ctx, vmm.Spec{
-		Accel: "auto", CPUCount: 1, MemorySize: slowdownMemory, Sockets: true, BootArgs: tinyBootArgs, Disks: []vmm.Disk{{Name: "disk", Size: tinyDisk}},
+		Accel: "auto", CPUCount: 1, MemorySize: memory, Sockets: true, BootArgs: tinyBootArgs, Disks: []vmm.Disk{{Name: "disk", Size: tinyDisk}},
 	})
 	if err != nil {
 		return nil, err
 	}
+	vm.began = time.Now()
 	vm.machine, err = backend.Start(ctx, vmm.Config{
-		Spec: spec, Dir: root, Memory: vm.memory.File(), NUMANode: -1, Boot: &vmm.Boot{Kernel: vmlinux, Initrd: initrd},
+		Spec: spec, Dir: root, Memory: vm.memory.File(), NUMANode: -1, Boot: &boot,
 		Disks: []vmm.Attachment{{Name: "disk", Path: disk}}, SerialOutput: vm.console, SerialInput: vm.console.Input(), Logger: quiet,
 		Spawn: func(cmd *exec.Cmd) error {
 			for i, arg := range cmd.Args {
 				if !memfd && strings.Contains(arg, `"memory-backend-file"`) {
-					cmd.Args[i] = fmt.Sprintf(`{"qom-type":"memory-backend-ram","id":"mem","size":%d}`, slowdownMemory)
+					cmd.Args[i] = fmt.Sprintf(`{"qom-type":"memory-backend-ram","id":"mem","size":%d}`, memory)
 				}
 			}
 			return cmd.Start()
 		},
 	})
-	if err != nil {
-		return nil, err
-	}
-	ready, cancel := context.WithTimeout(ctx, guestWait)
-	defer cancel()
-	return vm, startLiveness(ready, vm.console)
+	return vm, err
 }
 
 func (vm *plainVM) close() error {

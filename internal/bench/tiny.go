@@ -51,9 +51,13 @@ func tinyCase(name, about string, f func(ctx context.Context, b *bench, name, pk
 
 // tinyPackage returns the folder of a package of the tiny guest with so much memory. What is up to date is kept.
 func tinyPackage(ctx context.Context, b *bench, memory int64) (string, error) {
-	dir := b.path("bench", fmt.Sprintf("tiny-%d", memory/mib))
-	agent := filepath.Join(b.bin, "drafter-agent")
-	vmlinux, initrd, err := testguest.Make(ctx, map[string]string{"/bin/drafter-agent": agent})
+	return makeTiny(ctx, b, fmt.Sprintf("tiny-%d", memory/mib), memory, 0)
+}
+
+// makeTiny is tinyPackage of a guest with an agent at a port, or without one: 0.
+func makeTiny(ctx context.Context, b *bench, name string, memory int64, agentPort uint32) (string, error) {
+	dir := b.path("bench", name)
+	vmlinux, initrd, err := tinyFiles(ctx, b)
 	if err != nil {
 		return "", err
 	}
@@ -77,9 +81,13 @@ func tinyPackage(ctx context.Context, b *bench, memory int64) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, guestWait)
 	defer cancel()
 	started := make(chan error, 1)
-	go func() { started <- startLiveness(ctx, console) }()
+	services := tinyServices
+	if agentPort != 0 {
+		services = agentServices
+	}
+	go func() { started <- startServices(ctx, console, services) }()
 	_, err = snapshot.Create(ctx, snapshot.Config{
-		Backend: qemu.New(qemu.Options{}), MemorySize: memory, BootArgs: tinyBootArgs, LivenessVSockPort: snapshot.DefaultLivenessVSockPort,
+		Backend: qemu.New(qemu.Options{}), MemorySize: memory, BootArgs: tinyBootArgs, LivenessVSockPort: snapshot.DefaultLivenessVSockPort, AgentVSockPort: agentPort,
 		Devices: []snapshot.Device{
 			{Name: "state", Output: out("state")}, {Name: "memory", Output: out("memory")}, {Name: "config", Output: out("config")},
 			{Name: "kernel", Input: vmlinux, Output: out("kernel")}, {Name: "initrd", Input: initrd, Output: out("initrd")},
@@ -96,13 +104,28 @@ func tinyPackage(ctx context.Context, b *bench, memory int64) (string, error) {
 	return dir, os.WriteFile(stamp, []byte(madeOf), 0o644)
 }
 
-// startLiveness does what the init system of a blueprint does.
-func startLiveness(ctx context.Context, console *testguest.Console) error {
+// tinyFiles are its kernel and its initramfs.
+func tinyFiles(ctx context.Context, b *bench) (vmlinux, initrd string, err error) {
+	return testguest.Make(ctx, map[string]string{"/bin/drafter-agent": filepath.Join(b.bin, "drafter-agent")})
+}
+
+// What runs in the tiny guest, without an agent and with one. The host waits for liveness.
+var (
+	tinyServices  = []string{"/bin/drafter-agent vsock", "/bin/drafter-agent liveness"}
+	agentServices = []string{"/bin/drafter-agent vsock", "/bin/drafter-agent agent", "/bin/drafter-agent liveness"}
+)
+
+// startServices does what the init system of a blueprint does.
+func startServices(ctx context.Context, console *testguest.Console, services []string) error {
 	if err := console.Ready(ctx); err != nil {
 		return err
 	}
-	for _, command := range []string{"spawn /bin/drafter-agent vsock", "spawn /bin/drafter-agent liveness"} {
-		if _, err := console.Do(ctx, command); err != nil {
+	return spawnServices(ctx, console, services)
+}
+
+func spawnServices(ctx context.Context, console *testguest.Console, services []string) error {
+	for _, command := range services {
+		if _, err := console.Do(ctx, "spawn "+command); err != nil {
 			return fmt.Errorf("%s: %w", command, err)
 		}
 	}

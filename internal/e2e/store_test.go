@@ -161,10 +161,10 @@ func TestCommandStore(t *testing.T) {
 	d.Process.Signal(syscall.SIGTERM)
 	d.wait(t, 0)
 	d = restored("d")
-	d.waitFor(t, "Resumed VM")
-	if got := w.do(t, "cat /name"); !strings.Contains(got, "second") {
+	if got := w.do(t, "cat /name"); !strings.Contains(got, "second") { // said before it runs
 		t.Errorf("closed and resumed, its name is %s", got)
 	}
+	d.waitFor(t, "Resumed VM")
 	d.Process.Signal(syscall.SIGTERM)
 	d.wait(t, 0)
 	collected, _ := run(0, "store", "collect", "--grace", "1ns")

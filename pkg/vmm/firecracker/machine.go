@@ -195,10 +195,10 @@ func (m *machine) path(fd int, jailed string) string {
 
 // startPumps pumps what Firecracker says, and the console if somebody wants that.
 func (m *machine) startPumps() {
-	m.words = console.Start(fifos{m.said, nil}, m.process.Stderr.Log(m.log), nil, m.log)
-	m.numbers = console.Start(fifos{m.counts, nil}, &m.counted, nil, m.log)
+	m.words = console.Start(fifos{m.said, nil}, m.process.Stderr.Log(m.log), nil, nil, m.log)
+	m.numbers = console.Start(fifos{m.counts, nil}, &m.counted, nil, nil, m.log)
 	if m.cfg.SerialOutput != nil || m.cfg.SerialInput != nil {
-		m.console = console.Start(fifos{m.out, m.in}, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
+		m.console = console.Start(fifos{m.out, m.in}, m.cfg.SerialOutput, m.cfg.SerialInput, nil, m.log)
 	}
 }
 

@@ -63,6 +63,7 @@ type machine struct {
 	shutdown string     // reason in the SHUTDOWN event
 	failure  error      // why we ended QEMU ourselves
 
+	runs     chan struct{} // closed when a machine that waits for its state runs; nil where it does not wait
 	done     chan struct{}
 	err      error // valid when done is closed
 	closeErr error // valid when done is closed: what could not be removed
@@ -87,13 +88,17 @@ func newMachine(cfg vmm.Config, caps *capabilities) *machine {
 
 // connect connects to the process's sockets and, in a new one, prepares it for Save and Load.
 func (m *machine) connect(ctx context.Context) error {
+	// A device state says what the console has taken: input that came before it would be lost in it.
+	if m.process.Child() && m.cfg.Boot == nil {
+		m.runs = make(chan struct{})
+	}
 	// The console first: by the time QEMU answers QMP commands it has taken this connection too.
 	if m.cfg.SerialOutput != nil || m.cfg.SerialInput != nil {
 		conn, err := new(net.Dialer).DialContext(ctx, "unix", filepath.Join(m.cfg.Dir, serialSocket))
 		if err != nil {
 			return fmt.Errorf("connect to the console: %w", err)
 		}
-		m.console = console.Start(conn, m.cfg.SerialOutput, m.cfg.SerialInput, m.log)
+		m.console = console.Start(conn, m.cfg.SerialOutput, m.cfg.SerialInput, m.runs, m.log)
 	}
 	var err error
 	if m.qmp, err = dialQMP(ctx, filepath.Join(m.cfg.Dir, qmpSocket), m.onEvent); err != nil {
@@ -444,6 +449,10 @@ func (m *machine) Resume(ctx context.Context) error {
 	if err != nil {
 		m.life.End(m.settle(ctx))
 		return m.failed("resume", err)
+	}
+	if m.runs != nil {
+		close(m.runs)
+		m.runs = nil
 	}
 	if network && !arrives {
 		// It goes on where it was, but may have been announced elsewhere meanwhile.

@@ -31,12 +31,13 @@ type Console struct {
 
 	received, written chan struct{} // closed when those goroutines have ended
 	input             io.Reader
+	runs              <-chan struct{} // see Start
 	sent              chan struct{}
 }
 
-// Start pumps until conn ends. Either of out and in may be nil.
-func Start(conn io.ReadWriteCloser, out io.Writer, in io.Reader, log *slog.Logger) *Console {
-	c := &Console{conn: conn, out: out, log: log, received: make(chan struct{}), written: make(chan struct{}), input: in, sent: make(chan struct{})}
+// Start pumps until conn ends. Either of out and in may be nil. Nothing is taken from in before runs is closed, if that is not nil.
+func Start(conn io.ReadWriteCloser, out io.Writer, in io.Reader, runs <-chan struct{}, log *slog.Logger) *Console {
+	c := &Console{conn: conn, out: out, log: log, runs: runs, received: make(chan struct{}), written: make(chan struct{}), input: in, sent: make(chan struct{})}
 	c.more.L = &c.mu
 	go c.receive()
 	go c.write()
@@ -98,6 +99,13 @@ func (c *Console) write() {
 
 func (c *Console) send() {
 	defer close(c.sent)
+	if c.runs != nil {
+		select {
+		case <-c.runs:
+		case <-c.received: // the connection's end
+			return
+		}
+	}
 	if _, err := io.Copy(c.conn, onlyReader{c.input}); err != nil && !errors.Is(err, net.ErrClosed) && !errors.Is(err, os.ErrDeadlineExceeded) {
 		c.log.Debug("console input ended", "error", err)
 	}

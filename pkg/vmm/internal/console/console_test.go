@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/vmm/vmmtest"
 )
@@ -30,7 +31,7 @@ func (g *gate) Write(p []byte) (int, error) {
 func TestConsoleNeverBlocks(t *testing.T) {
 	guest, ours := net.Pipe()
 	out := &gate{open: make(chan struct{})}
-	c := Start(ours, out, nil, vmmtest.Logger(t))
+	c := Start(ours, out, nil, nil, vmmtest.Logger(t))
 	line := strings.Repeat("x", 1023) + "\n"
 	const lines = 3 * consoleBuffer / 1024
 	for range lines {
@@ -57,7 +58,7 @@ func TestConsoleNeverBlocks(t *testing.T) {
 func TestConsoleStuckWriter(t *testing.T) {
 	guest, ours := net.Pipe()
 	out := &gate{open: make(chan struct{})}
-	c := Start(ours, out, nil, vmmtest.Logger(t))
+	c := Start(ours, out, nil, nil, vmmtest.Logger(t))
 	if _, err := io.WriteString(guest, "x"); err != nil {
 		t.Fatal(err)
 	}
@@ -71,7 +72,7 @@ func TestConsoleBrokenWriter(t *testing.T) {
 	guest, ours := net.Pipe()
 	r, w := io.Pipe()
 	r.CloseWithError(errors.New("no reader"))
-	c := Start(ours, w, nil, vmmtest.Logger(t))
+	c := Start(ours, w, nil, nil, vmmtest.Logger(t))
 	for range 1000 {
 		if _, err := guest.Write(make([]byte, 1024)); err != nil {
 			t.Fatal(err)
@@ -91,7 +92,7 @@ func TestConsoleInputIsLeft(t *testing.T) {
 	defer w.Close()
 	for _, text := range []string{"first", "second"} {
 		guest, ours := net.Pipe()
-		c := Start(ours, nil, r, vmmtest.Logger(t))
+		c := Start(ours, nil, r, nil, vmmtest.Logger(t))
 		if _, err := io.WriteString(w, text); err != nil {
 			t.Fatal(err)
 		}
@@ -102,4 +103,35 @@ func TestConsoleInputIsLeft(t *testing.T) {
 		guest.Close()
 		c.Close()
 	}
+}
+
+// What a guest is to be told before it runs waits until it does.
+func TestConsoleInputWaits(t *testing.T) {
+	ours, theirs := net.Pipe()
+	defer theirs.Close()
+	runs := make(chan struct{})
+	c := Start(ours, nil, strings.NewReader("hello"), runs, vmmtest.Logger(t))
+	if err := theirs.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := theirs.Read(make([]byte, 1)); n > 0 || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("%d bytes came before the guest runs (%v)", n, err)
+	}
+	if err := theirs.SetReadDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	close(runs)
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(theirs, got); err != nil || string(got) != "hello" {
+		t.Errorf("got %q (%v)", got, err)
+	}
+	theirs.Close()
+	c.Close()
+
+	// One that never runs holds nobody up.
+	ours, theirs = net.Pipe()
+	c = Start(ours, nil, strings.NewReader("hello"), make(chan struct{}), vmmtest.Logger(t))
+	theirs.Close()
+	c.Close()
+	<-c.sent
 }

@@ -205,11 +205,8 @@ func (s *Store) Ping(ctx context.Context) error {
 		return err
 	}
 	defer done()
-	for o := range s.core.Client.ListObjects(ctx, s.cfg.Bucket, minio.ListObjectsOptions{Prefix: s.prefix, MaxKeys: 1}) {
-		if o.Err != nil {
-			return s.failed("look into", "", o.Err)
-		}
-		break
+	if o, any := <-s.core.Client.ListObjects(ctx, s.cfg.Bucket, minio.ListObjectsOptions{Prefix: s.prefix, MaxKeys: 1}); any && o.Err != nil {
+		return s.failed("look into", "", s.cause(ctx, o.Err))
 	}
 	return nil
 }

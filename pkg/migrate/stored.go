@@ -403,6 +403,7 @@ type targetStored struct {
 	next   int                        // first chunk that nobody has begun to fetch
 	end    int                        // first of those that are left to the source
 	flying map[int]context.CancelFunc // being fetched
+	kept   map[int]bool               // fetched, and being written: they are no longer the source's to send
 	absent []int                      // not got, and the source was not told
 	idle   time.Time                  // since when the source has nothing else to do; zero: it has
 	share  int64                      // bytes that it got when it had nothing to do; 0: it did not get any yet
@@ -432,7 +433,7 @@ func (d *destination) stored(m *wire.Manifest) error {
 			return fmt.Errorf("prepare: what is stored of device %q: %w", dev.name, err)
 		}
 		dev.stored = &targetStored{Fetcher: all[i], chunks: chunks, end: len(chunks), touched: newPageSet(dev.size),
-			flying: make(map[int]context.CancelFunc), wake: make(chan struct{}, 1)}
+			flying: make(map[int]context.CancelFunc), kept: make(map[int]bool), wake: make(chan struct{}, 1)}
 	}
 	return nil
 }
@@ -501,7 +502,7 @@ func (d *destination) fetchChunks(ctx context.Context, dev *targetDevice) error 
 		if err != nil && ctx.Err() == nil {
 			d.log.Warn("a part of a device is not to be had from the store, and comes from the source", "device", dev.name, "offset", r.Offset, "error", err)
 		}
-		if err == nil {
+		if err == nil && st.keep(n) { // else it was left to the source meanwhile
 			n, err := d.put(dev, r.Offset, p)
 			if err != nil {
 				d.link.fail(err)
@@ -573,10 +574,25 @@ func (s *targetStored) begin(ctx context.Context) (chunk int, _ context.Context,
 	return chunk, ctx, true
 }
 
+// keep reports whether a chunk that was fetched is to be written. One that was left to the source must not be: the source believes that it is not here,
+// and nothing keeps the chunk from coming over what the source has sent by then, or the guest has written here.
+func (s *targetStored) keep(chunk int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	cancel, ok := s.flying[chunk]
+	if ok {
+		cancel()
+		delete(s.flying, chunk)
+		s.kept[chunk] = true
+	}
+	return ok
+}
+
 // done ends the fetching of a chunk.
 func (s *targetStored) done(chunk int, got bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	delete(s.kept, chunk)
 	if cancel, ok := s.flying[chunk]; ok { // else it was left to the source
 		cancel()
 		delete(s.flying, chunk)
@@ -657,7 +673,7 @@ func (s *targetStored) report(now time.Time) (absent []int, last bool) {
 	if len(absent) > 0 {
 		s.idle = time.Time{} // until it has sent that
 	}
-	return absent, s.next >= s.end && len(s.flying) == 0
+	return absent, s.next >= s.end && len(s.flying) == 0 && len(s.kept) == 0
 }
 
 // sayAbsent tells the source what is left to it of a device.

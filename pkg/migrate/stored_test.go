@@ -351,3 +351,73 @@ func TestAbsentRefused(t *testing.T) {
 		}
 	}
 }
+
+// tardy is a store that has one chunk just when that is left to the source.
+type tardy struct {
+	*storeTarget
+	chunk int
+	late  time.Duration
+	hit   atomic.Bool
+}
+
+type tardyFetcher struct {
+	*shelf
+	t *tardy
+}
+
+func (t *tardy) Stored(ctx context.Context, m *wire.Manifest) ([]Fetcher, error) {
+	out, err := t.storeTarget.Stored(ctx, m)
+	out[0] = tardyFetcher{t.shelves["memory"], t}
+	return out, err
+}
+
+func (f tardyFetcher) Fetch(ctx context.Context, chunk int, p []byte) error {
+	if chunk != f.t.chunk {
+		return f.shelf.Fetch(ctx, chunk, p)
+	}
+	<-ctx.Done()
+	f.t.hit.Store(true)
+	time.Sleep(f.t.late)
+	return f.read(chunk, p)
+}
+
+func (f tardyFetcher) Is(chunk int, p []byte) bool { return chunk != f.t.chunk && f.shelf.Is(chunk, p) }
+
+// A chunk that was left to the source does not come over what the guest has written since.
+func TestStoredTooLate(t *testing.T) {
+	for _, late := range []time.Duration{0, 100 * time.Millisecond, 500 * time.Millisecond} {
+		t.Run(late.String(), func(t *testing.T) {
+			t.Parallel()
+			r, store := newStoredRig(t, false, true, true)
+			target := &tardy{storeTarget: store, chunk: 12, late: late}
+			r.dest.Target = target
+			mark := bytes.Repeat([]byte("guest!!!"), block.PageSize/8)
+			c := store.shelves["memory"].chunks[target.chunk]
+			pages := func(f func(at int64)) {
+				for at := c.Offset; at < c.End(); at += block.PageSize {
+					f(at)
+				}
+			}
+			r.target.onRun = func() {
+				pages(func(at int64) {
+					if _, err := r.target.devices["memory"].WriteAt(mark, at); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+			a, b := pipes(2)
+			o := r.move(t.Context(), a, b)
+			r.stop()
+			if o.srcErr != nil || o.dstErr != nil || !target.hit.Load() {
+				t.Fatal(o.srcErr, o.dstErr, target.hit.Load())
+			}
+			time.Sleep(50 * time.Millisecond)
+			pages(func(at int64) {
+				p := make([]byte, block.PageSize)
+				if _, err := r.target.devices["memory"].ReadAt(p, at); err != nil || !bytes.Equal(p, mark) {
+					t.Fatalf("what the guest wrote at %d is gone (%v)", at, err)
+				}
+			})
+		})
+	}
+}

@@ -173,6 +173,9 @@ func checkRefused(t *testing.T, dir string, args []string, status int, want ...s
 	if stdout != "" {
 		t.Errorf("stdout has %q, want nothing", stdout)
 	}
+	if strings.Contains(stderr, "hidden") || strings.Contains(stderr, "12345") {
+		t.Errorf("the message shows a secret: %s", stderr)
+	}
 	if after := tree(t, dir); after != before {
 		t.Errorf("it left something behind or changed something:\n%s\nwas\n%s", after, before)
 	}
@@ -446,25 +449,32 @@ func TestPeerRefuses(t *testing.T) {
 		{"sharedbase", func(d []map[string]any) { d[3]["sharedbase"] = true; delete(d[3], "overlay"); delete(d[3], "state") }, nil, 2, []string{`"disk"`, `"sharedbase" needs an overlay`}},
 		{"s3 without bucket", s3("s3endpoint", "host:9000"), nil, 2, []string{`"disk"`, `no "s3bucket"`, "--store"}},
 		{"s3 credentials without bucket", s3("s3accesskey", "a", "s3secretkey", "hidden"), nil, 2, []string{`"disk"`, `no "s3bucket"`}},
-		{"s3 half of the credentials", s3("s3bucket", "b", "s3secretkey", "hidden"), nil, 2, []string{`"disk"`, "both the access key and the secret key"}},
-		{"s3 endpoint", s3("s3bucket", "b", "s3endpoint", "host/path"), nil, 2, []string{`"disk"`, `"http://host/path"`, "without a path"}},
-		{"s3 endpoint that is not secure", s3("s3bucket", "b", "s3endpoint", "http://host", "s3secure", true), nil, 2, []string{`"disk"`, `"s3secure"`, "https://"}},
-		{"s3 of what stays", s3("s3bucket", "b", "makeMigratable", false), nil, 2, []string{`"disk"`, "device that travels"}},
+		{"s3 half of the credentials", s3("s3bucket", "bbb", "s3secretkey", "hidden"), nil, 2, []string{`"disk"`, "both the access key and the secret key"}},
+		{"s3 endpoint", s3("s3bucket", "bbb", "s3endpoint", "host/path"), nil, 2, []string{`"disk"`, `"http://host/path"`, "without a path"}},
+		{"s3 endpoint that is not secure", s3("s3bucket", "bbb", "s3endpoint", "http://host", "s3secure", true), nil, 2, []string{`"disk"`, `"s3secure"`, "https://"}},
+		{"s3 secret of another type", s3("s3bucket", "bbb", "s3secretkey", 12345), nil, 2, []string{`key "s3secretkey" must be a string`}},
+		{"s3 concurrency", s3("s3bucket", "bbb", "s3concurrency", -1), nil, 2, []string{`"s3concurrency" is -1`}},
+		{"s3 of what stays", s3("s3bucket", "bbb", "makeMigratable", false), nil, 2, []string{`"disk"`, "device that travels"}},
 		{"guest MAC", nil, []string{"--guest-mac", "01:00:00:00:00:01"}, 2, []string{`MAC "01:00:00:00:00:01"`, "first is even"}},
 		{"guest address", nil, []string{"--guest-address", "10.0.0.1"}, 2, []string{`address "10.0.0.1"`, "prefix length"}},
 		{"guest MAC of what is received", nil, []string{"--guest-mac", "02:00:00:00:00:01", "--raddr", "localhost:1"}, 2, []string{"exclude --raddr"}},
 		{"store", nil, []string{"--store", "bucket"}, 2, []string{`--store "bucket"`, "s3://BUCKET"}},
+		{"store with credentials", nil, []string{"--store", "s3://a:hidden@b/c", "--store-sync"}, 2, []string{"--store", "credentials are given apart"}},
+		{"store endpoint with credentials", nil, []string{"--store", "s3://bbb", "--store-sync", "--store-endpoint", "http://a:hidden@host"}, 2, []string{"without credentials"}},
+		{"store for nothing", nil, []string{"--store", "s3://bbb"}, 2, []string{"--store does nothing without"}},
+		{"store quiet for nothing", nil, []string{"--store", "s3://bbb", "--backup", "x", "--store-quiet", "1s"}, 2, []string{"--store-quiet does nothing without"}},
+		{"store sync without a store", nil, []string{"--store-sync"}, 2, []string{"--store-sync needs --store"}},
 		{"store without a bucket", nil, []string{"--store", "s3://"}, 2, []string{"--store", "no bucket"}},
 		{"store endpoint alone", nil, []string{"--store-endpoint", "http://host"}, 2, []string{"--store-endpoint needs --store"}},
-		{"store endpoint", nil, []string{"--store", "s3://b", "--store-endpoint", "host:9000"}, 2, []string{`"host:9000"`, "http://HOST:PORT"}},
-		{"store key", nil, []string{"--store", "s3://b", "--store-key", "/no/such/key"}, 2, []string{"--store-key", "/no/such/key"}},
-		{"store concurrency", nil, []string{"--store", "s3://b", "--store-concurrency", "0"}, 2, []string{"--store-concurrency 0", "1 to 1024"}},
-		{"store quiet", nil, []string{"--store", "s3://b", "--store-sync", "--store-quiet", "0s"}, 2, []string{"--store-quiet 0s", "above zero"}},
+		{"store endpoint", nil, []string{"--store", "s3://bbb", "--store-endpoint", "host:9000"}, 2, []string{`"host:9000"`, "http://HOST:PORT"}},
+		{"store key", nil, []string{"--store", "s3://bbb", "--store-sync", "--store-key", "/no/such/key"}, 2, []string{"--store-key", "/no/such/key"}},
+		{"store concurrency", nil, []string{"--store", "s3://bbb", "--store-sync", "--store-concurrency", "0"}, 2, []string{"--store-concurrency 0", "1 to 1024"}},
+		{"store quiet", nil, []string{"--store", "s3://bbb", "--store-sync", "--store-quiet", "0s"}, 2, []string{"--store-quiet 0s", "above zero"}},
 		{"backup without store", nil, []string{"--backup", "web"}, 2, []string{"--backup needs --store"}},
-		{"backup name", nil, []string{"--store", "s3://b", "--backup", "../x"}, 2, []string{"--backup", `"../x"`}},
-		{"backup time alone", nil, []string{"--store", "s3://b", "--backup-every", "1s"}, 2, []string{"--backup-every needs --backup"}},
-		{"backup keep", nil, []string{"--store", "s3://b", "--backup", "web", "--backup-keep", "0"}, 2, []string{"--backup-keep 0", "at least 1"}},
-		{"restore with devices", nil, []string{"--store", "s3://b", "--restore", "web", "--package", "x"}, 2, []string{"--restore excludes --devices"}},
+		{"backup name", nil, []string{"--store", "s3://bbb", "--backup", "../x"}, 2, []string{"--backup", `"../x"`}},
+		{"backup time alone", nil, []string{"--store", "s3://bbb", "--store-sync", "--backup-every", "1s"}, 2, []string{"--backup-every needs --backup"}},
+		{"backup keep", nil, []string{"--store", "s3://bbb", "--backup", "web", "--backup-keep", "0"}, 2, []string{"--backup-keep 0", "at least 1"}},
+		{"restore with devices", nil, []string{"--store", "s3://bbb", "--restore", "web", "--package", "x"}, 2, []string{"--restore excludes --devices"}},
 		{"block size beyond any overlay", set("blockSize", 1<<40), nil, 2, []string{"1099511627776", "67108864"}},
 		{"disk the machine lacks", set("name", "logs"), nil, 1, []string{`"disk"`, "add it to the devices"}},
 		{"memory of another package", func(d []map[string]any) { d[1]["base"], d[2]["base"] = d[2]["base"], d[1]["base"] }, nil, 1, []string{"memory", "different packages"}},

@@ -81,6 +81,9 @@ func parseDevices[T any](flag string) ([]T, error) {
 			value.DisallowUnknownFields() // of what is within
 			if err := value.Decode(&device); err != nil {
 				if wrong, ok := err.(*json.UnmarshalTypeError); ok {
+					if strings.HasSuffix(key, "key") { // a secret
+						return nil, fmt.Errorf("%s: key %q must be %s", what, key, jsonType(wrong.Type))
+					}
 					return nil, fmt.Errorf("%s: key %q is %s, but must be %s", what, key, object[key], jsonType(wrong.Type))
 				}
 				return nil, fmt.Errorf("%s: key %q: %w", what, key, err)

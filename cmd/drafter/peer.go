@@ -19,7 +19,6 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/control"
-	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -249,16 +248,20 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--metrics: %w", err)
 		}
 	}
-	store, err := opts.depotFlags.open(ctx, cmd, opts.packagePath, out.metrics)
+	var devices []peer.Device
+	if opts.restore == "" {
+		var err error
+		if devices, err = opts.deviceSource.open(); err != nil {
+			return err
+		}
+	}
+	store, err := opts.depotFlags.open(ctx, cmd, opts.packagePath, opts.stores, opts.raddr != "" || opts.accept != "", out.metrics)
 	if err != nil {
 		return err
 	}
 	defer store.close()
-	var devices []peer.Device
 	if store.version != nil {
-		devices = restoredDevices(store.version, opts.packagePath)
-	} else if devices, err = opts.deviceSource.open(); err != nil {
-		return err
+		devices = restoredDevices(store.devices, opts.packagePath)
 	}
 	if err := store.keep(ctx, &opts.depotFlags, cmd.Flags(), devices, opts.stores); err != nil {
 		return err
@@ -280,7 +283,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner, Clone: opts.clone, HostName: opts.hostName, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner && opts.restore == "", Clone: opts.clone, HostName: opts.hostName, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
 	}
 	if store.storage != nil {
@@ -369,7 +372,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			lobby.Close()
 		}
 	}()
-	p, err := startPeer(ctx, cfg, opts, store.version, reception, reports, out)
+	p, err := startPeer(ctx, cfg, opts, store, reception, reports, out)
 	if errors.Is(err, runner.ErrGiven) && !opts.forceOwner && (opts.control != "" || listener != nil && !transport.Single(opts.laddr)) {
 		open()
 		var end givenEnd
@@ -388,7 +391,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		opts.boot = opts.boot && end != givenSaved
 		start = &starter{state: "starting", watch: out, stop: op.stop}
 		desk.put(start)
-		p, err = startPeer(ctx, cfg, opts, nil, reception, reports, out)
+		p, err = startPeer(ctx, cfg, opts, new(peerDepot), reception, reports, out)
 	}
 	if err != nil && ctx.Err() != nil { // by a signal, or from the control socket
 		return fmt.Errorf("%w: %w", errInterrupted, err)
@@ -435,7 +438,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		err = describeRestored(context.WithoutCancel(ctx), opts.packagePath, devices)
 	}
 	if store.version != nil {
-		err = errors.Join(err, store.version.Close(context.WithoutCancel(ctx)))
+		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), opts.rescueTimeout)
+		err = errors.Join(err, store.version.Close(ending))
+		cancel()
 	}
 	if keeper != nil { // the rest is free for others, who may have the VM from here again
 		if lobby != nil {
@@ -549,7 +554,7 @@ func refreshManifest(ctx context.Context, dir string) error {
 }
 
 // startPeer brings the instance up, in the way the options ask for.
-func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *depot.Version, reception *peer.Lobby, reports *reports, out io.Writer) (_ *peer.Peer, err error) {
+func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *peerDepot, reception *peer.Lobby, reports *reports, out io.Writer) (_ *peer.Peer, err error) {
 	if opts.rollback { // which is refused where a machine is alive
 		p, err := peer.Resume(ctx, cfg)
 		if err != nil {
@@ -566,6 +571,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *de
 		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
 		return p, nil
 	}
+	image := store.version
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
 		if id, ok := p.InDoubt(); ok {
@@ -580,11 +586,17 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *de
 		return nil, err
 	}
 	switch {
+	case store.whole:
+		return nil, fmt.Errorf("--restore %s: folder %q is a package already: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restore, opts.packagePath)
 	case reception != nil, image != nil, opts.raddr != "" && !opts.boot:
-		if err := peer.CheckVacant(cfg); err != nil {
-			if image != nil {
-				err = fmt.Errorf("--restore %s: %w: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restore, err)
+		err := peer.CheckVacant(cfg)
+		if err != nil && image != nil {
+			fmt.Fprintf(out, "The VM died before all of it was here: it is restored once more, and what it did since is lost\n")
+			if err = dropRestored(cfg.Devices); err != nil {
+				err = fmt.Errorf("--restore %s: %w", opts.restore, err)
 			}
+		}
+		if err != nil {
 			return nil, err
 		}
 		if err := cfg.IndexBases(ctx); err != nil {
@@ -603,10 +615,14 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *de
 			}, nil
 		}
 		if image != nil {
-			if err := checkAlone(image, opts.restore); err != nil && !opts.forceOwner {
+			if !image.Loaded { // it was begun before, when that was looked at
+				if err := image.Load(ctx); err != nil {
+					return nil, fmt.Errorf("--restore %s: %w", opts.restore, err)
+				}
+			} else if err := checkAlone(image, opts.restore); err != nil && !opts.forceOwner {
 				return nil, err
 			}
-			undo, failed := markRestored(image, opts.packagePath)
+			undo, failed := markRestored(image, store.devices, opts.packagePath)
 			if failed != nil {
 				return nil, fmt.Errorf("--restore %s: %w", opts.restore, failed)
 			}
@@ -618,10 +634,23 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, image *de
 			from, dial, redial = "image "+image.Name+"@"+image.ID, image.Dial, nil
 			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", image.Name, image.ID, image.Taken.Format(time.RFC3339), humanize.Time(image.Taken))
 		}
+		received := make(chan struct{})
+		defer close(received)
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
 		closing := sync.OnceFunc(func() { // it cannot be given back, and is worth nothing until the rest of it has come
 			fmt.Fprintln(out, "Closing: the VM runs here already; it is suspended and saved once all of it has arrived")
+			if image != nil { // which a store that hangs would put off for ever
+				store.work.Go(func() {
+					select {
+					case <-time.After(cfg.RescueTimeout):
+						over, cancel := context.WithCancel(context.Background())
+						cancel()
+						_ = image.Close(over)
+					case <-received:
+					}
+				})
+			}
 		})
 		cfg.Hooks.Resumed = func() {
 			fmt.Fprintln(out, "VM runs here")

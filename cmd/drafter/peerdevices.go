@@ -120,8 +120,11 @@ func (d peerDevice) store(device peer.Device) (depot.DeviceConfig, error) {
 	fail := func(format string, args ...any) (depot.DeviceConfig, error) {
 		return depot.DeviceConfig{}, usageErrorf("--devices: device %q: %w", d.Name, fmt.Errorf(format, args...))
 	}
-	if device.Stationary || device.Shared {
-		return fail("\"s3sync\" is for a device that travels: leave it out")
+	if device.Stationary || device.Shared || d.Name == runner.StateDevice {
+		return fail("\"s3sync\" is for a device that travels while the instance runs: leave it out")
+	}
+	if d.S3Concurrency < 0 || d.S3Concurrency > 1024 {
+		return fail("\"s3concurrency\" is %d: use 1 to 1024, or leave it out", d.S3Concurrency)
 	}
 	c := objstore.Config{AccessKey: d.S3AccessKey, SecretKey: d.S3SecretKey, Concurrency: d.S3Concurrency}
 	c.Bucket, c.Prefix, c.Region = d.S3Bucket, d.S3Prefix, d.S3Region

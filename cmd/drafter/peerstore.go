@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/control"
@@ -29,6 +30,7 @@ type depotFlags struct {
 	backup      string
 	backupEvery time.Duration
 	backupKeep  int
+	backupDir   string
 	restore     string
 }
 
@@ -39,6 +41,7 @@ func (f *depotFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&f.backup, "backup", "", "put copies of the running instance into --store, as versions of the image of this name")
 	flags.DurationVar(&f.backupEvery, "backup-every", time.Minute, "with --backup: time from the end of one copy to the begin of the next")
 	flags.IntVar(&f.backupKeep, "backup-keep", 3, "with --backup: versions that are kept")
+	flags.StringVar(&f.backupDir, "backup-dir", "", "with --backup: folder for what has changed, until it is in the store, in files without names (default: TMPDIR, or /tmp)")
 	flags.StringVar(&f.restore, "restore", "", "start from an image in --store, NAME or NAME@VERSION, before it has been fetched; --package is the folder to make for it")
 }
 
@@ -48,17 +51,35 @@ type peerDepot struct {
 	storage *depot.Storage  // nil: nothing is kept
 	backup  *depot.Backup   // nil: no copies
 	version *depot.Version  // to start from; nil: none
+	devices []string        // of that
+	whole   bool            // it is here already
 	metrics *control.Metrics
+	work    sync.WaitGroup // what goes on beside the instance
+	stop    func()         // ends the look whether the store can be used
 }
 
 // open opens what the flags name, but for what devices are kept in: see keep. Dir is the folder to restore to.
-func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, metrics *control.Metrics) (_ *peerDepot, err error) {
+func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, own map[string]depot.DeviceConfig, receives bool, metrics *control.Metrics) (_ *peerDepot, err error) {
 	flags := cmd.Flags()
 	c, named, err := f.config(flags)
 	if err != nil {
 		return nil, err
 	}
 	d := &peerDepot{metrics: metrics}
+	sync := f.sync || len(own) > 0
+	for _, v := range []struct {
+		flag  string
+		needs bool
+		what  string
+	}{{"store", sync || f.backup != "" || f.restore != "", "--store-sync, --backup or --restore"}, {"store-quiet", sync, "--store-sync"},
+		{"store-concurrency", sync || named, "--store"}, {"store-key", sync || named, "--store"}} {
+		if flags.Changed(v.flag) && !v.needs {
+			return nil, usageErrorf("--%s does nothing without %s", v.flag, v.what)
+		}
+	}
+	if f.sync && !named && !receives && len(own) == 0 {
+		return nil, usageErrorf("--store-sync needs --store: without it the store is the one that a source names, and nothing is received here (--raddr, --accept)")
+	}
 	if f.quiet <= 0 {
 		return nil, usageErrorf("--store-quiet %v: give a time above zero", f.quiet)
 	}
@@ -70,7 +91,7 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, m
 			return nil, usageErrorf("--%s needs --store: the bucket, as s3://BUCKET/PREFIX", v.flag)
 		}
 	}
-	for _, name := range []string{"backup-every", "backup-keep"} {
+	for _, name := range []string{"backup-every", "backup-keep", "backup-dir"} {
 		if flags.Changed(name) && f.backup == "" {
 			return nil, usageErrorf("--%s needs --backup: the name of the image", name)
 		}
@@ -92,20 +113,12 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, m
 		if err != nil {
 			return nil, err
 		}
-		// One that was begun goes on with the version that it was begun with.
-		if begun, err := os.ReadFile(filepath.Join(dir, restoreMark)); err == nil {
-			if of, at, _ := strings.Cut(strings.TrimSpace(string(begun)), "@"); of == name && (version == "" || version == at) {
-				version = at
-			} else {
-				return nil, usageErrorf("--restore %s: %q is being made from %q: finish that, or name another folder (--package)", f.restore, dir, strings.TrimSpace(string(begun)))
-			}
-		}
-		if d.version, err = depot.Open(ctx, d.store, name, version, c.Logger); err != nil {
-			return nil, interrupted(cmd, fmt.Errorf("--restore: %w", err))
+		if err := d.restore(ctx, f.restore, name, version, dir); err != nil {
+			return nil, interrupted(cmd, err)
 		}
 	}
 	if f.backup != "" {
-		cfg := depot.BackupConfig{Store: d.store, Name: f.backup, Every: f.backupEvery, Keep: f.backupKeep, Logger: c.Logger}
+		cfg := depot.BackupConfig{Store: d.store, Name: f.backup, Every: f.backupEvery, Keep: f.backupKeep, Dir: f.backupDir, Logger: c.Logger}
 		cfg.Done = func(r depot.BackupReport, err error) {
 			if !errors.Is(err, peer.ErrBusy) {
 				metrics.BackedUp(r.Taken, err)
@@ -155,15 +168,22 @@ func (d *peerDepot) keep(ctx context.Context, f *depotFlags, flags *pflag.FlagSe
 		}
 		return all
 	})
-	// A VM does not wait for its store.
-	if err := d.storage.Ping(ctx); err != nil {
-		cfg.Logger.Warn("the object store cannot be used now: devices will be kept there when it can", "error", err)
-	}
+	pinging, stop := context.WithCancel(ctx)
+	d.stop = stop
+	d.work.Go(func() { // a VM does not wait for its store
+		if err := d.storage.Ping(pinging); err != nil && pinging.Err() == nil {
+			cfg.Logger.Warn("the object store cannot be used now: devices will be kept there when it can", "error", err)
+		}
+	})
 	return nil
 }
 
 // close lets go of the store.
 func (d *peerDepot) close() {
+	if d.stop != nil {
+		d.stop()
+	}
+	d.work.Wait()
 	if d.storage != nil {
 		d.storage.Close()
 	}
@@ -172,26 +192,80 @@ func (d *peerDepot) close() {
 	}
 }
 
+// restore finds what is to be restored to a folder, where that may have been begun, or be done, already: then the store is not needed for the devices to
+// be known, so that a VM whose peer has died is adopted also where there is no store.
+func (d *peerDepot) restore(ctx context.Context, arg, name, version, dir string) (err error) {
+	begun, err := os.ReadFile(filepath.Join(dir, restoreMark))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("--restore: %w", err)
+	}
+	pkg, notYet := vmpackage.Open(dir)
+	switch {
+	case notYet == nil:
+		d.whole = true
+		d.version = depot.At(d.store, name, version, logger(ctx))
+		for _, device := range pkg.Devices {
+			d.devices = append(d.devices, device.Name)
+		}
+	case err == nil:
+		words := strings.Fields(string(begun))
+		if len(words) < 2 {
+			return fmt.Errorf("--restore %s: %q does not say what it is being made from: remove %q, and begin anew", arg, filepath.Join(dir, restoreMark), dir)
+		}
+		of, at, _ := strings.Cut(words[0], "@")
+		if of != name || version != "" && version != at {
+			return usageErrorf("--restore %s: %q is being made from %s: finish that, or name another folder (--package)", arg, dir, words[0])
+		}
+		d.version, d.devices = depot.At(d.store, name, at, logger(ctx)), words[1:]
+	default:
+		if d.version, err = depot.Open(ctx, d.store, name, version, logger(ctx)); err != nil {
+			return fmt.Errorf("--restore: %w", err)
+		}
+		for _, device := range d.version.Devices {
+			d.devices = append(d.devices, device.Name)
+		}
+	}
+	return nil
+}
+
 // restoredDevices are the files of a package that is made of an image, in a folder.
-func restoredDevices(v *depot.Version, dir string) []peer.Device {
+func restoredDevices(names []string, dir string) []peer.Device {
 	var devices []peer.Device
-	for _, d := range v.Devices {
+	for _, name := range names {
 		devices = append(devices, peer.Device{
-			DeviceConfig: runner.DeviceConfig{Name: d.Name, Base: filepath.Join(dir, vmpackage.DefaultFile(d.Name))}, Policy: migrate.Policy{ByGoal: true},
+			DeviceConfig: runner.DeviceConfig{Name: name, Base: filepath.Join(dir, vmpackage.DefaultFile(name))}, Policy: migrate.Policy{ByGoal: true},
 		})
 	}
 	return devices
 }
 
-// restoreMark is a file in the folder of an image that has not been fetched wholly, with its name and version.
+// dropRestored removes what there is of a VM that died before all of it had been fetched: it cannot go on, and nobody else has it.
+func dropRestored(devices []peer.Device) error {
+	if err := peer.CheckAtRest(devices); err != nil {
+		return err
+	}
+	for _, d := range devices {
+		for _, path := range []string{d.Base, d.Base + ".missing"} {
+			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// restoreMark is a file in the folder of an image that has not been fetched wholly, with its name and version, and its devices.
 const restoreMark = ".restore"
 
 // markRestored makes the folder that an image is restored to. Undo removes it, if that has come to nothing.
-func markRestored(v *depot.Version, dir string) (undo func(), err error) {
+func markRestored(v *depot.Version, devices []string, dir string) (undo func(), err error) {
 	made, err := runner.MakeFolders(dir, 0o700)
 	mark := filepath.Join(dir, restoreMark)
 	if err == nil {
-		err = os.WriteFile(mark, []byte(v.Name+"@"+v.ID+"\n"), 0o600)
+		err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{v.Name + "@" + v.ID}, devices...), " ")+"\n"), 0o600)
+	}
+	if err == nil {
+		err = os.Rename(mark+".new", mark)
 	}
 	undo = func() {
 		_ = os.Remove(mark)
@@ -205,25 +279,26 @@ func markRestored(v *depot.Version, dir string) (undo func(), err error) {
 
 // describeRestored makes the folder of an image a package.
 func describeRestored(ctx context.Context, dir string, devices []peer.Device) error {
+	if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err != nil {
+		var files []vmpackage.File
+		for _, d := range devices {
+			files = append(files, vmpackage.File{Name: d.Name, Path: d.Base})
+		}
+		if _, err := vmpackage.WriteManifest(ctx, dir, files, vmpackage.ManifestOptions{SkipDigests: true}); err != nil {
+			return err
+		}
+	}
 	if err := os.Remove(filepath.Join(dir, restoreMark)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err == nil {
-		return nil
-	}
-	var files []vmpackage.File
-	for _, d := range devices {
-		files = append(files, vmpackage.File{Name: d.Name, Path: d.Base})
-	}
-	_, err := vmpackage.WriteManifest(ctx, dir, files, vmpackage.ManifestOptions{SkipDigests: true})
-	return err
+	return nil
 }
 
 // checkAlone refuses to start a VM from a copy of one that may run.
 func checkAlone(v *depot.Version, image string) error {
-	if age := time.Since(v.Taken); v.Every > 0 && age < 2*v.Every+time.Minute {
-		return fmt.Errorf("--restore %s: the VM was copied %v ago, and is every %v: it may run still, and then there would be two. Make sure that it does not, and give --force-owner",
-			image, age.Round(time.Second), v.Every)
+	if age := time.Since(v.Newest); v.Every > 0 && age < 2*v.Every+time.Minute {
+		return fmt.Errorf("--restore %s: the newest copy of the VM is %v old, and there is one every %v: it may run still, and then there would be two. Make sure that it does not, and give --force-owner",
+			image, max(0, age).Round(time.Second), v.Every)
 	}
 	return nil
 }

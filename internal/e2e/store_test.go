@@ -72,8 +72,11 @@ func TestCommandStore(t *testing.T) {
 	// It starts from there: before most of it was fetched.
 	restored := func(name string, more ...string) *command {
 		t.Helper()
-		args := append([]string{"peer", "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input"}, more...)
-		return w.start(t, w.console, append(append(args, "--package", w.path(name)), store...)...)
+		args := append([]string{"peer", "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input", "--package", w.path(name)}, more...)
+		if len(more) > 0 {
+			args = append(args, store...)
+		}
+		return w.start(t, w.console, args...)
 	}
 	slow := &tests3.Fault{Delay: 50 * time.Millisecond, Match: tests3.Of(http.MethodGet, "chunks")}
 	proxy.Set(slow)
@@ -139,7 +142,8 @@ func TestCommandStore(t *testing.T) {
 	proxy.Set(nil)
 
 	// Its host dies, with its disks. What is left is the copies.
-	last := strings.Split(strings.TrimSpace(func() string { out, _ := run(0, "store", "list", "copies"); return out }()), "\n")
+	copies, _ := run(0, "store", "list", "copies")
+	last := strings.Split(strings.TrimSpace(copies), "\n")
 	if n := len(last) - 1; n < 2 || n > 3 {
 		t.Errorf("there are %d copies, want 2 or 3:\n%s", n, strings.Join(last, "\n"))
 	}
@@ -153,8 +157,23 @@ func TestCommandStore(t *testing.T) {
 	w.console = newConsole(t)
 	_, errs = run(1, "peer", "--netns", "", "--chroot-base-dir", w.vms(), "--restore", "copies", "--package", w.path("d"))
 	says(errs, "it may run still", "--force-owner")
+	oldest := "copies@" + strings.Fields(last[1])[1]
+	_, errs = run(1, "peer", "--netns", "", "--chroot-base-dir", w.vms(), "--restore", oldest, "--package", w.path("d"))
+	says(errs, "it may run still")
+	proxy.Set(slow)
 	d := restored("d", "--restore", "copies", "--force-owner")
 	d.waitFor(t, "what it did later is lost")
+	d.waitFor(t, "VM runs here")
+
+	// That one dies as well, with its machine, before all of it was fetched.
+	pid = machinePID(t, d)
+	d.Process.Kill()
+	syscall.Kill(pid, syscall.SIGKILL)
+	d.wait(t, -1)
+	proxy.Set(nil)
+	w.console = newConsole(t)
+	d = restored("d", "--restore", "copies")
+	d.waitFor(t, "it is restored once more")
 	d.waitFor(t, "Received VM")
 	check("after it was restored from a copy")
 	w.do(t, "put /name second")

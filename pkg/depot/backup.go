@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -51,10 +53,10 @@ type Backup struct {
 	cfg   BackupConfig
 	bases map[string]*base
 
-	turn sync.Mutex // held while the VM is copied, and by who wants it not to be
-
-	mu     sync.Mutex // guards cancel
+	mu     sync.Mutex // guards what follows
+	held   int        // how many want the VM not to be copied
 	cancel context.CancelFunc
+	copied chan struct{} // closed when the copying has ended that cancel ends; nil: none is under way
 }
 
 // base is what the latest version holds of a device.
@@ -116,24 +118,31 @@ func (b *Backup) Run(ctx context.Context, p *peer.Peer) {
 // to be put. It is for who wants the peer to be free.
 func (b *Backup) Hold() (release func()) {
 	b.mu.Lock()
-	if b.cancel != nil {
-		b.cancel()
-	}
+	b.held++
+	cancel, copied := b.cancel, b.copied
 	b.mu.Unlock()
-	b.turn.Lock()
-	return b.turn.Unlock
+	if cancel != nil {
+		cancel()
+		<-copied
+	}
+	return func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.held--
+	}
 }
 
 // copy copies the VM, unless somebody wants it not to be.
 func (b *Backup) copy(ctx context.Context, p *peer.Peer, t *copyTarget) (*migrate.Report, error) {
-	if !b.turn.TryLock() {
-		return nil, fmt.Errorf("back up VM: %w: it is not to be copied now", peer.ErrBusy)
-	}
-	defer b.turn.Unlock()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	copied := make(chan struct{})
 	b.mu.Lock()
-	b.cancel = cancel
+	if b.held > 0 {
+		b.mu.Unlock()
+		return nil, fmt.Errorf("back up VM: %w: it is not to be copied now", peer.ErrBusy)
+	}
+	b.cancel, b.copied = cancel, copied
 	b.mu.Unlock()
 	bases := make(map[string]*migrate.BaseIndex)
 	for name, have := range b.bases {
@@ -142,17 +151,25 @@ func (b *Backup) copy(ctx context.Context, p *peer.Peer, t *copyTarget) (*migrat
 	report, err := p.Copy(ctx, t, bases)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.cancel = nil
-	if err != nil && ctx.Err() != nil {
+	b.cancel, b.copied = nil, nil
+	close(copied)
+	if err != nil && b.held > 0 {
 		err = fmt.Errorf("%w: %w", peer.ErrBusy, err)
 	}
 	return report, err
 }
 
 // Once makes a version.
-func (b *Backup) Once(ctx context.Context, p *peer.Peer) (BackupReport, error) {
+//
+// Where something of the version before is not in the store any more, it fails, and the next has all of it again.
+func (b *Backup) Once(ctx context.Context, p *peer.Peer) (_ BackupReport, err error) {
 	began := time.Now()
-	t := &copyTarget{backup: b}
+	t := &copyTarget{backup: b, ctx: ctx}
+	defer func() {
+		if errors.Is(err, objstore.ErrNotFound) || errors.Is(err, objstore.ErrCorrupt) {
+			clear(b.bases)
+		}
+	}()
 	defer t.close()
 	report, err := b.copy(ctx, p, t)
 	if err != nil {
@@ -201,18 +218,22 @@ func (b *Backup) Once(ctx context.Context, p *peer.Peer) (BackupReport, error) {
 	}
 	b.bases = now
 	r.Took = time.Since(began)
-	return r, b.prune(ctx)
+	if err := b.prune(ctx); err != nil && ctx.Err() == nil {
+		b.cfg.Logger.Warn("old copies of the VM stay in the store", "image", b.cfg.Name, "error", err)
+	}
+	return r, nil
 }
 
-// prune removes versions that are too old.
+// prune removes copies that are too old, and nothing that was pushed under the same name.
 func (b *Backup) prune(ctx context.Context) error {
 	list, err := versions(ctx, b.cfg.Store, b.cfg.Name)
 	if err != nil {
-		return fmt.Errorf("remove old versions: %w", err)
+		return err
 	}
+	list = slices.DeleteFunc(list, func(v string) bool { return !strings.HasSuffix(v, copyMark) })
 	for _, v := range list[:max(0, len(list)-b.cfg.Keep)] {
 		if err := b.cfg.Store.RemoveRoot(ctx, images, b.cfg.Name, v); err != nil {
-			return fmt.Errorf("remove old versions: %w", err)
+			return err
 		}
 	}
 	return nil
@@ -221,6 +242,7 @@ func (b *Backup) prune(ctx context.Context) error {
 // copyTarget takes one copy of the VM.
 type copyTarget struct {
 	backup  *Backup
+	ctx     context.Context // of Once
 	desc    runner.Description
 	devices []*copied
 	machine []byte
@@ -249,7 +271,7 @@ func (t *copyTarget) Prepare(ctx context.Context, desc runner.Description, devic
 		}
 		c.Device = f
 		if have := t.backup.bases[d.Name]; have != nil && have.list.Size == d.Size {
-			if err := c.over(t.backup.cfg.Store, have); err != nil {
+			if err := c.over(t.ctx, t.backup.cfg.Store, have); err != nil {
 				return nil, fmt.Errorf("device %q: %w", d.Name, err)
 			}
 		}
@@ -275,8 +297,8 @@ func (t *copyTarget) file(size int64) (block.Device, error) {
 }
 
 // over makes the device what the latest version holds of it, but for what will be written.
-func (c *copied) over(store *objstore.Store, have *base) error {
-	image, err := store.OpenImage(have.list)
+func (c *copied) over(ctx context.Context, store *objstore.Store, have *base) error {
+	image, err := store.OpenImage(ctx, have.list)
 	if err != nil {
 		return err
 	}

@@ -168,10 +168,10 @@ func TestStorageChain(t *testing.T) {
 		syncing.Resume()
 		at = next
 	}
-	store := openStore(t, config(server.Endpoint, "chain"))
-	before, err := store.Roots(t.Context(), "sync")
-	if err != nil || len(before) == 0 {
-		t.Errorf("nothing is on record of what is kept: %v, %v", before, err)
+	// What was found for one VM is nothing for the next.
+	at.Reset()
+	if s, err := at.Sync("disk", peer.SyncSource{Device: block.NewMemory(4096)}); s != nil || err != nil {
+		t.Errorf("a disk is kept where another was: %v, %v", s, err)
 	}
 }
 
@@ -180,17 +180,38 @@ func TestStorageClose(t *testing.T) {
 	server := tests3.Start(t)
 	proxy := server.Front(t)
 	s := newStorage(t, map[string]DeviceConfig{"disk": {Store: config(proxy.Endpoint, "close"), Quiet: 20 * time.Millisecond}})
-	_, syncing := keep(t, s, random(300_000, 2))
-	if _, err := syncing.Snapshot(t.Context()); err != nil {
+	disk, syncing := keep(t, s, random(300_000, 2))
+	stored, err := syncing.Snapshot(t.Context())
+	if err != nil {
 		t.Fatal(err)
 	}
 	syncing.Resume()
 	store := openStore(t, config(server.Endpoint, "close"))
-	if roots, err := store.Roots(t.Context(), "sync"); err != nil || len(roots) != 1 {
-		t.Errorf("on record is %v (%v)", roots, err)
+	// Who has taken the VM puts on record what there is.
+	next := newStorage(t, map[string]DeviceConfig{"disk": {Store: config(proxy.Endpoint, "close")}})
+	if _, err := next.Find(t.Context(), "disk", disk.Size(), stored.Reference); err != nil {
+		t.Fatal(err)
+	}
+	taken, err := next.Sync("disk", peer.SyncSource{Device: disk, Still: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := 0; ; n++ {
+		roots, err := store.Roots(t.Context(), "sync")
+		if err == nil && len(roots) == 1 {
+			break
+		}
+		if n > 200 {
+			t.Fatalf("on record is %v (%v)", roots, err)
+		}
+		time.Sleep(20 * time.Millisecond)
 	}
 	// A store that hangs holds a migration up for no longer than it may.
-	proxy.Set(&tests3.Fault{Hang: true, Match: tests3.Of(http.MethodPut, "roots")})
+	if _, err := disk.WriteAt([]byte("something else"), 0); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(200 * time.Millisecond) // it is put, and the list is another
+	proxy.Set(&tests3.Fault{Hang: true, Match: tests3.Of(http.MethodPut, "lists")})
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	if _, err := syncing.Snapshot(ctx); err == nil {
@@ -198,7 +219,7 @@ func TestStorageClose(t *testing.T) {
 	}
 	proxy.Set(nil)
 	for range 2 {
-		if err := syncing.Close(); err != nil {
+		if err := errors.Join(syncing.Close(), taken.Close()); err != nil {
 			t.Error(err)
 		}
 	}

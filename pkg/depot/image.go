@@ -1,13 +1,16 @@
 package depot
 
 import (
+	"cmp"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,8 +25,11 @@ import (
 // images is the folder of the roots of images.
 const images = "images"
 
-// versionTime makes names of versions, which sort by time.
-const versionTime = "20060102T150405.000Z"
+// versionTime makes names of versions, which sort by time, and copyMark ends those of copies of a VM that runs.
+const (
+	versionTime = "20060102T150405.000Z"
+	copyMark    = "-copy"
+)
 
 // ErrNoImage is wrapped by the error of opening an image, or a version of it, that is not there.
 var ErrNoImage = errors.New("there is no such image")
@@ -101,54 +107,86 @@ type Version struct {
 	Name, ID string
 	Taken    time.Time     // when the VM was as the image is
 	Every    time.Duration // how often a newer version was to follow; 0: none
+	Newest   time.Time     // when the VM was as its newest version in the store is
 	Devices  []objstore.RootDevice
+
+	Loaded bool // what the store says of it is known
 
 	store *objstore.Store
 	log   *slog.Logger
+	id    string // of this use of it
 
 	mu     sync.Mutex // guards what follows
 	server *peer.Server
+	stop   context.CancelFunc // ends its reading
 	work   sync.WaitGroup
 }
 
 // Open finds a version of an image; the newest if version is empty. It fetches nothing of its content.
 func Open(ctx context.Context, store *objstore.Store, name, version string, log *slog.Logger) (*Version, error) {
-	if log == nil {
-		log = slog.Default()
-	}
-	if version == "" {
-		list, err := versions(ctx, store, name)
-		if err != nil {
-			return nil, fmt.Errorf("open image %q: %w", name, err)
-		}
-		if len(list) == 0 {
-			return nil, fmt.Errorf("open image %q: %w in %v: drafter store list says which there are", name, ErrNoImage, store.Location())
-		}
-		version = list[len(list)-1]
-	}
-	root, err := store.GetRoot(ctx, images, name, version)
-	if errors.Is(err, objstore.ErrNotFound) {
-		return nil, fmt.Errorf("open version %q of image %q: %w in %v: drafter store list says which there are", version, name, ErrNoImage, store.Location())
-	}
+	list, err := versions(ctx, store, name)
 	if err != nil {
-		return nil, fmt.Errorf("open version %q of image %q: %w", version, name, err)
+		return nil, fmt.Errorf("open image %q: %w", name, err)
 	}
-	var b body
-	if err := json.Unmarshal(root.Body, &b); err != nil {
-		return nil, fmt.Errorf("open version %q of image %q: %w", version, name, err)
+	if len(list) == 0 {
+		return nil, fmt.Errorf("open image %q: %w in %v: drafter store list says which there are", name, ErrNoImage, store.Location())
 	}
-	v := &Version{Name: name, ID: version, Taken: b.Taken, Devices: root.Devices, store: store, log: log}
-	v.Every, _ = time.ParseDuration(b.Every)
-	for _, d := range v.Devices {
-		if err := vmpackage.CheckName(d.Name); err != nil {
-			return nil, fmt.Errorf("open version %q of image %q: %w", version, name, err)
+	newest := list[len(list)-1]
+	v := At(store, name, cmp.Or(version, newest), log)
+	if err := v.Load(ctx); err != nil {
+		return nil, err
+	}
+	v.Newest = v.Taken
+	if v.ID != newest {
+		n := At(store, name, newest, log)
+		if err := n.Load(ctx); err != nil {
+			return nil, err
 		}
+		v.Newest, v.Every = n.Taken, n.Every
 	}
 	return v, nil
 }
 
+// At is Open that asks the store nothing yet: for a VM that was received from that version before. Of the Version only Name and ID are set.
+func At(store *objstore.Store, name, version string, log *slog.Logger) *Version {
+	if log == nil {
+		log = slog.Default()
+	}
+	return &Version{Name: name, ID: version, store: store, log: log, id: rand.Text()}
+}
+
+// Load gets what the store says of the version. Nobody else may use it meanwhile.
+func (v *Version) Load(ctx context.Context) error {
+	root, err := v.store.GetRoot(ctx, images, v.Name, v.ID)
+	if errors.Is(err, objstore.ErrNotFound) {
+		return fmt.Errorf("open version %q of image %q: %w in %v: drafter store list says which there are", v.ID, v.Name, ErrNoImage, v.store.Location())
+	}
+	var b body
+	if err == nil {
+		err = json.Unmarshal(root.Body, &b)
+	}
+	if err == nil {
+		for _, d := range root.Devices {
+			if err = vmpackage.CheckName(d.Name); err != nil {
+				break
+			}
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("open version %q of image %q: %w", v.ID, v.Name, err)
+	}
+	v.Taken, v.Devices, v.Loaded = b.Taken, root.Devices, true
+	v.Every, _ = time.ParseDuration(b.Every)
+	return nil
+}
+
 // OpenDevices returns the devices of the version, each to be read, and to be closed.
-func (v *Version) OpenDevices(ctx context.Context) (_ []peer.Image, err error) {
+func (v *Version) OpenDevices(ctx context.Context) ([]peer.Image, error) {
+	return v.openDevices(ctx, context.WithoutCancel(ctx))
+}
+
+// openDevices opens devices that can be read until the context for that ends.
+func (v *Version) openDevices(ctx, reading context.Context) (_ []peer.Image, err error) {
 	var list []peer.Image
 	defer func() {
 		if err != nil {
@@ -167,7 +205,7 @@ func (v *Version) OpenDevices(ctx context.Context) (_ []peer.Image, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("device %q: %w", d.Name, err)
 		}
-		image, err := v.store.OpenImage(l)
+		image, err := v.store.OpenImage(reading, l)
 		if err != nil {
 			return nil, fmt.Errorf("device %q: %w", d.Name, err)
 		}
@@ -194,11 +232,25 @@ func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, erro
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if v.server == nil {
-		devices, err := v.OpenDevices(ctx)
+		if !v.Loaded {
+			if err := v.Load(ctx); err != nil {
+				return nil, err
+			}
+		}
+		// Whatever becomes of the version meanwhile, what it refers to stays for as long as it is fetched.
+		end := time.Now().Add(fetchLife).UTC()
+		if err := v.store.PutRoot(ctx, &objstore.Root{Time: time.Now().UTC(), Expires: &end, Devices: v.Devices}, "fetch", v.id); err != nil {
+			v.log.Warn("what is fetched may become garbage, if it takes for days and its version is removed", "image", v.Name, "error", err)
+		}
+		reading, stop := context.WithCancel(context.WithoutCancel(ctx))
+		devices, err := v.openDevices(ctx, reading)
 		if err != nil {
+			stop()
 			return nil, err
 		}
+		v.stop = stop
 		if v.server, err = peer.OpenServer(peer.ServerConfig{Images: devices, Logger: v.log}); err != nil {
+			stop()
 			return nil, fmt.Errorf("open image %q: %w", v.Name, err)
 		}
 	}
@@ -219,17 +271,27 @@ func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, erro
 // dialStreams is how many streams Dial makes: one for what somebody waits for.
 const dialStreams = 2
 
+// fetchLife is how long an image may take to be fetched.
+const fetchLife = 7 * 24 * time.Hour
+
 // Close waits until whoever has dialled has everything, and lets go of the store. When ctx ends it does not wait any more.
 func (v *Version) Close(ctx context.Context) error {
 	v.mu.Lock()
-	server := v.server
+	server, stop := v.server, v.stop
 	v.server = nil
 	v.mu.Unlock()
 	if server == nil {
 		return nil
 	}
+	defer stop()
+	defer context.AfterFunc(ctx, stop)() // a store that hangs holds nobody up then
 	err := server.Close(ctx)
 	v.work.Wait()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), goodbyeTime)
+	defer cancel()
+	if err := v.store.RemoveRoot(ctx, "fetch", v.id); err != nil {
+		v.log.Debug("a record in the store that an image is fetched stays until it expires", "image", v.Name, "error", err)
+	}
 	return err
 }
 
@@ -302,6 +364,20 @@ func putVersion(ctx context.Context, store *objstore.Store, name string, root *o
 	if root.Body, err = json.Marshal(b); err != nil {
 		return "", err
 	}
-	version = b.Taken.UTC().Format(versionTime)
+	list, err := versions(ctx, store, name)
+	if err != nil {
+		return "", err
+	}
+	at := b.Taken.UTC()
+	if n := len(list); n > 0 {
+		// Whatever the clocks of those say that have put versions: the newest is the last.
+		stamp, _, _ := strings.Cut(list[n-1], "-")
+		if last, err := time.Parse(versionTime, stamp); err == nil && !at.Truncate(time.Millisecond).After(last) {
+			at = last.Add(time.Millisecond)
+		}
+	}
+	if version = at.Format(versionTime); b.Every != "" {
+		version += copyMark
+	}
 	return version, store.PutRoot(ctx, root, images, name, version)
 }

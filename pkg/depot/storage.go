@@ -40,9 +40,15 @@ type Storage struct {
 
 	mu     sync.Mutex                 // guards what follows
 	stores []*objstore.Store          // that were opened
-	places map[string]*objstore.Store // where devices are kept
-	lists  map[string]objstore.ID     // what was there of them when they came
+	places map[string]*objstore.Store // where devices are kept that are configured so
+	found  map[string]found           // what was found of the VM that comes, or has come
 	open   map[string]*syncing
+}
+
+// found is where a device was found that comes, and what there is of it.
+type found struct {
+	store *objstore.Store
+	list  objstore.ID
 }
 
 var _ peer.Storage = (*Storage)(nil)
@@ -52,7 +58,7 @@ func NewStorage(cfg StorageConfig) (*Storage, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
-	s := &Storage{cfg: cfg, id: rand.Text(), places: make(map[string]*objstore.Store), lists: make(map[string]objstore.ID), open: make(map[string]*syncing)}
+	s := &Storage{cfg: cfg, id: rand.Text(), places: make(map[string]*objstore.Store), found: make(map[string]found), open: make(map[string]*syncing)}
 	for name, d := range cfg.Devices {
 		if d.Store.Bucket == "" {
 			if d.Store.AccessKey != "" || d.Store.Endpoint != "" {
@@ -60,36 +66,37 @@ func NewStorage(cfg StorageConfig) (*Storage, error) {
 			}
 			continue
 		}
-		if err := s.place(name, d.Store); err != nil {
+		store, err := s.openStore(d.Store)
+		if err != nil {
 			return nil, fmt.Errorf("device %q: %w", name, err)
 		}
+		s.places[name] = store
 	}
 	return s, nil
 }
 
-// place notes where a device is kept.
-func (s *Storage) place(name string, cfg objstore.Config) error {
+// open returns a store, which may be one that was opened before.
+func (s *Storage) openStore(cfg objstore.Config) (*objstore.Store, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, have := range s.stores {
 		if have.Serves(cfg) {
-			s.places[name] = have
-			return nil
+			return have, nil
 		}
 	}
 	cfg.Logger = s.cfg.Logger
 	store, err := objstore.Open(cfg)
-	if err != nil {
-		return err
+	if err == nil {
+		s.stores = append(s.stores, store)
 	}
-	s.stores, s.places[name] = append(s.stores, store), store
-	return nil
+	return store, err
 }
 
-func (s *Storage) placeOf(name string) *objstore.Store {
+// Reset implements [peer.Storage].
+func (s *Storage) Reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.places[name]
+	clear(s.found)
 }
 
 // Ping reports whether the stores can be used now.
@@ -148,23 +155,23 @@ func (s *Storage) Find(ctx context.Context, device string, size int64, named jso
 	switch {
 	case c.Store.Bucket == "":
 		c.Store.Location = ref.Location
-		if err := s.place(device, c.Store); err != nil {
-			return nil, fmt.Errorf("use the store that the source names: %w", err)
-		}
 	case !c.Store.Same(ref.Location):
 		return nil, fmt.Errorf("the source has stored it in %v, and here %v is configured: configure the same, or none", ref.Location, c.Store.Location)
 	}
 	if have := c.Store.Key.ID(); have != ref.Key {
 		return nil, fmt.Errorf("the source has stored it with %s, and here there is %s: give both the same", keyOf(ref.Key), keyOf(have))
 	}
-	store := s.placeOf(device)
+	store, err := s.openStore(c.Store)
+	if err != nil {
+		return nil, fmt.Errorf("use the store that the source names: %w", err)
+	}
 	list, err := store.GetList(ctx, id, size)
 	if err != nil {
 		return nil, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lists[device] = id
+	s.found[device] = found{store, id}
 	return store.Fetch(list), nil
 }
 
@@ -184,7 +191,13 @@ const (
 // Sync implements [peer.Storage].
 func (s *Storage) Sync(device string, source peer.SyncSource) (peer.Syncing, error) {
 	c, ok := s.cfg.Devices[device]
-	store := s.placeOf(device)
+	s.mu.Lock()
+	before := s.found[device]
+	store := s.places[device]
+	s.mu.Unlock()
+	if store == nil {
+		store = before.store
+	}
 	if !ok || store == nil {
 		return nil, nil
 	}
@@ -196,7 +209,7 @@ func (s *Storage) Sync(device string, source peer.SyncSource) (peer.Syncing, err
 	d := &syncing{storage: s, device: device, store: store, syncer: syncer, size: source.Device.Size(), log: log, key: c.Store.Key.ID(), root: []string{"sync", s.id, device}}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	d.before = s.lists[device]
+	d.before = before.list
 	s.open[device] = d
 	ctx, cancel := context.WithCancel(context.Background())
 	d.cancel = cancel
@@ -241,7 +254,11 @@ func (d *syncing) renew(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		id, err := d.store.PutList(ctx, d.syncer.List())
+		err := d.syncer.Verify(ctx)
+		var id objstore.ID
+		if err == nil {
+			id, err = d.store.PutList(ctx, d.syncer.List())
+		}
 		if err == nil {
 			err = d.publish(ctx, id)
 		}
@@ -263,10 +280,8 @@ func (d *syncing) Snapshot(ctx context.Context) (peer.StoredContent, error) {
 	if err != nil {
 		return peer.StoredContent{}, err
 	}
+	// Nothing has to be put on record for it: it is young, and whoever takes the VM does so.
 	id, err := d.store.PutList(ctx, snap.List)
-	if err == nil {
-		err = d.publish(ctx, id)
-	}
 	var named []byte
 	if err == nil {
 		named, err = json.Marshal(reference{Location: d.store.Location(), List: id.String(), Key: d.key})

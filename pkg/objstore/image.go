@@ -54,7 +54,7 @@ const (
 type Image struct {
 	store *Store
 	list  *List
-	ctx   context.Context // ends with Close
+	ctx   context.Context // ends with Close, at the latest
 	stop  context.CancelFunc
 	ahead sync.WaitGroup
 
@@ -74,15 +74,15 @@ type chunk struct {
 var _ block.Device = (*Image)(nil)
 var _ block.Extents = (*Image)(nil)
 
-// OpenImage returns the image of a list of which all is known.
-func (s *Store) OpenImage(l *List) (*Image, error) {
+// OpenImage returns the image of a list of which all is known. Reads fail when ctx has ended.
+func (s *Store) OpenImage(ctx context.Context, l *List) (*Image, error) {
 	for n, id := range l.Chunks {
 		if id == None {
 			return nil, fmt.Errorf("open image: what it holds at %d is not in the store", l.Range(n).Offset)
 		}
 	}
 	i := &Image{store: s, list: l, chunks: make(map[int]*chunk)}
-	i.ctx, i.stop = context.WithCancel(context.Background())
+	i.ctx, i.stop = context.WithCancel(ctx)
 	return i, nil
 }
 

@@ -125,6 +125,21 @@ func (s *Store) GetList(ctx context.Context, id ID, size int64) (*List, error) {
 	return l, nil
 }
 
+// KeepList has all chunks of a list stay there: see Keep. It asks for those that were not seen to be there for a while.
+func (s *Store) KeepList(ctx context.Context, l *List) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(s.cfg.Concurrency)
+	for n, id := range l.Chunks {
+		if ctx.Err() != nil {
+			break
+		}
+		if id != None && id != Zeros && !s.believes(id) {
+			g.Go(func() error { return s.Keep(ctx, id, l.Range(n).Length) })
+		}
+	}
+	return g.Wait()
+}
+
 // PutOptions say how a device is put.
 type PutOptions struct {
 	// Before is what the device held before, and Changed, if it is not nil, returns the first range at or after off that may have changed since,
@@ -203,6 +218,9 @@ func (s *Store) PutDevice(ctx context.Context, d block.Device, opts PutOptions) 
 	err = g.Wait()
 	if err == nil {
 		err = context.Cause(outer)
+	}
+	if err == nil && opts.Before != nil {
+		err = s.KeepList(outer, l)
 	}
 	if err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package objstore
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"regexp"
 	"slices"
@@ -170,10 +171,13 @@ func (s *Store) Collect(ctx context.Context, opts CollectOptions) (c Collected, 
 	// In the order of names, in which newer backups follow older ones: who replaces one by the other meanwhile is seen with either.
 	err = s.eachObject(ctx, "roots", func(name string, info minio.ObjectInfo) error {
 		r, err := s.getRoot(ctx, name)
+		if errors.Is(err, ErrNotFound) {
+			return nil // it was removed meanwhile
+		}
 		if err != nil {
 			return err
 		}
-		if r.Expires != nil && now.After(*r.Expires) && now.Sub(info.LastModified) > opts.Grace {
+		if r.Expires != nil && now.After(*r.Expires) {
 			c.Expired++
 			if opts.DryRun {
 				return nil
@@ -229,7 +233,7 @@ func (s *Store) Collect(ctx context.Context, opts CollectOptions) (c Collected, 
 	return c, nil
 }
 
-// forget no longer believes that an object is there.
+// forget no longer believes that an object is there, or that it is what it is to be.
 func (s *Store) forget(name string) {
 	id, err := ParseID(name[strings.LastIndexByte(name, '/')+1:])
 	if err != nil {
@@ -237,5 +241,13 @@ func (s *Store) forget(name string) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.seen, id)
+	s.seen[id] = time.Time{}
+}
+
+// suspects reports whether an object was found to be missing, or damaged.
+func (s *Store) suspects(id ID) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	until, ok := s.seen[id]
+	return ok && until.IsZero()
 }

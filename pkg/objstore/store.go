@@ -7,10 +7,13 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"path"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -46,6 +49,16 @@ func (l Location) String() string {
 	return s
 }
 
+var bucketName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$`)
+
+// shown is a setting for an error, unless it may hold credentials.
+func shown(s string) string {
+	if strings.Contains(s, "@") {
+		return "(not shown, as it may hold credentials)"
+	}
+	return strconv.Quote(s)
+}
+
 // Same reports whether two locations are one.
 func (l Location) Same(other Location) bool {
 	a, b := l.normal(), other.normal()
@@ -66,8 +79,8 @@ func (l Location) Check() error {
 	if l.Bucket == "" {
 		return errors.New("there is no bucket: name one")
 	}
-	if strings.ContainsAny(l.Bucket, "/ \x00") {
-		return fmt.Errorf("bucket %q: its name has no slash and no space: what follows it is the prefix", l.Bucket)
+	if !bucketName.MatchString(l.Bucket) {
+		return fmt.Errorf("bucket %s: use 3 to 63 letters, digits, dots and hyphens; a slash begins the prefix, and credentials are given apart", shown(l.Bucket))
 	}
 	_, err := l.server()
 	return err
@@ -76,7 +89,7 @@ func (l Location) Check() error {
 func (l Location) server() (*url.URL, error) {
 	u, err := url.Parse(l.normal().Endpoint)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.Path != "" || u.User != nil || u.RawQuery != "" {
-		return nil, fmt.Errorf("endpoint %q: give http://HOST:PORT or https://HOST, without a path", l.Endpoint)
+		return nil, fmt.Errorf("endpoint %s: give http://HOST:PORT or https://HOST, without a path and without credentials", shown(l.Endpoint))
 	}
 	return u, nil
 }
@@ -127,11 +140,13 @@ type Store struct {
 	cfg    Config
 	log    *slog.Logger
 	core   *minio.Core
+	idle   func() // closes idle connections
 	prefix string
 	slots  chan struct{}
 
-	mu   sync.Mutex       // guards seen
-	seen map[ID]time.Time // until when a chunk is believed to be there
+	mu    sync.Mutex       // guards what follows
+	seen  map[ID]time.Time // until when a chunk is believed to be there
+	sweep int              // at that many of them those are dropped that are over
 }
 
 // Open returns a store. It sends nothing yet: see [Store.Ping].
@@ -155,13 +170,16 @@ func Open(cfg Config) (*Store, error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.Default()
 	}
+	idle := func() {}
 	if cfg.Transport == nil {
-		cfg.Transport = &http.Transport{
+		t := &http.Transport{
 			Proxy: http.ProxyFromEnvironment, DialContext: (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
 			MaxIdleConns: cfg.Concurrency, MaxIdleConnsPerHost: cfg.Concurrency, IdleConnTimeout: time.Minute, TLSHandshakeTimeout: 10 * time.Second,
 			DisableCompression: true,
 		}
+		cfg.Transport, idle = t, t.CloseIdleConnections
 	}
+	cfg.Transport = bounded{cfg.Transport}
 	creds := credentials.NewStaticV4(cfg.AccessKey, cfg.SecretKey, "")
 	if cfg.AccessKey == "" {
 		creds = credentials.NewChainCredentials([]credentials.Provider{
@@ -176,7 +194,7 @@ func Open(cfg Config) (*Store, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open object store %v: %w", cfg.Location, err)
 	}
-	s := &Store{cfg: cfg, log: cfg.Logger, core: core, slots: make(chan struct{}, cfg.Concurrency), seen: make(map[ID]time.Time)}
+	s := &Store{cfg: cfg, log: cfg.Logger, core: core, idle: idle, slots: make(chan struct{}, cfg.Concurrency), seen: make(map[ID]time.Time)}
 	if cfg.Prefix != "" {
 		s.prefix = cfg.Prefix + "/"
 	}
@@ -192,10 +210,22 @@ func (s *Store) Serves(cfg Config) bool {
 }
 
 // Close ends idle connections. The store can be used afterwards.
-func (s *Store) Close() {
-	if t, ok := s.cfg.Transport.(*http.Transport); ok {
-		t.CloseIdleConnections()
+func (s *Store) Close() { s.idle() }
+
+// bounded bounds what a server can have us keep in memory: answers that are no objects are lists, and errors, in XML.
+type bounded struct{ http.RoundTripper }
+
+const maxAnswer = 4 << 20
+
+func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
+	answer, err := b.RoundTripper.RoundTrip(r)
+	if err == nil && (r.Method != http.MethodGet || r.URL.RawQuery != "" || answer.StatusCode != http.StatusOK) {
+		answer.Body = struct {
+			io.Reader
+			io.Closer
+		}{io.LimitReader(answer.Body, maxAnswer), answer.Body}
 	}
+	return answer, err
 }
 
 // Ping reports whether the bucket is there and may be used.
@@ -353,7 +383,7 @@ func (s *Store) put(ctx context.Context, folder string, id ID, content []byte) (
 	}
 	name := folder + "/" + id.path()
 	age, err := s.age(ctx, name)
-	if err == nil && age < refreshAfter {
+	if err == nil && age < refreshAfter && !s.suspects(id) {
 		s.believe(id)
 		return false, nil
 	}
@@ -380,7 +410,34 @@ func (s *Store) believes(id ID) bool {
 func (s *Store) believe(id ID) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if len(s.seen) >= s.sweep {
+		now := time.Now()
+		maps.DeleteFunc(s.seen, func(_ ID, until time.Time) bool { return now.After(until) })
+		s.sweep = max(2*len(s.seen), 1<<16)
+	}
 	s.seen[id] = time.Now().Add(believedFor)
+}
+
+// Keep has a chunk of that length that is there already stay there, for who is going to refer to it. It fails with ErrNotFound or ErrCorrupt if
+// it is not there.
+func (s *Store) Keep(ctx context.Context, id ID, length int64) error {
+	if id == Zeros || s.believes(id) {
+		return nil
+	}
+	age, err := s.age(ctx, "chunks/"+id.path())
+	if err != nil {
+		return err
+	}
+	if age < refreshAfter {
+		s.believe(id)
+		return nil
+	}
+	p := make([]byte, length)
+	if err := s.Get(ctx, id, p); err != nil {
+		return err
+	}
+	_, err = s.put(ctx, "chunks", id, p)
+	return err
 }
 
 // Get fills p with the chunk of that name, which must have that length.
@@ -407,17 +464,20 @@ func (s *Store) Get(ctx context.Context, id ID, p []byte) error {
 func (s *Store) get(ctx context.Context, folder string, id ID, limit int) ([]byte, error) {
 	name := folder + "/" + id.path()
 	body, err := s.getObject(ctx, name, int64(limit)+overhead)
-	if err != nil {
-		return nil, err
+	var content []byte
+	if err == nil {
+		content, err = s.cfg.Key.unpack(name, body, limit)
+		if err == nil && s.cfg.Key.idOf(content) != id {
+			err = fmt.Errorf("its content is another: %w", ErrCorrupt)
+		}
+		if err != nil {
+			err = fmt.Errorf("get object %q: %w", name, err)
+		}
 	}
-	content, err := s.cfg.Key.unpack(name, body, limit)
-	if err != nil {
-		return nil, fmt.Errorf("get object %q: %w", name, err)
+	if errors.Is(err, ErrNotFound) || errors.Is(err, ErrCorrupt) {
+		s.forget(name) // and so it is put anew, by who has it
 	}
-	if s.cfg.Key.idOf(content) != id {
-		return nil, fmt.Errorf("get object %q: its content is another: %w", name, ErrCorrupt)
-	}
-	return content, nil
+	return content, err
 }
 
 // Is reports whether content is the chunk of that name.

@@ -60,7 +60,7 @@ type Syncer struct {
 	cfg SyncConfig
 	log *slog.Logger
 
-	turn sync.Mutex // held while chunks are put, and between Snapshot and Resume
+	turn chan struct{} // of one element: put in while chunks are put, and between Snapshot and Resume
 
 	mu      sync.Mutex // guards what follows
 	list    *List      // what is in the store, whether or not the device still holds it
@@ -90,7 +90,7 @@ func NewSyncer(cfg SyncConfig) (*Syncer, error) {
 		cfg.Logger = slog.Default()
 	}
 	n := len(list.Chunks)
-	s := &Syncer{cfg: cfg, log: cfg.Logger, list: list, changed: make([]bool, n), last: make([]int64, n), began: time.Now()}
+	s := &Syncer{cfg: cfg, log: cfg.Logger, turn: make(chan struct{}, 1), list: list, changed: make([]bool, n), last: make([]int64, n), began: time.Now()}
 	for i := range s.changed {
 		s.changed[i] = true
 	}
@@ -120,8 +120,8 @@ func (s *Syncer) Run(ctx context.Context) error {
 		s.writes = true
 		s.mu.Unlock()
 		defer func() {
-			s.turn.Lock()
-			defer s.turn.Unlock()
+			s.turn <- struct{}{} // a snapshot needs the tracker until Resume
+			defer func() { <-s.turn }()
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			s.writes = false
@@ -178,8 +178,12 @@ func (s *Syncer) interval() time.Duration {
 
 // pass puts what is quiet now.
 func (s *Syncer) pass(ctx context.Context) error {
-	s.turn.Lock()
-	defer s.turn.Unlock()
+	select {
+	case s.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil
+	}
+	defer func() { <-s.turn }()
 	if s.cfg.Writes == nil {
 		return s.readAll(ctx)
 	}
@@ -365,6 +369,27 @@ func (s *Syncer) wanted(ctx context.Context) bool {
 	return s.frozen || ctx.Err() != nil
 }
 
+// Verify looks for what is to be in the store and was not seen there for a while, and has what is missing be put again. An error is the store's.
+func (s *Syncer) Verify(ctx context.Context) error {
+	l := s.List()
+	for n, id := range l.Chunks {
+		if id == None {
+			continue
+		}
+		err := s.cfg.Store.Keep(ctx, id, l.Range(n).Length)
+		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrCorrupt) {
+			s.mu.Lock()
+			if s.list.Chunks[n] == id {
+				s.list.Chunks[n], s.changed[n] = None, true
+			}
+			s.mu.Unlock()
+		} else if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // Snapshot is what is in the store at one moment.
 type Snapshot struct {
 	List   *List
@@ -378,12 +403,9 @@ func (s *Syncer) Snapshot(ctx context.Context) (*Snapshot, error) {
 	s.mu.Lock()
 	s.frozen = true
 	s.mu.Unlock()
-	got := make(chan struct{})
-	go func() { s.turn.Lock(); close(got) }()
 	select {
-	case <-got:
+	case s.turn <- struct{}{}:
 	case <-ctx.Done():
-		go func() { <-got; s.turn.Unlock() }() // which ends with what is being put
 		s.thaw()
 		return nil, fmt.Errorf("take snapshot of what is stored: %w", context.Cause(ctx))
 	}
@@ -409,7 +431,7 @@ func (s *Syncer) Snapshot(ctx context.Context) (*Snapshot, error) {
 // Resume goes on after a Snapshot.
 func (s *Syncer) Resume() {
 	s.thaw()
-	s.turn.Unlock()
+	<-s.turn
 }
 
 func (s *Syncer) thaw() {

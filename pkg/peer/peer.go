@@ -398,6 +398,9 @@ func (p *Peer) Search() {
 // the peer is there: its guest is frozen until [Peer.Search] has found the source.
 func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *migrate.Report, error) {
 	cfg = cfg.withDefaults()
+	if cfg.Storage != nil {
+		cfg.Storage.Reset()
+	}
 	receiving, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	t := &target{cfg: cfg, fail: fail, streams: streams}

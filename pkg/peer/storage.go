@@ -18,6 +18,9 @@ import (
 // Storage keeps what devices hold in a store that other peers reach, too: what a device has held for a while goes there while the instance runs,
 // and a peer that receives the instance gets that from there. Package depot has one.
 type Storage interface {
+	// Reset forgets what Find has returned: another VM comes.
+	Reset()
+
 	// Sync begins to put what the device of that name holds. Nil: it is not kept.
 	Sync(device string, source SyncSource) (Syncing, error)
 
@@ -54,8 +57,11 @@ type StoredContent struct {
 	Changed   func(off int64) (block.Range, error)
 }
 
-// snapshotTime bounds what a migration waits for the store to be told what is to be fetched from it, and to say what can be.
-const snapshotTime = 10 * time.Second
+// A migration waits for the store for snapshotTime at its source, before it says a word, and for findTime at its destination; then it goes on without.
+const (
+	snapshotTime = 3 * time.Second
+	findTime     = 10 * time.Second
+)
 
 // synced is a device that is being kept in a store.
 type synced struct {
@@ -141,7 +147,7 @@ func (t *target) Stored(ctx context.Context, m *wire.Manifest) ([]migrate.Fetche
 	if t.cfg.Storage == nil {
 		return out, nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, snapshotTime, errors.New("the store took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, findTime, errors.New("the store took too long"))
 	defer cancel()
 	var g errgroup.Group
 	for n, d := range m.Devices {

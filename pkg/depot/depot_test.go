@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -319,5 +320,42 @@ func TestImages(t *testing.T) {
 	}
 	if _, err := Push(ctx, store, dir, "../x", PushOptions{}); err == nil {
 		t.Error("an image has a name that leads elsewhere")
+	}
+}
+
+// The newest version is the one that was put last, whatever clocks say; and only copies make room for copies.
+func TestVersions(t *testing.T) {
+	server := tests3.Start(t)
+	ctx := t.Context()
+	store := openStore(t, config(server.Endpoint, "versions"))
+	put := func(taken time.Time, every string) string {
+		t.Helper()
+		v, err := putVersion(ctx, store, "web", &objstore.Root{}, body{Taken: taken, Every: every})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return v
+	}
+	now := time.Now()
+	all := []string{put(now, ""), put(now.Add(time.Hour), "1m0s"), put(now, "1m0s"), put(now, "1m0s"), put(now, ""), put(now, "1m0s")}
+	for n, v := range all {
+		if n > 0 && v <= all[n-1] {
+			t.Errorf("version %q follows %q", v, all[n-1])
+		}
+	}
+	b, err := NewBackup(BackupConfig{Store: store, Name: "web", Keep: 2, Logger: quiet})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.prune(ctx); err != nil {
+		t.Fatal(err)
+	}
+	left, err := versions(ctx, store, "web")
+	if want := []string{all[0], all[3], all[4], all[5]}; err != nil || !slices.Equal(left, want) {
+		t.Errorf("left are %q (%v), want %q", left, err, want)
+	}
+	v, err := Open(ctx, store, "web", all[0], quiet)
+	if err != nil || v.Newest.Sub(now).Abs() > time.Second || v.Every != time.Minute {
+		t.Errorf("of the oldest, it is said that the newest is of %v, every %v (%v)", v.Newest, v.Every, err)
 	}
 }

@@ -9,11 +9,14 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -556,5 +559,104 @@ func TestSyncer(t *testing.T) {
 			eventually(t, "it has caught up", func() bool { return s.Stats().Failing == nil && all() })
 			stop()
 		})
+	}
+}
+
+// What has gone from the store, though it was there, is noticed by who is to refer to it, and put again by who has it.
+func TestLost(t *testing.T) {
+	server := tests3.Start(t)
+	store := open(t, server.Endpoint, nil)
+	ctx := t.Context()
+	m := block.NewTracked(memory(t, 1<<20, map[int64][]byte{0: fill(make([]byte, 4096), 1), 600 << 10: fill(make([]byte, 4096), 2)}))
+	before, err := store.PutDevice(ctx, m, PutOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lose := func() {
+		t.Helper()
+		for _, path := range server.Objects(filepath.Join(store.cfg.Prefix, "chunks")) {
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		store.mu.Lock()
+		clear(store.seen) // as after a while
+		store.mu.Unlock()
+	}
+	nothing := func(int64) (block.Range, error) { return block.Range{}, io.EOF }
+	if _, err := store.PutDevice(ctx, m, PutOptions{Before: before, Changed: nothing}); err != nil {
+		t.Error(err)
+	}
+	lose()
+	if _, err := store.PutDevice(ctx, m, PutOptions{Before: before, Changed: nothing}); !errors.Is(err, ErrNotFound) {
+		t.Errorf("what is not there any more is referred to: %v", err)
+	}
+	s, _ := syncing(t, SyncConfig{Store: store, Device: m, Writes: m, Quiet: 20 * time.Millisecond})
+	all := func() bool { st := s.Stats(); return st.Waiting == 0 }
+	eventually(t, "all is stored", all)
+	lose()
+	if err := s.Verify(ctx); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "all is stored again", func() bool {
+		return all() && len(server.Objects(filepath.Join(store.cfg.Prefix, "chunks"))) == 2
+	})
+
+	// One that is damaged was seen to be so, and is put again though it is there.
+	path := server.Objects(filepath.Join(store.cfg.Prefix, "chunks"))[0]
+	if err := os.WriteFile(path, []byte("something else"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range before.Chunks {
+		if id != Zeros {
+			_ = store.Get(ctx, id, make([]byte, 256<<10))
+		}
+	}
+	again, err := store.PutDevice(ctx, m, PutOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := store.OpenImage(ctx, again)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer image.Close()
+	if equal, at, err := block.Equal(ctx, image, m); err != nil || !equal {
+		t.Errorf("differs at %d (%v)", at, err)
+	}
+}
+
+// A server that says more than there is to say is not listened to.
+func TestEndless(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var sent atomic.Int64
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Has("location") {
+			w.WriteHeader(http.StatusForbidden)
+		}
+		for p := bytes.Repeat([]byte("<a>"), 10_000); r.Context().Err() == nil; {
+			n, err := w.Write(p)
+			if sent.Add(int64(n)); err != nil {
+				return
+			}
+		}
+	})}
+	go func() { _ = server.Serve(l) }() // ends with Close
+	defer server.Close()
+	s := open(t, "http://"+l.Addr().String(), func(c *Config) { c.Timeout = 2 * time.Second })
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if _, err := s.GetList(t.Context(), ID{1}, 4096); err == nil {
+		t.Error("there is a list")
+	}
+	if err := s.Ping(t.Context()); err == nil {
+		t.Error("there is a bucket")
+	}
+	runtime.ReadMemStats(&after)
+	if n := after.TotalAlloc - before.TotalAlloc; n > 1<<30 {
+		t.Errorf("%d bytes were allocated for %d that were sent", n, sent.Load())
 	}
 }

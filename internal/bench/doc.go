@@ -12,6 +12,7 @@
 //	resume             from a package to the guest's first instruction, 128 MiB to 4 GiB
 //	working-set        from a package to the guest's answer with a recorded working set, beside without
 //	clones             50 clones of one package, in turn and at once: time to an answer, and memory, beside QEMU booting the guest
+//	store              a VM over a slow link: with sharedbase, with an object store, with both, with stores that fail, beside neither
 //	slowdown           how fast a guest works at a peer that does not migrate, beside plain QEMU; and while it migrates
 //	overlay/…          4 KiB and 64 KiB requests to an overlay, by what is in it, beside a file
 //	expose/…           the same of qemu-img bench to an NBD socket, and to a file served by FUSE, beside the file behind it, and qemu-nbd
@@ -45,5 +46,5 @@
 // Ctrl-C ends the case that runs and writes what there is. Processes are ended by their owner; network namespaces and
 // files below out are removed, or found and removed by the next run, as is what is mounted at out/exposed. Should this program be killed, its own
 // processes end with it, but machines live on, as they do when a peer dies: QEMU processes whose working folder is below
-// out/bench/vms or is /tmp/drafter-bench-*. What took long to make, blueprint and packages, is kept in out.
+// out/bench/vms or is /tmp/drafter-bench-*; and the S3 server of store, versitygw. What took long to make, blueprint and packages, is kept in out.
 package main

@@ -96,6 +96,11 @@ func (p *peerProcess) report(ctx context.Context) (*migrate.Report, error) {
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
+	return p.latest()
+}
+
+// latest is the report that the peer wrote last.
+func (p *peerProcess) latest() (*migrate.Report, error) {
 	content, err := os.ReadFile(p.reports)
 	if err != nil {
 		return nil, err

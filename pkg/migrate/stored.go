@@ -68,7 +68,7 @@ type Fetcher interface {
 
 const (
 	fetchers   = 32              // chunks of a device that are fetched at once, at most
-	fetchGrace = 3 * time.Second // for which the source may have nothing to do before it gets a part of what could be fetched, and a chunk be the last that is waited for
+	fetchGrace = 3 * time.Second // for which the source may have nothing to do before it gets a part of what could be fetched, and a chunk take that is waited for
 	firstShare = 4 << 20         // bytes of that part, the first time
 	shareTime  = time.Second     // that sending it should take
 )
@@ -399,15 +399,21 @@ type targetStored struct {
 	over atomic.Bool   // the last word was said, or is about to be
 	wake chan struct{} // capacity 1
 
-	mu     sync.Mutex                 // guards what follows
-	next   int                        // first chunk that nobody has begun to fetch
-	end    int                        // first of those that are left to the source
-	flying map[int]context.CancelFunc // being fetched
-	kept   map[int]bool               // fetched, and being written: they are no longer the source's to send
-	absent []int                      // not got, and the source was not told
-	idle   time.Time                  // since when the source has nothing else to do; zero: it has
-	share  int64                      // bytes that it got when it had nothing to do; 0: it did not get any yet
-	shared time.Time                  // when
+	mu     sync.Mutex     // guards what follows
+	next   int            // first chunk that nobody has begun to fetch
+	end    int            // first of those that are left to the source
+	flying map[int]flight // being fetched
+	kept   map[int]bool   // fetched, and being written: they are no longer the source's to send
+	absent []int          // not got, and the source was not told
+	idle   time.Time      // since when the source has nothing else to do; zero: it has
+	share  int64          // bytes that it got when it had nothing to do; 0: it did not get any yet
+	shared time.Time      // when
+}
+
+// flight is the fetching of a chunk.
+type flight struct {
+	cancel context.CancelFunc
+	began  time.Time
 }
 
 // stored asks the target what it can fetch, if the source has something stored.
@@ -433,7 +439,7 @@ func (d *destination) stored(m *wire.Manifest) error {
 			return fmt.Errorf("prepare: what is stored of device %q: %w", dev.name, err)
 		}
 		dev.stored = &targetStored{Fetcher: all[i], chunks: chunks, end: len(chunks), touched: newPageSet(dev.size),
-			flying: make(map[int]context.CancelFunc), kept: make(map[int]bool), wake: make(chan struct{}, 1)}
+			flying: make(map[int]flight), kept: make(map[int]bool), wake: make(chan struct{}, 1)}
 	}
 	return nil
 }
@@ -570,7 +576,8 @@ func (s *targetStored) begin(ctx context.Context) (chunk int, _ context.Context,
 	}
 	chunk = s.next
 	s.next++
-	ctx, s.flying[chunk] = context.WithCancel(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	s.flying[chunk] = flight{cancel, time.Now()}
 	return chunk, ctx, true
 }
 
@@ -579,9 +586,9 @@ func (s *targetStored) begin(ctx context.Context) (chunk int, _ context.Context,
 func (s *targetStored) keep(chunk int) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	cancel, ok := s.flying[chunk]
+	f, ok := s.flying[chunk]
 	if ok {
-		cancel()
+		f.cancel()
 		delete(s.flying, chunk)
 		s.kept[chunk] = true
 	}
@@ -593,8 +600,8 @@ func (s *targetStored) done(chunk int, got bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.kept, chunk)
-	if cancel, ok := s.flying[chunk]; ok { // else it was left to the source
-		cancel()
+	if f, ok := s.flying[chunk]; ok { // else it was left to the source
+		f.cancel()
 		delete(s.flying, chunk)
 		if !got {
 			s.absent = append(s.absent, chunk)
@@ -626,7 +633,7 @@ func (s *targetStored) sourceIdle(now bool) {
 	}
 	if now {
 		s.leave(s.next)
-		s.leaveFlying()
+		s.leaveFlying(time.Now())
 	}
 	s.signal()
 }
@@ -639,13 +646,15 @@ func (s *targetStored) leave(first int) {
 	s.end = max(s.next, min(first, s.end))
 }
 
-// leaveFlying leaves those to the source that are being fetched. mu is held.
-func (s *targetStored) leaveFlying() {
-	for n, cancel := range s.flying {
-		cancel()
-		s.absent = append(s.absent, n)
+// leaveFlying leaves those to the source that are being fetched since before then. mu is held.
+func (s *targetStored) leaveFlying(then time.Time) {
+	for n, f := range s.flying {
+		if !f.began.After(then) {
+			f.cancel()
+			s.absent = append(s.absent, n)
+			delete(s.flying, n)
+		}
 	}
-	clear(s.flying)
 }
 
 // report is what the source is to be told now: which chunks are left to it, and whether that was all.
@@ -665,8 +674,8 @@ func (s *targetStored) report(now time.Time) (absent []int, last bool) {
 			}
 			s.leave(first)
 			s.shared = now
-		case s.next >= s.end && waited:
-			s.leaveFlying()
+		case s.next >= s.end: // a chunk has had its time while the source was busy, too
+			s.leaveFlying(now.Add(-fetchGrace))
 		}
 	}
 	absent, s.absent = s.absent, nil

@@ -421,3 +421,30 @@ func TestStoredTooLate(t *testing.T) {
 		})
 	}
 }
+
+// A chunk that has been under way for long is not waited for once the source has nothing else to do, whatever it did meanwhile; a later one has its time.
+func TestLeaveFlying(t *testing.T) {
+	s := &targetStored{chunks: make([]block.Range, 3), end: 3, flying: make(map[int]flight), wake: make(chan struct{}, 1)}
+	var last context.Context
+	for range s.chunks {
+		_, last, _ = s.begin(t.Context())
+	}
+	now := time.Now()
+	for n := range 2 {
+		f := s.flying[n]
+		f.began = now.Add(-fetchGrace - time.Millisecond)
+		s.flying[n] = f
+	}
+	if absent, over := s.report(now); len(absent) > 0 || over {
+		t.Errorf("the source is busy: got %v, %t", absent, over)
+	}
+	s.sourceIdle(false)
+	absent, over := s.report(now)
+	if slices.Sort(absent); !slices.Equal(absent, []int{0, 1}) || over || last.Err() != nil {
+		t.Errorf("got %v, %t, want the two that are late", absent, over)
+	}
+	s.sourceIdle(false)
+	if absent, over := s.report(now.Add(2 * fetchGrace)); !slices.Equal(absent, []int{2}) || !over || last.Err() == nil {
+		t.Errorf("got %v, %t, want the last", absent, over)
+	}
+}

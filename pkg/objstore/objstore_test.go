@@ -660,3 +660,49 @@ func TestEndless(t *testing.T) {
 		t.Errorf("%d bytes were allocated for %d that were sent", n, sent.Load())
 	}
 }
+
+// Nobody waits for what is being put when the VM is to move: that is cut short, and put later.
+func TestSnapshotCuts(t *testing.T) {
+	server := tests3.Start(t)
+	for _, tracked := range []bool{true, false} {
+		t.Run(fmt.Sprintf("tracked=%t", tracked), func(t *testing.T) {
+			proxy := server.Front(t)
+			store := open(t, proxy.Endpoint, func(c *Config) { c.Concurrency = 4 })
+			if err := store.Ping(t.Context()); err != nil { // it knows the bucket's region from here on
+				t.Fatal(err)
+			}
+			const size = 4 << 20
+			m := block.NewTracked(memory(t, size, map[int64][]byte{0: fill(make([]byte, size), 3)}))
+			cfg := SyncConfig{Store: store, Device: m, Quiet: 50 * time.Millisecond}
+			if tracked {
+				cfg.Writes = m
+			}
+			proxy.Set(&tests3.Fault{Hang: true, Match: tests3.Of(http.MethodPut, "chunks")})
+			s, _ := syncing(t, cfg)
+			eventually(t, "something is being put", func() bool { return proxy.Puts.Load() > 0 })
+			began := time.Now()
+			snap, err := s.Snapshot(t.Context())
+			took := time.Since(began)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Logf("a snapshot took %v", took)
+			if took > time.Second {
+				t.Errorf("a snapshot took %v", took)
+			}
+			if tracked {
+				for _, r := range snap.Stored {
+					if c, err := snap.Changed(r.Offset); err == nil && c.Offset < r.End() {
+						t.Errorf("%v is stored, and changed since: %v", r, c)
+					}
+				}
+			}
+			if err := s.Stats().Failing; err != nil {
+				t.Errorf("it says that it fails: %v", err)
+			}
+			proxy.Set(nil)
+			s.Resume()
+			eventually(t, "all is stored", func() bool { st := s.Stats(); return st.Stored == st.Chunks })
+		})
+	}
+}

@@ -70,8 +70,9 @@ type Syncer struct {
 	bytes   int64
 	failing error
 	began   time.Time
-	frozen  bool // between Snapshot and Resume
-	writes  bool // Writes was started
+	frozen  bool               // between Snapshot and Resume
+	cut     context.CancelFunc // cuts the pass short that goes on; nil: there is none
+	writes  bool               // Writes was started
 }
 
 // NewSyncer checks a configuration.
@@ -176,7 +177,7 @@ func (s *Syncer) interval() time.Duration {
 	return max(s.cfg.Quiet/4, time.Millisecond)
 }
 
-// pass puts what is quiet now.
+// pass puts what is quiet now, until Snapshot cuts it short.
 func (s *Syncer) pass(ctx context.Context) error {
 	select {
 	case s.turn <- struct{}{}:
@@ -184,11 +185,33 @@ func (s *Syncer) pass(ctx context.Context) error {
 		return nil
 	}
 	defer func() { <-s.turn }()
+	if s.cfg.Writes != nil {
+		if err := s.collect(ctx); err != nil {
+			return err
+		}
+	}
+	ctx, cut := context.WithCancel(ctx)
+	defer cut()
+	s.mu.Lock()
+	s.cut = cut
+	if s.frozen {
+		cut()
+	}
+	s.mu.Unlock()
+	err := s.putQuiet(ctx)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.cut = nil
+	if s.frozen && ctx.Err() != nil {
+		return nil // the store has not failed
+	}
+	return err
+}
+
+// putQuiet puts what is quiet now. turn is held.
+func (s *Syncer) putQuiet(ctx context.Context) error {
 	if s.cfg.Writes == nil {
 		return s.readAll(ctx)
-	}
-	if err := s.collect(ctx); err != nil {
-		return err
 	}
 	var due []int
 	s.mu.Lock()
@@ -206,7 +229,7 @@ func (s *Syncer) pass(ctx context.Context) error {
 		return err
 	}
 	for _, n := range due {
-		if s.wanted(ctx) {
+		if ctx.Err() != nil {
 			break
 		}
 		if hole(n) {
@@ -323,8 +346,8 @@ func (s *Syncer) readAll(ctx context.Context) error {
 	p := make([]byte, ChunkSize(s.list.Size))
 	began, read := time.Now(), int64(0)
 	for n := range s.list.Chunks {
-		if s.wanted(ctx) {
-			return ctx.Err()
+		if err := ctx.Err(); err != nil {
+			return err
 		}
 		r := s.list.Range(n)
 		if hole(n) {
@@ -362,13 +385,6 @@ func (s *Syncer) readAll(ctx context.Context) error {
 	return nil
 }
 
-// wanted reports whether a pass is to be cut short: somebody waits for a snapshot, or for the end.
-func (s *Syncer) wanted(ctx context.Context) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.frozen || ctx.Err() != nil
-}
-
 // Verify looks for what is to be in the store and was not seen there for a while, and has what is missing be put again. An error is the store's.
 func (s *Syncer) Verify(ctx context.Context) error {
 	l := s.List()
@@ -398,10 +414,14 @@ type Snapshot struct {
 	Changed func(off int64) (block.Range, error)
 }
 
-// Snapshot waits until nothing is being put, and says what is in the store. Until Resume nothing more is put, and Stored is not called.
+// Snapshot says what is in the store. It does not wait for what is being put: that is put after Resume. Until then nothing more is put, and Stored
+// is not called.
 func (s *Syncer) Snapshot(ctx context.Context) (*Snapshot, error) {
 	s.mu.Lock()
 	s.frozen = true
+	if s.cut != nil {
+		s.cut()
+	}
 	s.mu.Unlock()
 	select {
 	case s.turn <- struct{}{}:

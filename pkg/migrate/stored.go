@@ -68,7 +68,7 @@ type Fetcher interface {
 
 const (
 	fetchers   = 32              // chunks of a device that are fetched at once, at most
-	fetchGrace = 3 * time.Second // for which the source may have nothing to do before it gets a part of what could be fetched, and a chunk take that is waited for
+	fetchGrace = 3 * time.Second // for which the source may have nothing to do before it gets a part of what could be fetched, and a chunk take that is waited for; after such a part, shareTime
 	firstShare = 4 << 20         // bytes of that part, the first time
 	shareTime  = time.Second     // that sending it should take
 )
@@ -675,7 +675,11 @@ func (s *targetStored) report(now time.Time) (absent []int, last bool) {
 			s.leave(first)
 			s.shared = now
 		case s.next >= s.end: // a chunk has had its time while the source was busy, too
-			s.leaveFlying(now.Add(-fetchGrace))
+			patience := fetchGrace
+			if s.share > 0 { // the store is known to be the slower one
+				patience = shareTime
+			}
+			s.leaveFlying(now.Add(-patience))
 		}
 	}
 	absent, s.absent = s.absent, nil

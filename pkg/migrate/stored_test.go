@@ -444,7 +444,11 @@ func TestLeaveFlying(t *testing.T) {
 		t.Errorf("got %v, %t, want the two that are late", absent, over)
 	}
 	s.sourceIdle(false)
-	if absent, over := s.report(now.Add(2 * fetchGrace)); !slices.Equal(absent, []int{2}) || !over || last.Err() == nil {
+	s.share = firstShare // the source had nothing to do before
+	if absent, over := s.report(now.Add(shareTime / 2)); len(absent) > 0 || over {
+		t.Errorf("after half of its time: got %v, %t", absent, over)
+	}
+	if absent, over := s.report(now.Add(shareTime)); !slices.Equal(absent, []int{2}) || !over || last.Err() == nil {
 		t.Errorf("got %v, %t, want the last", absent, over)
 	}
 }

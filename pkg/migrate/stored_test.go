@@ -204,6 +204,9 @@ func TestMoveStored(t *testing.T) {
 		for _, busy := range []bool{false, true} {
 			for _, based := range []bool{false, true} {
 				for _, changed := range []bool{false, true} {
+					if c.name == "some hang" && based == changed { // it takes seconds
+						continue
+					}
 					t.Run(fmt.Sprintf("%s/busy=%t/based=%t/changed=%t", c.name, busy, based, changed), func(t *testing.T) {
 						t.Parallel()
 						r, target := newStoredRig(t, busy, based, changed)

@@ -19,7 +19,7 @@ import (
 // to its disk stays. They are neither snapshotted nor moved.
 func TestCommandShutDown(t *testing.T) {
 	w := newWorkshop(t)
-	args := w.snapshotter("package", "--shut-down")
+	args := w.snapshotter(t, "package", "--shut-down")
 	var devices []map[string]string
 	if err := json.Unmarshal([]byte(args[2]), &devices); err != nil {
 		t.Fatal(err)

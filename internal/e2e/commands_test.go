@@ -29,11 +29,10 @@ import (
 
 // workshop is where commands are run: the built program, a folder for what it makes, and the files of a guest.
 type workshop struct {
-	bin, dir       string
-	kernel, initrd string
-	mark           string // in the environment of every process that is started here, and of theirs
-	console        *testguest.Console
-	env            []string // more of it, for every process
+	bin, dir string
+	mark     string // in the environment of every process that is started here, and of theirs
+	console  *testguest.Console
+	env      []string // more of it, for every process
 }
 
 // marks makes the mark of each workshop different.
@@ -47,13 +46,7 @@ func newWorkshop(t *testing.T) *workshop {
 	if testing.Short() {
 		t.Skip("boots real machines: left out with -short")
 	}
-	w := &workshop{
-		bin: build(t, "../../cmd/drafter"), dir: shortDir(t), mark: fmt.Sprintf("DRAFTER_E2E=%d-%d-", os.Getpid(), marks.Add(1)),
-		console: newConsole(t),
-	}
-	w.kernel, w.initrd = testguest.BuildWith(t, map[string]string{
-		"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest"),
-	})
+	w := (&workshop{bin: build(t, "../../cmd/drafter")}).apart(t)
 	blank, err := os.Create(filepath.Join(w.dir, "blank"))
 	if err == nil {
 		err = errors.Join(blank.Truncate(diskSize), blank.Close())
@@ -61,13 +54,25 @@ func newWorkshop(t *testing.T) *workshop {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return w
+}
+
+// apart is a workshop with copies of some folders of this one, so that parts of a test can run beside each other.
+func (w *workshop) apart(t *testing.T, folders ...string) *workshop {
+	t.Helper()
+	other := &workshop{
+		bin: w.bin, dir: shortDir(t), mark: fmt.Sprintf("DRAFTER_E2E=%d-%d-", os.Getpid(), marks.Add(1)), console: newConsole(t), env: w.env,
+	}
+	for _, name := range folders {
+		copyAll(t, w.path(name), other.path(name))
+	}
 	// A peer that was killed leaves its machine alive, by design. Here nobody will adopt it.
 	t.Cleanup(func() {
-		for _, pid := range w.processes() {
+		for _, pid := range other.processes() {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	})
-	return w
+	return other
 }
 
 // path is a path in the workshop's folder.
@@ -227,13 +232,17 @@ func (c *command) waitForCount(t *testing.T, text string, n int) string {
 }
 
 // snapshotter is the command line that makes the package w.dir/NAME.
-func (w *workshop) snapshotter(name string, more ...string) []string {
+func (w *workshop) snapshotter(t *testing.T, name string, more ...string) []string {
+	t.Helper()
+	kernel, initrd := testguest.BuildWith(t, map[string]string{
+		"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest"),
+	})
 	out := func(device string) string {
 		return filepath.Join(w.path(name), vmpackage.DefaultFile(device))
 	}
 	devices := fmt.Sprintf(`[{"name":"state","output":%q},{"name":"memory","output":%q},{"name":"config","output":%q},
 		{"name":"kernel","input":%q,"output":%q},{"name":"initrd","input":%q,"output":%q},{"name":"disk","input":%q,"output":%q}]`,
-		out("state"), out("memory"), out("config"), w.kernel, out("kernel"), w.initrd, out("initrd"), w.path("blank"), out("disk"))
+		out("state"), out("memory"), out("config"), kernel, out("kernel"), initrd, out("initrd"), w.path("blank"), out("disk"))
 	return append([]string{"snapshotter", "--devices", devices, "--netns", "", "--interface", "", "--memory-size", fmt.Sprint(memorySize >> 20),
 		"--boot-args", "console=ttyS0 quiet panic=-1 testguest.channel=off", "--chroot-base-dir", w.vms(), "--enable-input"}, more...)
 }
@@ -250,7 +259,7 @@ func (w *workshop) peer(pkg, instance string, more ...string) []string {
 // snapshot makes a package with a guest whose services run.
 func (w *workshop) snapshot(t *testing.T, name string, more ...string) *command {
 	t.Helper()
-	c := w.start(t, w.console, w.snapshotter(name, more...)...)
+	c := w.start(t, w.console, w.snapshotter(t, name, more...)...)
 	g := &guest{console: w.console}
 	ctx, cancel := context.WithCancelCause(newContext(t))
 	go func() {
@@ -263,42 +272,12 @@ func (w *workshop) snapshot(t *testing.T, name string, more ...string) *command 
 	return c
 }
 
-// sharedPackage is what pack copies. TestMain removes it.
-var sharedPackage struct {
-	once sync.Once
-	dir  string // empty: it could not be made
-}
+var packed shared // the package of pack
 
-// pack puts a package with a guest whose services run into w.dir/package. It is made once for all tests, which takes longer than most of what
-// they do with it.
+// pack puts a package with a guest whose services run into w.dir/package.
 func (w *workshop) pack(t *testing.T) {
 	t.Helper()
-	cp := func(from, to string) error {
-		if out, err := exec.Command("cp", "-a", "--sparse=always", from, to).CombinedOutput(); err != nil {
-			return fmt.Errorf("copy package: %w: %s", err, out)
-		}
-		return nil
-	}
-	sharedPackage.once.Do(func() {
-		w.snapshot(t, "package").wait(t, 0)
-		dir, err := os.MkdirTemp("", "dr-package")
-		if err == nil {
-			err = cp(w.path("package"), dir)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		sharedPackage.dir = dir
-	})
-	if _, err := os.Stat(w.path("package")); err == nil {
-		return
-	}
-	if sharedPackage.dir == "" {
-		t.Fatal("the package could not be made: another test says why")
-	}
-	if err := cp(filepath.Join(sharedPackage.dir, "package"), w.dir); err != nil {
-		t.Fatal(err)
-	}
+	packed.copyTo(t, w.path("package"), func() { w.snapshot(t, "package").wait(t, 0) })
 }
 
 // do has the guest do something.
@@ -546,7 +525,7 @@ func TestCommandSnapshotterInterrupted(t *testing.T) {
 			if stage == "suspend" || stage == "hash" {
 				c = w.snapshot(t, "made/package")
 			} else {
-				c = w.start(t, w.console, w.snapshotter("made/package")...)
+				c = w.start(t, w.console, w.snapshotter(t, "made/package")...)
 			}
 			c.waitFor(t, "stage="+stage)
 			c.Process.Signal(os.Interrupt)
@@ -585,7 +564,7 @@ func TestCommandSnapshotterInterrupted(t *testing.T) {
 		os.RemoveAll(w.path("made"))
 	})
 	t.Run("no answer", func(t *testing.T) {
-		said := w.start(t, w.console, w.snapshotter("made/package", "--resume-timeout", "3s")...).wait(t, 1)
+		said := w.start(t, w.console, w.snapshotter(t, "made/package", "--resume-timeout", "3s")...).wait(t, 1)
 		if !strings.Contains(said, "did not say that it is up") || !strings.Contains(said, "3s") {
 			t.Errorf("it does not say that the guest did not answer within 3s:\n%s", said)
 		}

@@ -66,7 +66,9 @@ func TestMain(m *testing.M) {
 	// Under nohup(1) the commands would inherit that SIGHUP is ignored, and honour it. A caught one they do not inherit.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	status := m.Run()
-	os.RemoveAll(sharedPackage.dir)
+	for _, dir := range []string{built.dir, packed.dir, made.dir} {
+		os.RemoveAll(dir)
+	}
 	whole := flag.Lookup("test.run").Value.String() == "" && !testing.Short()
 	if status == 0 && whole && os.Getuid() == 0 && guests.Load() == 0 {
 		fmt.Fprintln(os.Stderr, "end-to-end tests: no guest was made, so nothing was tested")
@@ -124,15 +126,73 @@ func newConsole(t *testing.T) *testguest.Console {
 	return c
 }
 
-// build builds a static program for the guest.
+// built are the programs that build has built. TestMain removes them.
+var built struct {
+	dir string
+
+	mu    sync.Mutex        // guards what follows
+	paths map[string]string // by package
+}
+
+// build builds a static program, once for all tests: to link it takes a second or more.
 func build(t *testing.T, pkg string) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	built.mu.Lock()
+	defer built.mu.Unlock()
+	if path, ok := built.paths[pkg]; ok {
+		return path
+	}
+	if built.dir == "" {
+		dir, err := os.MkdirTemp("", "dr-built")
+		if err != nil {
+			t.Fatal(err)
+		}
+		built.dir, built.paths = dir, make(map[string]string)
+	}
+	path := filepath.Join(built.dir, filepath.Base(pkg))
 	if err := testpackage.Build(t.Context(), ".", pkg, path); err != nil {
 		t.Fatal(err)
 	}
+	built.paths[pkg] = path
 	return path
 }
+
+// shared is a package that is made once for all tests, which takes longer than most of what they do with it. TestMain removes it.
+type shared struct {
+	once sync.Once
+	dir  string // that of the folder "package"; empty: it could not be made
+}
+
+// copyTo puts the package at to; who comes first makes it there, by fresh.
+func (s *shared) copyTo(t *testing.T, to string, fresh func()) {
+	t.Helper()
+	s.once.Do(func() {
+		fresh()
+		dir, err := os.MkdirTemp("", "dr-package")
+		if err != nil {
+			t.Fatal(err)
+		}
+		copyAll(t, to, filepath.Join(dir, "package"))
+		s.dir = dir
+	})
+	if _, err := os.Stat(to); err == nil {
+		return
+	}
+	if s.dir == "" {
+		t.Fatal("the package could not be made: another test says why")
+	}
+	copyAll(t, filepath.Join(s.dir, "package"), to)
+}
+
+// copyAll copies a folder, with its holes and times.
+func copyAll(t *testing.T, from, to string) {
+	t.Helper()
+	if out, err := exec.Command("cp", "-aT", "--sparse=always", from, to).CombinedOutput(); err != nil {
+		t.Fatalf("copy %s: %v\n%s", from, err, out)
+	}
+}
+
+var made shared // the package of newGuest
 
 // newGuest makes a package in the way drafter snapshotter does.
 func newGuest(t *testing.T, extraDisks ...string) *guest {
@@ -143,6 +203,19 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 	if testing.Short() {
 		t.Skip("boots real machines: left out with -short")
 	}
+	g := &guest{backend: qemu.New(qemu.Options{}), pkg: filepath.Join(shortDir(t), "package"), console: newConsole(t)}
+	if len(extraDisks) > 0 {
+		g.snapshot(t, extraDisks)
+	} else {
+		made.copyTo(t, g.pkg, func() { g.snapshot(t, nil) })
+	}
+	guests.Add(1)
+	return g
+}
+
+// snapshot makes the package.
+func (g *guest) snapshot(t *testing.T, extraDisks []string) {
+	t.Helper()
 	dir := shortDir(t)
 	files := map[string]string{"/bin/drafter-agent": build(t, "../../cmd/drafter-agent"), "/bin/guest": build(t, "./guest")}
 	for name, text := range map[string]string{"machine-id": machineID, "hostname": "packaged"} {
@@ -152,7 +225,6 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 		}
 	}
 	kernel, initrd := testguest.BuildWith(t, files)
-	g := &guest{backend: qemu.New(qemu.Options{}), pkg: filepath.Join(dir, "package"), console: newConsole(t)}
 	out := func(name string) string { return filepath.Join(g.pkg, vmpackage.DefaultFile(name)) }
 	devices := []snapshot.Device{
 		{Name: "state", Output: out("state")}, {Name: "memory", Output: out("memory")}, {Name: "config", Output: out("config")},
@@ -185,8 +257,6 @@ func newGuest(t *testing.T, extraDisks ...string) *guest {
 	if err := errors.Join(err, <-started); err != nil {
 		t.Fatalf("make package: %v", err)
 	}
-	guests.Add(1)
-	return g
 }
 
 // startServices does what the init system of a blueprint does.

@@ -130,7 +130,7 @@ func TestCommandAgents(t *testing.T) {
 	if !strings.Contains(said, "agent on port 28") {
 		t.Errorf("it is not said which agent is missing:\n%s", said)
 	}
-	said = w.start(t, nil, w.snapshotter("none", "--agent-vsock-port", "26,25")...).wait(t, 2)
+	said = w.start(t, nil, w.snapshotter(t, "none", "--agent-vsock-port", "26,25")...).wait(t, 2)
 	if !strings.Contains(said, "port 25 is for the guest's liveness and for an agent") {
 		t.Errorf("it is not said that a port is used twice:\n%s", said)
 	}

@@ -14,6 +14,7 @@ import (
 // TestCommandAdopt kills peers, at rest, under load and at many moments, and starts them again: each adopts its machine, and
 // the guest has noticed nothing.
 func TestCommandAdopt(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	w.checkClean(t)

@@ -18,6 +18,7 @@ import (
 // TestCommandShutDown makes a package without memory, and runs instances of it: they boot, are adopted, and shut down, and what the guest has written
 // to its disk stays. They are neither snapshotted nor moved.
 func TestCommandShutDown(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	args := w.snapshotter(t, "package", "--shut-down")
 	var devices []map[string]string

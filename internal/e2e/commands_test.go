@@ -331,6 +331,7 @@ func status(t *testing.T, pid int, field string) string {
 
 // TestCommandMachineFlags reads the machine flags back from where they take effect.
 func TestCommandMachineFlags(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	c := w.snapshot(t, "package", "--cpu-count", "2", "--uid", "65534", "--gid", "65533", "--cgroup-version", "1", "--numa-node", "0")
 	c.wait(t, 0)
@@ -518,6 +519,7 @@ func (w *workshop) testReaderLeaves(t *testing.T) {
 
 // TestCommandSnapshotterInterrupted ends the snapshotter by a signal at each of its stages.
 func TestCommandSnapshotterInterrupted(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	for _, stage := range []string{"copy", "boot", "suspend", "hash"} {
 		t.Run(stage, func(t *testing.T) {
@@ -575,13 +577,13 @@ func TestCommandSnapshotterInterrupted(t *testing.T) {
 	})
 }
 
-// TestCommandPeer runs, interrupts and breaks peers of one package.
-func TestCommandPeer(t *testing.T) {
-	w := newWorkshop(t)
+// newInstance is a workshop with a saved instance, whose guest writes to memory and disk whenever it runs, and the check that what the guest has is what
+// it had when the last peer was closed, however that was.
+func newInstance(t *testing.T) (w *workshop, verify func(*testing.T)) {
+	t.Helper()
+	w = newWorkshop(t)
 	w.pack(t)
 	w.checkClean(t)
-
-	// What the guest has when a peer starts must be what it had when the last one was closed, however that was.
 	c := w.start(t, w.console, w.peer("package", "instance")...)
 	c.waitFor(t, "Resumed VM")
 	w.do(t, "mem start 64")
@@ -589,7 +591,7 @@ func TestCommandPeer(t *testing.T) {
 	c.Process.Signal(syscall.SIGTERM)
 	c.wait(t, 0)
 	w.checkClean(t)
-	verify := func(t *testing.T) {
+	return w, func(t *testing.T) {
 		t.Helper()
 		w.do(t, "mem stop")
 		w.do(t, "mem verify")
@@ -597,6 +599,11 @@ func TestCommandPeer(t *testing.T) {
 		w.do(t, "mem go")
 		w.do(t, "disk disk start 4096 "+last)
 	}
+}
+
+// TestCommandPeerInterrupted interrupts peers of one package. It is not parallel: how far they have come by then is by the clock.
+func TestCommandPeerInterrupted(t *testing.T) {
+	w, verify := newInstance(t)
 
 	t.Run("signals at many moments", func(t *testing.T) {
 		for n, after := range sample[time.Duration](t, 0, 10, 30, 50, 70, 90, 120, 160, 250, 500, -1) {
@@ -629,6 +636,14 @@ func TestCommandPeer(t *testing.T) {
 		c.wait(t, 0)
 		w.checkClean(t)
 	})
+
+	t.Run("migration interrupted at many moments", func(t *testing.T) { w.testMigrationInterrupted(t, verify) })
+}
+
+// TestCommandPeer runs and breaks peers of one package.
+func TestCommandPeer(t *testing.T) {
+	t.Parallel()
+	w, verify := newInstance(t)
 
 	t.Run("instance in use", func(t *testing.T) {
 		first := w.start(t, w.console, w.peer("package", "instance")...)
@@ -736,8 +751,6 @@ func TestCommandPeer(t *testing.T) {
 	t.Run("packager interrupted", func(t *testing.T) { w.testPackagerInterrupted(t) })
 
 	t.Run("migration", func(t *testing.T) { w.testMigrationBroken(t, verify) })
-
-	t.Run("migration interrupted at many moments", func(t *testing.T) { w.testMigrationInterrupted(t, verify) })
 
 	t.Run("package without overlays", func(t *testing.T) {
 		for n := range 3 {

@@ -87,7 +87,8 @@ func networks(t *testing.T, h *testnet.Hosts, hosts ...string) (map[string]strin
 }
 
 // TestCommandConnections: connections between a VM and others, in both directions, of TCP and UDP and over IPv4 and IPv6, go on while it moves
-// between hosts with NAT, along a chain and home again. Between b and c the kernel carries their packets.
+// between hosts with NAT, along a chain and home again. Between b and c the kernel carries their packets. It is not parallel: a neighbour would be in
+// the gaps that it measures.
 func TestCommandConnections(t *testing.T) {
 	const (
 		inbound  = 100 // TCP; of both families

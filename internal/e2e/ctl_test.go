@@ -35,6 +35,7 @@ func (w *workshop) ctl(t *testing.T, rc int, args ...string) (out, said string) 
 
 // TestCommandCtl controls a peer by its socket.
 func TestCommandCtl(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	socket, other := w.path("a.sock"), w.path("b.sock")

@@ -28,7 +28,7 @@ var screenshots = flag.String("screenshots", "", "write the screenshots of the d
 
 // TestDesktopMoves: one looks at a guest's screen and types on its keyboard, by VNC, before and after a live move between hosts, over the
 // connection that was there before and over a new one. Nothing of the screen is lost, and what is typed looks the same at both places. The
-// guest has no GPU: its programs paint by OpenGL all the same, also while it moves back.
+// guest has no GPU: its programs paint by OpenGL all the same, also while it moves back. It is not parallel: it waits for pictures, by the clock.
 func TestDesktopMoves(t *testing.T) {
 	if !*long {
 		t.Skip("LEFT OUT: A DESKTOP THAT MOVES takes minutes and downloads 180 MB once: `make test-desktop`, or -args -long")

@@ -38,7 +38,7 @@ func (g *guest) goesOn(t *testing.T, folder string, parents ...string) peer.Conf
 // TestForks has two instances go on from one that was closed, at the same time, and one more from one of these; moves one of them to a host that
 // has nothing but the package; and folds one into its parent.
 func TestForks(t *testing.T) {
-	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
+	t.Parallel()
 	g := newGuest(t)
 	before := digests(t, g.pkg)
 	parent, fork := shortDir(t), shortDir(t)
@@ -175,7 +175,7 @@ func share(cfg *peer.Config, name, path string) {
 // TestSharedDisk: VMs have one file as a disk, none writes it, and it does not travel. Nor does a base that is to be on both hosts. Hosts that have
 // something else are found out before the guest notices anything.
 func TestSharedDisk(t *testing.T) {
-	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
+	t.Parallel()
 	g := newGuest(t, "shared:media")
 	ctx := newContext(t)
 	dir := shortDir(t)
@@ -295,7 +295,7 @@ func TestSharedDisk(t *testing.T) {
 
 // TestCommandDevice: an instance is looked at while it runs and after, goes on in another, which becomes independent of it, and then the package.
 func TestCommandDevice(t *testing.T) {
-	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	w.checkClean(t)
@@ -373,7 +373,7 @@ func TestCommandDevice(t *testing.T) {
 // TestClones: instances of one package have identities of their own, take the memory that they touch, and keep what they have become. The second records
 // what it touches, and those after it hardly wait for that any more.
 func TestClones(t *testing.T) {
-	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
+	t.Parallel()
 	count := 3
 	if *long {
 		count = 50

@@ -54,6 +54,7 @@ func commitThief(t *testing.T, peer string, pushes bool, stolen func()) (addr st
 // TestCommandDoubt kills a destination to which the commit is on its way. Its source cannot know whether it arrived, and
 // keeps the VM paused, until the destination is started again and says that it did not.
 func TestCommandDoubt(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	addr := freePort(t)

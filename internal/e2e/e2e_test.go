@@ -3,6 +3,9 @@
 //
 // The tests need root, QEMU and, once, the Debian mirror; they skip, with the reason, where that is missing, and TestMain
 // fails when nothing ran.
+//
+// A guest keeps one core busy, so that two tests at a time take hardly longer than one: tests are parallel, but for those that
+// say why not.
 package e2e
 
 import (
@@ -47,7 +50,7 @@ const (
 )
 
 // guestWait bounds anything a guest is asked to do. Emulated guests on a busy machine are slow; a hang is longer still.
-const guestWait = 3 * time.Minute
+const guestWait = 5 * time.Minute
 
 // guest is a package whose guest obeys commands on its console and has an agent.
 type guest struct {
@@ -368,6 +371,7 @@ func move(t *testing.T, from *peer.Peer, to peer.Config) (*peer.Peer, *migrate.R
 }
 
 func TestMigrateUnderLoad(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	ctx := newContext(t)
 	folders := []string{shortDir(t), shortDir(t)}
@@ -412,6 +416,7 @@ func TestMigrateUnderLoad(t *testing.T) {
 // TestVerifierFindsAPlantedError shows that the checks of TestMigrateUnderLoad can fail: one page of the saved memory image
 // and one block of the disk are changed behind the guest's back.
 func TestVerifierFindsAPlantedError(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	ctx := newContext(t)
 	p, err := peer.Resume(ctx, g.config(t, ""))
@@ -484,6 +489,7 @@ func zero(p []byte) bool {
 }
 
 func TestCloneTwice(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	before := digests(t, g.pkg)
 	first := g.console
@@ -522,6 +528,7 @@ func digests(t *testing.T, dir string) string {
 }
 
 func TestAdditionalDisk(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t, "data", "logs")
 	p, err := peer.Resume(newContext(t), g.config(t, shortDir(t)))
 	if err != nil {
@@ -545,6 +552,7 @@ func TestAdditionalDisk(t *testing.T) {
 
 // TestGuestSockets opens a port of the application in both directions, before and after a move.
 func TestGuestSockets(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	p, err := peer.Resume(newContext(t), g.config(t, shortDir(t)))
 	if err != nil {
@@ -612,6 +620,7 @@ func dialGuest(t *testing.T, p *peer.Peer, port uint32) net.Conn {
 
 // TestHooksRunOnce counts how often the agent's hooks ran: once for each suspend, once for each resume.
 func TestHooksRunOnce(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t) // one suspend
 	var suspended, resumed atomic.Int64
 	hooks := runner.Hooks{Suspended: func() { suspended.Add(1) }, AfterResume: func() { resumed.Add(1) }}
@@ -677,6 +686,7 @@ func (c *cutAt) Write(p []byte) (int, error) {
 // TestRollback breaks the link before the guest is suspended, while it is, and before the commit: each time the guest runs
 // on at the source, its hooks are balanced, and the destination leaves nothing.
 func TestRollback(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	states := []migrate.SourceState{
 		migrate.SourceCopying, migrate.SourceSuspending, migrate.SourcePausing, migrate.SourceSwitching, migrate.SourceConfirming,
@@ -732,6 +742,7 @@ func TestRollback(t *testing.T) {
 
 // TestOneOwner tries to run an instance in every way where it does not belong.
 func TestOneOwner(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	ctx := newContext(t)
 	folders := []string{shortDir(t), shortDir(t)}

@@ -36,6 +36,7 @@ func (w *workshop) verify(t *testing.T) {
 
 // TestCommandTerminator moves a VM that works from a peer into a package, and resumes that.
 func TestCommandTerminator(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	source := w.start(t, w.console, w.peer("package", "instance", "--laddr", "127.0.0.1:0")...)
@@ -166,6 +167,7 @@ func TestCommandTerminator(t *testing.T) {
 
 // TestCommandMounter moves a VM from a peer to a mounter, which shows its disk as a file, and on to a peer.
 func TestCommandMounter(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	if _, err := os.Stat("/dev/fuse"); err != nil {
 		t.Skipf("there is no FUSE here: %v", err)
@@ -282,6 +284,7 @@ func writeFile(t *testing.T, p []byte) string {
 // TestCommandServe starts two peers from a package that is served to both at once. Both run their guests long before they have
 // everything.
 func TestCommandServe(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	first := w.start(t, w.console, w.peer("package", "")...)
@@ -363,8 +366,10 @@ func TestCommandServe(t *testing.T) {
 	}
 
 	t.Run("ended at once", func(t *testing.T) {
-		server := w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", "127.0.0.1:0")
-		link := newSlowLink(t, server.waitFor(t, "Serving on "), 6<<20)
+		addr := freePort(t)
+		server := w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", addr)
+		server.waitFor(t, "Serving on ")
+		link := newSlowLink(t, addr, 6<<20)
 		console := newConsole(t)
 		p := w.start(t, console, w.peer("package", "orphan", "--raddr", link.addr, "--rescue-timeout", "2s", "--resume-timeout", "5s")...)
 		p.waitFor(t, "VM runs here")
@@ -375,7 +380,6 @@ func TestCommandServe(t *testing.T) {
 		p.waitFor(t, "The VM is frozen")
 
 		// Another server of the same package has what it lacks.
-		addr := server.waitFor(t, "Serving on ")
 		server = w.start(t, nil, "serve", "--package", w.path("package"), "--laddr", addr)
 		server.waitFor(t, "Served the rest of a VM to ")
 		g := &guest{console: console}

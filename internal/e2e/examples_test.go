@@ -11,6 +11,7 @@ import (
 
 // TestExamples builds the examples, which are a module of their own, and runs them.
 func TestExamples(t *testing.T) {
+	t.Parallel()
 	if why := testpackage.WhyNot(); why != "" {
 		t.Skip(why)
 	}

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"os/exec"
 	"strings"
 	"syscall"
 	"testing"
@@ -9,11 +8,11 @@ import (
 
 // TestCommandFilling ends, in every way there is, a guest that runs at its destination while a part of it is still at its source.
 func TestCommandFilling(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.loaded(t, "ready")
 
-	addr := freePort(t)
-	resumed := func(t *testing.T, folder string, more ...string) *command {
+	resumed := func(t *testing.T, w *workshop, folder string, more ...string) *command {
 		t.Helper()
 		c := w.start(t, w.console, w.peer("package", folder, more...)...)
 		c.waitFor(t, "Resumed VM")
@@ -22,7 +21,7 @@ func TestCommandFilling(t *testing.T) {
 		w.do(t, "disk disk verify")
 		return c
 	}
-	closed := func(t *testing.T, c *command) {
+	closed := func(t *testing.T, w *workshop, c *command) {
 		t.Helper()
 		c.Process.Signal(syscall.SIGTERM)
 		c.wait(t, 0)
@@ -40,17 +39,17 @@ func TestCommandFilling(t *testing.T) {
 		name      string
 		contained bool     // what it tests is also part of another
 		more      []string // arguments of the destination
-		during    func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command)
+		during    func(t *testing.T, w *workshop, link *slowLink, there string, source func() *command, src, dst *command)
 	}{
-		{"interrupted", true, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"interrupted", true, nil, func(t *testing.T, w *workshop, link *slowLink, there string, _ func() *command, src, dst *command) {
 			dst.Process.Signal(syscall.SIGTERM)
 			dst.waitFor(t, "Closing: the VM runs here already")
 			link.rate.Store(fast)
 			dst.wait(t, 0)
 			sent(t, src)
-			closed(t, resumed(t, there))
+			closed(t, w, resumed(t, w, there))
 		}},
-		{"interrupted without a source", false, []string{"--rescue-timeout", "5s", "--resume-timeout", "15s"}, func(t *testing.T, link *slowLink, there string, source func() *command, src, dst *command) {
+		{"interrupted without a source", false, []string{"--rescue-timeout", "5s", "--resume-timeout", "15s"}, func(t *testing.T, w *workshop, link *slowLink, there string, source func() *command, src, dst *command) {
 			src.Process.Kill()
 			src.wait(t, -1)
 			dst.Process.Signal(syscall.SIGTERM)
@@ -60,9 +59,9 @@ func TestCommandFilling(t *testing.T) {
 			link.rate.Store(fast)
 			dst.wait(t, 0)
 			sent(t, src)
-			closed(t, resumed(t, there))
+			closed(t, w, resumed(t, w, there))
 		}},
-		{"source interrupted without a destination", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"source interrupted without a destination", false, nil, func(t *testing.T, w *workshop, link *slowLink, there string, _ func() *command, src, dst *command) {
 			link.rate.Store(1 << 20)
 			src.waitFor(t, "Sending, the VM runs there") // it has heard so
 			dst.Process.Kill()
@@ -75,9 +74,9 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			w.do(t, "mem stop")
 			w.do(t, "mem verify")
-			closed(t, dst)
+			closed(t, w, dst)
 		}},
-		{"guest shuts down", false, nil, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"guest shuts down", false, nil, func(t *testing.T, w *workshop, link *slowLink, there string, _ func() *command, src, dst *command) {
 			machine := machinePID(t, dst)
 			link.rate.Store(2 << 20)
 			if err := w.console.Send("poweroff"); err != nil {
@@ -98,7 +97,7 @@ func TestCommandFilling(t *testing.T) {
 				t.Errorf("it is not said that the guest shut down:\n%s", said)
 			}
 		}},
-		{"machine killed", false, []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"machine killed", false, []string{"--keep-commit-point"}, func(t *testing.T, w *workshop, link *slowLink, there string, _ func() *command, src, dst *command) {
 			syscall.Kill(machinePID(t, dst), syscall.SIGKILL)
 			link.rate.Store(fast)
 			dst.waitFor(t, "its disks are whole")
@@ -107,13 +106,13 @@ func TestCommandFilling(t *testing.T) {
 			}
 			sent(t, src)
 			// The memory has arrived, too, for the sake of the commit point.
-			c := resumed(t, there, "--rollback")
+			c := resumed(t, w, there, "--rollback")
 			if !strings.Contains(c.said(), "Rolled back: ") {
 				t.Errorf("it does not say that it was rolled back:\n%s", c.said())
 			}
-			closed(t, c)
+			closed(t, w, c)
 		}},
-		{"machine and peer killed", false, []string{"--keep-commit-point"}, func(t *testing.T, link *slowLink, there string, _ func() *command, src, dst *command) {
+		{"machine and peer killed", false, []string{"--keep-commit-point"}, func(t *testing.T, w *workshop, link *slowLink, there string, _ func() *command, src, dst *command) {
 			flushed := w.do(t, "disk disk status")
 			machine := machinePID(t, dst)
 			dst.Process.Kill()
@@ -137,19 +136,18 @@ func TestCommandFilling(t *testing.T) {
 			sent(t, src)
 			w.do(t, "disk disk start 4096 "+flushed)
 			w.do(t, "disk disk verify")
-			closed(t, c)
+			closed(t, w, c)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if tt.contained && !*long {
 				t.Skip("a case here contains it: run with -long")
 			}
-			here, there := tt.name+"-here", tt.name+"-there"
-			if out, err := exec.Command("cp", "-a", "--sparse=always", w.path("ready"), w.path(here)).CombinedOutput(); err != nil {
-				t.Fatalf("copy the instance: %v\n%s", err, out)
-			}
+			t.Parallel()
+			w := w.apart(t, "package", "ready")
+			addr, there := freePort(t), "there"
 			source := func() *command {
-				return w.start(t, w.console, w.peer("package", here, "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
+				return w.start(t, w.console, w.peer("package", "ready", "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
 			}
 			src := source()
 			src.waitFor(t, "Serving on ")
@@ -159,10 +157,7 @@ func TestCommandFilling(t *testing.T) {
 			if strings.Contains(dst.said(), "Received VM") {
 				t.Error("everything was there when the guest ran: nothing is tested")
 			}
-			tt.during(t, link, there, source, src, dst)
+			tt.during(t, w, link, there, source, src, dst)
 		})
-		if t.Failed() {
-			return
-		}
 	}
 }

@@ -10,23 +10,24 @@ import (
 // TestCommandGiven ends sources that have given their VM away before the other side needs nothing more of them, and starts them
 // again: what their files hold is served, and what never ran elsewhere comes back.
 func TestCommandGiven(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.loaded(t, "ready")
-	addr := freePort(t)
-
-	copied := func(t *testing.T, to string) {
+	// part is where a part of the test is done, with an instance "here" to begin with, beside the other parts.
+	part := func(t *testing.T) (part *workshop, addr string) {
 		t.Helper()
-		if out, err := exec.Command("cp", "-a", "--sparse=always", w.path("ready"), w.path(to)).CombinedOutput(); err != nil {
-			t.Fatalf("copy the instance: %v\n%s", err, out)
-		}
+		t.Parallel()
+		part = w.apart(t, "package")
+		copyAll(t, w.path("ready"), part.path("here"))
+		return part, freePort(t)
 	}
-	verify := func(t *testing.T) {
+	verify := func(t *testing.T, w *workshop) {
 		t.Helper()
 		w.do(t, "mem stop")
 		w.do(t, "mem verify")
 		w.do(t, "disk disk verify")
 	}
-	closed := func(t *testing.T, c *command) {
+	closed := func(t *testing.T, w *workshop, c *command) {
 		t.Helper()
 		c.Process.Signal(syscall.SIGTERM)
 		c.wait(t, 0)
@@ -42,15 +43,15 @@ func TestCommandGiven(t *testing.T) {
 	}
 
 	t.Run("closed in doubt", func(t *testing.T) {
-		copied(t, "doubt-here")
+		w, addr := part(t)
 		victim := make(chan *command, 1)
 		link := commitThief(t, addr, false, func() {
 			c := <-victim
 			c.Process.Signal(syscall.SIGKILL)
 			<-c.done
 		})
-		source := func() *command { return w.start(t, w.console, w.peer("package", "doubt-here", "--laddr", addr)...) }
-		destination := func() *command { return w.start(t, nil, w.peer("package", "doubt-there", "--raddr", link)...) }
+		source := func() *command { return w.start(t, w.console, w.peer("package", "here", "--laddr", addr)...) }
+		destination := func() *command { return w.start(t, nil, w.peer("package", "there", "--raddr", link)...) }
 		src := source()
 		src.waitFor(t, "Serving on ")
 		dst := destination()
@@ -61,7 +62,7 @@ func TestCommandGiven(t *testing.T) {
 		src.wait(t, 0)
 		w.checkClean(t)
 
-		unreachable := w.start(t, nil, w.peer("package", "doubt-here")...)
+		unreachable := w.start(t, nil, w.peer("package", "here")...)
 		unreachable.wait(t, 1)
 		said(t, unreachable, "the command line that it had", "--force-owner")
 
@@ -78,16 +79,16 @@ func TestCommandGiven(t *testing.T) {
 		src.waitFor(t, "Resumed VM")
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)
-		closed(t, dst)
+		closed(t, w, dst)
 
-		c := w.start(t, w.console, w.peer("package", "doubt-there")...)
+		c := w.start(t, w.console, w.peer("package", "there")...)
 		c.waitFor(t, "Resumed VM")
-		verify(t)
-		closed(t, c)
+		verify(t, w)
+		closed(t, w, c)
 	})
 
 	t.Run("killed after it was sent", func(t *testing.T) {
-		copied(t, "sent-here")
+		w, addr := part(t)
 		victim := make(chan *command, 1)
 		link := commitThief(t, addr, true, func() {
 			c := <-victim
@@ -96,10 +97,10 @@ func TestCommandGiven(t *testing.T) {
 		})
 		socket := w.path("sent.sock")
 		source := func() *command {
-			return w.start(t, w.console, w.peer("package", "sent-here", "--control", socket)...)
+			return w.start(t, w.console, w.peer("package", "here", "--control", socket)...)
 		}
 		destination := func() *command {
-			return w.start(t, w.console, w.peer("package", "sent-there", "--accept", addr)...)
+			return w.start(t, w.console, w.peer("package", "there", "--accept", addr)...)
 		}
 		src := source()
 		src.waitFor(t, "Resumed VM")
@@ -133,7 +134,7 @@ func TestCommandGiven(t *testing.T) {
 		src.wait(t, 1)
 		said(t, src, "--boot") // its memory went with its machine
 
-		src = w.start(t, w.console, w.peer("package", "sent-here", "--boot", "--resume-timeout", "2s", "--control", socket)...)
+		src = w.start(t, w.console, w.peer("package", "here", "--boot", "--resume-timeout", "2s", "--control", socket)...)
 		src.waitFor(t, "Booted VM")
 		if err := w.console.Ready(newContext(t)); err != nil {
 			t.Fatal(err)
@@ -146,15 +147,15 @@ func TestCommandGiven(t *testing.T) {
 	})
 
 	t.Run("closed while it is needed", func(t *testing.T) {
-		copied(t, "needed-here")
+		w, addr := part(t)
 		source := func() *command {
-			return w.start(t, w.console, w.peer("package", "needed-here", "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
+			return w.start(t, w.console, w.peer("package", "here", "--enable-input=false", "--laddr", addr, "--max-total-time", "8s")...)
 		}
 		src := source()
 		src.waitFor(t, "Serving on ")
 		link := newSlowLink(t, addr, 8<<20)
 		destination := func() *command {
-			return w.start(t, w.console, w.peer("package", "needed-there", "--raddr", link.addr)...)
+			return w.start(t, w.console, w.peer("package", "there", "--raddr", link.addr)...)
 		}
 		dst := destination()
 		dst.waitFor(t, "VM runs here")
@@ -167,7 +168,7 @@ func TestCommandGiven(t *testing.T) {
 		src.Process.Signal(syscall.SIGTERM)
 		src.wait(t, 0)
 
-		refused := w.start(t, nil, w.peer("package", "needed-here", "--force-owner")...)
+		refused := w.start(t, nil, w.peer("package", "here", "--force-owner")...)
 		refused.wait(t, 1)
 		said(t, refused, "which runs it", "so that the other finds these files")
 
@@ -178,23 +179,23 @@ func TestCommandGiven(t *testing.T) {
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)
 		said(t, src, "Sent VM")
-		verify(t)
-		closed(t, dst)
+		verify(t, w)
+		closed(t, w, dst)
 
-		gone := w.start(t, nil, w.peer("package", "needed-here", "--laddr", addr)...)
+		gone := w.start(t, nil, w.peer("package", "here", "--laddr", addr)...)
 		gone.wait(t, 1)
 		said(t, gone, "which owns it")
 	})
 
 	t.Run("killed with its machine", func(t *testing.T) {
-		copied(t, "killed-here")
+		w, addr := part(t)
 		source := func(more ...string) *command {
-			return w.start(t, w.console, w.peer("package", "killed-here", append([]string{"--enable-input=false", "--laddr", addr, "--max-total-time", "8s"}, more...)...)...)
+			return w.start(t, w.console, w.peer("package", "here", append([]string{"--enable-input=false", "--laddr", addr, "--max-total-time", "8s"}, more...)...)...)
 		}
 		src := source("--keep-commit-point") // then what the guest wrote to its disk since is beside the disk
 		src.waitFor(t, "Serving on ")
 		link := newSlowLink(t, addr, 8<<20)
-		dst := w.start(t, w.console, w.peer("package", "killed-there", "--raddr", link.addr, "--rescue-timeout", "3s", "--resume-timeout", "5s")...)
+		dst := w.start(t, w.console, w.peer("package", "there", "--raddr", link.addr, "--rescue-timeout", "3s", "--resume-timeout", "5s")...)
 		dst.waitFor(t, "VM runs here")
 		flushed := w.do(t, "disk disk status")
 		link.rate.Store(1 << 20)
@@ -213,7 +214,7 @@ func TestCommandGiven(t *testing.T) {
 		dst.Process.Signal(syscall.SIGTERM)
 		dst.wait(t, 1)
 
-		dst = w.start(t, w.console, w.peer("package", "killed-there", "--boot", "--resume-timeout", "2s", "--raddr", link.addr)...)
+		dst = w.start(t, w.console, w.peer("package", "there", "--boot", "--resume-timeout", "2s", "--raddr", link.addr)...)
 		dst.waitFor(t, "Booted VM")
 		if err := w.console.Ready(newContext(t)); err != nil {
 			t.Fatal(err)
@@ -222,11 +223,11 @@ func TestCommandGiven(t *testing.T) {
 		said(t, src, "Sent VM")
 		w.do(t, "disk disk start 4096 "+flushed)
 		w.do(t, "disk disk verify")
-		closed(t, dst)
+		closed(t, w, dst)
 	})
 
 	t.Run("mounter", func(t *testing.T) {
-		copied(t, "mounter-here")
+		w, addr := part(t)
 		victim := make(chan *command, 1)
 		link := commitThief(t, addr, false, func() {
 			c := <-victim
@@ -234,9 +235,9 @@ func TestCommandGiven(t *testing.T) {
 			<-c.done
 		})
 		source := func() *command {
-			return w.start(t, nil, "mounter", "--package", w.path("package"), "--instance", w.path("mounter-here"), "--mount", w.path("mnt"), "--laddr", addr)
+			return w.start(t, nil, "mounter", "--package", w.path("package"), "--instance", w.path("here"), "--mount", w.path("mnt"), "--laddr", addr)
 		}
-		destination := func() *command { return w.start(t, w.console, w.peer("package", "mounter-there", "--raddr", link)...) }
+		destination := func() *command { return w.start(t, w.console, w.peer("package", "there", "--raddr", link)...) }
 		src := source()
 		src.waitFor(t, "Serving on ")
 		dst := destination()
@@ -254,7 +255,7 @@ func TestCommandGiven(t *testing.T) {
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)
 		said(t, src, "Sent VM")
-		verify(t)
-		closed(t, dst)
+		verify(t, w)
+		closed(t, w, dst)
 	})
 }

@@ -16,6 +16,7 @@ import (
 
 // TestCommandHandOver moves a VM between peers of one host over unix sockets: its memory is handed over, not copied.
 func TestCommandHandOver(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	socket := func(name string) string { return "unix://" + w.path(name+".sock") }

@@ -22,6 +22,7 @@ func (g *guest) runnerConfig(t *testing.T, folder string) runner.Config {
 // TestLateDevices runs a guest at its destination while half of its memory and disk have not arrived there and are garbage
 // instead. What it touches is asked for, the rest comes by and by.
 func TestLateDevices(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	ctx := newContext(t)
 	source, err := runner.Resume(ctx, g.runnerConfig(t, shortDir(t)))

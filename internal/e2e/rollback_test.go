@@ -12,6 +12,7 @@ import (
 // TestCommandRollback kills VMMs whose guests have written to memory and disk since they were resumed or received, and has them
 // return to that point.
 func TestCommandRollback(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	const keep, back = "--keep-commit-point", "--rollback"

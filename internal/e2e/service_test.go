@@ -16,6 +16,7 @@ import (
 
 // TestService calls an application's own service in a guest, which calls back, on each host that the guest comes to.
 func TestService(t *testing.T) {
+	t.Parallel()
 	g := newGuest(t)
 	ctx := newContext(t)
 	const port = 9000
@@ -95,6 +96,7 @@ func TestService(t *testing.T) {
 
 // TestCommandAgents has two agents in one guest, both of which are told of all that happens.
 func TestCommandAgents(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	c := w.snapshot(t, "package", "--agent-vsock-port", "26,27")
 	w.do(t, "spawn /bin/drafter-agent agent --vsock-port 27 --shell-cmd /bin/guest --before-suspend-cmd before --after-resume-cmd after")

@@ -34,7 +34,7 @@ func latest(t *testing.T, path string) (r migrate.Report) {
 // TestCommandStore: a package goes to an object store, and a VM starts from there, lazily. What it holds is kept there while it runs, so that it moves
 // with few bytes from its source; and again, when the store fails. Its host dies with everything on it, and it goes on elsewhere from its latest copy.
 func TestCommandStore(t *testing.T) {
-	t.Parallel() // two at a time take hardly longer than one: a guest keeps one core busy
+	t.Parallel()
 	w := newWorkshop(t)
 	server := tests3.Start(t)
 	proxy := server.Front(t)

@@ -16,6 +16,7 @@ import (
 // TestCommandTransports moves a whole VM under load over TLS, a key, a unix socket, ssh and a program's pipe, one after the other,
 // and has strangers knock.
 func TestCommandTransports(t *testing.T) {
+	t.Parallel()
 	w := newWorkshop(t)
 	w.pack(t)
 	flagsOf := func(change ...string) (flags, hostile []string) {

@@ -68,6 +68,9 @@ var guests atomic.Int64
 func TestMain(m *testing.M) {
 	// Under nohup(1) the commands would inherit that SIGHUP is ignored, and honour it. A caught one they do not inherit.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	if signal.Ignored(os.Interrupt) { // as a shell has it for what it starts with &
+		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	}
 	status := m.Run()
 	for _, dir := range []string{built.dir, packed.dir, made.dir} {
 		os.RemoveAll(dir)

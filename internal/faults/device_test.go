@@ -17,6 +17,7 @@ import (
 // than it was asked for, with nonsense. The guest runs on at the source, with what it had, or at the destination with all of it; and
 // where post-copy has begun it is not lost.
 func TestDevices(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("takes half a minute: left out with -short")
 	}

@@ -12,7 +12,8 @@
 //   - The tests with real machines and the real command are beside them; they need root and QEMU.
 //
 // What happens in a World happens in the fake time of package testing/synctest: a minute of silence costs nothing, and what is left
-// running at the end of a test fails it.
+// running at the end of a test fails it. Such tests are parallel, as nothing real takes time; the others look at what the process has
+// open, or at real machines.
 //
 // # How to add a fault
 //

@@ -19,6 +19,7 @@ import (
 // TestHistories lets three hosts move a guest to and fro while clients use it, with faults on the links, kills, power cuts and
 // cancellations at random, and everything started again after each; and has the history of it checked.
 func TestHistories(t *testing.T) {
+	t.Parallel()
 	var total, moved, blown int
 	var longest time.Duration
 	eachSeed(t, 40, 600, func(t *testing.T, seed uint64) {
@@ -217,6 +218,7 @@ func TestHistoryFindsPlantedErrors(t *testing.T) {
 // TestPlantedErrors puts errors into a world, one at a time, and shows that each is found: by the history that clients saw where
 // that can be, and by what the world and the guest check themselves.
 func TestPlantedErrors(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name    string
 		plant   Plant

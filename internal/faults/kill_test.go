@@ -185,6 +185,7 @@ func attempt(t *testing.T, s situation, mode Mode, side Direction, moment string
 // TestKill kills each side, its machine, its host, the other, both, cancels it, or cuts the link, at every moment of every
 // situation: in every state, and before and after every hook.
 func TestKill(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("takes half a minute: left out with -short")
 	}

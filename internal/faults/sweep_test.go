@@ -132,6 +132,7 @@ func (w *World) settle(t *testing.T, r Result, source, destination *Host) (owner
 }
 
 func TestMove(t *testing.T) {
+	t.Parallel()
 	for _, mode := range Modes() {
 		for _, streams := range []int{1, 3} {
 			t.Run(fmt.Sprintf("%v over %d", mode, streams), func(t *testing.T) {
@@ -174,6 +175,7 @@ func passes(t *testing.T, m Migration) map[Direction]Passed {
 // TestEveryFrame ends the link after every frame of a small migration, in every way, and checks that what became of it is what
 // a link without faults or nothing would have made.
 func TestEveryFrame(t *testing.T) {
+	t.Parallel()
 	for _, mode := range Modes() {
 		for _, reconnect := range []bool{false, true} {
 			m := Migration{ID: "m", Mode: mode, Reconnect: reconnect}
@@ -215,6 +217,7 @@ func TestEveryFrame(t *testing.T) {
 
 // TestDamage changes one bit of what a destination takes in, mostly when its guest runs already: what is damaged must not reach it.
 func TestDamage(t *testing.T) {
+	t.Parallel()
 	m := Migration{ID: "m", Mode: PostCopy, Reconnect: true}
 	whole := passes(t, m)[ToDestination].Bytes
 	eachSeed(t, 60, 3000, func(t *testing.T, seed uint64) {
@@ -237,6 +240,7 @@ func TestDamage(t *testing.T) {
 
 // TestRandomFaults has one to three random faults on the streams of each migration, cuts while meeting again among them.
 func TestRandomFaults(t *testing.T) {
+	t.Parallel()
 	whole := map[Mode]map[Direction]int64{}
 	for _, mode := range Modes() {
 		whole[mode] = map[Direction]int64{}

@@ -196,7 +196,10 @@ func TestBlueprint(t *testing.T) {
 			t.Errorf("the second run built: %+v", again)
 		}
 	})
-	t.Run("same bytes elsewhere and unprivileged", func(t *testing.T) { testReproducible(t, b, cfg, dir, result) })
+	t.Run("same bytes elsewhere and unprivileged", func(t *testing.T) {
+		t.Parallel() // beside the boot, which keeps one core busy
+		testReproducible(t, b, cfg, dir, result)
+	})
 	t.Run("cancelled", func(t *testing.T) {
 		other := cfg
 		other.Output = filepath.Join(dir, "cancelled")
@@ -212,6 +215,7 @@ func TestBlueprint(t *testing.T) {
 		}
 	})
 	t.Run("no space", func(t *testing.T) {
+		t.Parallel()
 		other := cfg
 		other.Output, other.Size = filepath.Join(dir, "small"), 64<<20
 		if _, err := b.build(t, other, 0, ""); err == nil || !strings.Contains(err.Error(), "64 MiB") || !strings.Contains(err.Error(), "--size") {
@@ -227,7 +231,10 @@ func TestBlueprint(t *testing.T) {
 			t.Errorf("e2fsck: %v\n%s", err, out)
 		}
 	})
-	t.Run("boot", func(t *testing.T) { testBoot(t, cfg, dir, result) })
+	t.Run("boot", func(t *testing.T) {
+		t.Parallel()
+		testBoot(t, cfg, dir, result)
+	})
 }
 
 // testReproducible builds again in a process of its own, as nobody if we are root, with another cache.

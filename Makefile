@@ -15,7 +15,7 @@ TOOLS       := blueprint snapshotter packager peer terminator mounter serve regi
 GOTESTFLAGS ?= -count 1 -timeout 30m
 
 # Packages with real VMs and networks are tested one after another: they must not compete for the two cores of a small machine, or timeouts measure
-# the neighbour.
+# the neighbour. Within one of them, tests that can bear a neighbour say so by t.Parallel.
 ALONE       := $(addprefix ./,cmd/drafter internal/backends internal/bench internal/e2e internal/faults internal/testguest internal/testnet internal/hosttest \
                pkg/blueprint pkg/expose pkg/flow pkg/forward pkg/nat pkg/nat/rule pkg/ram pkg/vmm/qemu)
 

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 // TestCommandGiven ends sources that have given their VM away before the other side needs nothing more of them, and starts them
@@ -77,6 +78,18 @@ func TestCommandGiven(t *testing.T) {
 		dst = destination()
 		src.waitFor(t, "belongs here again")
 		src.waitFor(t, "Resumed VM")
+		src.waitForCount(t, "Serving on ", 2)
+		for ended := false; !ended && !strings.Contains(dst.said(), "Received VM"); {
+			select {
+			case <-dst.done:
+				ended = true
+			case <-time.After(20 * time.Millisecond): // between two looks
+			}
+		}
+		if strings.Contains(dst.said(), "try again later") { // on a busy machine: it had waited for 5 s by the time that the VM was served
+			dst.wait(t, 1)
+			dst = destination()
+		}
 		dst.waitFor(t, "Received VM")
 		src.wait(t, 0)
 		closed(t, w, dst)

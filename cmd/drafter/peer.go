@@ -182,7 +182,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		flag string
 		set  bool
 	}{
-		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"boot", opts.boot}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()},
+		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()},
 		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
 	} {
 		if opts.restore != "" && v.set {
@@ -261,6 +261,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	defer store.close()
 	if store.version != nil {
+		if opts.boot && !store.begun {
+			return usageErrorf("--boot, beside --restore %s, is for a VM that died before all of it had been fetched, and in %q there is none: leave one out", opts.restore, opts.packagePath)
+		}
 		devices = restoredDevices(store.devices, opts.packagePath)
 	}
 	if err := store.keep(ctx, &opts.depotFlags, cmd.Flags(), devices, opts.stores); err != nil {
@@ -588,15 +591,10 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 	switch {
 	case store.whole:
 		return nil, fmt.Errorf("--restore %s: folder %q is a package already: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restore, opts.packagePath)
-	case reception != nil, image != nil, opts.raddr != "" && !opts.boot:
-		err := peer.CheckVacant(cfg)
-		if err != nil && image != nil {
-			fmt.Fprintf(out, "The VM died before all of it was here: it is restored once more, and what it did since is lost\n")
-			if err = dropRestored(cfg.Devices); err != nil {
-				err = fmt.Errorf("--restore %s: %w", opts.restore, err)
-			}
-		}
-		if err != nil {
+	case reception != nil, (image != nil || opts.raddr != "") && !opts.boot:
+		if err := peer.CheckVacant(cfg); err != nil && image != nil {
+			return nil, fmt.Errorf("--restore %s: %w", opts.restore, store.occupied(ctx, cfg.Devices, opts.packagePath, err))
+		} else if err != nil {
 			return nil, err
 		}
 		if err := cfg.IndexBases(ctx); err != nil {

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/depot"
 	"github.com/drafter-vm/drafter/pkg/migrate"
@@ -53,6 +54,7 @@ type peerDepot struct {
 	version *depot.Version  // to start from; nil: none
 	devices []string        // of that
 	whole   bool            // it is here already
+	begun   bool            // to be restored, to this folder
 	metrics *control.Metrics
 	work    sync.WaitGroup // what goes on beside the instance
 	stop    func()         // ends the look whether the store can be used
@@ -216,7 +218,7 @@ func (d *peerDepot) restore(ctx context.Context, arg, name, version, dir string)
 		if of != name || version != "" && version != at {
 			return usageErrorf("--restore %s: %q is being made from %s: finish that, or name another folder (--package)", arg, dir, words[0])
 		}
-		d.version, d.devices = depot.At(d.store, name, at, logger(ctx)), words[1:]
+		d.version, d.devices, d.begun = depot.At(d.store, name, at, logger(ctx)), words[1:], true
 	default:
 		if d.version, err = depot.Open(ctx, d.store, name, version, logger(ctx)); err != nil {
 			return fmt.Errorf("--restore: %w", err)
@@ -239,19 +241,33 @@ func restoredDevices(names []string, dir string) []peer.Device {
 	return devices
 }
 
-// dropRestored removes what there is of a VM that died before all of it had been fetched: it cannot go on, and nobody else has it.
-func dropRestored(devices []peer.Device) error {
-	if err := peer.CheckAtRest(devices); err != nil {
+// occupied is why an image cannot be restored to a folder in which there is a VM, which stays as it is.
+func (d *peerDepot) occupied(ctx context.Context, devices []peer.Device, dir string, taken error) error {
+	if !d.begun {
+		return fmt.Errorf("%w: name another folder (--package)", taken)
+	}
+	status, err := statusOf(filepath.Join(dir, vmpackage.DefaultFile(runner.StateDevice)))
+	if err != nil {
 		return err
 	}
-	for _, d := range devices {
-		for _, path := range []string{d.Base, d.Base + ".missing"} {
-			if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-				return err
-			}
-		}
+	if status == runner.Running {
+		return fmt.Errorf("%w: the VM in %q died before all of it had been fetched: boot it from its disks with --boot, beside --restore, which fetches what they lack; or remove the folder, to restore it once more", taken, dir)
 	}
-	return nil
+	if err := describeRestored(ctx, dir, devices); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: all of it had been fetched, and %q is a package now: start it without --restore", taken, dir)
+}
+
+// statusOf is what the record of an instance says, whose state device is that file.
+func statusOf(path string) (_ runner.Status, err error) {
+	f, err := block.OpenFile(path, block.FileOptions{ReadOnly: true})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	r, err := runner.ReadRecord(f)
+	return r.Status, err
 }
 
 // restoreMark is a file in the folder of an image that has not been fetched wholly, with its name and version, and its devices.

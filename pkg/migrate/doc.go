@@ -66,6 +66,9 @@
 // pages that are written with what they held are not sent again. Until the switch: what is listed as missing is sent in any
 // case.
 //
+// What a device held a while ago may be in a store that the destination reaches by itself (SourceDevice.Stored, [StoreTarget]). It fetches
+// that while the source sends the rest, and what the destination does not get comes from the source as well: see stored.go.
+//
 // What is sent is compressed when the link is what all waits for and compression is measured to be faster; SourceConfig.
 // NoCompression turns that off. Pages that repeat each other are not looked for: in the memory of real guests they are less than
 // 3 % of what remains, and most of those are filled with one value, which compression makes nothing of.

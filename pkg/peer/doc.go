@@ -34,6 +34,11 @@
 // What takes a VM or hands it over need not run it. A [Terminator] writes it down as a package; a [Mounter] shows its devices as
 // files, and hands it on; a [Server] gives clones of a package to peers, which run before they have all of it.
 //
+// # Stores
+//
+// A [Storage] keeps what the devices hold in a store while the instance runs, from which a peer that it is sent to gets most of it.
+// [Peer.Copy] gives a copy of the running VM to whoever wants to keep it. Package depot does both with an object store.
+//
 // # Concurrency
 //
 // All methods may be called by any goroutine. A peer does one thing at a time of Send, Snapshot, Pause, Unpause and Rejoin; another fails

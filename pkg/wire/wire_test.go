@@ -53,6 +53,9 @@ var golden = []struct {
 	{"settled", Append(nil, Header{Type: TypeSettled}, (&Summary{}).Encode()),
 		"43 00 0000 00000018 0000000000000000 0000000000000000 00000000000000000000000000000000"},
 	{"copied", Append(nil, Header{Type: TypeCopied}, nil), "44 00 0000 00000000 0000000000000000"},
+	{"absent", absent(3, true, Run{5, 2}, Run{300, 1}), "50 01 0003 00000004 0000000000005000 02 a502 01"},
+	{"absent", absent(3, false), "50 00 0003 00000000 0000000000000000"},
+	{"idle", Append(nil, Header{Type: TypeIdle, Flags: FlagNow}, nil), "51 01 0000 00000000 0000000000000000"},
 	{"seek", Append(nil, Header{Type: TypeSeek}, []byte("m1")), "60 00 0000 00000002 0000000000000000 6d31"},
 	{"rejoin", Append(nil, Header{Type: TypeRejoin}, must((&Rejoin{Standing: Runs, Devices: []RejoinDevice{{Device{Name: "memory", Size: 4096}, true}}}).Encode("m1", Meeting{}))),
 		"61 00 0000 00000066 0000000000000000 00000000000000000000000000000000 " + hex.EncodeToString([]byte(`{"id":"m1","standing":"runs","devices":[{"name":"memory","size":4096,"missing":true}]}`))},
@@ -62,6 +65,15 @@ var golden = []struct {
 // missing is one Missing frame.
 func missing(device uint16, runs ...Run) (b []byte) {
 	_ = EncodeMissing(device, runs, func(h Header, p []byte) error {
+		b = Append(b, h, p)
+		return nil
+	})
+	return b
+}
+
+// absent is one Absent frame.
+func absent(device uint16, last bool, runs ...Run) (b []byte) {
+	_ = EncodeAbsent(device, runs, last, func(h Header, p []byte) error {
 		b = Append(b, h, p)
 		return nil
 	})

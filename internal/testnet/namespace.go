@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/drafter-vm/drafter/pkg/nat"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 )
@@ -101,6 +102,9 @@ func DialContext(ctx context.Context, namespace, network, address string) (net.C
 
 // newNamespace creates a named network namespace.
 func newNamespace(name string) error {
+	if err := nat.MakeFolder(); err != nil {
+		return err
+	}
 	return onThread(func() error {
 		handle, err := netns.NewNamed(name)
 		if err != nil {

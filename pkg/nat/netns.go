@@ -57,10 +57,39 @@ func OpenNamespace(name string) (netns.NsHandle, error) {
 	return netns.NsHandle(fd), nil
 }
 
+// MakeFolder makes Folder, and it a mount of its own that is shared with other mount namespaces, as ip-netns(8) has it. Otherwise the first `ip netns
+// add` of the host does so later: over the names that are there by then, which nobody can remove any more.
+func MakeFolder() (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("make folder of network namespaces: %w", err)
+		}
+	}()
+	if err := os.MkdirAll(Folder, 0o755); err != nil {
+		return err
+	}
+	dir, err := os.Open(Folder)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil { // two would mount it twice
+		return err
+	}
+	share := func() error { return unix.Mount("", Folder, "", unix.MS_SHARED|unix.MS_REC, "") }
+	if err := share(); !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	if err := unix.Mount(Folder, Folder, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return err
+	}
+	return share()
+}
+
 // giveName gives the network namespace of the calling thread a name.
 func giveName(name string) error {
 	path := filepath.Join(Folder, name)
-	if err := os.MkdirAll(Folder, 0o755); err != nil {
+	if err := MakeFolder(); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|unix.O_CLOEXEC, 0o444)

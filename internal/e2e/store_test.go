@@ -174,7 +174,7 @@ func TestCommandStore(t *testing.T) {
 	d = restored("d", "--restore", "copies")
 	says(d.wait(t, 1), "died before all of it had been fetched", "--boot", "remove the folder")
 	w.console = newConsole(t)
-	d = restored("d", "--restore", "copies", "--boot")
+	d = restored("d", "--restore", "copies", "--boot", "--resume-timeout", "1s") // nobody starts its services
 	d.waitFor(t, "Booted VM")
 	d.Process.Signal(syscall.SIGTERM)
 	d.wait(t, 0)

@@ -315,6 +315,7 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 	if err != nil {
 		return nil, err
 	}
+	defer o.hold()()
 	if what := o.p.UnderWay(); what != "" {
 		return nil, now(fmt.Errorf("%w: a %s is under way", peer.ErrBusy, what))
 	}
@@ -334,6 +335,7 @@ func (o *operator) Migrate(ctx context.Context, address string) (*migrate.Report
 }
 
 func (o *operator) Snapshot(ctx context.Context, dir string) (*migrate.Report, error) {
+	defer o.hold()()
 	_, report, err := o.p.Snapshot(ctx, dir)
 	if errors.Is(err, fs.ErrExist) {
 		return report, fmt.Errorf("%w: %w", control.ErrInvalid, err)

@@ -77,7 +77,9 @@ return instead to what it was when it was resumed or received then (--rollback):
 
 The short way gives --package and --instance: a package's folder, and a folder for the instance's overlays. The long way
 gives --devices, a JSON array of {"name","base","overlay","state","blockSize","expiry","maxDirtyBlocks","minCycles",
-"maxCycles","cycleThrottle","makeMigratable"}; times are in nanoseconds.
+"maxCycles","cycleThrottle","makeMigratable","shared","sharedbase"}; times are in nanoseconds. A device that is kept in an object store
+(--store-sync) can say in which, by {"s3sync","s3endpoint","s3secure","s3bucket","s3prefix","s3region","s3accesskey","s3secretkey",
+"s3concurrency"}.
 
 An instance can go on from another that was closed, beside others that do: --parent gives the folder of that. Of --devices, the key
 "overlays" gives several overlays, the newest last: [{"overlay":PATH,"state":PATH},…]. Only the newest is written. Starting a parent
@@ -182,7 +184,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		flag string
 		set  bool
 	}{
-		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()},
+		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()}, {"record-working-set", opts.recordSet != 0},
 		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
 	} {
 		if opts.restore != "" && v.set {
@@ -613,11 +615,15 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 			}, nil
 		}
 		if image != nil {
-			if !image.Loaded { // it was begun before, when that was looked at
-				if err := image.Load(ctx); err != nil {
+			// Also where it was begun before: it has not run here, and may by now elsewhere.
+			known := image
+			if !image.Loaded {
+				var err error
+				if known, err = image.Reopen(ctx); err != nil {
 					return nil, fmt.Errorf("--restore %s: %w", opts.restore, err)
 				}
-			} else if err := checkAlone(image, opts.restore); err != nil && !opts.forceOwner {
+			}
+			if err := checkAlone(known, opts.restore); err != nil && !opts.forceOwner {
 				return nil, err
 			}
 			undo, failed := markRestored(image, store.devices, opts.packagePath)
@@ -625,30 +631,17 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 				return nil, fmt.Errorf("--restore %s: %w", opts.restore, failed)
 			}
 			defer func() {
-				if err != nil {
+				if err != nil && !errors.Is(err, migrate.ErrInDoubt) {
 					undo()
 				}
 			}()
 			from, dial, redial = "image "+image.Name+"@"+image.ID, image.Dial, nil
-			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", image.Name, image.ID, image.Taken.Format(time.RFC3339), humanize.Time(image.Taken))
+			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", known.Name, known.ID, known.Taken.Format(time.RFC3339), humanize.Time(known.Taken))
 		}
-		received := make(chan struct{})
-		defer close(received)
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool
 		closing := sync.OnceFunc(func() { // it cannot be given back, and is worth nothing until the rest of it has come
 			fmt.Fprintln(out, "Closing: the VM runs here already; it is suspended and saved once all of it has arrived")
-			if image != nil { // which a store that hangs would put off for ever
-				store.work.Go(func() {
-					select {
-					case <-time.After(cfg.RescueTimeout):
-						over, cancel := context.WithCancel(context.Background())
-						cancel()
-						_ = image.Close(over)
-					case <-received:
-					}
-				})
-			}
 		})
 		cfg.Hooks.Resumed = func() {
 			fmt.Fprintln(out, "VM runs here")

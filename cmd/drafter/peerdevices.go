@@ -132,7 +132,7 @@ func (d peerDevice) store(device peer.Device) (depot.DeviceConfig, error) {
 	case d.S3Endpoint == "":
 	case strings.Contains(d.S3Endpoint, "://"):
 		if d.S3Secure && !strings.HasPrefix(d.S3Endpoint, "https://") {
-			return fail("\"s3secure\" is true, and \"s3endpoint\" is %q: make it https://, or leave \"s3secure\" out", d.S3Endpoint)
+			return fail("\"s3secure\" is true, and \"s3endpoint\" is %s: make it https://, or leave \"s3secure\" out", objstore.Shown(d.S3Endpoint))
 		}
 		c.Endpoint = d.S3Endpoint
 	case d.S3Secure:
@@ -144,7 +144,10 @@ func (d peerDevice) store(device peer.Device) (depot.DeviceConfig, error) {
 		if c.AccessKey != "" || c.SecretKey != "" || c.Endpoint != "" || c.Prefix != "" {
 			return fail("\"s3sync\" has an endpoint, prefix or credentials, and no \"s3bucket\": name it, or leave all of them out to use --store, or the store that the source names")
 		}
-	} else if _, err := objstore.Open(c); err != nil {
+		return depot.DeviceConfig{Store: c}, nil
+	}
+	fromEnvironment(&c.Location)
+	if _, err := objstore.Open(c); err != nil {
 		return fail("%w", err)
 	}
 	return depot.DeviceConfig{Store: c}, nil

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -149,7 +150,9 @@ func (d *peerDepot) keep(ctx context.Context, f *depotFlags, flags *pflag.FlagSe
 			continue
 		}
 		if kept.Store.Bucket == "" && named {
+			few := kept.Store.Concurrency
 			kept.Store = c
+			kept.Store.Concurrency = cmp.Or(few, c.Concurrency)
 		}
 		kept.Store.Key, kept.Quiet = c.Key, f.quiet
 		if kept.Store.Concurrency == 0 {
@@ -283,9 +286,12 @@ func markRestored(v *depot.Version, devices []string, dir string) (undo func(), 
 	if err == nil {
 		err = os.Rename(mark+".new", mark)
 	}
+	_, before := os.Stat(mark)
 	undo = func() {
-		_ = os.Remove(mark)
-		runner.RemoveFolders(made)
+		if before != nil { // else there is what an earlier attempt has left
+			_ = os.Remove(mark)
+			runner.RemoveFolders(made)
+		}
 	}
 	if err != nil {
 		undo()

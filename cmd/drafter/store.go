@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -65,24 +66,21 @@ func (f *storeFlags) config(flags *pflag.FlagSet) (c objstore.Config, named bool
 	}
 	rest, ok := strings.CutPrefix(f.url, storeScheme)
 	if !ok {
-		return c, false, usageErrorf("--store %q: give it as s3://BUCKET or s3://BUCKET/PREFIX, and its server by --store-endpoint", f.url)
+		return c, false, usageErrorf("--store %s: give it as s3://BUCKET or s3://BUCKET/PREFIX, and its server by --store-endpoint", objstore.Shown(f.url))
 	}
 	c.Bucket, c.Prefix, _ = strings.Cut(rest, "/")
 	c.Endpoint, c.Region = f.endpoint, f.region
-	for _, name := range []string{"AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"} {
-		if c.Endpoint == "" {
-			c.Endpoint = os.Getenv(name)
-		}
-	}
-	for _, name := range []string{"AWS_REGION", "AWS_DEFAULT_REGION"} {
-		if c.Region == "" {
-			c.Region = os.Getenv(name)
-		}
-	}
+	fromEnvironment(&c.Location)
 	if err := c.Check(); err != nil {
 		return c, false, usageErrorf("--store: %w", err)
 	}
 	return c, true, nil
+}
+
+// fromEnvironment sets the server and the region of a store where they are not.
+func fromEnvironment(l *objstore.Location) {
+	l.Endpoint = cmp.Or(l.Endpoint, os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"))
+	l.Region = cmp.Or(l.Region, os.Getenv("AWS_REGION"), os.Getenv("AWS_DEFAULT_REGION"))
 }
 
 // open opens the store that the flags must name, and looks whether it can be used.

@@ -40,14 +40,14 @@ func (n Network) Check() error {
 		}
 	}
 	for _, a := range n.Addresses {
-		if p, err := netip.ParsePrefix(a); err != nil || p.Addr().IsMulticast() || p.Addr().IsUnspecified() {
+		if p, err := netip.ParsePrefix(a); err != nil || p.Addr().IsMulticast() || p.Addr().IsUnspecified() || p.Addr().Is4In6() {
 			return fmt.Errorf("address %q: give it with its prefix length, as 172.16.0.2/30 or fd00::2/64", a)
 		}
 	}
 	seen := map[bool]string{}
 	for _, g := range n.Gateways {
 		a, err := netip.ParseAddr(g)
-		if err != nil || a.IsMulticast() || a.IsUnspecified() {
+		if err != nil || a.IsMulticast() || a.IsUnspecified() || a.Zone() != "" || a.Is4In6() {
 			return fmt.Errorf("gateway %q: give an address, as 172.16.0.1 or fd00::1", g)
 		}
 		if other, ok := seen[a.Is4()]; ok {
@@ -87,7 +87,7 @@ func (n Network) take() error {
 	errs = append(errs, setAddresses(link, n.Addresses))
 	for _, g := range n.Gateways {
 		gw := net.ParseIP(g)
-		if err := dropRoutes(link, family(gw)); err != nil {
+		if err := dropRoutes(link, family(gw)); err != nil { // those that are left of before
 			errs = append(errs, err)
 			continue
 		}
@@ -155,6 +155,7 @@ func setAddresses(link netlink.Link, addresses []string) error {
 	var errs []error
 	kept := map[string]bool{}
 	families := map[int]bool{}
+	var wanted []*netlink.Addr
 	for _, a := range addresses {
 		addr, err := netlink.ParseAddr(a)
 		if err != nil {
@@ -164,9 +165,11 @@ func setAddresses(link netlink.Link, addresses []string) error {
 		if family(addr.IP) == netlink.FAMILY_V6 {
 			addr.Flags = unix.IFA_F_NODAD // nobody else is to have it, and it is wanted at once
 		}
-		if err := netlink.AddrReplace(link, addr); err != nil {
-			errs = append(errs, fmt.Errorf("add address %q: %w", a, err))
-		}
+		wanted = append(wanted, addr)
+	}
+	routes, err := netlink.RouteList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("list routes: %w", err)
 	}
 	for f := range families {
 		have, err := netlink.AddrList(link, f)
@@ -181,6 +184,18 @@ func setAddresses(link netlink.Link, addresses []string) error {
 			if err := netlink.AddrDel(link, &a); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) { // gone with its primary
 				errs = append(errs, fmt.Errorf("remove address %q: %w", a.IPNet, err))
 			}
+		}
+	}
+	// After that: one that goes takes those of its subnet that came after it along, and the last takes the routes.
+	for _, a := range wanted {
+		if err := netlink.AddrReplace(link, a); err != nil {
+			errs = append(errs, fmt.Errorf("add address %q: %w", a.IPNet, err))
+		}
+	}
+	for _, r := range routes {
+		if r.Gw != nil && families[family(r.Gw)] && r.Protocol != unix.RTPROT_KERNEL {
+			r.Src = nil                  // which may be gone
+			_ = netlink.RouteReplace(&r) // as far as its gateway can be reached from the new addresses
 		}
 	}
 	return errors.Join(errs...)

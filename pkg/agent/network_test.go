@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"net"
 	"os"
 	"runtime"
 	"slices"
@@ -62,7 +63,18 @@ func TestNetworkTake(t *testing.T) {
 		run(err)
 		run(netlink.LinkSetUp(link))
 	}
-	run(Network{Interface: "eth0", Addresses: []string{"172.16.0.2/30", "fd00::2/64"}, Gateways: []string{"172.16.0.1", "fd00::1"}}.take())
+	run(Network{Interface: "eth0", Addresses: []string{"172.16.0.2/24", "fd00::2/64"}, Gateways: []string{"172.16.0.1", "fd00::1"}}.take())
+	// In the subnet that it is in, too, and then its route stays.
+	run(Network{Interface: "eth0", Addresses: []string{"172.16.0.7/24"}}.take())
+	link, err := netlink.LinkByName("eth0")
+	run(err)
+	same, err := netlink.AddrList(link, netlink.FAMILY_V4)
+	run(err)
+	kept, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(172, 16, 0, 1)}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_GW)
+	run(err)
+	if len(same) != 1 || same[0].IPNet.String() != "172.16.0.7/24" || len(kept) != 1 {
+		t.Errorf("in the same subnet it has %v, and routes %v", same, kept)
+	}
 	next := Network{Interface: "eth0", MAC: "02:00:00:00:00:17", Addresses: []string{"10.1.0.7/16"}, Gateways: []string{"10.1.0.1"}}
 	for range 2 {
 		run(next.take())

@@ -168,6 +168,7 @@ func (b *Backup) Once(ctx context.Context, p *peer.Peer) (_ BackupReport, err er
 	defer func() {
 		if errors.Is(err, objstore.ErrNotFound) || errors.Is(err, objstore.ErrCorrupt) {
 			clear(b.bases)
+			b.cfg.Store.Doubt()
 		}
 	}()
 	defer t.close()
@@ -212,6 +213,10 @@ func (b *Backup) Once(ctx context.Context, p *peer.Peer) (_ BackupReport, err er
 			return r, fmt.Errorf("back up device %q: %w", d.name, err)
 		}
 		root.Devices = append(root.Devices, objstore.RootDevice{Name: d.name, Size: device.Size(), List: id.String()})
+	}
+	// Of a VM that has left, somebody else may have put newer versions by now.
+	if _, given := p.InDoubt(); given || !p.Running() {
+		return r, fmt.Errorf("back up VM: %w: it does not run here any more", peer.ErrBusy)
 	}
 	if r.Version, err = putVersion(ctx, b.cfg.Store, b.cfg.Name, root, body{Taken: t.paused.UTC(), Every: b.cfg.Every.String()}); err != nil {
 		return r, fmt.Errorf("back up VM: %w", err)

@@ -3,7 +3,6 @@ package depot
 import (
 	"cmp"
 	"context"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -107,14 +106,15 @@ type Version struct {
 	Name, ID string
 	Taken    time.Time     // when the VM was as the image is
 	Every    time.Duration // how often a newer version was to follow; 0: none
-	Newest   time.Time     // when the VM was as its newest version in the store is
+	Newest   time.Time     // when the newest copy of the VM was put, or this version if there is none; and Every is of that
 	Devices  []objstore.RootDevice
 
 	Loaded bool // what the store says of it is known
 
 	store *objstore.Store
 	log   *slog.Logger
-	id    string // of this use of it
+	put   time.Time       // when the version was put
+	body  json.RawMessage // of its root
 
 	mu     sync.Mutex // guards what follows
 	server *peer.Server
@@ -136,13 +136,16 @@ func Open(ctx context.Context, store *objstore.Store, name, version string, log 
 	if err := v.Load(ctx); err != nil {
 		return nil, err
 	}
-	v.Newest = v.Taken
-	if v.ID != newest {
-		n := At(store, name, newest, log)
-		if err := n.Load(ctx); err != nil {
-			return nil, err
+	v.Newest = v.put
+	for _, other := range slices.Backward(list) {
+		if strings.HasSuffix(other, copyMark) {
+			n := At(store, name, other, log)
+			if err := n.Load(ctx); err != nil {
+				return nil, err
+			}
+			v.Newest, v.Every = n.put, n.Every
+			break
 		}
-		v.Newest, v.Every = n.Taken, n.Every
 	}
 	return v, nil
 }
@@ -152,12 +155,28 @@ func At(store *objstore.Store, name, version string, log *slog.Logger) *Version 
 	if log == nil {
 		log = slog.Default()
 	}
-	return &Version{Name: name, ID: version, store: store, log: log, id: rand.Text()}
+	return &Version{Name: name, ID: version, store: store, log: log}
+}
+
+// Reopen is Open of the version, which uses its store.
+func (v *Version) Reopen(ctx context.Context) (*Version, error) {
+	other, err := Open(ctx, v.store, v.Name, v.ID, v.log)
+	if errors.Is(err, ErrNoImage) { // it was removed, and may be on its way to somebody
+		other = At(v.store, v.Name, v.ID, v.log)
+		err = other.Load(ctx)
+		other.Newest = other.put
+	}
+	return other, err
 }
 
 // Load gets what the store says of the version. Nobody else may use it meanwhile.
 func (v *Version) Load(ctx context.Context) error {
 	root, err := v.store.GetRoot(ctx, images, v.Name, v.ID)
+	if errors.Is(err, objstore.ErrNotFound) { // it was removed, and may be on its way to somebody
+		if fetched, e := v.store.GetRoot(ctx, fetches, v.Name, v.ID); e == nil {
+			root, err = fetched, nil
+		}
+	}
 	if errors.Is(err, objstore.ErrNotFound) {
 		return fmt.Errorf("open version %q of image %q: %w in %v: drafter store list says which there are", v.ID, v.Name, ErrNoImage, v.store.Location())
 	}
@@ -175,14 +194,14 @@ func (v *Version) Load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open version %q of image %q: %w", v.ID, v.Name, err)
 	}
-	v.Taken, v.Devices, v.Loaded = b.Taken, root.Devices, true
+	v.Taken, v.Devices, v.Loaded, v.put, v.body = b.Taken, root.Devices, true, root.Time, root.Body
 	v.Every, _ = time.ParseDuration(b.Every)
 	return nil
 }
 
-// OpenDevices returns the devices of the version, each to be read, and to be closed.
+// OpenDevices returns the devices of the version, each to be read until ctx ends, and to be closed.
 func (v *Version) OpenDevices(ctx context.Context) ([]peer.Image, error) {
-	return v.openDevices(ctx, context.WithoutCancel(ctx))
+	return v.openDevices(ctx, ctx)
 }
 
 // openDevices opens devices that can be read until the context for that ends.
@@ -237,11 +256,6 @@ func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, erro
 				return nil, err
 			}
 		}
-		// Whatever becomes of the version meanwhile, what it refers to stays for as long as it is fetched.
-		end := time.Now().Add(fetchLife).UTC()
-		if err := v.store.PutRoot(ctx, &objstore.Root{Time: time.Now().UTC(), Expires: &end, Devices: v.Devices}, "fetch", v.id); err != nil {
-			v.log.Warn("what is fetched may become garbage, if it takes for days and its version is removed", "image", v.Name, "error", err)
-		}
 		reading, stop := context.WithCancel(context.WithoutCancel(ctx))
 		devices, err := v.openDevices(ctx, reading)
 		if err != nil {
@@ -252,6 +266,11 @@ func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, erro
 		if v.server, err = peer.OpenServer(peer.ServerConfig{Images: devices, Logger: v.log}); err != nil {
 			stop()
 			return nil, fmt.Errorf("open image %q: %w", v.Name, err)
+		}
+		// Whatever becomes of the version meanwhile, what it refers to stays for as long as it may be fetched.
+		end := time.Now().Add(fetchLife).UTC()
+		if err := v.store.PutRoot(ctx, &objstore.Root{Time: v.put, Expires: &end, Devices: v.Devices, Body: v.body}, fetches, v.Name, v.ID); err != nil {
+			v.log.Warn("what is fetched may become garbage, if it takes for days and its version is removed", "image", v.Name, "error", err)
 		}
 	}
 	here, there, err := peer.StreamPair(dialStreams)
@@ -271,8 +290,11 @@ func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, erro
 // dialStreams is how many streams Dial makes: one for what somebody waits for.
 const dialStreams = 2
 
-// fetchLife is how long an image may take to be fetched.
-const fetchLife = 7 * 24 * time.Hour
+// What is being fetched has roots in the folder fetches, which hold for fetchLife.
+const (
+	fetches   = "fetch"
+	fetchLife = 48 * time.Hour
+)
 
 // Close waits until whoever has dialled has everything, and lets go of the store. When ctx ends it does not wait any more.
 func (v *Version) Close(ctx context.Context) error {
@@ -287,11 +309,6 @@ func (v *Version) Close(ctx context.Context) error {
 	defer context.AfterFunc(ctx, stop)() // a store that hangs holds nobody up then
 	err := server.Close(ctx)
 	v.work.Wait()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), goodbyeTime)
-	defer cancel()
-	if err := v.store.RemoveRoot(ctx, "fetch", v.id); err != nil {
-		v.log.Debug("a record in the store that an image is fetched stays until it expires", "image", v.Name, "error", err)
-	}
 	return err
 }
 

@@ -125,16 +125,16 @@ func (s *Store) GetList(ctx context.Context, id ID, size int64) (*List, error) {
 	return l, nil
 }
 
-// KeepList has all chunks of a list stay there: see Keep. It asks for those that were not seen to be there for a while.
-func (s *Store) KeepList(ctx context.Context, l *List) error {
+// HasList looks whether all chunks of a list are there: see Has.
+func (s *Store) HasList(ctx context.Context, l *List) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(s.cfg.Concurrency)
-	for n, id := range l.Chunks {
+	for _, id := range l.Chunks {
 		if ctx.Err() != nil {
 			break
 		}
 		if id != None && id != Zeros && !s.believes(id) {
-			g.Go(func() error { return s.Keep(ctx, id, l.Range(n).Length) })
+			g.Go(func() error { return s.Has(ctx, id) })
 		}
 	}
 	return g.Wait()
@@ -220,7 +220,7 @@ func (s *Store) PutDevice(ctx context.Context, d block.Device, opts PutOptions) 
 		err = context.Cause(outer)
 	}
 	if err == nil && opts.Before != nil {
-		err = s.KeepList(outer, l)
+		err = s.HasList(outer, l)
 	}
 	if err != nil {
 		return nil, err

@@ -594,10 +594,22 @@ func TestLost(t *testing.T) {
 	s, _ := syncing(t, SyncConfig{Store: store, Device: m, Writes: m, Quiet: 20 * time.Millisecond})
 	all := func() bool { st := s.Stats(); return st.Waiting == 0 }
 	eventually(t, "all is stored", all)
+	// What is found to be gone between a snapshot and the move that it is for is what has changed since then all the same.
+	snap, err := s.Snapshot(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.WriteAt([]byte("a late write"), 4097); err != nil {
+		t.Fatal(err)
+	}
 	lose()
 	if err := s.Verify(ctx); err != nil {
 		t.Fatal(err)
 	}
+	if r, err := snap.Changed(0); err != nil || r.Offset != 0 {
+		t.Errorf("changed since the snapshot: %v (%v)", r, err)
+	}
+	s.Resume()
 	eventually(t, "all is stored again", func() bool {
 		return all() && len(server.Objects(filepath.Join(store.cfg.Prefix, "chunks"))) == 2
 	})
@@ -607,10 +619,13 @@ func TestLost(t *testing.T) {
 	if err := os.WriteFile(path, []byte("something else"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, id := range before.Chunks {
+	for _, id := range s.List().Chunks {
 		if id != Zeros {
 			_ = store.Get(ctx, id, make([]byte, 256<<10))
 		}
+	}
+	if _, err := store.Put(ctx, fill(make([]byte, 4096), 9)); err != nil { // it is not forgotten over that
+		t.Fatal(err)
 	}
 	again, err := store.PutDevice(ctx, m, PutOptions{})
 	if err != nil {

@@ -190,6 +190,9 @@ func (s *Store) Collect(ctx context.Context, opts CollectOptions) (c Collected, 
 			if list := "lists/" + id.path(); !needed[list] {
 				needed[list] = true
 				l, err := s.GetList(ctx, id, d.Size)
+				if errors.Is(err, ErrNotFound) && r.Expires != nil {
+					continue // of something that went on and is gone, as it seems: there is nothing to keep
+				}
 				if err != nil {
 					return fmt.Errorf("root %q: %w", name, err)
 				}
@@ -217,6 +220,16 @@ func (s *Store) Collect(ctx context.Context, opts CollectOptions) (c Collected, 
 			case now.Sub(info.LastModified) <= opts.Grace:
 				c.Young++
 				return nil
+			}
+			if !opts.DryRun { // somebody may have put it again since it was listed
+				age, err := s.age(ctx, name)
+				if errors.Is(err, ErrNotFound) || err == nil && age <= opts.Grace {
+					c.Young++
+					return nil
+				}
+				if err != nil {
+					return err
+				}
 			}
 			c.Garbage++
 			c.GarbageBytes += info.Size

@@ -51,9 +51,9 @@ func (l Location) String() string {
 
 var bucketName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]$`)
 
-// shown is a setting for an error, unless it may hold credentials.
-func shown(s string) string {
-	if strings.Contains(s, "@") {
+// Shown is a setting, quoted, for an error, unless it may hold credentials.
+func Shown(s string) string {
+	if strings.ContainsAny(s, "@?=") {
 		return "(not shown, as it may hold credentials)"
 	}
 	return strconv.Quote(s)
@@ -80,7 +80,7 @@ func (l Location) Check() error {
 		return errors.New("there is no bucket: name one")
 	}
 	if !bucketName.MatchString(l.Bucket) {
-		return fmt.Errorf("bucket %s: use 3 to 63 letters, digits, dots and hyphens; a slash begins the prefix, and credentials are given apart", shown(l.Bucket))
+		return fmt.Errorf("bucket %s: use 3 to 63 letters, digits, dots and hyphens; a slash begins the prefix, and credentials are given apart", Shown(l.Bucket))
 	}
 	_, err := l.server()
 	return err
@@ -89,7 +89,7 @@ func (l Location) Check() error {
 func (l Location) server() (*url.URL, error) {
 	u, err := url.Parse(l.normal().Endpoint)
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "" || u.Path != "" || u.User != nil || u.RawQuery != "" {
-		return nil, fmt.Errorf("endpoint %s: give http://HOST:PORT or https://HOST, without a path and without credentials", shown(l.Endpoint))
+		return nil, fmt.Errorf("endpoint %s: give http://HOST:PORT or https://HOST, without a path and without credentials", Shown(l.Endpoint))
 	}
 	return u, nil
 }
@@ -345,17 +345,22 @@ func (s *Store) removeObject(ctx context.Context, name string) error {
 
 // eachObject passes on the objects below a folder, in the order of their names, until f fails.
 func (s *Store) eachObject(ctx context.Context, folder string, f func(name string, info minio.ObjectInfo) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	// Each part of a list is a request.
+	watchdog := time.AfterFunc(s.cfg.Timeout, func() { cancel(fmt.Errorf("the object store took more than %v for a part of a list", s.cfg.Timeout)) })
+	defer watchdog.Stop()
 	for o := range s.core.Client.ListObjects(ctx, s.cfg.Bucket, minio.ListObjectsOptions{Prefix: s.prefix + folder + "/", Recursive: true}) {
 		if o.Err != nil {
-			return s.failed("list", folder+"/", o.Err)
+			return s.failed("list", folder+"/", s.cause(ctx, o.Err))
 		}
+		watchdog.Stop()
 		if err := f(strings.TrimPrefix(o.Key, s.prefix), o); err != nil {
 			return err
 		}
+		watchdog.Reset(s.cfg.Timeout)
 	}
-	return ctx.Err()
+	return context.Cause(ctx)
 }
 
 // Put puts content there, unless it is there, and returns its name.
@@ -412,32 +417,32 @@ func (s *Store) believe(id ID) {
 	defer s.mu.Unlock()
 	if len(s.seen) >= s.sweep {
 		now := time.Now()
-		maps.DeleteFunc(s.seen, func(_ ID, until time.Time) bool { return now.After(until) })
+		maps.DeleteFunc(s.seen, func(_ ID, until time.Time) bool { return !until.IsZero() && now.After(until) }) // suspicions stay
 		s.sweep = max(2*len(s.seen), 1<<16)
 	}
 	s.seen[id] = time.Now().Add(believedFor)
 }
 
-// Keep has a chunk of that length that is there already stay there, for who is going to refer to it. It fails with ErrNotFound or ErrCorrupt if
-// it is not there.
-func (s *Store) Keep(ctx context.Context, id ID, length int64) error {
+// Has looks whether a chunk is there, unless it was seen there a while ago. The error wraps ErrNotFound if it is not.
+func (s *Store) Has(ctx context.Context, id ID) error {
 	if id == Zeros || s.believes(id) {
 		return nil
 	}
-	age, err := s.age(ctx, "chunks/"+id.path())
-	if err != nil {
+	if s.suspects(id) {
+		return fmt.Errorf("look at chunk %v: it was found damaged, or not at all: %w", id, ErrNotFound)
+	}
+	if _, err := s.age(ctx, "chunks/"+id.path()); err != nil {
 		return err
 	}
-	if age < refreshAfter {
-		s.believe(id)
-		return nil
-	}
-	p := make([]byte, length)
-	if err := s.Get(ctx, id, p); err != nil {
-		return err
-	}
-	_, err = s.put(ctx, "chunks", id, p)
-	return err
+	s.believe(id)
+	return nil
+}
+
+// Doubt no longer believes of anything that it is there.
+func (s *Store) Doubt() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.seen, func(_ ID, until time.Time) bool { return !until.IsZero() })
 }
 
 // Get fills p with the chunk of that name, which must have that length.

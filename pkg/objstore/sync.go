@@ -371,7 +371,7 @@ func (s *Syncer) readAll(ctx context.Context) error {
 			}
 			s.note(n, id, p)
 			s.mu.Lock()
-			s.changed[n] = false
+			s.changed[n] = s.list.Chunks[n] != id // which Verify may have missed
 			s.mu.Unlock()
 		}
 		read += r.Length
@@ -388,22 +388,26 @@ func (s *Syncer) readAll(ctx context.Context) error {
 // Verify looks for what is to be in the store and was not seen there for a while, and has what is missing be put again. An error is the store's.
 func (s *Syncer) Verify(ctx context.Context) error {
 	l := s.List()
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(max(1, s.cfg.Store.cfg.Concurrency/4)) // nobody waits for it
 	for n, id := range l.Chunks {
-		if id == None {
+		if id == None || ctx.Err() != nil {
 			continue
 		}
-		err := s.cfg.Store.Keep(ctx, id, l.Range(n).Length)
-		if errors.Is(err, ErrNotFound) || errors.Is(err, ErrCorrupt) {
-			s.mu.Lock()
-			if s.list.Chunks[n] == id {
-				s.list.Chunks[n], s.changed[n] = None, true
+		g.Go(func() error {
+			err := s.cfg.Store.Has(ctx, id)
+			if errors.Is(err, ErrNotFound) {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				if s.list.Chunks[n] == id {
+					s.list.Chunks[n], s.changed[n] = None, true
+				}
+				return nil
 			}
-			s.mu.Unlock()
-		} else if err != nil {
 			return err
-		}
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // Snapshot is what is in the store at one moment.
@@ -443,7 +447,7 @@ func (s *Syncer) Snapshot(ctx context.Context) (*Snapshot, error) {
 		}
 	}
 	if s.writes {
-		snap.Changed = s.nextChange
+		snap.Changed = func(off int64) (block.Range, error) { return s.nextChange(snap.List, off) }
 	}
 	return snap, nil
 }
@@ -460,14 +464,15 @@ func (s *Syncer) thaw() {
 	s.frozen = false
 }
 
-func (s *Syncer) nextChange(off int64) (block.Range, error) {
+// nextChange is what has changed since of what was stored then, whatever has become of it in the store.
+func (s *Syncer) nextChange(stored *List, off int64) (block.Range, error) {
 	if err := s.collect(context.Background()); err != nil {
 		return block.Range{}, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for n := int(off / ChunkSize(s.list.Size)); n < len(s.changed); n++ {
-		if s.changed[n] && s.list.Chunks[n] != None {
+		if s.changed[n] && stored.Chunks[n] != None {
 			r := s.list.Range(n)
 			first := max(off, r.Offset)
 			return block.Range{Offset: first, Length: r.End() - first}, nil

@@ -57,11 +57,8 @@ type StoredContent struct {
 	Changed   func(off int64) (block.Range, error)
 }
 
-// A migration waits for the store for snapshotTime at its source, before it says a word, and for findTime at its destination; then it goes on without.
-const (
-	snapshotTime = 3 * time.Second
-	findTime     = 10 * time.Second
-)
+// storeTime is what a migration waits for the store at its source, before it says a word, and at its destination; then it goes on without.
+const storeTime = 3 * time.Second
 
 // synced is a device that is being kept in a store.
 type synced struct {
@@ -108,7 +105,7 @@ func (p *Peer) endSync() {
 
 // addStored names what is stored of what is sent. Until done is called, nothing more is put.
 func (p *Peer) addStored(ctx context.Context, sc *migrate.SourceConfig) (done func()) {
-	ctx, cancel := context.WithTimeoutCause(ctx, snapshotTime, errors.New("the store took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, storeTime, errors.New("the store took too long"))
 	defer cancel()
 	var g errgroup.Group
 	taken := make([]*synced, len(sc.Devices))
@@ -147,7 +144,7 @@ func (t *target) Stored(ctx context.Context, m *wire.Manifest) ([]migrate.Fetche
 	if t.cfg.Storage == nil {
 		return out, nil
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, findTime, errors.New("the store took too long"))
+	ctx, cancel := context.WithTimeoutCause(ctx, storeTime, errors.New("the store took too long"))
 	defer cancel()
 	var g errgroup.Group
 	for n, d := range m.Devices {

@@ -268,7 +268,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		}
 		devices = restoredDevices(store.devices, opts.packagePath)
 	}
-	if err := store.keep(ctx, &opts.depotFlags, cmd.Flags(), devices, opts.stores); err != nil {
+	if err := store.keep(ctx, &opts.depotFlags, devices, opts.stores); err != nil {
 		return err
 	}
 	if err := opts.checkMemory(devices); err != nil {

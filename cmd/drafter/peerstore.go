@@ -11,6 +11,10 @@ import (
 	"sync"
 	"time"
 
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/depot"
@@ -19,9 +23,6 @@ import (
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
-	"github.com/dustin/go-humanize"
-	"github.com/spf13/cobra"
-	"github.com/spf13/pflag"
 )
 
 // depotFlags say what a peer has to do with a store.
@@ -49,6 +50,7 @@ func (f *depotFlags) register(flags *pflag.FlagSet) {
 
 // peerDepot is a peer's part in a store.
 type peerDepot struct {
+	config  objstore.Config // by the flags
 	store   *objstore.Store // of --store; nil: none
 	storage *depot.Storage  // nil: nothing is kept
 	backup  *depot.Backup   // nil: no copies
@@ -106,6 +108,7 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 		return nil, usageErrorf("--backup-keep %d: give at least 1", f.backupKeep)
 	}
 	c.Logger = logger(ctx)
+	d.config = c
 	if named {
 		if d.store, err = objstore.Open(c); err != nil {
 			return nil, usageErrorf("--store: %w", err)
@@ -138,26 +141,18 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 }
 
 // keep has devices be kept: all that travel with --store-sync, or those that say so themselves.
-func (d *peerDepot) keep(ctx context.Context, f *depotFlags, flags *pflag.FlagSet, devices []peer.Device, own map[string]depot.DeviceConfig) error {
-	c, named, err := f.config(flags)
-	if err != nil {
-		return err
-	}
+func (d *peerDepot) keep(ctx context.Context, f *depotFlags, devices []peer.Device, own map[string]depot.DeviceConfig) (err error) {
 	cfg := depot.StorageConfig{Devices: make(map[string]depot.DeviceConfig), Logger: logger(ctx)}
 	for _, device := range devices {
 		kept, has := own[device.Name]
 		if !has && (!f.sync || device.Name == runner.StateDevice || device.Stationary || device.Shared) {
 			continue
 		}
-		if kept.Store.Bucket == "" && named {
-			few := kept.Store.Concurrency
-			kept.Store = c
-			kept.Store.Concurrency = cmp.Or(few, c.Concurrency)
+		few := cmp.Or(kept.Store.Concurrency, d.config.Concurrency)
+		if kept.Store.Bucket == "" && d.store != nil {
+			kept.Store = d.config
 		}
-		kept.Store.Key, kept.Quiet = c.Key, f.quiet
-		if kept.Store.Concurrency == 0 {
-			kept.Store.Concurrency = c.Concurrency
-		}
+		kept.Store.Concurrency, kept.Store.Key, kept.Quiet = few, d.config.Key, f.quiet
 		cfg.Devices[device.Name] = kept
 	}
 	if len(cfg.Devices) == 0 {
@@ -278,15 +273,15 @@ const restoreMark = ".restore"
 
 // markRestored makes the folder that an image is restored to. Undo removes it, if that has come to nothing.
 func markRestored(v *depot.Version, devices []string, dir string) (undo func(), err error) {
-	made, err := runner.MakeFolders(dir, 0o700)
 	mark := filepath.Join(dir, restoreMark)
+	_, before := os.Stat(mark)
+	made, err := runner.MakeFolders(dir, 0o700)
 	if err == nil {
 		err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{v.Name + "@" + v.ID}, devices...), " ")+"\n"), 0o600)
 	}
 	if err == nil {
 		err = os.Rename(mark+".new", mark)
 	}
-	_, before := os.Stat(mark)
 	undo = func() {
 		if before != nil { // else there is what an earlier attempt has left
 			_ = os.Remove(mark)

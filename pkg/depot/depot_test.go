@@ -208,10 +208,16 @@ func TestStorageClose(t *testing.T) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	// A store that hangs holds a migration up for no longer than it may.
+	put := s.Stats()["disk"].Bytes
 	if _, err := disk.WriteAt([]byte("something else"), 0); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(200 * time.Millisecond) // it is put, and the list is another
+	for n := 0; s.Stats()["disk"].Bytes == put; n++ { // when it is put, the list is another
+		if n > 500 {
+			t.Fatal("what was written is never put")
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
 	proxy.Set(&tests3.Fault{Hang: true, Match: tests3.Of(http.MethodPut, "lists")})
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
@@ -263,7 +269,6 @@ func TestImages(t *testing.T) {
 	}
 	put := func() (n int64) {
 		sent := map[string]int64{}
-		time.Sleep(2 * time.Millisecond) // versions are called by the time
 		version, err := Push(ctx, store, dir, "web", PushOptions{Progress: func(device string, _, put int64) { sent[device] = put }})
 		if err != nil || version == "" {
 			t.Fatal(err)

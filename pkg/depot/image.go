@@ -184,6 +184,10 @@ func (v *Version) Load(ctx context.Context) error {
 	if err == nil {
 		err = json.Unmarshal(root.Body, &b)
 	}
+	var every time.Duration
+	if err == nil && b.Every != "" {
+		every, err = time.ParseDuration(b.Every)
+	}
 	if err == nil {
 		for _, d := range root.Devices {
 			if err = vmpackage.CheckName(d.Name); err != nil {
@@ -194,8 +198,7 @@ func (v *Version) Load(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("open version %q of image %q: %w", v.ID, v.Name, err)
 	}
-	v.Taken, v.Devices, v.Loaded, v.put, v.body = b.Taken, root.Devices, true, root.Time, root.Body
-	v.Every, _ = time.ParseDuration(b.Every)
+	v.Taken, v.Every, v.Devices, v.Loaded, v.put, v.body = b.Taken, every, root.Devices, true, root.Time, root.Body
 	return nil
 }
 

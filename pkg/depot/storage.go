@@ -75,7 +75,7 @@ func NewStorage(cfg StorageConfig) (*Storage, error) {
 	return s, nil
 }
 
-// open returns a store, which may be one that was opened before.
+// openStore returns a store, which may be one that was opened before.
 func (s *Storage) openStore(cfg objstore.Config) (*objstore.Store, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -182,7 +182,7 @@ func keyOf(id string) string {
 	return fmt.Sprintf("key %q", id)
 }
 
-// Renewal is how often what a running VM refers to is put on record in the store, and rootLife, for how long that keeps it from being garbage.
+// renewal is how often what a running VM refers to is put on record in the store, and rootLife, for how long that keeps it from being garbage.
 const (
 	renewal  = time.Hour
 	rootLife = 24 * time.Hour

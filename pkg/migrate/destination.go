@@ -734,21 +734,38 @@ func (d *destination) write(c *content, b *wire.Buffer) error {
 		defer dev.stored.touch(r)()
 	}
 	if b.Header.Type == wire.TypeData {
-		dev.digest.write(r.Offset, b.Bytes())
-		if _, err := dev.WriteAt(b.Bytes(), r.Offset); err != nil {
-			return d.deviceError("write", dev, r.Offset, err)
+		if err := d.storeData(dev, r.Offset, b.Bytes()); err != nil {
+			return err
 		}
 		d.dataBytes.Add(r.Length)
 	} else {
-		if !dev.blank || !dev.digest.isZero(r.Offset, r.Length) {
-			dev.digest.zero(r.Offset, r.Length)
-			if err := dev.Discard(r.Offset, r.Length); err != nil {
-				return d.deviceError("discard", dev, r.Offset, err)
-			}
+		if err := d.storeZeros(dev, r); err != nil {
+			return err
 		}
 		d.zeroBytes.Add(r.Length)
 	}
 	c.tally.add(i, n)
+	return nil
+}
+
+// storeData writes content to a device, before the guest uses it, and notes that.
+func (d *destination) storeData(dev *targetDevice, off int64, p []byte) error {
+	dev.digest.write(off, p)
+	if _, err := dev.WriteAt(p, off); err != nil {
+		return d.deviceError("write", dev, off, err)
+	}
+	return nil
+}
+
+// storeZeros is storeData of zeros.
+func (d *destination) storeZeros(dev *targetDevice, r block.Range) error {
+	if dev.blank && dev.digest.isZero(r.Offset, r.Length) {
+		return nil
+	}
+	dev.digest.zero(r.Offset, r.Length)
+	if err := dev.Discard(r.Offset, r.Length); err != nil {
+		return d.deviceError("discard", dev, r.Offset, err)
+	}
 	return nil
 }
 

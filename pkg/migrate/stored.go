@@ -543,17 +543,14 @@ func (d *destination) put(dev *targetDevice, off int64, p []byte) (data int64, e
 			n += more
 		}
 		run := block.Range{Offset: off + at, Length: n}
-		if !zero {
-			dev.digest.write(run.Offset, p[at:at+n])
-			if _, err := dev.WriteAt(p[at:at+n], run.Offset); err != nil {
-				return data, d.deviceError("write", dev, run.Offset, err)
-			}
+		if zero {
+			err = d.storeZeros(dev, run)
+		} else {
+			err = d.storeData(dev, run.Offset, p[at:at+n])
 			data += n
-		} else if !dev.blank || !dev.digest.isZero(run.Offset, run.Length) {
-			dev.digest.zero(run.Offset, run.Length)
-			if err := dev.Discard(run.Offset, run.Length); err != nil {
-				return data, d.deviceError("discard", dev, run.Offset, err)
-			}
+		}
+		if err != nil {
+			return data, err
 		}
 		at += n
 	}

@@ -191,8 +191,8 @@ func (s *Store) PutDevice(ctx context.Context, d block.Device, opts PutOptions) 
 			g.Go(func() error {
 				at := l.Range(chunk)
 				p := make([]byte, at.Length)
-				if k, err := d.ReadAt(p, at.Offset); k < len(p) {
-					return fmt.Errorf("put device: read %d bytes at %d: %w", len(p), at.Offset, errors.Join(err, io.ErrUnexpectedEOF))
+				if err := readChunk(d, p, at); err != nil {
+					return fmt.Errorf("put device: %w", err)
 				}
 				id, sent, err := s.putNew(ctx, p)
 				if err != nil {

@@ -224,10 +224,7 @@ func (s *Syncer) putQuiet(ctx context.Context) error {
 	s.mu.Unlock()
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(s.cfg.Store.cfg.Concurrency)
-	hole, err := s.holes()
-	if err != nil {
-		return err
-	}
+	hole := s.holes()
 	for _, n := range due {
 		if ctx.Err() != nil {
 			break
@@ -245,7 +242,7 @@ func (s *Syncer) putQuiet(ctx context.Context) error {
 }
 
 // holes returns a function that says of ascending chunks whether the device certainly holds nothing there.
-func (s *Syncer) holes() (func(n int) bool, error) {
+func (s *Syncer) holes() func(n int) bool {
 	data := block.Range{Offset: -1}
 	end := false
 	return func(n int) bool {
@@ -260,7 +257,7 @@ func (s *Syncer) holes() (func(n int) bool, error) {
 			data = next
 		}
 		return end && data.End() <= r.Offset || !end && data.Offset >= r.End()
-	}, nil
+	}
 }
 
 // collect notes what was written. turn is held.
@@ -339,10 +336,7 @@ func readChunk(d block.Device, p []byte, r block.Range) error {
 
 // readAll reads the device, and puts what is as it was the last time. turn is held.
 func (s *Syncer) readAll(ctx context.Context) error {
-	hole, err := s.holes()
-	if err != nil {
-		return err
-	}
+	hole := s.holes()
 	p := make([]byte, ChunkSize(s.list.Size))
 	began, read := time.Now(), int64(0)
 	for n := range s.list.Chunks {

@@ -20,7 +20,9 @@ var mayImport = map[string][]string{
 	"vmm":       {}, // and so vmm/qemu: vmm
 	"agent":     {},
 	"transport": {},
-	"blueprint": {},
+	"filetree":  {},
+	"blueprint": {"filetree"},
+	"oci":       {"block", "filetree"},
 	"nat":       {},
 	"forward":   {"nat"},
 	"flow":      {"nat"},

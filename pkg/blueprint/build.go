@@ -23,6 +23,7 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"github.com/drafter-vm/drafter/pkg/filetree"
 	"golang.org/x/sys/unix"
 	"pault.ag/go/debian/dependency"
 )
@@ -134,8 +135,8 @@ type Result struct {
 //go:embed *.go
 var sources embed.FS
 
-// complete checks the configuration and returns it with defaults filled in.
-func (cfg Config) complete() (Config, error) {
+// withDefaults returns the configuration with defaults filled in.
+func (cfg Config) withDefaults() Config {
 	cfg.Output = cmp.Or(cfg.Output, filepath.Join("out", "blueprint"))
 	if cfg.Desktop != "" {
 		cfg.Suite = cmp.Or(cfg.Suite, desktopSuite)
@@ -159,6 +160,12 @@ func (cfg Config) complete() (Config, error) {
 		n.Nameservers = []netip.Addr{netip.MustParseAddr("1.1.1.1"), netip.MustParseAddr("8.8.8.8")}
 	}
 
+	return cfg
+}
+
+// complete checks the configuration and returns it with defaults filled in.
+func (cfg Config) complete() (Config, error) {
+	cfg = cfg.withDefaults()
 	if cfg.Arch != "amd64" || runtime.GOARCH != "amd64" || runtime.GOOS != "linux" {
 		return cfg, fmt.Errorf("architecture %q on %s/%s is not supported: blueprints are built for amd64, on linux/amd64", cfg.Arch, runtime.GOOS, runtime.GOARCH)
 	}
@@ -168,7 +175,7 @@ func (cfg Config) complete() (Config, error) {
 	if !validHostname(cfg.Hostname) {
 		return cfg, fmt.Errorf("host name %q is not valid: letters, digits and dashes, at most 63", cfg.Hostname)
 	}
-	if cfg.Size < 0 || cfg.Size%mib != 0 {
+	if cfg.Size < 0 || cfg.Size%(1<<20) != 0 {
 		return cfg, fmt.Errorf("size %d of the root disk is not a positive multiple of 1 MiB", cfg.Size)
 	}
 	if cfg.Locked && cfg.UpdateLock {
@@ -369,15 +376,23 @@ func mirrorSources(mirror, suite string) []Source {
 	return []Source{{URI: strings.TrimSuffix(mirror, "/"), Suite: suite, Components: []string{"main"}}}
 }
 
-// settleLock returns a lock for the request whose packages are all in the cache.
-func (b *build) settleLock(ctx context.Context, lock *lockFile) (*lockFile, error) {
-	var err error
+// findArchives finds where packages come from.
+func (b *build) findArchives() (err error) {
 	if b.aptSources, err = findSources(b.cfg.AptDir, b.cfg.Suite, b.cfg.Mirror); err != nil {
-		return nil, err
+		return err
 	}
 	b.archives = map[string]string{}
 	for _, s := range b.aptSources {
 		b.archives[s.Suite] = s.URI
+	}
+	return nil
+}
+
+// settleLock returns a lock for the request whose packages are all in the cache.
+func (b *build) settleLock(ctx context.Context, lock *lockFile) (*lockFile, error) {
+	var err error
+	if err = b.findArchives(); err != nil {
+		return nil, err
 	}
 	fresh := false
 	switch {
@@ -507,15 +522,17 @@ func (b *build) inputs(lock *lockFile) (string, error) {
 		return "", fmt.Errorf("digest configuration: %w", err)
 	}
 	h.Write(lock.text())
-	if err := fs.WalkDir(sources, ".", func(p string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() || strings.HasSuffix(p, "_test.go") {
+	for _, sources := range []embed.FS{sources, filetree.Sources} {
+		if err := fs.WalkDir(sources, ".", func(p string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || strings.HasSuffix(p, "_test.go") {
+				return err
+			}
+			text, err := sources.ReadFile(p)
+			h.Write(text)
 			return err
+		}); err != nil {
+			return "", fmt.Errorf("digest builder: %w", err)
 		}
-		text, err := sources.ReadFile(p)
-		h.Write(text)
-		return err
-	}); err != nil {
-		return "", fmt.Errorf("digest builder: %w", err)
 	}
 	files := append([]string{cfg.Agent}, slices.Concat(cfg.Units, cfg.Scripts)...)
 	for _, c := range cfg.Copies {
@@ -629,7 +646,7 @@ func (b *build) build(ctx context.Context, lock *lockFile) (Result, error) {
 		return Result{}, fmt.Errorf("create work folder: %w", err)
 	}
 	defer os.RemoveAll(tmp)
-	spool, err := newSpool(tmp)
+	spool, err := filetree.NewSpool(tmp)
 	if err != nil {
 		return Result{}, err
 	}
@@ -668,31 +685,27 @@ func (b *build) build(ctx context.Context, lock *lockFile) (Result, error) {
 	}
 	debs = debs[2:]
 
-	s := &system{tree: newTree(spool), cfg: &b.cfg}
-	s.users = users{s.tree}
+	s := &system{Tree: filetree.New(spool), cfg: &b.cfg}
+	s.users = users{s.Tree}
 	if err := s.lay(ctx, debs); err != nil {
 		return Result{}, fmt.Errorf("lay out root disk: %w", err)
 	}
 	for _, w := range s.warnings {
 		b.log.Warn(w)
 	}
-	if err := box.installModules(ctx, s.tree, kernel, tmp); err != nil {
+	if err := box.installModules(ctx, s.Tree, kernel, tmp); err != nil {
 		return Result{}, err
-	}
-	size := b.cfg.Size
-	if size == 0 {
-		_, size = diskSize(s.tree)
 	}
 	// The time of the build is that of its youngest package.
 	epoch := int64(0)
 	for _, d := range debs {
 		for _, f := range d.files {
 			if f.node != nil {
-				epoch = max(epoch, f.node.mtime)
+				epoch = max(epoch, f.node.ModTime)
 			}
 		}
 	}
-	if err := box.makeExt4(ctx, s.tree, filepath.Join(tmp, DiskFile), size, epoch, b.progress("write root disk")); err != nil {
+	if err := box.makeExt4(ctx, s.Tree, filepath.Join(tmp, DiskFile), b.cfg.Size, epoch, b.progress("write root disk")); err != nil {
 		return Result{}, err
 	}
 	return b.publish(ctx, tmp, lock, stamp{Inputs: inputs, KernelVersion: kernel.version, Files: map[string]stampedAs{}})
@@ -756,7 +769,7 @@ func digestFile(ctx context.Context, path string) (stampedAs, error) {
 }
 
 func (b *build) writeKernel(k *kernelPackage, path string) error {
-	kernel, err := ExtractVMLinux(k.image.reader())
+	kernel, err := ExtractVMLinux(k.image.Reader())
 	if err != nil {
 		return fmt.Errorf("unpack kernel %s: %w", k.version, err)
 	}
@@ -768,12 +781,12 @@ func (b *build) writeKernel(k *kernelPackage, path string) error {
 
 func (b *build) writeInitrd(k *kernelPackage, busybox *deb, path string) error {
 	i := slices.IndexFunc(busybox.files, func(f debFile) bool {
-		return f.node != nil && f.node.typ == tar.TypeReg && filepath.Base(f.path) == "busybox"
+		return f.node != nil && f.node.Type == tar.TypeReg && filepath.Base(f.path) == "busybox"
 	})
 	if i < 0 {
 		return fmt.Errorf("package %s holds no busybox", busybox.Package)
 	}
-	program, err := io.ReadAll(busybox.files[i].node.content.reader())
+	program, err := io.ReadAll(busybox.files[i].node.Content.Reader())
 	if err != nil {
 		return fmt.Errorf("write initrd: %w", err)
 	}
@@ -789,7 +802,7 @@ func (b *build) writeInitrd(k *kernelPackage, busybox *deb, path string) error {
 }
 
 // installModules puts the kernel's modules into the tree, with the indexes that depmod makes of them.
-func (box *toolbox) installModules(ctx context.Context, t *tree, k *kernelPackage, tmp string) error {
+func (box *toolbox) installModules(ctx context.Context, t *filetree.Tree, k *kernelPackage, tmp string) error {
 	base, err := os.MkdirTemp(tmp, "modules-*")
 	if err != nil {
 		return fmt.Errorf("install modules: %w", err)
@@ -797,7 +810,7 @@ func (box *toolbox) installModules(ctx context.Context, t *tree, k *kernelPackag
 	defer os.RemoveAll(base)
 	dir := filepath.Join(base, "lib", "modules", k.version)
 	for p, c := range k.modules {
-		if err := t.put("/lib/modules/"+k.version+"/"+p, &node{typ: tar.TypeReg, mode: 0o644, content: c}); err != nil {
+		if err := t.Put("/lib/modules/"+k.version+"/"+p, &filetree.Node{Type: tar.TypeReg, Mode: 0o644, Content: c}); err != nil {
 			return fmt.Errorf("install modules: %w", err)
 		}
 		if !filepath.IsLocal(p) {
@@ -811,7 +824,7 @@ func (box *toolbox) installModules(ctx context.Context, t *tree, k *kernelPackag
 		if err != nil {
 			return fmt.Errorf("install modules: %w", err)
 		}
-		if err := errors.Join(c.writeTo(w), w.Close()); err != nil {
+		if err := errors.Join(c.CopyTo(w), w.Close()); err != nil {
 			return fmt.Errorf("install modules: %w", err)
 		}
 	}
@@ -831,7 +844,7 @@ func (box *toolbox) installModules(ctx context.Context, t *tree, k *kernelPackag
 		if err != nil {
 			return fmt.Errorf("install modules: %w", err)
 		}
-		if err := t.writeFile("/lib/modules/"+k.version+"/"+filepath.Base(index), string(data), 0o644); err != nil {
+		if err := t.WriteFile("/lib/modules/"+k.version+"/"+filepath.Base(index), string(data), 0o644); err != nil {
 			return fmt.Errorf("install modules: %w", err)
 		}
 	}
@@ -839,19 +852,19 @@ func (box *toolbox) installModules(ctx context.Context, t *tree, k *kernelPackag
 }
 
 // spoolHostFile takes a file of the host into the spool.
-func (s *system) spoolHostFile(path string) (content, error) {
+func (s *system) spoolHostFile(path string) (filetree.Content, error) {
 	f, err := os.Open(path)
 	if err != nil {
-		return content{}, fmt.Errorf("read file for the guest: %w", err)
+		return filetree.Content{}, fmt.Errorf("read file for the guest: %w", err)
 	}
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {
-		return content{}, fmt.Errorf("read file for the guest: %w", err)
+		return filetree.Content{}, fmt.Errorf("read file for the guest: %w", err)
 	}
-	c, err := s.spool.put(f, st.Size())
+	c, err := s.Spool.Put(f, st.Size())
 	if err != nil {
-		return content{}, fmt.Errorf("read file for the guest %q: %w", path, err)
+		return filetree.Content{}, fmt.Errorf("read file for the guest %q: %w", path, err)
 	}
 	return c, nil
 }
@@ -863,28 +876,28 @@ func (s *system) copyFromHost(host, guest string) error {
 	if err != nil {
 		return fmt.Errorf("read file for the guest: %w", err)
 	}
-	if n := s.find(guest, true); !st.IsDir() && (strings.HasSuffix(guest, "/") || n != nil && n.typ == tar.TypeDir) {
+	if n := s.Find(guest, true); !st.IsDir() && (strings.HasSuffix(guest, "/") || n != nil && n.Type == tar.TypeDir) {
 		guest = filepath.Join(guest, filepath.Base(host))
 	}
 	return walkHost(host, func(rel string, st fs.FileInfo) error {
-		n := &node{mode: uint32(st.Mode().Perm()), mtime: st.ModTime().Unix()}
+		n := &filetree.Node{Mode: uint32(st.Mode().Perm()), ModTime: st.ModTime().Unix()}
 		var err error
 		switch {
 		case st.IsDir():
-			n.typ = tar.TypeDir
+			n.Type = tar.TypeDir
 		case st.Mode().IsRegular():
-			n.typ = tar.TypeReg
-			n.content, err = s.spoolHostFile(filepath.Join(host, rel))
+			n.Type = tar.TypeReg
+			n.Content, err = s.spoolHostFile(filepath.Join(host, rel))
 		case st.Mode()&fs.ModeSymlink != 0:
-			n.typ, n.mode = tar.TypeSymlink, 0o777
-			n.link, err = os.Readlink(filepath.Join(host, rel))
+			n.Type, n.Mode = tar.TypeSymlink, 0o777
+			n.Link, err = os.Readlink(filepath.Join(host, rel))
 		default:
 			err = fmt.Errorf("read file for the guest: %q is neither file, folder nor link", filepath.Join(host, rel))
 		}
 		if err != nil {
 			return err
 		}
-		n.mtime = 0 // what is copied counts by its content: a fresh checkout gives the same disk
-		return s.put(filepath.Join(guest, rel), n)
+		n.ModTime = 0 // what is copied counts by its content: a fresh checkout gives the same disk
+		return s.Put(filepath.Join(guest, rel), n)
 	})
 }

@@ -6,6 +6,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 func TestStanzas(t *testing.T) {
@@ -108,13 +110,13 @@ func FuzzDeb(f *testing.F) {
 	f.Add(arArchive([2]string{"debian-binary", "2.0\n"}, [2]string{"control.tar", ""}, [2]string{"data.tar.xz", "x"}))
 	f.Add(testDeb(f, "Package: x\n", map[string]string{"usr/bin/x": "y"}, nil))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		s, err := newSpool(t.TempDir())
+		s, err := filetree.NewSpool(t.TempDir())
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer s.Close()
 		if d, err := readDeb(t.Context(), bytes.NewReader(data), int64(len(data)), s, keepPath); err == nil {
-			_ = newTree(s).install(d)
+			_ = installDeb(filetree.New(s), d)
 		}
 	})
 }

@@ -10,6 +10,7 @@ import (
 	"path"
 	"strings"
 
+	"github.com/drafter-vm/drafter/pkg/filetree"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -23,7 +24,7 @@ type deb struct {
 
 type debFile struct {
 	path   string // "/usr/bin/x"
-	node   *node
+	node   *filetree.Node
 	hardTo string // path of the file this is a hard link to
 }
 
@@ -36,7 +37,7 @@ const (
 )
 
 // openDeb reads the .deb at file, keeping the contents of its files in s. keep says which paths are wanted.
-func openDeb(ctx context.Context, p Package, file string, s *spool, keep func(path string) bool) (*deb, error) {
+func openDeb(ctx context.Context, p Package, file string, s *filetree.Spool, keep func(path string) bool) (*deb, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, fmt.Errorf("open package %s: %w", p, err)
@@ -54,7 +55,7 @@ func openDeb(ctx context.Context, p Package, file string, s *spool, keep func(pa
 	return d, nil
 }
 
-func readDeb(ctx context.Context, r io.ReaderAt, size int64, s *spool, keep func(string) bool) (*deb, error) {
+func readDeb(ctx context.Context, r io.ReaderAt, size int64, s *filetree.Spool, keep func(string) bool) (*deb, error) {
 	archive, err := newArReader(r, size)
 	if err != nil {
 		return nil, err
@@ -98,7 +99,7 @@ func readDeb(ctx context.Context, r io.ReaderAt, size int64, s *spool, keep func
 	return d, nil
 }
 
-func (d *deb) addFile(h *tar.Header, r io.Reader, s *spool, keep func(string) bool) error {
+func (d *deb) addFile(h *tar.Header, r io.Reader, s *filetree.Spool, keep func(string) bool) error {
 	f := debFile{path: path.Clean("/" + h.Name)}
 	if f.path == "/" || !keep(f.path) {
 		return nil
@@ -110,13 +111,13 @@ func (d *deb) addFile(h *tar.Header, r io.Reader, s *spool, keep func(string) bo
 	case tar.TypeLink:
 		f.hardTo = path.Clean("/" + h.Linkname)
 	case tar.TypeReg, tar.TypeDir, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
-		f.node = &node{
-			typ: h.Typeflag, mode: uint32(h.Mode) & 0o7777, uid: h.Uid, gid: h.Gid, mtime: h.ModTime.Unix(), link: h.Linkname,
-			major: h.Devmajor, minor: h.Devminor,
+		f.node = &filetree.Node{
+			Type: h.Typeflag, Mode: uint32(h.Mode) & 0o7777, UID: h.Uid, GID: h.Gid, ModTime: h.ModTime.Unix(), Link: h.Linkname,
+			Major: h.Devmajor, Minor: h.Devminor,
 		}
 		if h.Typeflag == tar.TypeReg {
 			var err error
-			if f.node.content, err = s.put(r, h.Size); err != nil {
+			if f.node.Content, err = s.Put(r, h.Size); err != nil {
 				return fmt.Errorf("%s: %w", f.path, err)
 			}
 		}
@@ -152,7 +153,7 @@ func untar(r io.Reader, suffix string, each func(*tar.Header, io.Reader) error) 
 }
 
 // openAll opens packages, as many at a time as there are processors, and returns them in the order given.
-func (c *cache) openAll(ctx context.Context, packages []Package, s *spool, keep func(string) bool, progress func(done, total int64)) ([]*deb, error) {
+func (c *cache) openAll(ctx context.Context, packages []Package, s *filetree.Spool, keep func(string) bool, progress func(done, total int64)) ([]*deb, error) {
 	out := make([]*deb, len(packages))
 	var total int64
 	for _, p := range packages {
@@ -171,17 +172,17 @@ func (c *cache) openAll(ctx context.Context, packages []Package, s *spool, keep 
 	return out, group.Wait()
 }
 
-// install puts the files of a package into the tree, over those of packages before it, as dpkg does with Replaces.
-func (t *tree) install(d *deb) error {
+// installDeb puts the files of a package into the tree, over those of packages before it, as dpkg does with Replaces.
+func installDeb(t *filetree.Tree, d *deb) error {
 	for _, f := range d.files {
 		if f.hardTo != "" {
-			n := t.find(f.hardTo, false)
+			n := t.Find(f.hardTo, false)
 			if n == nil {
 				return fmt.Errorf("package %s: hard link %q to %q, which it has not", d.Package, f.path, f.hardTo)
 			}
 			f.node = n
 		}
-		if err := t.put(f.path, f.node); err != nil {
+		if err := t.Put(f.path, f.node); err != nil {
 			return fmt.Errorf("package %s: %w", d.Package, err)
 		}
 	}

@@ -76,19 +76,19 @@ func (s *system) desktop() error {
 	}
 	uid, _ := s.users.uid(desktopUser)
 	gid, _ := s.users.gid(desktopUser)
-	if err := s.mkdir(home, 0o755, uid, gid); err != nil {
+	if err := s.Mkdir(home, 0o755, uid, gid); err != nil {
 		return err
 	}
 	for _, name := range []string{".bashrc", ".profile"} {
-		text, err := s.readFile("/etc/skel/" + name)
-		if err != nil || s.find(home+"/"+name, false) != nil {
+		text, err := s.ReadFile("/etc/skel/" + name)
+		if err != nil || s.Find(home+"/"+name, false) != nil {
 			continue // a shell does without, or has its own
 		}
-		if err := s.writeFile(home+"/"+name, string(text), 0o644); err != nil {
+		if err := s.WriteFile(home+"/"+name, string(text), 0o644); err != nil {
 			return err
 		}
-		n := s.find(home+"/"+name, false)
-		n.uid, n.gid = uid, gid
+		n := s.Find(home+"/"+name, false)
+		n.UID, n.GID = uid, gid
 	}
 	if err := s.writeFiles([]file{
 		{path: "/usr/lib/drafter/desktop", text: desktopScript + s.cfg.Desktop + "\n", mode: 0o755},
@@ -101,12 +101,12 @@ func (s *system) desktop() error {
 	}
 	program := s.cfg.desktopProgram()
 	if !slices.ContainsFunc([]string{"", "/usr/local/bin/", "/usr/bin/", "/usr/games/"}, func(dir string) bool {
-		return (dir != "" || path.IsAbs(program)) && s.find(dir+program, true) != nil
+		return (dir != "" || path.IsAbs(program)) && s.Find(dir+program, true) != nil
 	}) {
 		s.warn("the desktop's program %q is none of the guest's, so its screen may stay black: name its package with --packages", program)
 	}
 	for _, unit := range []string{"drafter-desktop.service", "drafter-vnc.service"} {
-		if err := s.enableUnit(unit); err != nil {
+		if err := enableUnit(s.Tree, unit); err != nil {
 			return err
 		}
 	}

@@ -8,10 +8,10 @@ import (
 
 func TestDesktop(t *testing.T) {
 	tr, u := testSystem(t)
-	must(t, tr.writeFile("/etc/skel/.bashrc", "# theirs\n", 0o644))
-	must(t, tr.writeFile("/etc/skel/.profile", "# theirs\n", 0o644))
-	must(t, tr.writeFile("/home/desktop/.profile", "# copied\n", 0o600))
-	s := &system{tree: tr, users: u, cfg: &Config{Desktop: `foot sh -c "echo 100%"`}}
+	must(t, tr.WriteFile("/etc/skel/.bashrc", "# theirs\n", 0o644))
+	must(t, tr.WriteFile("/etc/skel/.profile", "# theirs\n", 0o644))
+	must(t, tr.WriteFile("/home/desktop/.profile", "# copied\n", 0o600))
+	s := &system{Tree: tr, users: u, cfg: &Config{Desktop: `foot sh -c "echo 100%"`}}
 	must(t, s.desktop())
 	for path, want := range map[string]string{
 		"/home/desktop":                               "755 1000:1000",
@@ -28,7 +28,7 @@ func TestDesktop(t *testing.T) {
 			t.Errorf("%s is %s, want %s", path, got, want)
 		}
 	}
-	script, err := tr.readFile("/usr/lib/drafter/desktop")
+	script, err := tr.ReadFile("/usr/lib/drafter/desktop")
 	must(t, err)
 	if !strings.Contains(string(script), "\n"+s.cfg.Desktop+"\n") {
 		t.Errorf("the program is run by\n%s\nwhich has no line %q", script, s.cfg.Desktop)
@@ -39,8 +39,8 @@ func TestDesktop(t *testing.T) {
 	}
 	for _, program := range []string{"/usr/bin/foot", "/usr/local/bin/foot", "/opt/foot"} {
 		tr, u := testSystem(t)
-		must(t, tr.writeFile(program, "", 0o755))
-		s := &system{tree: tr, users: u, cfg: &Config{Desktop: strings.TrimPrefix(strings.TrimPrefix(program, "/usr/bin/"), "/usr/local/bin/") + " --maximized"}}
+		must(t, tr.WriteFile(program, "", 0o755))
+		s := &system{Tree: tr, users: u, cfg: &Config{Desktop: strings.TrimPrefix(strings.TrimPrefix(program, "/usr/bin/"), "/usr/local/bin/") + " --maximized"}}
 		must(t, s.desktop())
 		if len(s.warnings) > 0 {
 			t.Errorf("%s with %s: got warnings %q", s.cfg.Desktop, program, s.warnings)
@@ -48,7 +48,7 @@ func TestDesktop(t *testing.T) {
 	}
 
 	bare, u := testSystem(t)
-	s = &system{tree: bare, users: u, cfg: &Config{}}
+	s = &system{Tree: bare, users: u, cfg: &Config{}}
 	must(t, s.desktop())
 	if got := describe(bare, "/lib/systemd/system/drafter-vnc.service"); got != "missing" {
 		t.Errorf("a guest without a desktop has a VNC server: %s", got)

@@ -1,17 +1,17 @@
 package blueprint
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // mke2fsMinimum is the first e2fsprogs whose mke2fs fills a file system from a tar archive and honours
@@ -44,7 +44,7 @@ func (c *cache) openToolbox(ctx context.Context, packages []Package) (*toolbox, 
 		return nil, fmt.Errorf("unpack tools: %w", err)
 	}
 	defer os.RemoveAll(tmp)
-	s, err := newSpool(tmp)
+	s, err := filetree.NewSpool(tmp)
 	if err != nil {
 		return nil, err
 	}
@@ -63,10 +63,10 @@ func (c *cache) openToolbox(ctx context.Context, packages []Package) (*toolbox, 
 		for _, f := range d.files {
 			name := filepath.Base(f.path)
 			switch {
-			case f.node == nil || f.node.typ == '5':
+			case f.node == nil || f.node.Type == '5':
 				continue
-			case f.node.typ == '2':
-				if target := filepath.Base(f.node.link); target != name {
+			case f.node.Type == '2':
+				if target := filepath.Base(f.node.Link); target != name {
 					if err := root.Symlink(target, name); err != nil && !errors.Is(err, os.ErrExist) {
 						return nil, fmt.Errorf("unpack tools: %w", err)
 					}
@@ -76,7 +76,7 @@ func (c *cache) openToolbox(ctx context.Context, packages []Package) (*toolbox, 
 				if err != nil {
 					return nil, fmt.Errorf("unpack tools: %w", err)
 				}
-				err = f.node.content.writeTo(w)
+				err = f.node.Content.CopyTo(w)
 				if err := errors.Join(err, w.Close()); err != nil {
 					return nil, fmt.Errorf("unpack tools: %w", err)
 				}
@@ -104,26 +104,6 @@ func (b *toolbox) command(ctx context.Context, name string, args ...string) *exe
 	return cmd
 }
 
-// writeTo writes the content to w.
-func (c content) writeTo(w io.Writer) error {
-	_, err := io.Copy(w, c.reader())
-	return err
-}
-
-// mke2fsConfig is all that mke2fs knows of its defaults: those of the host do not count.
-const mke2fsConfig = `[defaults]
-	base_features = sparse_super,large_file,filetype,resize_inode,dir_index,ext_attr
-	default_mntopts = acl,user_xattr
-	enable_periodic_fsck = 0
-	blocksize = 4096
-	inode_size = 256
-	inode_ratio = 16384
-[fs_types]
-	ext4 = {
-		features = has_journal,extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize
-	}
-`
-
 // rootUUID and rootHashSeed are fixed: the same content gives the same bytes. Guests of one blueprint are told apart by
 // more than their disk's UUID, which nothing mounts by.
 const (
@@ -132,61 +112,67 @@ const (
 	rootHashSeed = "d7af7e70-0000-4000-8000-000000000002"
 )
 
-const (
-	journalMiB = 16
-	mib        = 1 << 20
-)
-
-// diskSize returns the size for a file system that holds the tree: the least, and a good default with room to grow.
-func diskSize(t *tree) (least, usual int64) {
-	used, inodes := t.usage()
-	least = used + used/64 + int64(inodes)*256 + (journalMiB+16)*mib
-	usual = (least + least/10 + 512*mib + 64*mib - 1) / (64 * mib) * (64 * mib)
-	return least, usual
+// mke2fs prepares a run of mke2fs.
+func (b *toolbox) mke2fs(ctx context.Context, args ...string) *exec.Cmd {
+	return b.command(ctx, "mke2fs", args...)
 }
 
-// makeExt4 writes the tree as an ext4 file system of size bytes to path.
-func (b *toolbox) makeExt4(ctx context.Context, t *tree, path string, size, epoch int64, progress func(done, total int64)) error {
-	least, _ := diskSize(t)
-	if size < least {
-		return fmt.Errorf("root disk of %d MiB has no space for the packages, which need %d MiB; raise --size", size/mib, (least+mib-1)/mib)
+// makeExt4 writes the tree as an ext4 file system of size bytes to path; 0 is what is needed and room to grow.
+func (b *toolbox) makeExt4(ctx context.Context, t *filetree.Tree, path string, size, epoch int64, progress func(done, total int64)) error {
+	err := t.WriteExt4(ctx, path, filetree.Ext4{
+		Mke2fs: b.mke2fs, Size: size, Label: rootLabel, UUID: rootUUID, HashSeed: rootHashSeed, Epoch: epoch, Progress: progress,
+	})
+	if errors.Is(err, filetree.ErrNoSpace) {
+		err = fmt.Errorf("%w; raise --size", err)
 	}
-	_, inodes := t.usage()
-	conf := filepath.Join(filepath.Dir(path), ".mke2fs.conf")
-	if err := os.WriteFile(conf, []byte(mke2fsConfig), 0o644); err != nil {
-		return fmt.Errorf("make root disk: %w", err)
-	}
-	defer os.Remove(conf)
-
-	args := []string{
-		"-q", "-F", "-t", "ext4", "-L", rootLabel, "-U", rootUUID, "-m", "0", "-J", fmt.Sprintf("size=%d", journalMiB),
-		"-E", "hash_seed=" + rootHashSeed + ",lazy_itable_init=0,lazy_journal_init=0,nodiscard,root_owner=0:0", "-d", "-",
-	}
-	if size/16384 < int64(inodes)+4096 {
-		args = append(args, "-N", fmt.Sprint(inodes+8192))
-	}
-	cmd := b.command(ctx, "mke2fs", append(args, path, fmt.Sprintf("%dk", size/1024))...)
-	cmd.Env = append(cmd.Env, "MKE2FS_CONFIG="+conf, fmt.Sprintf("SOURCE_DATE_EPOCH=%d", epoch))
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		return fmt.Errorf("make root disk: %w", err)
 	}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("make root disk: start mke2fs: %w", err)
-	}
-	total, _ := t.usage()
-	writeErr := t.writeTar(ctx, stdin, epoch, counter(total, progress))
-	closeErr := stdin.Close()
-	if err := cmd.Wait(); err != nil {
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-		return fmt.Errorf("make root disk: mke2fs: %w: %s", err, strings.TrimSpace(output.String()))
-	}
-	if err := errors.Join(writeErr, closeErr); err != nil {
-		return fmt.Errorf("make root disk: %w", err)
-	}
 	return nil
+}
+
+// Tools are programs of the distribution that a blueprint is built with, for those who make more disks. They run with their own libraries,
+// whatever the host is.
+type Tools struct{ box *toolbox }
+
+// OpenTools finds the tools in the cache, and downloads what is not there. Of cfg, Mirror, AptDir, Cache, Progress and Logger count.
+func OpenTools(ctx context.Context, cfg Config) (*Tools, error) {
+	cfg = Config{Mirror: cfg.Mirror, AptDir: cfg.AptDir, Cache: cfg.Cache, Progress: cfg.Progress, Logger: cfg.Logger}.withDefaults()
+	c, err := newCache(cfg.Cache)
+	if err != nil {
+		return nil, err
+	}
+	lock, err := parseLock(defaultLock)
+	if err != nil {
+		return nil, fmt.Errorf("read built-in lock: %w", err)
+	}
+	b := &build{cfg: cfg, cache: c, log: cfg.Logger}
+	if err := b.findArchives(); err != nil {
+		return nil, err
+	}
+	gone, err := c.fetchAll(ctx, lock.tools, b.archives, b.progress("download tools"))
+	if err != nil {
+		return nil, err
+	}
+	if len(gone) > 0 { // the archive has newer ones
+		if lock, err = b.resolve(ctx, lock); err != nil {
+			return nil, err
+		}
+		if gone, err = c.fetchAll(ctx, lock.tools, b.archives, b.progress("download tools")); err != nil {
+			return nil, err
+		}
+		if len(gone) > 0 {
+			return nil, fmt.Errorf("the archive's index names package %s, which it does not serve; it may be changing, try again or another --mirror", gone[0])
+		}
+	}
+	box, err := c.openToolbox(ctx, lock.tools)
+	if err != nil {
+		return nil, err
+	}
+	return &Tools{box}, nil
+}
+
+// Mke2fs prepares a run of mke2fs, of a version that can fill a file system from a tar archive.
+func (t *Tools) Mke2fs(ctx context.Context, args ...string) *exec.Cmd {
+	return t.box.mke2fs(ctx, args...)
 }

@@ -13,6 +13,7 @@ import (
 	"strings"
 
 	"github.com/cavaliergopher/cpio"
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // initrdModules are what the guest needs before its root disk is there, and what must be there for the machine to be
@@ -27,24 +28,24 @@ var optionalModules = []string{"virtio_mmio", "virtio_balloon", "virtio_rng", "o
 
 // kernelPackage is what the files of a kernel's package hold.
 type kernelPackage struct {
-	version string             // "6.1.0-56-cloud-amd64"
-	image   content            // vmlinuz
-	modules map[string]content // by path below /lib/modules/VERSION
+	version string                      // "6.1.0-56-cloud-amd64"
+	image   filetree.Content            // vmlinuz
+	modules map[string]filetree.Content // by path below /lib/modules/VERSION
 	config  []byte
 }
 
 func readKernelPackage(d *deb) (*kernelPackage, error) {
-	k := &kernelPackage{modules: map[string]content{}}
+	k := &kernelPackage{modules: map[string]filetree.Content{}}
 	for _, f := range d.files {
 		p := strings.TrimPrefix(f.path, "/usr")
-		if f.node == nil || f.node.typ != tar.TypeReg {
+		if f.node == nil || f.node.Type != tar.TypeReg {
 			continue
 		}
 		if v, ok := strings.CutPrefix(p, "/boot/vmlinuz-"); ok {
-			k.version, k.image = v, f.node.content
+			k.version, k.image = v, f.node.Content
 		}
 		if strings.HasPrefix(p, "/boot/config-") {
-			b, err := io.ReadAll(f.node.content.reader())
+			b, err := io.ReadAll(f.node.Content.Reader())
 			if err != nil {
 				return nil, err
 			}
@@ -52,7 +53,7 @@ func readKernelPackage(d *deb) (*kernelPackage, error) {
 		}
 		if rest, ok := strings.CutPrefix(p, "/lib/modules/"); ok {
 			_, rest, _ = strings.Cut(rest, "/")
-			k.modules[rest] = f.node.content
+			k.modules[rest] = f.node.Content
 		}
 	}
 	if k.version == "" {
@@ -81,7 +82,7 @@ func (k *kernelPackage) readModule(name string) (*module, error) {
 		if !isModule || moduleName(file) != name {
 			continue
 		}
-		r, err := decompress(k.modules[file].reader(), suffix)
+		r, err := decompress(k.modules[file].Reader(), suffix)
 		if err != nil {
 			return nil, fmt.Errorf("unpack module %q: %w", file, err)
 		}
@@ -178,7 +179,7 @@ func (k *kernelPackage) builtin(name string) bool {
 	if !ok {
 		return false
 	}
-	text, err := io.ReadAll(list.reader())
+	text, err := io.ReadAll(list.Reader())
 	if err != nil {
 		return false
 	}

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/drafter-vm/drafter/pkg/filetree"
 	"mvdan.cc/sh/v3/expand"
 	"mvdan.cc/sh/v3/interp"
 	"mvdan.cc/sh/v3/syntax"
@@ -33,7 +34,7 @@ import (
 
 // scriptRunner runs maintainer scripts over a tree.
 type scriptRunner struct {
-	t       *tree
+	t       *filetree.Tree
 	users   users
 	arch    string
 	debs    []*deb // all that is installed
@@ -81,11 +82,11 @@ func (s *scriptRunner) run(ctx context.Context, d *deb, script string, args ...s
 		interp.ReadDirHandler2(s.readDir),
 		interp.StatHandler(s.stat),
 		interp.AccessHandler(func(_ context.Context, p string, mode interp.AccessMode) error {
-			n := s.t.find(p, true)
+			n := s.t.Find(p, true)
 			if n == nil {
 				return fs.ErrNotExist
 			}
-			if mode&interp.AccessExec != 0 && n.typ == tar.TypeReg && n.mode&0o111 == 0 {
+			if mode&interp.AccessExec != 0 && n.Type == tar.TypeReg && n.Mode&0o111 == 0 {
 				return fs.ErrPermission
 			}
 			return nil
@@ -116,20 +117,20 @@ func abs(hc interp.HandlerContext, p string) string {
 
 func (s *scriptRunner) stat(ctx context.Context, p string, follow bool) (fs.FileInfo, error) {
 	p = abs(interp.HandlerCtx(ctx), p)
-	if n := s.t.find(p, follow); n != nil {
-		return nodeInfo{path.Base(p), n}, nil
+	if n := s.t.Find(p, follow); n != nil {
+		return filetree.Stat(path.Base(p), n), nil
 	}
 	return nil, &fs.PathError{Op: "stat", Path: p, Err: fs.ErrNotExist}
 }
 
 func (s *scriptRunner) readDir(ctx context.Context, p string) ([]fs.DirEntry, error) {
-	d := s.t.find(abs(interp.HandlerCtx(ctx), p), true)
-	if d == nil || d.typ != tar.TypeDir {
+	d := s.t.Find(abs(interp.HandlerCtx(ctx), p), true)
+	if d == nil || d.Type != tar.TypeDir {
 		return nil, &fs.PathError{Op: "readdir", Path: p, Err: fs.ErrNotExist}
 	}
 	var out []fs.DirEntry
-	for _, name := range slices.Sorted(maps.Keys(d.children)) {
-		out = append(out, fs.FileInfoToDirEntry(nodeInfo{name, d.children[name]}))
+	for _, name := range slices.Sorted(maps.Keys(d.Children)) {
+		out = append(out, fs.FileInfoToDirEntry(filetree.Stat(name, d.Children[name])))
 	}
 	return out, nil
 }
@@ -168,30 +169,30 @@ func (s *scriptRunner) open(ctx context.Context, p string, flag int, perm os.Fil
 		return &scriptFile{Reader: strings.NewReader(debconfStub)}, nil
 	}
 	f := &scriptFile{Reader: strings.NewReader("")}
-	n := s.t.find(p, true)
+	n := s.t.Find(p, true)
 	if flag&(os.O_WRONLY|os.O_RDWR) == 0 {
-		if n == nil || n.typ != tar.TypeReg {
+		if n == nil || n.Type != tar.TypeReg {
 			return nil, &fs.PathError{Op: "open", Path: p, Err: fs.ErrNotExist}
 		}
-		f.Reader = n.content.reader()
+		f.Reader = n.Content.Reader()
 		return f, nil
 	}
 	if n == nil {
-		if err := s.t.writeFile(p, "", uint32(perm.Perm())&^0o022); err != nil {
+		if err := s.t.WriteFile(p, "", uint32(perm.Perm())&^0o022); err != nil {
 			return nil, &fs.PathError{Op: "open", Path: p, Err: err}
 		}
-		n = s.t.find(p, true)
-	} else if n.typ != tar.TypeReg {
+		n = s.t.Find(p, true)
+	} else if n.Type != tar.TypeReg {
 		return nil, &fs.PathError{Op: "open", Path: p, Err: errors.New("is a directory")}
 	}
 	if flag&os.O_APPEND != 0 {
-		old, err := io.ReadAll(n.content.reader())
+		old, err := io.ReadAll(n.Content.Reader())
 		if err != nil {
 			return nil, err
 		}
 		f.buf.Write(old)
 	}
-	f.close = func(b []byte) error { n.content = bytesContent(slices.Clone(b)); return nil }
+	f.close = func(b []byte) error { n.Content = filetree.Bytes(slices.Clone(b)); return nil }
 	return f, nil
 }
 
@@ -377,7 +378,7 @@ func (c *call) adduser() error {
 	if err := c.users.addUser(a); err != nil {
 		return err
 	}
-	if isNew && a.home != "" && a.home != "/nonexistent" && !has(opts, "--no-create-home") && c.t.find(a.home, true) == nil {
+	if isNew && a.home != "" && a.home != "/nonexistent" && !has(opts, "--no-create-home") && c.t.Find(a.home, true) == nil {
 		return c.makeHome(name, a.home)
 	}
 	return nil
@@ -389,7 +390,7 @@ func (c *call) makeHome(name, home string) error {
 	if e := c.users.entry("/etc/passwd", name); e != nil {
 		gid = max(0, number(e[3]))
 	}
-	return c.t.mkdir(home, 0o755, uid, gid)
+	return c.t.Mkdir(home, 0o755, uid, gid)
 }
 
 // useradd is the one of package passwd.
@@ -421,7 +422,7 @@ func (c *call) useradd() error {
 			}
 		}
 	}
-	if has(opts, "-m", "--create-home") && c.t.find(a.home, true) == nil {
+	if has(opts, "-m", "--create-home") && c.t.Find(a.home, true) == nil {
 		return c.makeHome(a.name, a.home)
 	}
 	return nil
@@ -466,7 +467,7 @@ func (c *call) getent() error {
 		return failed
 	}
 	if c.arg(1) == "" {
-		b, err := c.t.readFile(file)
+		b, err := c.t.ReadFile(file)
 		if err != nil {
 			return err
 		}
@@ -498,15 +499,15 @@ func (c *call) id() error {
 }
 
 // eachOf calls f for the path and, with recurse, for all below it.
-func (c *call) eachOf(p string, recurse bool, follow bool, f func(n *node) error) error {
-	n := c.t.find(c.path(p), follow)
+func (c *call) eachOf(p string, recurse bool, follow bool, f func(n *filetree.Node) error) error {
+	n := c.t.Find(c.path(p), follow)
 	if n == nil {
 		return fmt.Errorf("%q does not exist", p)
 	}
-	if err := f(n); err != nil || !recurse || n.typ != tar.TypeDir {
+	if err := f(n); err != nil || !recurse || n.Type != tar.TypeDir {
 		return err
 	}
-	return eachBelow("", n, func(_ string, n *node) error { return f(n) })
+	return filetree.EachBelow("", n, func(_ string, n *filetree.Node) error { return f(n) })
 }
 
 func (c *call) owner(spec string) (uid, gid int, err error) {
@@ -540,12 +541,12 @@ func (c *call) chownTo(spec string, paths []string, opts map[string]string) erro
 		return err
 	}
 	for _, p := range paths {
-		if err := c.eachOf(p, has(opts, "-R", "--recursive"), !has(opts, "-h", "--no-dereference"), func(n *node) error {
+		if err := c.eachOf(p, has(opts, "-R", "--recursive"), !has(opts, "-h", "--no-dereference"), func(n *filetree.Node) error {
 			if uid >= 0 {
-				n.uid = uid
+				n.UID = uid
 			}
 			if gid >= 0 {
-				n.gid = gid
+				n.GID = gid
 			}
 			return nil
 		}); err != nil {
@@ -558,11 +559,11 @@ func (c *call) chownTo(spec string, paths []string, opts map[string]string) erro
 func (c *call) chown() error {
 	opts, ops := c.options("")
 	if r, ok := opts["--reference"]; ok {
-		n := c.t.find(c.path(r), true)
+		n := c.t.Find(c.path(r), true)
 		if n == nil {
 			return fmt.Errorf("%q does not exist", r)
 		}
-		return c.chownTo(fmt.Sprintf("%d:%d", n.uid, n.gid), ops, opts)
+		return c.chownTo(fmt.Sprintf("%d:%d", n.UID, n.GID), ops, opts)
 	}
 	if len(ops) < 2 {
 		return errors.New("an owner and a path are expected")
@@ -656,12 +657,12 @@ func (c *call) chmod() error {
 		return errors.New("a mode and a path are expected")
 	}
 	for _, p := range args[1:] {
-		if err := c.eachOf(p, recurse, true, func(n *node) error {
-			if n.typ == tar.TypeSymlink {
+		if err := c.eachOf(p, recurse, true, func(n *filetree.Node) error {
+			if n.Type == tar.TypeSymlink {
 				return nil
 			}
-			mode, err := parseMode(args[0], n.mode, n.typ == tar.TypeDir)
-			n.mode = mode
+			mode, err := parseMode(args[0], n.Mode, n.Type == tar.TypeDir)
+			n.Mode = mode
 			return err
 		}); err != nil {
 			return err
@@ -673,13 +674,13 @@ func (c *call) chmod() error {
 func (c *call) mkdir() error {
 	opts, ops := c.options("-m --mode")
 	for _, p := range ops {
-		if c.t.find(c.path(p), true) != nil {
+		if c.t.Find(c.path(p), true) != nil {
 			if has(opts, "-p", "--parents") {
 				continue
 			}
 			return fmt.Errorf("%q exists", p)
 		}
-		if _, err := c.t.mkdirAll(c.path(p)); err != nil {
+		if _, err := c.t.MkdirAll(c.path(p)); err != nil {
 			return err
 		}
 		if m := cmp.Or(opts["-m"], opts["--mode"]); m != "" {
@@ -687,7 +688,7 @@ func (c *call) mkdir() error {
 			if err != nil {
 				return err
 			}
-			c.t.find(c.path(p), true).mode = mode
+			c.t.Find(c.path(p), true).Mode = mode
 		}
 	}
 	return nil
@@ -705,7 +706,7 @@ func (c *call) install() error {
 	}
 	if has(opts, "-d", "--directory") {
 		for _, p := range ops {
-			if err := c.t.mkdir(c.path(p), mode, max(uid, 0), max(gid, 0)); err != nil {
+			if err := c.t.Mkdir(c.path(p), mode, max(uid, 0), max(gid, 0)); err != nil {
 				return err
 			}
 		}
@@ -714,28 +715,28 @@ func (c *call) install() error {
 	if len(ops) != 2 {
 		return errors.New("a source and a destination are expected")
 	}
-	return c.copy(ops[0], ops[1], func(n *node) { n.mode, n.uid, n.gid = mode, max(uid, 0), max(gid, 0) })
+	return c.copy(ops[0], ops[1], func(n *filetree.Node) { n.Mode, n.UID, n.GID = mode, max(uid, 0), max(gid, 0) })
 }
 
 // copy copies one file or tree to a path or into a folder.
-func (c *call) copy(from, to string, edit func(*node)) error {
-	src := c.t.find(c.path(from), true)
+func (c *call) copy(from, to string, edit func(*filetree.Node)) error {
+	src := c.t.Find(c.path(from), true)
 	if src == nil {
 		return fmt.Errorf("%q does not exist", from)
 	}
 	dst := c.path(to)
-	if d := c.t.find(dst, true); d != nil && d.typ == tar.TypeDir {
+	if d := c.t.Find(dst, true); d != nil && d.Type == tar.TypeDir {
 		dst = path.Join(dst, path.Base(from))
 	}
-	return c.t.put(dst, clone(src, edit))
+	return c.t.Put(dst, clone(src, edit))
 }
 
-func clone(n *node, edit func(*node)) *node {
+func clone(n *filetree.Node, edit func(*filetree.Node)) *filetree.Node {
 	m := *n
-	if n.children != nil {
-		m.children = map[string]*node{}
-		for name, child := range n.children {
-			m.children[name] = clone(child, edit)
+	if n.Children != nil {
+		m.Children = map[string]*filetree.Node{}
+		for name, child := range n.Children {
+			m.Children[name] = clone(child, edit)
 		}
 	}
 	edit(&m)
@@ -748,9 +749,9 @@ func (c *call) cp() error {
 		return errors.New("a source and a destination are expected")
 	}
 	for _, from := range ops[:len(ops)-1] {
-		if err := c.copy(from, ops[len(ops)-1], func(n *node) {
+		if err := c.copy(from, ops[len(ops)-1], func(n *filetree.Node) {
 			if !has(opts, "-a", "-p", "--preserve", "--archive") {
-				n.uid, n.gid, n.mtime = 0, 0, 0
+				n.UID, n.GID, n.ModTime = 0, 0, 0
 			}
 		}); err != nil {
 			return err
@@ -764,29 +765,29 @@ func (c *call) mv() error {
 	if len(ops) != 2 {
 		return errors.New("a source and a destination are expected")
 	}
-	src := c.t.find(c.path(ops[0]), false)
+	src := c.t.Find(c.path(ops[0]), false)
 	if src == nil {
 		return fmt.Errorf("%q does not exist", ops[0])
 	}
 	dst := c.path(ops[1])
-	if d := c.t.find(dst, true); d != nil && d.typ == tar.TypeDir {
+	if d := c.t.Find(dst, true); d != nil && d.Type == tar.TypeDir {
 		dst = path.Join(dst, path.Base(ops[0]))
 	}
-	c.t.remove(c.path(ops[0]))
-	return c.t.put(dst, src)
+	c.t.Remove(c.path(ops[0]))
+	return c.t.Put(dst, src)
 }
 
 func (c *call) rm() error {
 	opts, ops := c.options("")
 	for _, p := range ops {
-		n := c.t.find(c.path(p), false)
+		n := c.t.Find(c.path(p), false)
 		if n == nil && !has(opts, "-f", "--force") {
 			return fmt.Errorf("%q does not exist", p)
 		}
-		if n != nil && n.typ == tar.TypeDir && !has(opts, "-r", "-R", "--recursive") {
+		if n != nil && n.Type == tar.TypeDir && !has(opts, "-r", "-R", "--recursive") {
 			return fmt.Errorf("%q is a directory", p)
 		}
-		c.t.remove(c.path(p))
+		c.t.Remove(c.path(p))
 	}
 	return nil
 }
@@ -794,14 +795,14 @@ func (c *call) rm() error {
 func (c *call) rmdir() error {
 	opts, ops := c.options("")
 	for _, p := range ops {
-		n := c.t.find(c.path(p), false)
-		if n == nil || n.typ != tar.TypeDir || len(n.children) > 0 {
+		n := c.t.Find(c.path(p), false)
+		if n == nil || n.Type != tar.TypeDir || len(n.Children) > 0 {
 			if has(opts, "--ignore-fail-on-non-empty") && n != nil {
 				continue
 			}
 			return fmt.Errorf("cannot remove %q", p)
 		}
-		c.t.remove(c.path(p))
+		c.t.Remove(c.path(p))
 	}
 	return nil
 }
@@ -812,26 +813,26 @@ func (c *call) ln() error {
 		return errors.New("a target and a name are expected")
 	}
 	dst := c.path(ops[1])
-	if d := c.t.find(dst, !has(opts, "-n", "-T")); d != nil && d.typ == tar.TypeDir {
+	if d := c.t.Find(dst, !has(opts, "-n", "-T")); d != nil && d.Type == tar.TypeDir {
 		dst = path.Join(dst, path.Base(ops[0]))
 	}
-	if c.t.find(dst, false) != nil && !has(opts, "-f", "--force") {
+	if c.t.Find(dst, false) != nil && !has(opts, "-f", "--force") {
 		return fmt.Errorf("%q exists", dst)
 	}
 	if has(opts, "-s", "--symbolic") {
-		return c.t.symlink(ops[0], dst)
+		return c.t.Symlink(ops[0], dst)
 	}
-	n := c.t.find(c.path(ops[0]), false)
+	n := c.t.Find(c.path(ops[0]), false)
 	if n == nil {
 		return fmt.Errorf("%q does not exist", ops[0])
 	}
-	return c.t.put(dst, n)
+	return c.t.Put(dst, n)
 }
 
 func (c *call) touch() error {
 	for _, p := range c.operands("-d -t -r --date --reference") {
-		if c.t.find(c.path(p), true) == nil {
-			if err := c.t.writeFile(c.path(p), "", 0o644); err != nil {
+		if c.t.Find(c.path(p), true) == nil {
+			if err := c.t.WriteFile(c.path(p), "", 0o644); err != nil {
 				return err
 			}
 		}
@@ -854,7 +855,7 @@ func (c *call) cat() error {
 			}
 			continue
 		}
-		b, err := c.t.readFile(c.path(p))
+		b, err := c.t.ReadFile(c.path(p))
 		if err != nil {
 			return err
 		}
@@ -871,21 +872,21 @@ func (c *call) readlink() error {
 		return failed
 	}
 	if has(opts, "-f", "-e", "-m") {
-		n, real := c.t.walk(c.path(ops[0]), true)
+		n, real := c.t.Walk(c.path(ops[0]), true)
 		if n == nil && has(opts, "-e") {
 			return failed
 		}
 		return c.print(real)
 	}
-	n := c.t.find(c.path(ops[0]), false)
-	if n == nil || n.typ != tar.TypeSymlink {
+	n := c.t.Find(c.path(ops[0]), false)
+	if n == nil || n.Type != tar.TypeSymlink {
 		return failed
 	}
-	return c.print(n.link)
+	return c.print(n.Link)
 }
 
 func (c *call) realpath() error {
-	_, real := c.t.walk(c.path(c.arg(0)), true)
+	_, real := c.t.Walk(c.path(c.arg(0)), true)
 	return c.print(real)
 }
 
@@ -919,7 +920,7 @@ func (c *call) grep() error {
 		}
 	}
 	for _, p := range ops {
-		b, err := c.t.readFile(c.path(p))
+		b, err := c.t.ReadFile(c.path(p))
 		if err != nil {
 			return interp.ExitStatus(2)
 		}
@@ -953,14 +954,14 @@ func (c *call) find() error { return nil }
 func (c *call) mktemp() error {
 	for i := 0; ; i++ {
 		p := fmt.Sprintf("/tmp/tmp.%d", i)
-		if c.t.find(p, false) != nil {
+		if c.t.Find(p, false) != nil {
 			continue
 		}
 		if has(first(c.options("-t -p")), "-d") {
-			if err := c.t.mkdir(p, 0o700, 0, 0); err != nil {
+			if err := c.t.Mkdir(p, 0o700, 0, 0); err != nil {
 				return err
 			}
-		} else if err := c.t.writeFile(p, "", 0o600); err != nil {
+		} else if err := c.t.WriteFile(p, "", 0o600); err != nil {
 			return err
 		}
 		return c.print(p)
@@ -1035,7 +1036,7 @@ func (c *call) statoverride() error {
 	opts, ops := c.options("")
 	const file = "/var/lib/dpkg/statoverride"
 	if has(opts, "--list") {
-		text, _ := c.t.readFile(file) // none: nothing is overridden
+		text, _ := c.t.ReadFile(file) // none: nothing is overridden
 		for line := range strings.Lines(string(text)) {
 			if len(ops) == 0 || strings.HasSuffix(line, " "+ops[0]+"\n") {
 				return c.print(strings.TrimSuffix(line, "\n"))
@@ -1046,17 +1047,17 @@ func (c *call) statoverride() error {
 	if !has(opts, "--add") || len(ops) != 4 {
 		return nil
 	}
-	if err := c.t.appendFile(file, strings.Join(ops, " ")+"\n", 0o644); err != nil {
+	if err := c.t.AppendFile(file, strings.Join(ops, " ")+"\n", 0o644); err != nil {
 		return err
 	}
-	if c.t.find(c.path(ops[3]), true) == nil {
+	if c.t.Find(c.path(ops[3]), true) == nil {
 		return nil
 	}
 	if err := c.chownTo(ops[0]+":"+ops[1], ops[3:], nil); err != nil {
 		return err
 	}
 	mode, err := parseMode(ops[2], 0, false)
-	c.t.find(c.path(ops[3]), true).mode = mode
+	c.t.Find(c.path(ops[3]), true).Mode = mode
 	return err
 }
 
@@ -1092,7 +1093,7 @@ func (c *call) alternatives() error {
 	}
 	choice := alternativeChoice{number(c.args[i+4]), map[string]string{name: target}}
 	for rest := c.args[i+5:]; len(rest) >= 4 && rest[0] == "--slave"; rest = rest[4:] {
-		if c.t.find(rest[3], true) == nil {
+		if c.t.Find(rest[3], true) == nil {
 			continue // a manual page left out of the disk
 		}
 		if l := [2]string{rest[2], rest[1]}; !slices.Contains(alt.links, l) {
@@ -1117,18 +1118,18 @@ func (c *call) alternatives() error {
 	}
 	for _, l := range alt.links {
 		if best.paths[l[0]] == "" {
-			c.t.remove("/etc/alternatives/" + l[0])
-			c.t.remove(l[1])
+			c.t.Remove("/etc/alternatives/" + l[0])
+			c.t.Remove(l[1])
 			continue
 		}
-		if err := c.t.symlink(best.paths[l[0]], "/etc/alternatives/"+l[0]); err != nil {
+		if err := c.t.Symlink(best.paths[l[0]], "/etc/alternatives/"+l[0]); err != nil {
 			return err
 		}
-		if err := c.t.symlink("/etc/alternatives/"+l[0], l[1]); err != nil {
+		if err := c.t.Symlink("/etc/alternatives/"+l[0], l[1]); err != nil {
 			return err
 		}
 	}
-	return c.t.writeFile("/var/lib/dpkg/alternatives/"+name, record+"\n", 0o644)
+	return c.t.WriteFile("/var/lib/dpkg/alternatives/"+name, record+"\n", 0o644)
 }
 
 func (c *call) systemdHelper() error {
@@ -1139,7 +1140,7 @@ func (c *call) systemdHelper() error {
 	switch ops[0] {
 	case "enable":
 		for _, unit := range ops[1:] {
-			if err := c.t.enableUnit(unit); err != nil {
+			if err := enableUnit(c.t, unit); err != nil {
 				return err
 			}
 		}
@@ -1157,7 +1158,7 @@ func (c *call) systemctl() error {
 	switch ops[0] {
 	case "enable", "preset":
 		for _, unit := range ops[1:] {
-			if err := c.t.enableUnit(unit); err != nil {
+			if err := enableUnit(c.t, unit); err != nil {
 				return err
 			}
 		}

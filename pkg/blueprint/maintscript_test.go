@@ -5,28 +5,30 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // testSystem is a tree with the accounts of a fresh Debian.
-func testSystem(t testing.TB) (*tree, users) {
+func testSystem(t testing.TB) (*filetree.Tree, users) {
 	t.Helper()
 	tr := newTestTree(t)
-	must(t, tr.writeFile("/usr/share/base-passwd/passwd.master", "root:*:0:0:root:/root:/bin/bash\ndaemon:*:1:1:daemon:/usr/sbin:/usr/sbin/nologin\nnobody:*:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n", 0o644))
-	must(t, tr.writeFile("/usr/share/base-passwd/group.master", "root:*:0:\nadm:*:4:\nshadow:*:42:\nnogroup:*:65534:\n", 0o644))
+	must(t, tr.WriteFile("/usr/share/base-passwd/passwd.master", "root:*:0:0:root:/root:/bin/bash\ndaemon:*:1:1:daemon:/usr/sbin:/usr/sbin/nologin\nnobody:*:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n", 0o644))
+	must(t, tr.WriteFile("/usr/share/base-passwd/group.master", "root:*:0:\nadm:*:4:\nshadow:*:42:\nnogroup:*:65534:\n", 0o644))
 	u := users{tr}
 	must(t, u.seed())
 	return tr, u
 }
 
-func describe(tr *tree, p string) string {
-	n := tr.find(p, false)
+func describe(tr *filetree.Tree, p string) string {
+	n := tr.Find(p, false)
 	if n == nil {
 		return "missing"
 	}
-	if n.typ == tar.TypeSymlink {
-		return "-> " + n.link
+	if n.Type == tar.TypeSymlink {
+		return "-> " + n.Link
 	}
-	return fmt.Sprintf("%o %d:%d", n.mode, n.uid, n.gid)
+	return fmt.Sprintf("%o %d:%d", n.Mode, n.UID, n.GID)
 }
 
 func TestMaintainerScripts(t *testing.T) {
@@ -126,7 +128,7 @@ update-alternatives --install /usr/bin/awk awk /usr/bin/worse 1
 				}
 			}
 			for p, want := range test.text {
-				if got, err := tr.readFile(p); err != nil || string(got) != want {
+				if got, err := tr.ReadFile(p); err != nil || string(got) != want {
 					t.Errorf("%s holds %q (%v), want %q", p, got, err, want)
 				}
 			}
@@ -141,7 +143,7 @@ func TestSysusers(t *testing.T) {
 		"/etc/passwd": "srv:x:100:100:A server, running:/var/lib/srv:/bin/sh\nfixed:x:777:777::/:/usr/sbin/nologin\nlocked:x:102:102::/:/usr/sbin/nologin\n",
 		"/etc/group":  "srv:x:100:\nrender:x:101:srv\nfixed:x:777:\nlocked:x:102:\n",
 	} {
-		got, err := tr.readFile(file)
+		got, err := tr.ReadFile(file)
 		must(t, err)
 		if !strings.HasSuffix(string(got), want) {
 			t.Errorf("%s ends in\n%s\nwant\n%s", file, got, want)
@@ -151,10 +153,10 @@ func TestSysusers(t *testing.T) {
 
 func TestEnableUnit(t *testing.T) {
 	tr := newTestTree(t)
-	must(t, tr.writeFile("/usr/lib/systemd/system/t@.service", "[Install]\nWantedBy=multi-user.target\nDefaultInstance=one\nAlso=t.socket\n", 0o644))
-	must(t, tr.writeFile("/usr/lib/systemd/system/t.socket", "[Install]\nRequiredBy=sockets.target\nWantedBy=%n.extra\n", 0o644))
-	must(t, tr.enableUnit("t@.service"))
-	must(t, tr.enableUnit("t@two.service"))
+	must(t, tr.WriteFile("/usr/lib/systemd/system/t@.service", "[Install]\nWantedBy=multi-user.target\nDefaultInstance=one\nAlso=t.socket\n", 0o644))
+	must(t, tr.WriteFile("/usr/lib/systemd/system/t.socket", "[Install]\nRequiredBy=sockets.target\nWantedBy=%n.extra\n", 0o644))
+	must(t, enableUnit(tr, "t@.service"))
+	must(t, enableUnit(tr, "t@two.service"))
 	for p, want := range map[string]string{
 		"/etc/systemd/system/multi-user.target.wants/t@one.service": "-> /usr/lib/systemd/system/t@.service",
 		"/etc/systemd/system/multi-user.target.wants/t@two.service": "-> /usr/lib/systemd/system/t@.service",
@@ -165,7 +167,7 @@ func TestEnableUnit(t *testing.T) {
 			t.Errorf("%s is %q, want %q", p, got, want)
 		}
 	}
-	if err := tr.enableUnit("none.service"); err == nil {
+	if err := enableUnit(tr, "none.service"); err == nil {
 		t.Error("a unit that is not there was enabled")
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"strings"
 
 	"github.com/GehirnInc/crypt/sha512_crypt"
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // basePackages complete the essential packages of a release to a small Debian that boots by systemd. baseVersion is
@@ -48,7 +49,7 @@ path-exclude=/usr/share/bug/*
 
 // system puts the root file system together.
 type system struct {
-	*tree
+	*filetree.Tree
 	cfg      *Config
 	users    users
 	warnings []string
@@ -57,24 +58,24 @@ type system struct {
 // lay builds the whole root file system in the tree: packages, what their scripts do, and what makes it a guest.
 func (s *system) lay(ctx context.Context, debs []*deb) error {
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
-		if err := s.mkdir("/usr/"+dir, 0o755, 0, 0); err != nil {
+		if err := s.Mkdir("/usr/"+dir, 0o755, 0, 0); err != nil {
 			return err
 		}
-		if err := s.symlink("usr/"+dir, "/"+dir); err != nil {
+		if err := s.Symlink("usr/"+dir, "/"+dir); err != nil {
 			return err
 		}
 	}
 	// Before the packages: some still ship folders below the old names.
 	for _, l := range [][2]string{{"/run", "/var/run"}, {"/run/lock", "/var/lock"}} {
-		if err := s.mkdir(l[0], 0o755, 0, 0); err != nil {
+		if err := s.Mkdir(l[0], 0o755, 0, 0); err != nil {
 			return err
 		}
-		if err := s.symlink(l[0], l[1]); err != nil {
+		if err := s.Symlink(l[0], l[1]); err != nil {
 			return err
 		}
 	}
 	for _, d := range debs {
-		if err := s.install(d); err != nil {
+		if err := installDeb(s.Tree, d); err != nil {
 			return err
 		}
 	}
@@ -97,10 +98,10 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 		}
 	}
 	if len(unpacked) > 0 {
-		if err := s.writeFile("/lib/systemd/system/drafter-configure.service", configureUnit, 0o644); err != nil {
+		if err := s.WriteFile("/lib/systemd/system/drafter-configure.service", configureUnit, 0o644); err != nil {
 			return err
 		}
-		if err := s.enableUnit("drafter-configure.service"); err != nil {
+		if err := enableUnit(s.Tree, "drafter-configure.service"); err != nil {
 			return err
 		}
 	}
@@ -128,7 +129,7 @@ WantedBy=multi-user.target
 
 // runScripts carries out the scripts of all packages, dependencies first, and returns the packages whose scripts failed.
 func (s *system) runScripts(ctx context.Context, debs []*deb) (unpacked map[string]bool, err error) {
-	runner := &scriptRunner{t: s.tree, users: s.users, arch: s.cfg.Arch, debs: debs}
+	runner := &scriptRunner{t: s.Tree, users: s.users, arch: s.cfg.Arch, debs: debs}
 	unpacked = map[string]bool{}
 	for _, script := range []struct{ name, arg string }{{"preinst", "install"}, {"postinst", "configure"}} {
 		for _, d := range debs {
@@ -146,8 +147,8 @@ func (s *system) runScripts(ctx context.Context, debs []*deb) (unpacked map[stri
 	}
 	// Scripts leave these behind in /tmp and /run, which are empty at boot.
 	for _, dir := range []string{"/tmp", "/run", "/var/tmp"} {
-		if n := s.find(dir, true); n != nil {
-			clear(n.children)
+		if n := s.Find(dir, true); n != nil {
+			clear(n.Children)
 		}
 	}
 	return unpacked, nil
@@ -165,7 +166,7 @@ type file struct {
 
 func (s *system) writeFiles(files []file) error {
 	for _, f := range files {
-		if err := s.writeFile(f.path, f.text, cmp.Or(f.mode, 0o644)); err != nil {
+		if err := s.WriteFile(f.path, f.text, cmp.Or(f.mode, 0o644)); err != nil {
 			return err
 		}
 	}
@@ -184,7 +185,7 @@ func (s *system) base() error {
 		{"/usr/local/lib", 0o755, 0}, {"/usr/local/share", 0o755, 0}, {"/var/mail", 0o2775, 8}, {"/var/local", 0o2775, 50}, {"/var/opt", 0o755, 0}, {"/var/lib/misc", 0o755, 0},
 		{"/var/log", 0o755, 0}, {"/var/cache/ldconfig", 0o700, 0}, {"/etc/opt", 0o755, 0},
 	} {
-		if err := s.mkdir(d.path, d.mode, 0, d.gid); err != nil {
+		if err := s.Mkdir(d.path, d.mode, 0, d.gid); err != nil {
 			return err
 		}
 	}
@@ -194,8 +195,8 @@ func (s *system) base() error {
 		{"/usr/share/libc-bin/nsswitch.conf", "/etc/nsswitch.conf"}, {"/usr/share/base-files/nsswitch.conf", "/etc/nsswitch.conf"}, // the first: trixie
 	} {
 		from, to := template[0], template[1]
-		if text, err := s.readFile(from); err == nil && s.find(to, false) == nil {
-			if err := s.writeFile(to, string(text), 0o644); err != nil {
+		if text, err := s.ReadFile(from); err == nil && s.Find(to, false) == nil {
+			if err := s.WriteFile(to, string(text), 0o644); err != nil {
 				return err
 			}
 		}
@@ -226,22 +227,22 @@ func (s *system) base() error {
 // script, which also makes openssl's links, runs at the first boot.
 func (s *system) certificates() error {
 	var bundle strings.Builder
-	if err := s.each("/usr/share/ca-certificates", func(p string, n *node) error {
-		if n.typ == tar.TypeReg && path.Ext(p) == ".crt" {
-			return n.content.writeTo(&bundle)
+	if err := s.Each("/usr/share/ca-certificates", func(p string, n *filetree.Node) error {
+		if n.Type == tar.TypeReg && path.Ext(p) == ".crt" {
+			return n.Content.CopyTo(&bundle)
 		}
 		return nil
 	}); err != nil || bundle.Len() == 0 {
 		return err
 	}
-	return s.writeFile("/etc/ssl/certs/ca-certificates.crt", bundle.String(), 0o644)
+	return s.WriteFile("/etc/ssl/certs/ca-certificates.crt", bundle.String(), 0o644)
 }
 
 // libraries sees to libraries outside the loader's own folders, which it finds only by a cache that ldconfig makes.
 // That is made at the first boot, if a package needs it.
 func (s *system) libraries() error {
 	needed := false
-	if err := s.each("/etc/ld.so.conf.d", func(p string, _ *node) error {
+	if err := s.Each("/etc/ld.so.conf.d", func(p string, _ *filetree.Node) error {
 		if name := path.Base(p); name != "libc.conf" && name != "x86_64-linux-gnu.conf" {
 			needed = true
 		}
@@ -249,10 +250,10 @@ func (s *system) libraries() error {
 	}); err != nil || !needed {
 		return err
 	}
-	if err := s.writeFile("/lib/systemd/system/drafter-ldconfig.service", ldconfigUnit, 0o644); err != nil {
+	if err := s.WriteFile("/lib/systemd/system/drafter-ldconfig.service", ldconfigUnit, 0o644); err != nil {
 		return err
 	}
-	return s.enableUnit("drafter-ldconfig.service")
+	return enableUnit(s.Tree, "drafter-ldconfig.service")
 }
 
 const ldconfigUnit = `[Unit]
@@ -311,13 +312,13 @@ var unwanted = []string{"cryptsetup.target", "integritysetup.target", "verityset
 // unwant takes a unit out of the targets that want it. (A unit that is only masked is looked up and loaded all the same.)
 func (s *system) unwant(unit string) {
 	for _, dir := range unitDirs {
-		d := s.find(dir, true)
+		d := s.Find(dir, true)
 		if d == nil {
 			continue
 		}
-		for name, n := range d.children {
-			if n.typ == tar.TypeDir && (strings.HasSuffix(name, ".wants") || strings.HasSuffix(name, ".requires")) {
-				delete(n.children, unit)
+		for name, n := range d.Children {
+			if n.Type == tar.TypeDir && (strings.HasSuffix(name, ".wants") || strings.HasSuffix(name, ".requires")) {
+				delete(n.Children, unit)
 			}
 		}
 	}
@@ -341,8 +342,8 @@ var maskedGenerators = []string{
 // maskSysV leaves out the generator that makes units of init scripts where every script has a unit already.
 func (s *system) maskSysV() error {
 	needed := false
-	err := s.each("/etc/init.d", func(p string, n *node) error {
-		if n.typ == tar.TypeReg && n.mode&0o111 != 0 && s.findUnit(path.Base(p)+".service") == "" && !slices.Contains(plainInitScripts, path.Base(p)) {
+	err := s.Each("/etc/init.d", func(p string, n *filetree.Node) error {
+		if n.Type == tar.TypeReg && n.Mode&0o111 != 0 && findUnit(s.Tree, path.Base(p)+".service") == "" && !slices.Contains(plainInitScripts, path.Base(p)) {
 			needed = true
 		}
 		return nil
@@ -350,7 +351,7 @@ func (s *system) maskSysV() error {
 	if err != nil || needed {
 		return err
 	}
-	return s.symlink("/dev/null", "/etc/systemd/system-generators/systemd-sysv-generator")
+	return s.Symlink("/dev/null", "/etc/systemd/system-generators/systemd-sysv-generator")
 }
 
 // plainInitScripts are scripts of base packages that systemd has units of another name for.
@@ -384,17 +385,17 @@ func (s *system) boot() error {
 		s.unwant(unit)
 	}
 	for _, unit := range masked {
-		if err := s.maskUnit(unit); err != nil {
+		if err := maskUnit(s.Tree, unit); err != nil {
 			return err
 		}
 	}
 	for _, generator := range maskedGenerators {
-		if err := s.symlink("/dev/null", "/etc/systemd/system-generators/"+generator); err != nil {
+		if err := s.Symlink("/dev/null", "/etc/systemd/system-generators/"+generator); err != nil {
 			return err
 		}
 	}
 	for _, rule := range maskedRules {
-		if err := s.symlink("/dev/null", "/etc/udev/rules.d/"+rule+".rules"); err != nil {
+		if err := s.Symlink("/dev/null", "/etc/udev/rules.d/"+rule+".rules"); err != nil {
 			return err
 		}
 	}
@@ -413,11 +414,11 @@ func (s *system) boot() error {
 	if err := s.users.setPassword("root", hash); err != nil {
 		return err
 	}
-	if err := s.symlink("/lib/systemd/system/multi-user.target", "/etc/systemd/system/default.target"); err != nil {
+	if err := s.Symlink("/lib/systemd/system/multi-user.target", "/etc/systemd/system/default.target"); err != nil {
 		return err
 	}
 	// Without a .link policy interfaces keep the kernel's names: eth0.
-	if err := s.symlink("/dev/null", "/etc/systemd/network/99-default.link"); err != nil {
+	if err := s.Symlink("/dev/null", "/etc/systemd/network/99-default.link"); err != nil {
 		return err
 	}
 	if err := s.writeFiles([]file{
@@ -433,7 +434,7 @@ func (s *system) boot() error {
 	}); err != nil {
 		return err
 	}
-	return s.enableUnit("serial-getty@ttyS0.service")
+	return enableUnit(s.Tree, "serial-getty@ttyS0.service")
 }
 
 // network gives the guest the fixed address that its place in the network is built around.
@@ -468,7 +469,7 @@ func (s *system) network() error {
 	}); err != nil {
 		return err
 	}
-	return s.enableUnit("drafter-network.service")
+	return enableUnit(s.Tree, "drafter-network.service")
 }
 
 const networkScript = `#!/bin/sh
@@ -536,14 +537,14 @@ func (s *system) guestServices() error {
 	if err != nil {
 		return err
 	}
-	if err := s.put("/usr/bin/drafter-agent", &node{typ: tar.TypeReg, mode: 0o755, content: agent}); err != nil {
+	if err := s.Put("/usr/bin/drafter-agent", &filetree.Node{Type: tar.TypeReg, Mode: 0o755, Content: agent}); err != nil {
 		return err
 	}
-	if err := s.symlink("drafter-agent", "/usr/bin/drafter-liveness"); err != nil {
+	if err := s.Symlink("drafter-agent", "/usr/bin/drafter-liveness"); err != nil {
 		return err
 	}
 	for _, dir := range []string{"before-suspend.d", "after-resume.d"} {
-		if err := s.mkdir("/etc/drafter/"+dir, 0o755, 0, 0); err != nil {
+		if err := s.Mkdir("/etc/drafter/"+dir, 0o755, 0, 0); err != nil {
 			return err
 		}
 	}
@@ -562,15 +563,15 @@ func (s *system) guestServices() error {
 		return err
 	}
 	for _, unit := range []string{"drafter-vsock.service", "drafter-agent.service", "drafter-liveness.service"} {
-		if err := s.enableUnit(unit); err != nil {
+		if err := enableUnit(s.Tree, unit); err != nil {
 			return err
 		}
 	}
 	for _, o := range openServers {
-		if s.findUnit(o.unit) == "" {
+		if findUnit(s.Tree, o.unit) == "" {
 			continue
 		}
-		if err := s.writeFile("/etc/systemd/system/"+o.unit+".d/drafter.conf", "# The guest's network is its own: listen on all of its addresses.\n"+o.dropIn, 0o644); err != nil {
+		if err := s.WriteFile("/etc/systemd/system/"+o.unit+".d/drafter.conf", "# The guest's network is its own: listen on all of its addresses.\n"+o.dropIn, 0o644); err != nil {
 			return err
 		}
 	}
@@ -664,10 +665,10 @@ func (s *system) extras() error {
 		if err := s.copyFromHost(u, "/etc/systemd/system/"+path.Base(u)); err != nil {
 			return err
 		}
-		s.find("/etc/systemd/system/"+path.Base(u), true).mode = 0o644
+		s.Find("/etc/systemd/system/"+path.Base(u), true).Mode = 0o644
 	}
 	for _, u := range s.cfg.Units {
-		if err := s.enableUnit(path.Base(u)); err != nil {
+		if err := enableUnit(s.Tree, path.Base(u)); err != nil {
 			return err
 		}
 	}
@@ -677,13 +678,13 @@ func (s *system) extras() error {
 		if err := s.copyFromHost(script, inside); err != nil {
 			return err
 		}
-		s.find(inside, true).mode = 0o755
+		s.Find(inside, true).Mode = 0o755
 		unit := "drafter-script-" + strings.TrimSuffix(mountUnit(name), ".mount") + ".service"
-		if err := s.writeFile("/etc/systemd/system/"+unit, fmt.Sprintf("[Unit]\nDescription=Script %s of the blueprint\nAfter=network.target local-fs.target\n\n[Service]\nType=oneshot\n"+
+		if err := s.WriteFile("/etc/systemd/system/"+unit, fmt.Sprintf("[Unit]\nDescription=Script %s of the blueprint\nAfter=network.target local-fs.target\n\n[Service]\nType=oneshot\n"+
 			"RemainAfterExit=yes\nExecStart=%s\nStandardOutput=journal+console\nStandardError=journal+console\n\n[Install]\nWantedBy=multi-user.target\n", strings.ReplaceAll(name, "%", "%%"), strings.ReplaceAll(inside, "%", "%%")), 0o644); err != nil {
 			return err
 		}
-		if err := s.enableUnit(unit); err != nil {
+		if err := enableUnit(s.Tree, unit); err != nil {
 			return err
 		}
 	}
@@ -699,11 +700,11 @@ func (s *system) extras() error {
 			}
 		}
 		fstab += strings.Join(f, "\t") + "\n"
-		if _, err := s.mkdirAll(f[1]); err != nil {
+		if _, err := s.MkdirAll(f[1]); err != nil {
 			return fmt.Errorf("make mount point: %w", err)
 		}
 	}
-	return s.writeFile("/etc/fstab", fstab, 0o644)
+	return s.WriteFile("/etc/fstab", fstab, 0o644)
 }
 
 // registerPackages writes dpkg's database, so that dpkg and apt work in the guest.
@@ -724,11 +725,11 @@ func (s *system) registerPackages(debs []*deb, unpacked map[string]bool) error {
 					continue
 				}
 				i := slices.IndexFunc(d.files, func(f debFile) bool { return f.path == p })
-				if i < 0 || d.files[i].node == nil || d.files[i].node.typ != tar.TypeReg {
+				if i < 0 || d.files[i].node == nil || d.files[i].node.Type != tar.TypeReg {
 					continue
 				}
 				h := md5.New() // what dpkg knows configuration files by
-				if err := d.files[i].node.content.writeTo(h); err != nil {
+				if err := d.files[i].node.Content.CopyTo(h); err != nil {
 					return err
 				}
 				fmt.Fprintf(&status, " %s %s\n", p, hex.EncodeToString(h.Sum(nil)))
@@ -744,7 +745,7 @@ func (s *system) registerPackages(debs []*deb, unpacked map[string]bool) error {
 		for _, f := range d.files {
 			list += f.path + "\n"
 		}
-		if err := s.writeFile(prefix+".list", list, 0o644); err != nil {
+		if err := s.WriteFile(prefix+".list", list, 0o644); err != nil {
 			return err
 		}
 		for name, text := range d.scripts {
@@ -755,12 +756,12 @@ func (s *system) registerPackages(debs []*deb, unpacked map[string]bool) error {
 			if slices.Contains([]string{"preinst", "postinst", "prerm", "postrm", "config"}, name) {
 				mode = 0o755
 			}
-			if err := s.writeFile(prefix+"."+name, string(text), mode); err != nil {
+			if err := s.WriteFile(prefix+"."+name, string(text), mode); err != nil {
 				return err
 			}
 		}
 	}
-	return s.writeFile("/var/lib/dpkg/status", status.String(), 0o644)
+	return s.WriteFile("/var/lib/dpkg/status", status.String(), 0o644)
 }
 
 // NetworkConfig is the address the guest has on its interface, wherever it runs.

@@ -4,20 +4,22 @@ import (
 	"fmt"
 	"path"
 	"strings"
+
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // unitDirs are where systemd finds units, most important first.
 var unitDirs = []string{"/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system"}
 
 // findUnit returns the path of a unit's file; for an instance, that of its template.
-func (t *tree) findUnit(name string) string {
+func findUnit(t *filetree.Tree, name string) string {
 	names := []string{name}
 	if prefix, rest, ok := strings.Cut(name, "@"); ok {
 		names = append(names, prefix+"@"+path.Ext(rest))
 	}
 	for _, n := range names {
 		for _, dir := range unitDirs {
-			if t.find(dir+"/"+n, true) != nil {
+			if t.Find(dir+"/"+n, true) != nil {
 				return dir + "/" + n
 			}
 		}
@@ -26,18 +28,18 @@ func (t *tree) findUnit(name string) string {
 }
 
 // enableUnit does what `systemctl enable` does: it makes the links that the unit's [Install] section names.
-func (t *tree) enableUnit(name string) error { return t.enableUnits(map[string]bool{}, name) }
+func enableUnit(t *filetree.Tree, name string) error { return enableUnits(t, map[string]bool{}, name) }
 
-func (t *tree) enableUnits(seen map[string]bool, name string) error {
+func enableUnits(t *filetree.Tree, seen map[string]bool, name string) error {
 	if seen[name] {
 		return nil
 	}
 	seen[name] = true
-	file := t.findUnit(name)
+	file := findUnit(t, name)
 	if file == "" {
 		return fmt.Errorf("enable unit %q: there is no such unit", name)
 	}
-	text, err := t.readFile(file)
+	text, err := t.ReadFile(file)
 	if err != nil {
 		return fmt.Errorf("enable unit %q: %w", name, err)
 	}
@@ -56,18 +58,18 @@ func (t *tree) enableUnits(seen map[string]bool, name string) error {
 	expand := func(s string) string { return strings.NewReplacer("%i", instance, "%n", name, "%%", "%").Replace(s) }
 	for key, suffix := range map[string]string{"WantedBy": ".wants", "RequiredBy": ".requires"} {
 		for _, target := range install[key] {
-			if err := t.symlink(file, "/etc/systemd/system/"+expand(target)+suffix+"/"+name); err != nil {
+			if err := t.Symlink(file, "/etc/systemd/system/"+expand(target)+suffix+"/"+name); err != nil {
 				return err
 			}
 		}
 	}
 	for _, alias := range install["Alias"] {
-		if err := t.symlink(file, "/etc/systemd/system/"+expand(alias)); err != nil {
+		if err := t.Symlink(file, "/etc/systemd/system/"+expand(alias)); err != nil {
 			return err
 		}
 	}
 	for _, also := range install["Also"] {
-		if err := t.enableUnits(seen, expand(also)); err != nil {
+		if err := enableUnits(t, seen, expand(also)); err != nil {
 			return err
 		}
 	}
@@ -75,8 +77,8 @@ func (t *tree) enableUnits(seen map[string]bool, name string) error {
 }
 
 // maskUnit makes sure that a unit never starts.
-func (t *tree) maskUnit(name string) error {
-	return t.symlink("/dev/null", "/etc/systemd/system/"+name)
+func maskUnit(t *filetree.Tree, name string) error {
+	return t.Symlink("/dev/null", "/etc/systemd/system/"+name)
 }
 
 // iniSection returns the settings of one section, their values split at blanks.

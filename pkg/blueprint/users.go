@@ -6,18 +6,20 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+
+	"github.com/drafter-vm/drafter/pkg/filetree"
 )
 
 // users edits the account files of a tree: passwd, group, shadow and gshadow in /etc.
-type users struct{ t *tree }
+type users struct{ t *filetree.Tree }
 
 // seed makes the account files of a fresh system from what package base-passwd holds.
 func (u users) seed() error {
-	passwd, err := u.t.readFile("/usr/share/base-passwd/passwd.master")
+	passwd, err := u.t.ReadFile("/usr/share/base-passwd/passwd.master")
 	if err != nil {
 		return fmt.Errorf("make accounts: %w", err)
 	}
-	group, err := u.t.readFile("/usr/share/base-passwd/group.master")
+	group, err := u.t.ReadFile("/usr/share/base-passwd/group.master")
 	if err != nil {
 		return fmt.Errorf("make accounts: %w", err)
 	}
@@ -42,11 +44,11 @@ func (u users) seed() error {
 		{"/etc/shadow", shadow.String(), 0o640},
 		{"/etc/gshadow", gshadow.String(), 0o640},
 	} {
-		if err := u.t.writeFile(f.path, f.text, f.mode); err != nil {
+		if err := u.t.WriteFile(f.path, f.text, f.mode); err != nil {
 			return err
 		}
 		if f.mode == 0o640 {
-			u.t.find(f.path, true).gid = 42 // shadow, fixed by base-passwd
+			u.t.Find(f.path, true).GID = 42 // shadow, fixed by base-passwd
 		}
 	}
 	return nil
@@ -57,7 +59,7 @@ const shadowDay = 19700
 
 // entry returns the fields of an account by its name or number, nil if there is none.
 func (u users) entry(file, key string) []string {
-	data, _ := u.t.readFile(file) // none: no accounts
+	data, _ := u.t.ReadFile(file) // none: no accounts
 	for line := range strings.Lines(string(data)) {
 		f := strings.Split(strings.TrimRight(line, "\n"), ":")
 		if len(f) > 2 && (f[0] == key || f[2] == key) {
@@ -121,10 +123,10 @@ func (u users) addGroup(name string, id int, regular bool) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if err := u.t.appendFile("/etc/group", fmt.Sprintf("%s:x:%d:\n", name, id), 0o644); err != nil {
+	if err := u.t.AppendFile("/etc/group", fmt.Sprintf("%s:x:%d:\n", name, id), 0o644); err != nil {
 		return 0, err
 	}
-	return id, u.t.appendFile("/etc/gshadow", name+":!::\n", 0o640)
+	return id, u.t.AppendFile("/etc/gshadow", name+":!::\n", 0o640)
 }
 
 func (u users) addUser(a account) error {
@@ -150,15 +152,15 @@ func (u users) addUser(a account) error {
 	if a.shell == "" {
 		a.shell = "/usr/sbin/nologin"
 	}
-	if err := u.t.appendFile("/etc/passwd", fmt.Sprintf("%s:x:%d:%d:%s:%s:%s\n", a.name, id, a.group, a.comment, a.home, a.shell), 0o644); err != nil {
+	if err := u.t.AppendFile("/etc/passwd", fmt.Sprintf("%s:x:%d:%d:%s:%s:%s\n", a.name, id, a.group, a.comment, a.home, a.shell), 0o644); err != nil {
 		return err
 	}
-	return u.t.appendFile("/etc/shadow", fmt.Sprintf("%s:!:%d::::::\n", a.name, shadowDay), 0o640)
+	return u.t.AppendFile("/etc/shadow", fmt.Sprintf("%s:!:%d::::::\n", a.name, shadowDay), 0o640)
 }
 
 // addMember puts a user into a group.
 func (u users) addMember(user, group string) error {
-	data, err := u.t.readFile("/etc/group")
+	data, err := u.t.ReadFile("/etc/group")
 	if err != nil {
 		return err
 	}
@@ -173,14 +175,14 @@ func (u users) addMember(user, group string) error {
 			f[3] = strings.Join(append(members, user), ",")
 			lines[i] = strings.Join(f, ":")
 		}
-		return u.t.writeFile("/etc/group", strings.Join(lines, "\n"), 0o644)
+		return u.t.WriteFile("/etc/group", strings.Join(lines, "\n"), 0o644)
 	}
 	return fmt.Errorf("group %q does not exist", group)
 }
 
 // setPassword sets the password field of a user; empty asks for none.
 func (u users) setPassword(user, hash string) error {
-	data, err := u.t.readFile("/etc/shadow")
+	data, err := u.t.ReadFile("/etc/shadow")
 	if err != nil {
 		return err
 	}
@@ -191,7 +193,7 @@ func (u users) setPassword(user, hash string) error {
 			lines[i] = strings.Join(f, ":")
 		}
 	}
-	u.t.find("/etc/shadow", true).content = bytesContent([]byte(strings.Join(lines, "\n")))
+	u.t.Find("/etc/shadow", true).Content = filetree.Bytes([]byte(strings.Join(lines, "\n")))
 	return nil
 }
 
@@ -293,11 +295,11 @@ func shellFields(line string) []string {
 
 // addSystemUsers carries out all sysusers.d files of the tree.
 func (u users) addSystemUsers(names ...string) error {
-	return u.t.each("/usr/lib/sysusers.d", func(p string, n *node) error {
+	return u.t.Each("/usr/lib/sysusers.d", func(p string, n *filetree.Node) error {
 		if path.Ext(p) != ".conf" || len(names) > 0 && !slices.Contains(names, path.Base(p)) {
 			return nil
 		}
-		text, err := u.t.readFile(p)
+		text, err := u.t.ReadFile(p)
 		if err != nil {
 			return err
 		}

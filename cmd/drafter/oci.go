@@ -309,7 +309,7 @@ Exit statuses: 0 success; 1 no disk was made; 2 the command line cannot be used;
 			if err != nil {
 				return interrupted(cmd, err)
 			}
-			opts := oci.DiskOptions{Mke2fs: tools.Mke2fs, Size: bytes, Progress: show.oci}
+			opts := oci.DiskOptions{Mke2fs: tools.Mke2fs, Debugfs: tools.Debugfs, Size: bytes, Progress: show.oci}
 			volumes, err := writeVolumes(cmd, b, s, filepath.Dir(output), opts)
 			if err == nil {
 				err = b.WriteDisk(cmd.Context(), output, opts)

@@ -22,16 +22,20 @@ const mke2fsMinimum = "1.47.2"
 // loader: what they do depends on the lock, not on the host.
 type toolbox struct{ dir string }
 
+// toolVersion is raised when toolPath tells something else.
+const toolVersion = 2
+
 // toolPath tells which parts of tool packages are unpacked: programs, libraries, the loader.
 func toolPath(p string) bool {
 	dir, name := filepath.Split(strings.TrimPrefix(p, "/usr"))
-	return (dir == "/bin/" || dir == "/sbin/") && (name == "mke2fs" || name == "depmod" || name == "kmod") ||
+	return (dir == "/bin/" || dir == "/sbin/") && (name == "mke2fs" || name == "debugfs" || name == "depmod" || name == "kmod") ||
 		dir == "/lib64/" || dir == "/lib/x86_64-linux-gnu/" && strings.Contains(name, ".so")
 }
 
 // openToolbox unpacks the packages into the cache, unless an earlier build has.
 func (c *cache) openToolbox(ctx context.Context, packages []Package) (*toolbox, error) {
 	key := sha256.New()
+	fmt.Fprintln(key, toolVersion)
 	for _, p := range packages {
 		fmt.Fprintln(key, p.SHA256)
 	}
@@ -176,3 +180,6 @@ func OpenTools(ctx context.Context, cfg Config) (*Tools, error) {
 func (t *Tools) Mke2fs(ctx context.Context, args ...string) *exec.Cmd {
 	return t.box.mke2fs(ctx, args...)
 }
+
+// Debugfs prepares a run of debugfs of the same version.
+func (t *Tools) Debugfs(ctx context.Context, args ...string) *exec.Cmd { return t.box.command(ctx, "debugfs", args...) }

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 )
@@ -17,6 +19,9 @@ type Ext4 struct {
 	// Mke2fs prepares a run of mke2fs, at least 1.47.2, the first that fills a file system from a tar archive and honours SOURCE_DATE_EPOCH
 	// everywhere. Required.
 	Mke2fs func(ctx context.Context, args ...string) *exec.Cmd
+
+	// Debugfs prepares a run of debugfs of the same version, for attributes that mke2fs leaves out: all but security.*. A tree without them needs none.
+	Debugfs func(ctx context.Context, args ...string) *exec.Cmd
 
 	// Size is that of the file system in bytes, a multiple of 1 KiB. 0: what [Tree.Ext4Size] says that is usual.
 	Size int64
@@ -121,6 +126,65 @@ func (t *Tree) WriteExt4(ctx context.Context, path string, fs Ext4) error {
 	}
 	if err := errors.Join(writeErr, closeErr); err != nil {
 		return fmt.Errorf("make file system: %w", err)
+	}
+	if err := t.setXAttrs(ctx, path, dir, fs); err != nil {
+		return fmt.Errorf("make file system: set attributes: %w", err)
+	}
+	return nil
+}
+
+// setXAttrs sets the attributes that mke2fs 1.47 does not read from an archive.
+func (t *Tree) setXAttrs(ctx context.Context, path, tmp string, fs Ext4) error {
+	var script strings.Builder
+	values := 0
+	seen := map[*Node]bool{}
+	one := func(p string, n *Node) error {
+		if seen[n] {
+			return nil
+		}
+		seen[n] = true
+		for _, name := range slices.Sorted(maps.Keys(n.XAttrs)) {
+			if strings.HasPrefix(name, "security.") {
+				continue
+			}
+			if strings.ContainsAny(p+name, "\"\n") {
+				return fmt.Errorf("%q has attribute %q: a name with a quotation mark or a line break cannot have one", p, name)
+			}
+			value := filepath.Join(tmp, fmt.Sprint("value-", values))
+			if err := os.WriteFile(value, []byte(n.XAttrs[name]), 0o600); err != nil {
+				return err
+			}
+			values++
+			fmt.Fprintf(&script, "ea_set -f %q \"%s\" \"%s\"\n", value, p, name)
+		}
+		return nil
+	}
+	if err := one("/", t.Root); err != nil {
+		return err
+	}
+	if err := t.Each("/", one); err != nil || values == 0 {
+		return err
+	}
+	if fs.Debugfs == nil {
+		return errors.New("there is no debugfs")
+	}
+	commands := filepath.Join(tmp, "commands")
+	if err := os.WriteFile(commands, []byte(script.String()), 0o600); err != nil {
+		return err
+	}
+	cmd := fs.Debugfs(ctx, "-w", "-f", commands, path)
+	cmd.Env = append(cmd.Env, fmt.Sprintf("SOURCE_DATE_EPOCH=%d", fs.Epoch))
+	var complaints bytes.Buffer
+	cmd.Stderr = &complaints
+	if err := cmd.Run(); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("debugfs: %w: %s", err, strings.TrimSpace(complaints.String()))
+	}
+	// It says what failed, and ends well all the same. Its first line is its version.
+	if _, rest, _ := strings.Cut(complaints.String(), "\n"); strings.TrimSpace(rest) != "" {
+		return fmt.Errorf("debugfs: %s", strings.TrimSpace(rest))
 	}
 	return nil
 }

@@ -18,8 +18,8 @@ import (
 
 // DiskOptions say how a bundle becomes a disk.
 type DiskOptions struct {
-	// Mke2fs prepares a run of mke2fs: see [filetree.Ext4]. Required.
-	Mke2fs func(ctx context.Context, args ...string) *exec.Cmd
+	// Mke2fs and Debugfs prepare runs of these programs: see [filetree.Ext4]. Required.
+	Mke2fs, Debugfs func(ctx context.Context, args ...string) *exec.Cmd
 
 	// Size of the disk in bytes. 0: what the bundle takes, and half a GiB or more for what the container writes.
 	Size int64
@@ -101,8 +101,13 @@ func writeExt4(ctx context.Context, tree *filetree.Tree, file, label string, ide
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
 	part := filepath.Join(tmp, "disk")
+	youngest := int64(1)
+	_ = tree.Each("/", func(_ string, n *filetree.Node) error { // f never fails
+		youngest = max(youngest, n.ModTime)
+		return nil
+	})
 	err = tree.WriteExt4(ctx, part, filetree.Ext4{
-		Mke2fs: opts.Mke2fs, Size: opts.Size, Label: label, UUID: uuidOf(identity, "file system"), HashSeed: uuidOf(identity, "hash seed"), Epoch: 1, KeepTimes: true,
+		Mke2fs: opts.Mke2fs, Debugfs: opts.Debugfs, Size: opts.Size, Label: label, UUID: uuidOf(identity, "file system"), HashSeed: uuidOf(identity, "hash seed"), Epoch: youngest, KeepTimes: true,
 		Progress: func(done, total int64) { opts.Progress(Progress{"write disk", done, total}) },
 	})
 	if errors.Is(err, filetree.ErrNoSpace) {

@@ -5,7 +5,7 @@
 //	b, err := image.Bundle(ctx, oci.BundleOptions{Settings: oci.Settings{Env: []string{"TZ=UTC"}}})
 //	defer b.Close()
 //	err = b.WriteFolder(ctx, "out/oci-runtime-bundle")                                // to be edited, or
-//	err = b.WriteDisk(ctx, "out/blueprint/oci.ext4", oci.DiskOptions{Mke2fs: tools.Mke2fs}) // to be run
+//	err = b.WriteDisk(ctx, "out/blueprint/oci.ext4", oci.DiskOptions{Mke2fs: tools.Mke2fs, Debugfs: tools.Debugfs}) // to be run
 //
 // A folder, of ours, umoci's or podman's, becomes a bundle again by [OpenFolder]. What the guest does with the disk is in package
 // [github.com/drafter-vm/drafter/pkg/oci/supervise], what both have to agree on in [github.com/drafter-vm/drafter/pkg/oci/bundle].

@@ -229,7 +229,7 @@ func (w *folderWriter) make(p string, n *filetree.Node) error {
 		}
 		if errors.Is(err, unix.EPERM) { // an empty file in its place
 			w.record(p, n)
-			return os.WriteFile(file, nil, 0o600)
+			return errors.Join(os.WriteFile(file, nil, 0o600), setTime(file, n))
 		}
 		if err != 0 {
 			return err
@@ -298,6 +298,10 @@ func (w *folderWriter) attributes(p string, n *filetree.Node) error {
 	if lacking {
 		w.record(p, n)
 	}
+	return setTime(file, n)
+}
+
+func setTime(file string, n *filetree.Node) error {
 	when := unix.NsecToTimespec(n.ModTime * 1e9)
 	return unix.UtimesNanoAt(unix.AT_FDCWD, file, []unix.Timespec{when, when}, unix.AT_SYMLINK_NOFOLLOW)
 }

@@ -47,7 +47,7 @@ type Image struct {
 	image  v1.Image
 	config []byte // verified
 	tmp    string // folder to remove; empty: none
-	auth   func() (name.Repository, []remote.Option)
+	want   string // digest of the manifest, by what refers to it; empty: nothing does
 }
 
 // Close lets go of the image.
@@ -193,22 +193,18 @@ func (i *Image) openRemote(ctx context.Context, reference string, platform *v1.P
 		if err != nil {
 			return err
 		}
-		i.image, err = choose(index, platform, "")
-		if err != nil {
-			return err
-		}
-	} else if i.image, err = desc.Image(); err != nil {
-		return err
+		return i.choose(index, platform, "")
 	}
-	i.auth = func() (name.Repository, []remote.Option) { return ref.Context(), options }
-	return nil
+	i.want = desc.Digest.String()
+	i.image, err = desc.Image()
+	return err
 }
 
 // choose finds the image for a platform in an index, of those with a tag if there is one.
-func choose(index v1.ImageIndex, platform *v1.Platform, tag string) (v1.Image, error) {
+func (i *Image) choose(index v1.ImageIndex, platform *v1.Platform, tag string) error {
 	manifest, err := index.IndexManifest()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	var tags, platforms []string
 	var fits []v1.Descriptor
@@ -228,22 +224,24 @@ func choose(index v1.ImageIndex, platform *v1.Platform, tag string) (v1.Image, e
 	}
 	switch {
 	case len(fits) == 0 && len(platforms) > 0:
-		return nil, fmt.Errorf("it is not for %v, but for %s: say which by the architecture", platform, strings.Join(platforms, ", "))
+		return fmt.Errorf("it is not for %v, but for %s: say which by the architecture", platform, strings.Join(platforms, ", "))
 	case len(fits) == 0 && tag != "":
-		return nil, fmt.Errorf("there is no tag %q, but %q", tag, tags)
+		return fmt.Errorf("there is no tag %q, but %q", tag, tags)
 	case len(fits) == 0:
-		return nil, errors.New("it holds no image")
+		return errors.New("it holds no image")
 	case len(fits) > 1 && fits[0].Platform == nil:
-		return nil, fmt.Errorf("it holds %d images: say which by a tag", len(fits))
+		return fmt.Errorf("it holds %d images: say which by a tag", len(fits))
 	}
 	if fits[0].MediaType.IsIndex() {
 		inner, err := index.ImageIndex(fits[0].Digest)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		return choose(inner, platform, "")
+		return i.choose(inner, platform, "")
 	}
-	return index.Image(fits[0].Digest)
+	i.want = fits[0].Digest.String()
+	i.image, err = index.Image(fits[0].Digest)
+	return err
 }
 
 func (i *Image) openLayout(dir, tag string, platform *v1.Platform) error {
@@ -254,8 +252,7 @@ func (i *Image) openLayout(dir, tag string, platform *v1.Platform) error {
 	if err != nil {
 		return err
 	}
-	i.image, err = choose(index, platform, tag)
-	return err
+	return i.choose(index, platform, tag)
 }
 
 func (i *Image) openTarball(file, tag string) error {
@@ -381,14 +378,9 @@ func (i *Image) verify(platform *v1.Platform) error {
 	if err != nil {
 		return err
 	}
-	digest, err := i.image.Digest()
-	if err != nil {
-		return err
+	if i.Digest = digestOf(manifest); i.want != "" && i.Digest != i.want {
+		return fmt.Errorf("its manifest is %s, not %s as what refers to it says: it is corrupt", i.Digest, i.want)
 	}
-	if have := digestOf(manifest); have != digest.String() {
-		return fmt.Errorf("its manifest is %s, not %v as it should be: it is corrupt", have, digest)
-	}
-	i.Digest = digest.String()
 	m, err := i.image.Manifest()
 	if err != nil {
 		return err

@@ -40,11 +40,15 @@ The guest logs in as root on its serial console, without a password unless --roo
 With --desktop the guest shows a terminal, with --desktop=COMMAND another program, to whoever reaches its port 5900 by
 VNC: no password is asked for, so forward it to loopback only. It is a Debian 13 then, unless --suite says otherwise.
 
+With --oci it runs what is on disks that hold an OCI runtime bundle each, with crun, and is up when all of that is ready
+(docs/containers.md).
+
 Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 		Example: `  drafter blueprint --packages valkey-server
   drafter blueprint --packages nginx --copy ./site:/var/www/html --size 2G
   drafter blueprint --kernel-package linux-image-cloud-amd64/bookworm-backports
   drafter blueprint --desktop='foot --font=monospace:size=14' --packages mesa-utils
+  drafter blueprint --oci --output out/oci
   drafter blueprint --script ./setup.sh --unit ./my.service --fstab 'LABEL=data /data ext4 defaults 0 2'`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) > 0 && cmd.Flags().Changed("desktop") {
@@ -62,8 +66,8 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 				}
 				cfg.Copies = append(cfg.Copies, blueprint.Copy{Host: host, Guest: guest})
 			}
-			if cfg.Desktop != "" && !cmd.Flags().Changed("packages") {
-				cfg.Packages = nil // the example's server has nothing to show
+			if (cfg.Desktop != "" || cfg.OCI) && !cmd.Flags().Changed("packages") {
+				cfg.Packages = nil // the example's server has nothing to show, and is no container
 			}
 			var err error
 			if cfg.Size, err = parseDiskSize(size); err != nil {
@@ -102,7 +106,7 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 	f := cmd.Flags()
 	f.StringVar(&cfg.Output, "output", filepath.Join("out", "blueprint"), "`folder` to write to")
 	f.StringVar(&cfg.Agent, "agent", "", "`path` of the guest's program (default drafter-agent beside this program, else in PATH)")
-	f.StringSliceVar(&cfg.Packages, "packages", []string{"valkey-server"}, "`packages` to install, each NAME, NAME/SUITE or NAME=VERSION; with --desktop none by default")
+	f.StringSliceVar(&cfg.Packages, "packages", []string{"valkey-server"}, "`packages` to install, each NAME, NAME/SUITE or NAME=VERSION; with --desktop or --oci none by default")
 	f.StringVar(&cfg.Suite, "suite", "", "Debian `release`; its backports serve what it lacks (default bookworm, with --desktop trixie)")
 	f.StringVar(&cfg.Arch, "arch", "amd64", "`architecture` of the guest")
 	f.StringVar(&cfg.KernelPackage, "kernel-package", "linux-image-cloud-amd64", "`package` of the kernel; append /bookworm-backports for the newer one")
@@ -115,6 +119,7 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 	f.StringArrayVar(&copies, "copy", nil, "`HOST:GUEST` file or folder to put into the guest (repeatable)")
 	f.StringVar(&cfg.Desktop, "desktop", "", "show a program, by default the terminal foot, by VNC at port 5900 of the guest: `COMMAND` line, given as --desktop=COMMAND")
 	f.Lookup("desktop").NoOptDefVal = blueprint.DefaultDesktop
+	f.BoolVar(&cfg.OCI, "oci", false, "run the containers of disks that hold an OCI runtime bundle each")
 	f.StringArrayVar(&cfg.Fstab, "fstab", nil, "`line` for /etc/fstab, as for an additional disk, by LABEL=; a disk that is absent is waited for 20 s, then left out (repeatable)")
 	f.StringVar(&cfg.Lock, "lock", "", "lock `file` (default blueprint.lock in the output folder)")
 	f.BoolVar(&cfg.Locked, "locked", false, "fail where the lock file would have to change")

@@ -53,6 +53,7 @@ type peerOptions struct {
 	recordSet     time.Duration
 	hostName      string
 	guest         agent.Network
+	env           []string
 }
 
 func newPeerCommand() *cobra.Command {
@@ -127,6 +128,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
 	flags.StringSliceVar(&opts.guest.Addresses, "guest-address", nil, "likewise, an address with its prefix length, instead of those of its family; again for each")
 	flags.StringSliceVar(&opts.guest.Gateways, "guest-gateway", nil, "likewise, the gateway of its default route; again for IPv6")
 	flags.StringVar(&opts.guest.Interface, "guest-interface", "", "the guest's interface that these are for (default: the first)")
+	flags.StringArrayVar(&opts.env, "env", nil, "`NAME=VALUE` in the environment of the guest's containers from when the instance is resumed on, or CONTAINER:NAME=VALUE for one of them, instead of those given before; again for each: containers that it changes start anew")
 	flags.BoolVar(&opts.onDemand, "memory-on-demand", false, "bring no more of the memory than the guest touches, until the instance is sent (default: with --clone)")
 	flags.DurationVar(&opts.recordSet, "record-working-set", 0, "record beside the package's memory which pages of it the guest touches, from when it is resumed until so long after its agent has answered (--record-working-set=3s; 1s if no time is given): later starts bring these first")
 	flags.Lookup("record-working-set").NoOptDefVal = "1s"
@@ -175,6 +177,10 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return usageErrorf("--guest-mac, --guest-address and --guest-gateway exclude --raddr, --accept and --boot: what is received is the VM itself, and what boots sets its network up itself")
 	case opts.guest.Check() != nil:
 		return usageErrorf("--guest-mac, --guest-address and --guest-gateway: %w", opts.guest.Check())
+	case len(opts.env) > 0 && (opts.raddr != "" || opts.accept != "" || opts.boot):
+		return usageErrorf("--env excludes --raddr, --accept and --boot: what is received is the VM itself, and what boots has the environment that it was given last")
+	case agent.CheckEnvironment(opts.env) != nil:
+		return usageErrorf("--env: %w", agent.CheckEnvironment(opts.env))
 	case opts.hostName != "" && agent.CheckHostName(opts.hostName) != nil:
 		return usageErrorf("--host-name: %w", agent.CheckHostName(opts.hostName))
 	case opts.keepPoint && opts.boot:
@@ -184,7 +190,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		flag string
 		set  bool
 	}{
-		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()}, {"record-working-set", opts.recordSet != 0},
+		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()}, {"env", len(opts.env) > 0}, {"record-working-set", opts.recordSet != 0},
 		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
 	} {
 		if opts.restore != "" && v.set {
@@ -290,6 +296,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
 		ForceOwner: opts.forceOwner && opts.restore == "", Clone: opts.clone, HostName: opts.hostName, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
+	}
+	if len(opts.env) > 0 {
+		cfg.Hooks.Environment = func() []string { return opts.env }
 	}
 	if store.storage != nil {
 		cfg.Storage = store.storage

@@ -98,7 +98,7 @@ After a resume the agent first sets the wall clock and reseeds the random number
 	alias := newAgentCommand(&o)
 	alias.Use = "agent"
 	alias.Short = "The same as no subcommand"
-	root.AddCommand(alias, newLivenessCommand(&o), newVsockCommand(&o), newCompletionCommand())
+	root.AddCommand(alias, newLivenessCommand(&o), newVsockCommand(&o), newContainersCommand(&o), newCompletionCommand())
 	return root
 }
 
@@ -185,6 +185,7 @@ func serveAgent(ctx context.Context, o agentOptions, logger *slog.Logger) error 
 		return o.runHooks(ctx, o.afterResumeDir, o.afterResume, "DRAFTER_EVENT=after-resume", "DRAFTER_CLONE="+strconv.FormatBool(clone))
 	}
 	guest.ShutDown = o.shutDown
+	guest.SetEnvironment = client.SetEnvironment
 	guest.HasHook = func() bool {
 		return o.afterResume != "" || o.afterResumeDir != "" && agent.HasHooks(o.afterResumeDir)
 	}

@@ -40,6 +40,10 @@ type Guest struct {
 	// ShutDown, if set, has the guest begin to shut down, or to reboot where its machine ends by that only. It does not wait for the end.
 	ShutDown func(ctx context.Context, reboot bool) error
 
+	// SetEnvironment, if set, gives the guest's containers an environment, see [Identity.Environment], and waits until they are ready with it. It is called before
+	// AfterResume. Nil: the guest has none, and refuses.
+	SetEnvironment func(ctx context.Context, environment []string) error
+
 	// HasHook tells the host, whenever it connects, whether AfterResume has something to do beside that: a guest that was
 	// moved serves before it hears of the move if not. Nil means that it has if it is set.
 	HasHook func() bool
@@ -160,7 +164,7 @@ func (c *calls) Info(context.Context, *agentpb.InfoRequest) (*agentpb.InfoRespon
 	if c.Guest.HasHook != nil {
 		hook = c.Guest.HasHook()
 	}
-	return &agentpb.InfoResponse{Version: c.Version, AfterResumeHook: hook}, nil
+	return &agentpb.InfoResponse{Version: c.Version, AfterResumeHook: hook, Environment: c.Guest.SetEnvironment != nil}, nil
 }
 
 func (c *calls) BeforeSuspend(ctx context.Context, req *agentpb.BeforeSuspendRequest) (*agentpb.BeforeSuspendResponse, error) {
@@ -205,21 +209,39 @@ func (c *calls) ShutDown(ctx context.Context, req *agentpb.ShutDownRequest) (*ag
 
 // resume does all it can and reports everything that failed.
 func (s *service) resume(ctx context.Context, req *agentpb.AfterResumeRequest) (step time.Duration, err error) {
-	var errs [4]error
+	var errs [5]error
 	if req.Time != nil {
 		step, errs[0] = s.setClock(req.Time.AsTime())
 	}
 	if len(req.Entropy) > 0 {
 		errs[1] = s.reseed(req.Entropy)
 	}
-	if id := (Identity{req.MachineId, req.HostName, networkOf(req.Network)}); !id.isZero() {
+	if id := (Identity{MachineID: req.MachineId, HostName: req.HostName, Network: networkOf(req.Network)}); !id.isZero() {
 		errs[2] = s.become(id)
 	}
 	s.logger.Info("after resume", "call", req.Id, "clock_step", step, "clone", req.Clone)
+	if len(req.Environment) > 0 {
+		errs[3] = s.giveEnvironment(ctx, req.Environment)
+	}
 	if s.Guest.AfterResume != nil {
-		errs[3] = s.Guest.AfterResume(ctx, req.Clone)
+		errs[4] = s.Guest.AfterResume(ctx, req.Clone)
 	}
 	return step, errors.Join(errs[:]...)
+}
+
+// giveEnvironment hands an environment to the containers of the guest, which by now is what it is to be.
+func (s *service) giveEnvironment(ctx context.Context, environment []string) error {
+	err := CheckEnvironment(environment)
+	if err == nil && s.Guest.SetEnvironment == nil {
+		err = errors.New("this guest's agent knows of no containers")
+	}
+	if err == nil {
+		err = s.Guest.SetEnvironment(ctx, environment)
+	}
+	if err != nil {
+		return fmt.Errorf("give containers an environment: %w", err)
+	}
+	return nil
 }
 
 // record is the last execution of a kind of call.

@@ -53,7 +53,12 @@ type peer struct {
 	client  *ttrpc.Client
 	agent   agentpb.AgentService
 	version string
+
+	environment bool // it knows of that of containers
 }
+
+// ErrNoEnvironment says that an agent did all it was asked for but to give containers an environment: it is older than that, or knows of no containers.
+var ErrNoEnvironment = errors.New("the guest's agent does not give containers an environment: it is an older one, or none of a guest with containers")
 
 // ListenAgent listens for the agent of the guest whose folder is vmPath. Port 0 means [DefaultPort], a nil logger
 // slog.Default(). The caller must Close the host.
@@ -103,8 +108,8 @@ func (h *Host) HasHook() bool {
 // refused (its hook failed), or that there was no answer before ctx was done; then it may still be getting ready.
 func (h *Host) BeforeSuspend(ctx context.Context) error {
 	id := h.begin(&h.suspend, "")
-	unknown, err := h.call(ctx, func(ctx context.Context, a agentpb.AgentService) error {
-		_, err := a.BeforeSuspend(ctx, &agentpb.BeforeSuspendRequest{Id: id})
+	unknown, err := h.call(ctx, func(ctx context.Context, p *peer) error {
+		_, err := p.agent.BeforeSuspend(ctx, &agentpb.BeforeSuspendRequest{Id: id})
 		return err
 	})
 	if !unknown {
@@ -157,13 +162,19 @@ func NewEntropy() []byte {
 func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 	id := h.begin(&h.resume, req.ID)
 	h.end(&h.suspend)
-	unknown, err := h.call(ctx, func(ctx context.Context, a agentpb.AgentService) error {
+	ignored := false
+	unknown, err := h.call(ctx, func(ctx context.Context, p *peer) error {
 		now := req.Time
 		if now.IsZero() {
 			now = time.Now()
 		}
-		resp, err := a.AfterResume(ctx, &agentpb.AfterResumeRequest{
+		environment := req.Identity.Environment
+		if ignored = len(environment) > 0 && !p.environment; ignored {
+			environment = nil // of several agents, one may know of containers
+		}
+		resp, err := p.agent.AfterResume(ctx, &agentpb.AfterResumeRequest{
 			Id: id, Time: timestamppb.New(now), Entropy: req.Entropy, Clone: req.Clone, MachineId: req.Identity.MachineID, HostName: req.Identity.HostName, Network: req.Identity.Network.message(),
+			Environment: environment,
 		})
 		if err == nil {
 			h.logger.Debug("guest resumed", "clock_step", time.Duration(resp.ClockStepNanos))
@@ -172,6 +183,9 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 	})
 	if !unknown {
 		h.end(&h.resume)
+	}
+	if err == nil && ignored {
+		err = ErrNoEnvironment
 	}
 	if err != nil {
 		return fmt.Errorf("agent after resume: %w", err)
@@ -182,8 +196,8 @@ func (h *Host) AfterResume(ctx context.Context, req AfterResumeRequest) error {
 // ShutDown has the guest begin to shut down, or to reboot where its machine ends by that only. It may be called again: a guest that is on its way
 // goes on. That it has ended shows elsewhere.
 func (h *Host) ShutDown(ctx context.Context, reboot bool) error {
-	_, err := h.call(ctx, func(ctx context.Context, a agentpb.AgentService) error {
-		_, err := a.ShutDown(ctx, &agentpb.ShutDownRequest{Reboot: reboot})
+	_, err := h.call(ctx, func(ctx context.Context, p *peer) error {
+		_, err := p.agent.ShutDown(ctx, &agentpb.ShutDownRequest{Reboot: reboot})
 		return err
 	})
 	if err != nil {
@@ -215,7 +229,7 @@ func (h *Host) end(id *string) {
 
 // call makes a call, again on the next connection when one is cut, until the guest has answered or ctx is done: then
 // whether the guest executes the call is unknown.
-func (h *Host) call(ctx context.Context, f func(context.Context, agentpb.AgentService) error) (unknown bool, err error) {
+func (h *Host) call(ctx context.Context, f func(context.Context, *peer) error) (unknown bool, err error) {
 	sent := false
 	for {
 		p, err := h.current(ctx)
@@ -225,7 +239,7 @@ func (h *Host) call(ctx context.Context, f func(context.Context, agentpb.AgentSe
 		sent = true
 		// A write to a guest that does not read ends with the connection only.
 		stop := context.AfterFunc(ctx, func() { p.conn.Close() })
-		err = f(ctx, p.agent)
+		err = f(ctx, p)
 		stop()
 		if err == nil {
 			return false, nil
@@ -298,7 +312,7 @@ func (h *Host) serve(conn net.Conn, introduced func()) {
 		h.logger.Debug("refuse a connection that is no agent's", "error", err)
 		return
 	}
-	p.version = info.Version
+	p.version, p.environment = info.Version, info.Environment
 
 	h.mu.Lock()
 	old := h.peer

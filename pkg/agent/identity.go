@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"unicode/utf8"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,6 +23,10 @@ type Identity struct {
 
 	// Network is what a network interface of the machine is from now on.
 	Network Network
+
+	// Environment is what the guest's containers have in their environment from now on, besides what their images have, and in place of what they
+	// were given before: "K=V" for all of them, "NAME:K=V" for the one of that name. A guest without containers refuses it.
+	Environment []string
 }
 
 // NewMachineID is 16 bytes from this host's random number generator, marked as those of a random UUID (RFC 9562, version 4), as
@@ -44,6 +49,33 @@ func CheckHostName(name string) error {
 	return nil
 }
 
+var variablePattern = regexp.MustCompile(`^([A-Za-z0-9][A-Za-z0-9_.-]{0,62}:)?[A-Za-z_][A-Za-z0-9_.-]*=[^\x00]*$`)
+
+// What an identity's environment may have at most.
+const (
+	maxVariables   = 256
+	maxEnvironment = 64 << 10 // bytes
+)
+
+// CheckEnvironment reports why containers cannot be given that, see [Identity.Environment]. A guest has the last word, as it knows which containers it has.
+func CheckEnvironment(environment []string) error {
+	if len(environment) > maxVariables {
+		return fmt.Errorf("%d variables: give at most %d", len(environment), maxVariables)
+	}
+	size := 0
+	for _, v := range environment {
+		if !variablePattern.MatchString(v) || !utf8.ValidString(v) { // which no string of the agent's protocol may have
+			return fmt.Errorf("variable %.100q: give it as NAME=VALUE, or CONTAINER:NAME=VALUE for one container, in UTF-8", v)
+		}
+		size += len(v)
+	}
+	if size > maxEnvironment {
+		return fmt.Errorf("%d variables of %d bytes: give at most %d KiB", len(environment), size, maxEnvironment>>10)
+	}
+	return nil
+}
+
+// isZero reports whether the machine itself stays what it is.
 func (id Identity) isZero() bool {
 	return len(id.MachineID) == 0 && id.HostName == "" && id.Network.IsZero()
 }

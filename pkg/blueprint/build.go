@@ -91,6 +91,10 @@ type Config struct {
 	// brings its package; other programs are among Packages or Copies. Empty: no desktop.
 	Desktop string
 
+	// OCI has the guest run, with crun, what is on disks that hold an OCI runtime bundle each. It counts as alive when all of them are ready. Package
+	// pkg/oci/supervise says how. Without such a disk it is a guest like any other.
+	OCI bool
+
 	// Fstab are lines for /etc/fstab. "nofail" and a short wait for the device are added where a line has none.
 	Fstab []string
 
@@ -270,6 +274,9 @@ func (cfg Config) request() string {
 	fixed := []string{cfg.Suite, cfg.Arch, baseVersion, cfg.KernelPackage}
 	if cfg.Desktop != "" {
 		fixed = append(fixed, desktopVersion)
+	}
+	if cfg.OCI {
+		fixed = append(fixed, ociVersion)
 	}
 	return strings.Join(append(fixed, cfg.packages()...), " ")
 }
@@ -552,9 +559,10 @@ func (cfg Config) encodable() any {
 		Agent, Suite, Arch, Kernel, Mirror, Hostname, Password, Desktop string
 		Packages, Units, Scripts, Fstab                                 []string
 		Size                                                            int64
+		OCI                                                             bool
 		Network                                                         NetworkConfig
 		Copies                                                          []Copy
-	}{"", cfg.Suite, cfg.Arch, cfg.KernelPackage, cfg.Mirror, cfg.Hostname, cfg.RootPassword, cfg.Desktop, cfg.Packages, cfg.Units, cfg.Scripts, cfg.Fstab, cfg.Size, cfg.Network, cfg.Copies}
+	}{"", cfg.Suite, cfg.Arch, cfg.KernelPackage, cfg.Mirror, cfg.Hostname, cfg.RootPassword, cfg.Desktop, cfg.Packages, cfg.Units, cfg.Scripts, cfg.Fstab, cfg.Size, cfg.OCI, cfg.Network, cfg.Copies}
 }
 
 func digestHostFiles(w io.Writer, root string) error {

@@ -43,6 +43,9 @@ func (cfg Config) packages() []string {
 			packages = append(packages, DefaultDesktop)
 		}
 	}
+	if cfg.OCI {
+		packages = append(packages, ociPackages...)
+	}
 	return slices.Compact(slices.Sorted(slices.Values(packages)))
 }
 

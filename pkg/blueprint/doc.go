@@ -51,6 +51,9 @@
 // With [Config.Desktop] there are two more, which run as the user desktop: drafter-desktop.service, a compositor without a screen
 // around one program, and drafter-vnc.service, which shows it at port 5900 to whoever asks. The guest is up once that answers.
 //
+// With [Config.OCI] there is drafter-containers.service ("drafter-agent containers"), which runs what is on disks of OCI bundles. The guest is up once
+// all of that is ready.
+//
 // The initrd reads root= (default /dev/vda; LABEL= and UUID= work), rootfstype=, rootflags=, init= and ro from the kernel's
 // command line.
 //

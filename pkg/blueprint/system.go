@@ -92,7 +92,7 @@ func (s *system) lay(ctx context.Context, debs []*deb) error {
 	if err := s.users.addSystemUsers(); err != nil {
 		return err
 	}
-	for _, step := range []func() error{s.certificates, s.libraries, s.boot, s.network, s.guestServices, s.extras, s.desktop} {
+	for _, step := range []func() error{s.certificates, s.libraries, s.boot, s.network, s.guestServices, s.containers, s.extras, s.desktop} {
 		if err := step(); err != nil {
 			return err
 		}

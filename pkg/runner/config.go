@@ -191,6 +191,10 @@ type Hooks struct {
 	// a received instance, too, which may never come to run.
 	Made func(vmPath string) error
 
+	// Environment is asked, when Resume is about to resume the guest, what its agents are to give its containers: see agent.Identity. Resume fails where no
+	// agent can.
+	Environment func() []string
+
 	BeforeSuspend func()                                           // the guest is about to be told that it will be suspended
 	Suspended     func()                                           // all vCPUs have stopped
 	Resumed       func()                                           // the vCPUs run (again)

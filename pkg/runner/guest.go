@@ -43,6 +43,8 @@ type callNote struct {
 	MachineID string `json:"machineID,omitempty"` // and gives these; the former in hexadecimal
 	HostName  string `json:"hostName,omitempty"`
 	Network   string `json:"network,omitempty"` // JSON
+
+	Environment string `json:"environment,omitempty"` // JSON
 }
 
 // next is the note of calls that follow, which tell the guest what it was not told yet.
@@ -55,7 +57,8 @@ func (n callNote) next(suspend, resume string) callNote {
 func (n callNote) identity() agent.Identity {
 	id, _ := hex.DecodeString(n.MachineID) // ours
 	identity := agent.Identity{MachineID: id, HostName: n.HostName}
-	_ = json.Unmarshal([]byte(n.Network), &identity.Network) // ours, or empty
+	_ = json.Unmarshal([]byte(n.Network), &identity.Network)         // ours, or empty
+	_ = json.Unmarshal([]byte(n.Environment), &identity.Environment) // likewise
 	return identity
 }
 
@@ -104,8 +107,8 @@ func (g *guest) recall() {
 func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
 // noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, whether it is a clone, which has an identity of
-// its own, what it is called if that changes, and what its network is.
-func (g *guest) noteResume(clone bool, hostName string, network agent.Network) {
+// its own, what it is called if that changes, what its network is, and what its containers are given.
+func (g *guest) noteResume(clone bool, hostName string, network agent.Network, environment []string) {
 	if g == nil || len(g.agents) == 0 {
 		return
 	}
@@ -116,6 +119,10 @@ func (g *guest) noteResume(clone bool, hostName string, network agent.Network) {
 	if !network.IsZero() {
 		text, _ := json.Marshal(network) // strings only: cannot fail
 		n.Network = string(text)
+	}
+	if len(environment) > 0 {
+		text, _ := json.Marshal(environment) // likewise
+		n.Environment = string(text)
 	}
 	g.remember(n)
 }
@@ -283,26 +290,36 @@ func (g *guest) afterResume(ctx context.Context, m vmm.Machine, timeout time.Dur
 
 // tellResumed tells all agents, by g.note, that the guest runs; with again, first once more of the suspend that came before.
 func (g *guest) tellResumed(ctx context.Context, m vmm.Machine, timeout time.Duration, again bool) error {
-	note := g.note
+	note, identity := g.note, g.note.identity()
 	if again {
 		g.agents.RepeatSuspend(note.Suspend)
 	}
-	var silent atomic.Bool // one of them has not answered
+	var silent, given, ignored atomic.Bool // one of them: has not answered; has done all it was asked for; has no containers to give an environment
 	err := g.agents.each(func(_ int, h *agent.Host) error {
 		var errs []error
 		if again {
 			errs = append(errs, bounded(ctx, m, timeout, "the guest's agent did not get ready for the suspend", h.BeforeSuspend))
 		}
 		return errors.Join(append(errs, bounded(ctx, m, timeout, "the guest's agent did not answer after the resume", func(ctx context.Context) error {
-			err := h.AfterResume(ctx, agent.AfterResumeRequest{ID: note.Resume, Entropy: agent.NewEntropy(), Clone: note.Clone, Identity: note.identity()})
+			err := h.AfterResume(ctx, agent.AfterResumeRequest{ID: note.Resume, Entropy: agent.NewEntropy(), Clone: note.Clone, Identity: identity})
 			if err != nil && ctx.Err() != nil {
 				silent.Store(true)
+			}
+			switch {
+			case errors.Is(err, agent.ErrNoEnvironment):
+				ignored.Store(true)
+				return nil
+			case err == nil:
+				given.Store(true)
 			}
 			return err
 		}))...)
 	})
 	if !silent.Load() {
 		g.remember(callNote{})
+	}
+	if err == nil && ignored.Load() && !given.Load() {
+		err = agent.ErrNoEnvironment
 	}
 	return err
 }

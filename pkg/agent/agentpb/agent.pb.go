@@ -76,6 +76,7 @@ type InfoResponse struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Version         string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`                                           // of the agent
 	AfterResumeHook bool                   `protobuf:"varint,2,opt,name=after_resume_hook,json=afterResumeHook,proto3" json:"after_resume_hook,omitempty"` // the guest has something of its own to do after it resumed
+	Environment     bool                   `protobuf:"varint,3,opt,name=environment,proto3" json:"environment,omitempty"`                                  // it knows what to do with AfterResumeRequest.environment
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
 }
@@ -120,6 +121,13 @@ func (x *InfoResponse) GetVersion() string {
 func (x *InfoResponse) GetAfterResumeHook() bool {
 	if x != nil {
 		return x.AfterResumeHook
+	}
+	return false
+}
+
+func (x *InfoResponse) GetEnvironment() bool {
+	if x != nil {
+		return x.Environment
 	}
 	return false
 }
@@ -215,6 +223,7 @@ type AfterResumeRequest struct {
 	MachineId     []byte                 `protobuf:"bytes,5,opt,name=machine_id,json=machineId,proto3" json:"machine_id,omitempty"` // 16 random bytes: what the machine is told apart by from now on (machine-id(5)); empty: as before
 	HostName      string                 `protobuf:"bytes,6,opt,name=host_name,json=hostName,proto3" json:"host_name,omitempty"`    // what the machine calls itself from now on; empty: as before
 	Network       *Network               `protobuf:"bytes,7,opt,name=network,proto3" json:"network,omitempty"`                      // what its network interface is from now on; absent: as before
+	Environment   []string               `protobuf:"bytes,8,rep,name=environment,proto3" json:"environment,omitempty"`              // of its containers from now on, besides that of their images, as K=V, or NAME:K=V of one; empty: as before
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -294,6 +303,13 @@ func (x *AfterResumeRequest) GetHostName() string {
 func (x *AfterResumeRequest) GetNetwork() *Network {
 	if x != nil {
 		return x.Network
+	}
+	return nil
+}
+
+func (x *AfterResumeRequest) GetEnvironment() []string {
+	if x != nil {
+		return x.Environment
 	}
 	return nil
 }
@@ -497,13 +513,14 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"\vagent.proto\x12\x10drafter.agent.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"'\n" +
 	"\vInfoRequest\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\"T\n" +
+	"\aversion\x18\x01 \x01(\tR\aversion\"v\n" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12*\n" +
-	"\x11after_resume_hook\x18\x02 \x01(\bR\x0fafterResumeHook\"&\n" +
+	"\x11after_resume_hook\x18\x02 \x01(\bR\x0fafterResumeHook\x12 \n" +
+	"\venvironment\x18\x03 \x01(\bR\venvironment\"&\n" +
 	"\x14BeforeSuspendRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"\x17\n" +
-	"\x15BeforeSuspendResponse\"\xf5\x01\n" +
+	"\x15BeforeSuspendResponse\"\x97\x02\n" +
 	"\x12AfterResumeRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x18\n" +
@@ -512,7 +529,8 @@ const file_agent_proto_rawDesc = "" +
 	"\n" +
 	"machine_id\x18\x05 \x01(\fR\tmachineId\x12\x1b\n" +
 	"\thost_name\x18\x06 \x01(\tR\bhostName\x123\n" +
-	"\anetwork\x18\a \x01(\v2\x19.drafter.agent.v1.NetworkR\anetwork\"s\n" +
+	"\anetwork\x18\a \x01(\v2\x19.drafter.agent.v1.NetworkR\anetwork\x12 \n" +
+	"\venvironment\x18\b \x03(\tR\venvironment\"s\n" +
 	"\aNetwork\x12\x1c\n" +
 	"\tinterface\x18\x01 \x01(\tR\tinterface\x12\x10\n" +
 	"\x03mac\x18\x02 \x01(\tR\x03mac\x12\x1c\n" +

@@ -1,0 +1,265 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/internal/testguest"
+	"github.com/drafter-vm/drafter/internal/testnet"
+	"github.com/drafter-vm/drafter/pkg/oci/bundle"
+	"github.com/drafter-vm/drafter/pkg/vmpackage"
+)
+
+// mke2fs makes a disk of a folder; of none, if dir is empty.
+func mke2fs(t *testing.T, path, label, dir string) {
+	t.Helper()
+	args := []string{"-q", "-t", "ext4", "-L", label}
+	if dir != "" {
+		args = append(args, "-d", dir)
+	}
+	if out, err := exec.Command("mke2fs", append(args, path, "24M")...).CombinedOutput(); err != nil {
+		t.Fatalf("make disk: %v\n%s", err, out)
+	}
+}
+
+// containerRoot makes the root of a container in a folder.
+func containerRoot(t *testing.T, root string) {
+	t.Helper()
+	program, err := os.ReadFile(build(t, "./container"))
+	for _, name := range []string{"bin", "proc", "dev", "etc"} {
+		if err == nil {
+			err = os.MkdirAll(filepath.Join(root, name), 0o755)
+		}
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(root, "bin/container"), program, 0o755)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// bundleDisk makes a disk that holds a container, which serves a port.
+func bundleDisk(t *testing.T, path string, port int, annotations map[string]string, mounts []map[string]any, hostname string) {
+	t.Helper()
+	dir := shortDir(t)
+	containerRoot(t, filepath.Join(dir, bundle.RootFolder))
+	config := map[string]any{
+		"ociVersion": "1.0.2", "annotations": annotations, "hostname": hostname,
+		"root":    map[string]any{"path": "rootfs"},
+		"process": map[string]any{"terminal": true, "user": map[string]any{"uid": 0, "gid": 0}, "cwd": "/", "args": []string{"/bin/container", strconv.Itoa(port)}, "env": []string{"PATH=/bin", "COLOUR=image"}},
+		"mounts": append([]map[string]any{
+			{"destination": "/proc", "type": "proc", "source": "proc"}, {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": []string{"nosuid", "mode=755"}},
+		}, mounts...),
+		"linux": map[string]any{"namespaces": []map[string]any{{"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "cgroup"}}},
+	}
+	text, err := json.MarshalIndent(config, "", "\t")
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, bundle.ConfigFile), text, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	mke2fs(t, path, bundle.Label, dir)
+}
+
+// blueprint builds one.
+func (w *workshop) blueprint(t *testing.T, args ...string) {
+	t.Helper()
+	args = append([]string{"blueprint", "--output", w.path("blueprint"), "--agent", build(t, "../../cmd/drafter-agent")}, args...)
+	if cache := os.Getenv("DRAFTER_TEST_CACHE"); cache != "" {
+		args = append(args, "--cache", cache)
+	}
+	c := w.start(t, nil, args...)
+	select {
+	case <-c.done:
+	case <-time.After(10 * time.Minute): // a download may take longer than all else
+	}
+	c.wait(t, 0)
+}
+
+// debian is the command line that makes a package of the blueprint, with disks of the workshop besides.
+func (w *workshop) debian(pkg string, disks []string, more ...string) []string {
+	var devices []string
+	for _, name := range append([]string{"state", "memory", "config", "kernel", "initrd", "disk"}, disks...) {
+		input := w.path(name + ".img")
+		switch name {
+		case "kernel", "initrd", "disk":
+			input = w.path(filepath.Join("blueprint", vmpackage.DefaultFile(name)))
+		case "state", "memory", "config":
+			input = ""
+		}
+		devices = append(devices, fmt.Sprintf(`{"name":%q,"input":%q,"output":%q}`, name, input, w.path(filepath.Join(pkg, vmpackage.DefaultFile(name)))))
+	}
+	return append([]string{"snapshotter", "--devices", "[" + strings.Join(devices, ",") + "]", "--memory-size", "512", "--chroot-base-dir", w.vms(), "--enable-output"}, more...)
+}
+
+// talk is a connection to a container of the tests.
+type talk struct {
+	conn net.Conn
+	in   *bufio.Reader
+}
+
+// talkTo connects to a port of the guest that a namespace leads to.
+func talkTo(t *testing.T, netns string, port int) *talk {
+	t.Helper()
+	ctx := newContext(t)
+	var conn net.Conn
+	for {
+		err := testnet.Do(netns, func() (err error) {
+			conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("172.16.0.2:%d", port))
+			return err
+		})
+		if err == nil {
+			break
+		}
+		if ctx.Err() != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return &talk{conn, bufio.NewReader(conn)}
+}
+
+// ask has the container do something.
+func (k *talk) ask(t *testing.T, what string) string {
+	t.Helper()
+	k.conn.SetDeadline(time.Now().Add(guestWait))
+	if _, err := fmt.Fprintln(k.conn, what); err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	line, err := k.in.ReadString('\n')
+	if err != nil {
+		t.Fatalf("%s: %v", what, err)
+	}
+	answer, err := strconv.Unquote(strings.TrimSpace(line))
+	if err != nil {
+		t.Fatalf("%s: %q: %v", what, line, err)
+	}
+	return answer
+}
+
+func (k *talk) expect(t *testing.T, what, want string) {
+	t.Helper()
+	if got := k.ask(t, what); got != want {
+		t.Errorf("%s: %q, want %q", what, got, want)
+	}
+}
+
+// TestContainers: a guest runs what is on two disks, one of which has a volume on a third. They are ready when the snapshot is taken; a clone is given
+// another environment; what ends is started again; and all of it moves.
+func TestContainers(t *testing.T) {
+	began := time.Now()
+	took := func(what string) {
+		t.Helper()
+		t.Logf("%s after %.1f s", what, time.Since(began).Seconds())
+	}
+	w := newWorkshop(t)
+	h := testnet.NewTestHosts(t, "a", "b")
+	netns, _ := networks(t, h, "a", "b")
+	start := func(host string, console *testguest.Console, args []string) (c *command) {
+		t.Helper()
+		if err := testnet.Do(h.Host(host), func() error { c = w.start(t, console, args...); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	const webPort, jobPort = 8001, 8002
+	bundleDisk(t, w.path("oci.img"), webPort, map[string]string{bundle.NameAnnotation: "web", bundle.RestartAnnotation: "always", bundle.ReadyAnnotation: fmt.Sprintf("port:%d", webPort)},
+		[]map[string]any{{"destination": "/data", "source": "LABEL=data", "options": []string{"rw", "noatime"}}}, "")
+	bundleDisk(t, w.path("job.img"), jobPort, map[string]string{bundle.ReadyAnnotation: "notify"}, nil, "own-name")
+	mke2fs(t, w.path("data.img"), "data", "")
+	w.blueprint(t, "--oci")
+	took("blueprint built")
+	console := newConsole(t)
+	start("a", console, w.debian("package", []string{"oci", "job", "data"}, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
+	took("snapshot taken: the containers are ready")
+	for _, line := range []string{"web: serving port 8001", "job: serving port 8002"} {
+		if !strings.Contains(console.Log(), line) {
+			t.Errorf("the console does not say %q:\n%s", line, console.Log())
+		}
+	}
+	peerOn := func(host, instance string, more ...string) *command {
+		t.Helper()
+		return start(host, w.console, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0"}, more...)...))
+	}
+
+	// As it was packaged.
+	a := peerOn("a", "at-a")
+	a.waitFor(t, "Resumed VM")
+	took("resumed")
+	web, job := talkTo(t, netns["a"], webPort), talkTo(t, netns["a"], jobPort)
+	web.expect(t, "count", "1")
+	web.expect(t, "env COLOUR", "image")
+	web.expect(t, "host", "drafter")
+	web.expect(t, "read /etc/hostname", "drafter")
+	job.expect(t, "host", "own-name")
+	job.expect(t, "count", "1")
+	web.expect(t, "write /data/kept of a", "")
+	if hosts := web.ask(t, "read /etc/resolv.conf"); !strings.Contains(hosts, "nameserver 1.1.1.1") {
+		t.Errorf("the container's resolv.conf is %q", hosts)
+	}
+	a.Process.Signal(os.Interrupt)
+	a.wait(t, 0)
+	took("closed")
+
+	// A clone that is called otherwise, and has another environment: of both, and of one.
+	c := peerOn("a", "clone", "--clone", "--host-name", "clone", "--env", "COLOUR=green", "--env", "job:COLOUR=red", "--env", "web:GREETING=good morning")
+	c.waitFor(t, "Resumed VM")
+	took("clone resumed, with another environment")
+	web, job = talkTo(t, netns["a"], webPort), talkTo(t, netns["a"], jobPort)
+	web.expect(t, "env COLOUR", "green")
+	web.expect(t, "env GREETING", "good morning")
+	job.expect(t, "env COLOUR", "red")
+	job.expect(t, "env GREETING", "")
+	web.expect(t, "host", "clone")
+	web.expect(t, "read /etc/hostname", "clone")
+	job.expect(t, "read /etc/hostname", "own-name")
+	if got := web.ask(t, "read /data/kept"); !strings.HasPrefix(got, "error: ") {
+		t.Errorf("the clone has what the other wrote to its volume: %q", got)
+	}
+	web.expect(t, "write /data/kept of the clone", "")
+	// What ends is started again, with that.
+	fmt.Fprintln(web.conn, "exit 3")
+	if _, err := web.in.ReadByte(); err == nil {
+		t.Error("the container goes on")
+	}
+	web = talkTo(t, netns["a"], webPort)
+	took("a container that ended was started again")
+	web.expect(t, "env COLOUR", "green")
+	web.expect(t, "read /data/kept", "of the clone")
+	web.expect(t, "count", "1")
+	job.expect(t, "count", "1") // the other goes on
+
+	// It moves while it runs: nothing starts anew.
+	b := peerOn("b", "at-b", "--raddr", strings.TrimSpace(c.waitFor(t, "Serving on ")))
+	c.waitFor(t, "Sent VM to ")
+	b.waitFor(t, "Received VM")
+	took("moved")
+	web, job = talkTo(t, netns["b"], webPort), talkTo(t, netns["b"], jobPort)
+	web.expect(t, "count", "2")
+	job.expect(t, "count", "2")
+	web.expect(t, "read /data/kept", "of the clone")
+	job.expect(t, "env COLOUR", "red")
+	b.Process.Signal(os.Interrupt)
+	b.wait(t, 0)
+
+	// Closed and resumed, it is the same; a variable for a container that is not there is refused.
+	wrong := peerOn("b", "at-b", "--env", "nobody:A=b")
+	if said := wrong.wait(t, 1); !strings.Contains(said, `container "nobody"`) {
+		t.Errorf("a variable for nobody: %s", said)
+	}
+	took("done")
+	_ = context.Background
+}

@@ -14,10 +14,10 @@ func (s *system) containers() error {
 	if !s.cfg.OCI {
 		return nil
 	}
-	if err := s.writeFile("/lib/systemd/system/drafter-containers.service", containersUnit, 0o644); err != nil {
+	if err := s.WriteFile("/lib/systemd/system/drafter-containers.service", containersUnit, 0o644); err != nil {
 		return err
 	}
-	return s.enableUnit("drafter-containers.service")
+	return enableUnit(s.Tree, "drafter-containers.service")
 }
 
 // containersUnit has started once all containers are ready: the guest counts as alive then, and no earlier. How long that may take is for whoever waits for the

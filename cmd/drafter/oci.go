@@ -51,7 +51,7 @@ Credentials for registries are those of 'docker login' and 'podman login', and o
 		},
 		RunE: func(cmd *cobra.Command, args []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newOCIUnpackCommand(), newOCIPackCommand())
+	cmd.AddCommand(newOCIUnpackCommand(), newOCIPackCommand(), newOCIBuildCommand())
 	return cmd
 }
 

@@ -339,6 +339,7 @@ var podmanFolders = regexp.MustCompile(`^(/run/containers/|/var/lib/containers/|
 // normalise takes from config.json what belongs to the host that it was made for: a machine of its own is no place for it.
 func (b *Bundle) normalise() {
 	s := b.Spec
+	s.Version = bundle.SpecVersion
 	s.Root.Path = bundle.RootFolder
 	s.Hooks = nil
 	if s.Process != nil {

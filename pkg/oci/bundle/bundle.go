@@ -26,6 +26,10 @@ const (
 	Label      = "oci"
 )
 
+// SpecVersion is the version of the runtime specification that config.json says it follows. Runtimes refuse versions that are newer than they are, as
+// crun of Debian 12 does, whatever fields are used: those of a bundle are in the first one that is in use anywhere.
+const SpecVersion = "1.0.2"
+
 // Annotations of config.json, each of which may be absent.
 const (
 	NameAnnotation    = "org.drafter.name"    // what the container is called in the guest; else as the disk's device

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/drafter-vm/drafter/pkg/oci/bundle"
 	"golang.org/x/sys/unix"
 )
 
@@ -146,6 +147,7 @@ const notifyFolder, notifyName = "/run/drafter", "notify"
 
 // adapt makes of a config.json what the runtime is to run.
 func (p place) adapt(ctx context.Context, c *config, all map[string]any) ([]byte, error) {
+	all["ociVersion"] = bundle.SpecVersion
 	process := part(all, "process")
 	process["terminal"] = false
 	delete(process, "consoleSize")

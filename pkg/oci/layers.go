@@ -87,7 +87,7 @@ func (l *layering) apply(ctx context.Context, r io.Reader) error {
 		if l.entries++; l.entries > l.limits.Entries {
 			return fmt.Errorf("it has more than %d entries: raise the limit if that is meant", l.limits.Entries)
 		}
-		if err := l.entry(h, tr); err != nil {
+		if err := l.entry(h, func() (filetree.Content, error) { return l.tree.Spool.Put(tr, h.Size) }); err != nil {
 			return fmt.Errorf("entry %q: %w", h.Name, err)
 		}
 	}
@@ -164,7 +164,8 @@ func (l *layering) follow(dir string) (string, error) {
 	return at, nil
 }
 
-func (l *layering) entry(h *tar.Header, r io.Reader) error {
+// entry applies one entry of a layer. content is that of a file.
+func (l *layering) entry(h *tar.Header, content func() (filetree.Content, error)) error {
 	if h.Typeflag == tar.TypeXGlobalHeader {
 		return nil
 	}
@@ -193,7 +194,7 @@ func (l *layering) entry(h *tar.Header, r io.Reader) error {
 			return fmt.Errorf("the image's files have more than %d bytes: raise the limit if that is meant", l.limits.Size)
 		}
 		n.Link = ""
-		if n.Content, err = l.tree.Spool.Put(r, h.Size); err != nil {
+		if n.Content, err = content(); err != nil {
 			return fmt.Errorf("read content: %w", err)
 		}
 	case tar.TypeDir:

@@ -47,6 +47,7 @@ type Image struct {
 	image  v1.Image
 	config []byte // verified
 	tmp    string // folder to remove; empty: none
+	blobs  *blobs // of the repository it is in; nil: it is in no registry
 	want   string // digest of the manifest, by what refers to it; empty: nothing does
 }
 
@@ -186,6 +187,9 @@ func (i *Image) openRemote(ctx context.Context, reference string, platform *v1.P
 	}
 	desc, err := remote.Get(ref, options...)
 	if err != nil {
+		return err
+	}
+	if i.blobs, err = openBlobs(ctx, ref.Context(), keychain, opts.Transport); err != nil {
 		return err
 	}
 	if desc.MediaType.IsIndex() {

@@ -1,0 +1,100 @@
+package oci
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+)
+
+// blobs reads parts of the blobs of a repository: the distribution specification's GET /v2/NAME/blobs/DIGEST with a Range.
+type blobs struct {
+	base   string // URL, up to the digest
+	client *http.Client
+}
+
+func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychain, rt http.RoundTripper) (*blobs, error) {
+	auth, err := authn.Resolve(ctx, keychain, repo)
+	if err != nil {
+		return nil, err
+	}
+	if rt == nil {
+		rt = remote.DefaultTransport
+	}
+	// The transport lives longer than who opens the image waits.
+	rt, err = transport.NewWithContext(context.WithoutCancel(ctx), repo.Registry, auth, transport.NewRetry(rt), []string{repo.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, err
+	}
+	return &blobs{
+		base:   fmt.Sprintf("%s://%s/v2/%s/blobs/", repo.Scheme(), repo.RegistryStr(), repo.RepositoryStr()),
+		client: &http.Client{Transport: rt},
+	}, nil
+}
+
+// What a part of a blob may take, and how often it is asked for.
+const (
+	blobTimeout  = 30 * time.Second
+	blobAttempts = 5
+)
+
+var errNoRanges = errors.New("the registry does not give parts of blobs")
+
+// read reads length bytes at off. A registry that fails is asked again, with growing pauses.
+func (b *blobs) read(ctx context.Context, digest string, off, length int64) ([]byte, error) {
+	var last error
+	for attempt := range blobAttempts {
+		if attempt > 0 {
+			select {
+			case <-time.After(100 * time.Millisecond << (2 * attempt)):
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}
+		data, err := b.once(ctx, digest, off, length)
+		if err == nil || errors.Is(err, errNoRanges) {
+			return data, err
+		}
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
+		last = err
+	}
+	return nil, fmt.Errorf("fetch %d bytes at %d of %s: %w", length, off, digest, last)
+}
+
+func (b *blobs) once(ctx context.Context, digest string, off, length int64) ([]byte, error) {
+	if length == 0 {
+		return nil, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, blobTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.base+digest, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+length-1))
+	resp, err := b.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusOK {
+		return nil, errNoRanges
+	}
+	if err := transport.CheckError(resp, http.StatusPartialContent); err != nil {
+		return nil, err
+	}
+	data := make([]byte, length)
+	if _, err := io.ReadFull(resp.Body, data); err != nil {
+		return nil, err
+	}
+	return data, nil
+}

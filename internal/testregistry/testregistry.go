@@ -34,6 +34,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -142,7 +143,7 @@ func (s *Server) Restart() {
 	}
 	s.output = new(bytes.Buffer)
 	s.cmd = exec.Command(path, "serve", s.config)
-	s.cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none")
+	s.cmd.Env = environment()
 	s.cmd.Stdout, s.cmd.Stderr = s.output, s.output
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
@@ -158,6 +159,12 @@ func (s *Server) Restart() {
 			s.t.Fatal("the registry does not listen: ", s.output.String())
 		}
 	}
+}
+
+// environment is that of the server: without what would change its configuration, as REGISTRY_AUTH_FILE does, which is meant for clients.
+func environment() []string {
+	all := slices.DeleteFunc(os.Environ(), func(s string) bool { return strings.HasPrefix(s, "REGISTRY_") })
+	return append(all, "OTEL_TRACES_EXPORTER=none")
 }
 
 // Stop ends the server. It may be called more than once.
@@ -178,7 +185,7 @@ func (s *Server) CollectGarbage() {
 	}
 	s.Stop()
 	cmd := exec.Command(path, "garbage-collect", "--delete-untagged", s.config)
-	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none")
+	cmd.Env = environment()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		s.t.Fatal("collect garbage: ", err, ": ", string(out))
 	}

@@ -78,6 +78,9 @@ func Pull(ctx context.Context, ref Reference, dir string, opts PullOptions) (_ *
 	if err := syncFolder(u.dir); err != nil {
 		return nil, err
 	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) { // it is empty
+		return nil, err
+	}
 	if err := os.Rename(u.dir, dir); err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -52,6 +53,8 @@ type PushOptions struct {
 
 	// Progress is told how far the push is, by one goroutine at a time. Nil is allowed.
 	Progress func(Progress)
+
+	packSize int64 // bytes of content of a pack; 0: leastPackSize, or more
 }
 
 // Pushed is what came of a push.
@@ -440,7 +443,7 @@ func (p *push) borrow(ctx context.Context) {
 
 // send puts packs of what is new, and then what describes the package, and returns its layers.
 func (p *push) send(ctx context.Context) ([]ocispec.Descriptor, error) {
-	most := int64(leastPackSize)
+	most := cmp.Or(p.opts.packSize, leastPackSize)
 	for (p.report.Data-p.report.Known)/most > manyPacks && most < maxPackSize/4 {
 		most *= 2
 	}
@@ -472,6 +475,7 @@ func (p *push) send(ctx context.Context) ([]ocispec.Descriptor, error) {
 		layers[n] = ocispec.Descriptor{
 			MediaType: mediaType, Digest: digest.FromBytes(blob), Size: int64(len(blob)), Annotations: map[string]string{ocispec.AnnotationTitle: title},
 		}
+		p.toSend.Add(layers[n].Size)
 		return p.putBlob(ctx, layers[n], blob)
 	}
 	if err := describe(0, mediaDescription, vmpackage.ManifestFile, compressor().EncodeAll(p.raw, nil)); err != nil {
@@ -577,10 +581,10 @@ func (p *push) putBlob(ctx context.Context, desc ocispec.Descriptor, blob []byte
 	defer p.mu.Unlock()
 	if added {
 		p.report.Sent += desc.Size
-	} else {
-		p.report.Present += desc.Size
-		p.toSend.Add(-desc.Size)
+		return nil
 	}
+	p.report.Present += desc.Size
+	p.toSend.Add(-desc.Size)
 	return nil
 }
 
@@ -594,6 +598,7 @@ func (p *push) name(ctx context.Context, layers []ocispec.Descriptor) (*Pushed, 
 	if err != nil {
 		return nil, err
 	}
+	p.toSend.Add(config.Size)
 	if err := p.putBlob(ctx, config, configContent); err != nil {
 		return nil, err
 	}

@@ -8,7 +8,8 @@ import (
 
 // compressor makes frames; of any number of goroutines at once. The same content becomes the same frame, as long as the library is the same.
 var compressor = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true)) // chunks have digests
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true), // chunks have digests
+		zstd.WithAllLitEntropyCompression(true)) // memory is often without repetitions, and of few values
 	if err != nil {
 		panic(err) // of options only
 	}

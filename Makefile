@@ -10,7 +10,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 
 # The tools that the one host binary also answers to, each as drafter-TOOL.
-TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl nat forwarder connections
+TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry push pull run ctl nat forwarder connections
 
 GOTESTFLAGS ?= -count 1 -timeout 30m
 

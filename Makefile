@@ -10,7 +10,7 @@ VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo 
 LDFLAGS     := -X github.com/drafter-vm/drafter/internal/version.set=$(VERSION)
 
 # The tools that the one host binary also answers to, each as drafter-TOOL.
-TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry ctl nat forwarder connections
+TOOLS       := blueprint snapshotter packager peer terminator mounter serve registry push pull run ctl nat forwarder connections
 
 GOTESTFLAGS ?= -count 1 -timeout 30m
 
@@ -64,6 +64,7 @@ test: depend build lint ## Everything: unit tests with the race detector, root-o
 	@# By all cores: what go test -p 1 finds uncompiled it compiles one package at a time.
 	$(GO) build -race ./...
 	cd internal/tests3/versitygw && CGO_ENABLED=0 $(GO) tool -n versitygw >/dev/null # the S3 server of tests
+	cd internal/testregistry/registry && CGO_ENABLED=0 $(GO) tool -n registry >/dev/null # the OCI registry of tests
 	@trap 'exit 130' INT; failed=0; \
 	$(GO) test -race $(GOTESTFLAGS) $$($(GO) list ./... | grep -vxFf <($(GO) list $(ALONE))) || failed=1; \
 	$(GO) test -race -p 1 $(GOTESTFLAGS) $(ALONE) || failed=1; \

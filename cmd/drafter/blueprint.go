@@ -193,6 +193,9 @@ func (p *progress) update(u blueprint.Progress) {
 			progressbar.OptionShowBytes(true), progressbar.OptionThrottle(50*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionUseIECUnits(true))
 	}
 	if p.bar != nil {
+		if u.Total > 0 && u.Total != p.bar.GetMax64() {
+			p.bar.ChangeMax64(u.Total)
+		}
 		// A bar that cannot be drawn is no reason to stop.
 		_ = p.bar.Set64(u.Done)
 	}

@@ -14,13 +14,13 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/drafter-vm/drafter/pkg/agent"
 	"github.com/drafter-vm/drafter/pkg/control"
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/registry"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/transport"
 	"github.com/drafter-vm/drafter/pkg/vmm"
@@ -58,7 +58,7 @@ type peerOptions struct {
 
 func newPeerCommand() *cobra.Command {
 	var opts peerOptions
-	cmd := &cobra.Command{
+	return peerCommand(&opts, &cobra.Command{
 		Use:   "peer",
 		Short: "Run an instance of a package, and migrate it to and from other peers",
 		Long: `Run an instance, and migrate it live.
@@ -97,7 +97,11 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
   drafter peer --package out/package --instance out/instance-1 --netns ark1 --raddr localhost:1337`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runPeer(cmd, opts) },
-	}
+	})
+}
+
+// peerCommand gives a command the flags of a peer.
+func peerCommand(opts *peerOptions, cmd *cobra.Command) *cobra.Command {
 	flags := cmd.Flags()
 	opts.machineFlags.register(flags)
 	offerMachine(cmd)
@@ -197,6 +201,9 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 			return usageErrorf("--restore excludes --%s: the instance comes from the store, to the folder --package, which is made for it", v.flag)
 		}
 	}
+	if opts.restore == "" && opts.run {
+		return usageErrorf("say what to run, as %sHOST/NAME:TAG", registry.Scheme)
+	}
 	if opts.restore != "" && opts.packagePath == "" {
 		return usageErrorf("--restore needs --package: the folder to make for the instance")
 	}
@@ -268,9 +275,15 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		return err
 	}
 	defer store.close()
-	if store.version != nil {
+	if store.whole && opts.inRegistry() { // it has been fetched, and goes on from the folder
+		opts.restore, store.origin, store.whole = "", nil, false
+		if devices, err = opts.deviceSource.open(); err != nil {
+			return err
+		}
+	}
+	if store.origin != nil {
 		if opts.boot && !store.begun {
-			return usageErrorf("--boot, beside --restore %s, is for a VM that died before all of it had been fetched, and in %q there is none: leave one out", opts.restore, opts.packagePath)
+			return usageErrorf("--boot, beside %s, is for a VM that died before all of it had been fetched, and in %q there is none: leave one out", opts.restoring(), opts.packagePath)
 		}
 		devices = restoredDevices(store.devices, opts.packagePath)
 	}
@@ -303,8 +316,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	if store.storage != nil {
 		cfg.Storage = store.storage
 	}
-	if store.version != nil {
-		cfg.FindSource = store.version.Redial
+	if store.origin != nil {
+		cfg.FindSource = store.origin.Redial
 	}
 	if opts.metrics != "" {
 		cfg.Hooks.Flushed = out.metrics.Flushed
@@ -423,8 +436,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		})
 		defer func() { stop(); indexed.Wait() }()
 	}
-	if store.version != nil && p.Instance().Missing() == 0 {
-		if err := describeRestored(ctx, opts.packagePath, devices); err != nil {
+	if store.origin != nil && p.Instance().Missing() == 0 {
+		if err := describeRestored(ctx, store.origin, opts.packagePath, devices); err != nil {
 			log.Warn("the instance runs, but the folder that it was restored to is no package yet: it will be when the instance is closed", "error", err)
 		}
 	}
@@ -448,12 +461,12 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		out.metrics.State(control.Closing)
 	}
 	err = errors.Join(err, closePeer(ctx, p, out))
-	if store.version != nil && err == nil { // which may have been adopted, and have got the rest since
-		err = describeRestored(context.WithoutCancel(ctx), opts.packagePath, devices)
+	if store.origin != nil && err == nil { // which may have been adopted, and have got the rest since
+		err = describeRestored(context.WithoutCancel(ctx), store.origin, opts.packagePath, devices)
 	}
-	if store.version != nil {
+	if store.origin != nil {
 		ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), opts.rescueTimeout)
-		err = errors.Join(err, store.version.Close(ending))
+		err = errors.Join(err, store.origin.Close(ending))
 		cancel()
 	}
 	if keeper != nil { // the rest is free for others, who may have the VM from here again
@@ -585,7 +598,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 		fmt.Fprintf(out, "Resumed VM in %s on %s\n", p.ResumeDuration().Round(100*time.Microsecond), p.VMPath())
 		return p, nil
 	}
-	image := store.version
+	image := store.origin
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
 		if id, ok := p.InDoubt(); ok {
@@ -601,10 +614,10 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 	}
 	switch {
 	case store.whole:
-		return nil, fmt.Errorf("--restore %s: folder %q is a package already: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restore, opts.packagePath)
+		return nil, fmt.Errorf("%s: folder %q is a package already: it was restored before, and goes on from there without --restore; or name another folder (--package)", opts.restoring(), opts.packagePath)
 	case reception != nil, (image != nil || opts.raddr != "") && !opts.boot:
 		if err := peer.CheckVacant(cfg); err != nil && image != nil {
-			return nil, fmt.Errorf("--restore %s: %w", opts.restore, store.occupied(ctx, cfg.Devices, opts.packagePath, err))
+			return nil, fmt.Errorf("%s: %w", opts.restoring(), store.occupied(ctx, &opts.depotFlags, cfg.Devices, opts.packagePath, err))
 		} else if err != nil {
 			return nil, err
 		}
@@ -624,28 +637,21 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 			}, nil
 		}
 		if image != nil {
-			// Also where it was begun before: it has not run here, and may by now elsewhere.
-			known := image
-			if !image.Loaded {
-				var err error
-				if known, err = image.Reopen(ctx); err != nil {
-					return nil, fmt.Errorf("--restore %s: %w", opts.restore, err)
-				}
-			}
-			if err := checkAlone(known, opts.restore); err != nil && !opts.forceOwner {
+			said, err := image.check(ctx, opts.restoring(), opts.forceOwner)
+			if err != nil {
 				return nil, err
 			}
-			undo, failed := markRestored(image, store.devices, opts.packagePath)
+			undo, failed := markRestored(image.mark(), store.devices, opts.packagePath)
 			if failed != nil {
-				return nil, fmt.Errorf("--restore %s: %w", opts.restore, failed)
+				return nil, fmt.Errorf("%s: %w", opts.restoring(), failed)
 			}
 			defer func() {
 				if err != nil && !errors.Is(err, migrate.ErrInDoubt) {
 					undo()
 				}
 			}()
-			from, dial, redial = "image "+image.Name+"@"+image.ID, image.Dial, nil
-			fmt.Fprintf(out, "Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost\n", known.Name, known.ID, known.Taken.Format(time.RFC3339), humanize.Time(known.Taken))
+			from, dial, redial = image.mark(), image.Dial, nil
+			fmt.Fprintln(out, said)
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.
 		var runs atomic.Bool

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -21,6 +22,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/objstore"
 	"github.com/drafter-vm/drafter/pkg/peer"
+	"github.com/drafter-vm/drafter/pkg/registry"
 	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
@@ -35,6 +37,8 @@ type depotFlags struct {
 	backupKeep  int
 	backupDir   string
 	restore     string
+	registry    registryFlags
+	run         bool // the command is drafter run, which restore is the argument of
 }
 
 func (f *depotFlags) register(flags *pflag.FlagSet) {
@@ -45,7 +49,19 @@ func (f *depotFlags) register(flags *pflag.FlagSet) {
 	flags.DurationVar(&f.backupEvery, "backup-every", time.Minute, "with --backup: time from the end of one copy to the begin of the next")
 	flags.IntVar(&f.backupKeep, "backup-keep", 3, "with --backup: versions that are kept")
 	flags.StringVar(&f.backupDir, "backup-dir", "", "with --backup: folder for what has changed, until it is in the store, in files without names (default: TMPDIR, or /tmp)")
-	flags.StringVar(&f.restore, "restore", "", "start from an image in --store, NAME or NAME@VERSION, before it has been fetched; --package is the folder to make for it")
+	flags.StringVar(&f.restore, "restore", "", "start from an image in --store, NAME or NAME@VERSION, or a package in a registry, oci://HOST/NAME:TAG, before it has been fetched; --package is the folder to make for it")
+	f.registry.register(flags)
+}
+
+// inRegistry reports whether what is restored is in a registry, and not in --store.
+func (f *depotFlags) inRegistry() bool { return registry.IsReference(f.restore) }
+
+// restoring is what the command line calls what is restored.
+func (f *depotFlags) restoring() string {
+	if f.run {
+		return f.restore
+	}
+	return "--restore " + f.restore
 }
 
 // peerDepot is a peer's part in a store.
@@ -54,13 +70,60 @@ type peerDepot struct {
 	store   *objstore.Store // of --store; nil: none
 	storage *depot.Storage  // nil: nothing is kept
 	backup  *depot.Backup   // nil: no copies
-	version *depot.Version  // to start from; nil: none
+	origin  origin          // to start from; nil: none
 	devices []string        // of that
 	whole   bool            // it is here already
 	begun   bool            // to be restored, to this folder
 	metrics *control.Metrics
 	work    sync.WaitGroup // what goes on beside the instance
 	stop    func()         // ends the look whether the store can be used
+}
+
+// origin is what an instance starts from before it has been fetched: an image in an object store, or a package in a registry.
+type origin interface {
+	// Dial returns streams to a source of it in this process, and Redial for what was received from it before. Close waits until all was fetched.
+	Dial(ctx context.Context) ([]io.ReadWriter, error)
+	Redial(ctx context.Context) ([]io.ReadWriter, error)
+	Close(ctx context.Context) error
+
+	mark() string // says, in a word, exactly what is fetched
+
+	// check looks whether a VM can be started from it now, and says what that is.
+	check(ctx context.Context, restoring string, force bool) (said string, err error)
+}
+
+// storedOrigin is an image in an object store.
+type storedOrigin struct{ *depot.Version }
+
+func (o storedOrigin) mark() string { return o.Name + "@" + o.ID }
+
+func (o storedOrigin) check(ctx context.Context, restoring string, force bool) (string, error) {
+	// Also where it was begun before: it has not run here, and may by now elsewhere.
+	known := o.Version
+	if !known.Loaded {
+		var err error
+		if known, err = known.Reopen(ctx); err != nil {
+			return "", fmt.Errorf("%s: %w", restoring, err)
+		}
+	}
+	if err := checkAlone(known, restoring); err != nil && !force {
+		return "", err
+	}
+	return fmt.Sprintf("Restoring %s@%s: the VM as it was at %s (%s); what it did later is lost", known.Name, known.ID, known.Taken.Format(time.RFC3339), humanize.Time(known.Taken)), nil
+}
+
+// registryOrigin is a package in a registry.
+type registryOrigin struct{ *registry.Package }
+
+func (o registryOrigin) mark() string { return o.Reference.String() }
+
+func (o registryOrigin) check(ctx context.Context, restoring string, _ bool) (string, error) {
+	if o.Manifest == nil {
+		if err := o.Load(ctx); err != nil {
+			return "", fmt.Errorf("%s: %w", restoring, err)
+		}
+	}
+	return fmt.Sprintf("Starting %s, which is fetched as it is needed, and behind it", o.Reference), nil
 }
 
 // open opens what the flags name, but for what devices are kept in: see keep. Dir is the folder to restore to.
@@ -76,7 +139,7 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 		flag  string
 		needs bool
 		what  string
-	}{{"store", sync || f.backup != "" || f.restore != "", "--store-sync, --backup or --restore"}, {"store-quiet", sync, "--store-sync"},
+	}{{"store", sync || f.backup != "" || f.restore != "" && !f.inRegistry(), "--store-sync, --backup or --restore"}, {"store-quiet", sync, "--store-sync"},
 		{"store-concurrency", sync || named, "--store"}, {"store-key", sync || named, "--store"}} {
 		if flags.Changed(v.flag) && !v.needs {
 			return nil, usageErrorf("--%s does nothing without %s", v.flag, v.what)
@@ -91,9 +154,14 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 	for _, v := range []struct {
 		flag string
 		set  bool
-	}{{"backup", f.backup != ""}, {"restore", f.restore != ""}} {
+	}{{"backup", f.backup != ""}, {"restore", f.restore != "" && !f.inRegistry()}} {
 		if v.set && !named {
 			return nil, usageErrorf("--%s needs --store: the bucket, as s3://BUCKET/PREFIX", v.flag)
+		}
+	}
+	for _, name := range registryFlagNames {
+		if flags.Changed(name) && !f.inRegistry() {
+			return nil, usageErrorf("--%s needs --restore %sHOST/NAME:TAG: a package in a registry", name, registry.Scheme)
 		}
 	}
 	for _, name := range []string{"backup-every", "backup-keep", "backup-dir"} {
@@ -115,11 +183,7 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 		}
 	}
 	if f.restore != "" {
-		name, version, err := imageAndVersion(f.restore)
-		if err != nil {
-			return nil, err
-		}
-		if err := d.restore(ctx, f.restore, name, version, dir); err != nil {
+		if err := d.restore(ctx, f, flags, dir); err != nil {
 			return nil, interrupted(cmd, err)
 		}
 	}
@@ -192,40 +256,104 @@ func (d *peerDepot) close() {
 	}
 }
 
-// restore finds what is to be restored to a folder, where that may have been begun, or be done, already: then the store is not needed for the devices to
-// be known, so that a VM whose peer has died is adopted also where there is no store.
-func (d *peerDepot) restore(ctx context.Context, arg, name, version, dir string) (err error) {
+// restore finds what is to be restored to a folder, where that may have been begun, or be done, already: then what it comes from is not needed for the
+// devices to be known, so that a VM whose peer has died is adopted also where there is no store.
+func (d *peerDepot) restore(ctx context.Context, f *depotFlags, flags *pflag.FlagSet, dir string) error {
 	begun, err := os.ReadFile(filepath.Join(dir, restoreMark))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("--restore: %w", err)
+		return fmt.Errorf("%s: %w", f.restoring(), err)
 	}
+	var words []string // of what is in the folder: what that is made of, and its devices
 	pkg, notYet := vmpackage.Open(dir)
 	switch {
 	case notYet == nil:
 		d.whole = true
-		d.version = depot.At(d.store, name, version, logger(ctx))
+		words = []string{""}
 		for _, device := range pkg.Devices {
-			d.devices = append(d.devices, device.Name)
+			words = append(words, device.Name)
 		}
 	case err == nil:
-		words := strings.Fields(string(begun))
-		if len(words) < 2 {
-			return fmt.Errorf("--restore %s: %q does not say what it is being made from: remove %q, and begin anew", arg, filepath.Join(dir, restoreMark), dir)
+		if words = strings.Fields(string(begun)); len(words) < 2 {
+			return fmt.Errorf("%s: %q does not say what it is being made from: remove %q, and begin anew", f.restoring(), filepath.Join(dir, restoreMark), dir)
 		}
-		of, at, _ := strings.Cut(words[0], "@")
-		if of != name || version != "" && version != at {
-			return usageErrorf("--restore %s: %q is being made from %s: finish that, or name another folder (--package)", arg, dir, words[0])
+		d.begun = true
+	}
+	if f.inRegistry() {
+		err = d.restorePackage(ctx, f, flags, dir, words)
+	} else {
+		err = d.restoreImage(ctx, f, dir, words)
+	}
+	return err
+}
+
+// restoreImage finds an image in the store. Words are what is in the folder already; nil: nothing.
+func (d *peerDepot) restoreImage(ctx context.Context, f *depotFlags, dir string, words []string) error {
+	name, version, err := imageAndVersion(f.restore)
+	if err != nil {
+		return err
+	}
+	if words == nil {
+		v, err := depot.Open(ctx, d.store, name, version, logger(ctx))
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.restoring(), err)
 		}
-		d.version, d.devices, d.begun = depot.At(d.store, name, at, logger(ctx)), words[1:], true
-	default:
-		if d.version, err = depot.Open(ctx, d.store, name, version, logger(ctx)); err != nil {
-			return fmt.Errorf("--restore: %w", err)
-		}
-		for _, device := range d.version.Devices {
+		d.origin = storedOrigin{v}
+		for _, device := range v.Devices {
 			d.devices = append(d.devices, device.Name)
 		}
+		return nil
 	}
+	if d.devices = words[1:]; d.begun {
+		of, at, _ := strings.Cut(words[0], "@")
+		if of != name || version != "" && version != at {
+			return usageErrorf("%s: %q is being made from %s: finish that, or name another folder (--package)", f.restoring(), dir, words[0])
+		}
+		version = at
+	}
+	d.origin = storedOrigin{depot.At(d.store, name, version, logger(ctx))}
 	return nil
+}
+
+// restorePackage is restoreImage for a package in a registry.
+func (d *peerDepot) restorePackage(ctx context.Context, f *depotFlags, flags *pflag.FlagSet, dir string, words []string) error {
+	ref, err := registry.ParseReference(f.restore)
+	if err != nil {
+		return usageErrorf("%w", err)
+	}
+	opts, err := f.registry.options(ctx, flags)
+	if err != nil {
+		return err
+	}
+	if words == nil {
+		p, err := registry.Open(ctx, ref, opts)
+		if err != nil {
+			return fmt.Errorf("%s: %w", f.restoring(), err)
+		}
+		d.origin, d.devices = registryOrigin{p}, p.Manifest.Names()
+		return nil
+	}
+	of, err := registry.ParseReference(words[0])
+	if d.whole {
+		of, err = registry.ReadOrigin(dir)
+	}
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return usageErrorf("%s: %q is a package that came from nowhere: name another folder (%s)", f.restoring(), dir, f.folderFlag())
+	case err != nil:
+		return fmt.Errorf("%s: %w", f.restoring(), err)
+	case !ref.Names(of):
+		return usageErrorf("%s: in %q there is an instance of %s: go on with that, or name another folder (%s)", f.restoring(), dir, of, f.folderFlag())
+	}
+	d.origin, d.devices = registryOrigin{registry.At(of, opts)}, words[1:]
+	return nil
+}
+
+// folderFlag is the flag that names the folder that is restored to.
+func (f *depotFlags) folderFlag() string {
+	if f.run {
+		return "--instance"
+	}
+	return "--package"
 }
 
 // restoredDevices are the files of a package that is made of an image, in a folder.
@@ -240,19 +368,26 @@ func restoredDevices(names []string, dir string) []peer.Device {
 }
 
 // occupied is why an image cannot be restored to a folder in which there is a VM, which stays as it is.
-func (d *peerDepot) occupied(ctx context.Context, devices []peer.Device, dir string, taken error) error {
+func (d *peerDepot) occupied(ctx context.Context, f *depotFlags, devices []peer.Device, dir string, taken error) error {
 	if !d.begun {
-		return fmt.Errorf("%w: name another folder (--package)", taken)
+		return fmt.Errorf("%w: name another folder (%s)", taken, f.folderFlag())
 	}
 	status, err := statusOf(filepath.Join(dir, vmpackage.DefaultFile(runner.StateDevice)))
 	if err != nil {
 		return err
 	}
-	if status == runner.Running {
-		return fmt.Errorf("%w: the VM in %q died before all of it had been fetched: boot it from its disks with --boot, beside --restore, which fetches what they lack; or remove the folder, to restore it once more", taken, dir)
+	beside, verb := ", beside --restore", "restore"
+	if f.run {
+		beside, verb = "", "start"
 	}
-	if err := describeRestored(ctx, dir, devices); err != nil {
+	if status == runner.Running {
+		return fmt.Errorf("%w: the VM in %q died before all of it had been fetched: boot it from its disks with --boot%s, which fetches what they lack; or remove the folder, to %s it once more", taken, dir, beside, verb)
+	}
+	if err := describeRestored(ctx, d.origin, dir, devices); err != nil {
 		return err
+	}
+	if f.inRegistry() {
+		return fmt.Errorf("%w: all of it had been fetched: start it once more, with --boot if it died", taken)
 	}
 	return fmt.Errorf("%w: all of it had been fetched, and %q is a package now: start it without --restore", taken, dir)
 }
@@ -272,12 +407,12 @@ func statusOf(path string) (_ runner.Status, err error) {
 const restoreMark = ".restore"
 
 // markRestored makes the folder that an image is restored to. Undo removes it, if that has come to nothing.
-func markRestored(v *depot.Version, devices []string, dir string) (undo func(), err error) {
+func markRestored(of string, devices []string, dir string) (undo func(), err error) {
 	mark := filepath.Join(dir, restoreMark)
 	_, before := os.Stat(mark)
 	made, err := runner.MakeFolders(dir, 0o700)
 	if err == nil {
-		err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{v.Name + "@" + v.ID}, devices...), " ")+"\n"), 0o600)
+		err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{of}, devices...), " ")+"\n"), 0o600)
 	}
 	if err == nil {
 		err = os.Rename(mark+".new", mark)
@@ -295,13 +430,18 @@ func markRestored(v *depot.Version, devices []string, dir string) (undo func(), 
 }
 
 // describeRestored makes the folder of an image a package.
-func describeRestored(ctx context.Context, dir string, devices []peer.Device) error {
+func describeRestored(ctx context.Context, o origin, dir string, devices []peer.Device) error {
 	if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err != nil {
 		var files []vmpackage.File
 		for _, d := range devices {
 			files = append(files, vmpackage.File{Name: d.Name, Path: d.Base})
 		}
 		if _, err := vmpackage.WriteManifest(ctx, dir, files, vmpackage.ManifestOptions{SkipDigests: true}); err != nil {
+			return err
+		}
+	}
+	if r, ok := o.(registryOrigin); ok { // so that it goes on when it is run again, and what is pushed of it is no more than what differs
+		if err := registry.WriteOrigin(dir, r.Reference); err != nil {
 			return err
 		}
 	}
@@ -312,10 +452,10 @@ func describeRestored(ctx context.Context, dir string, devices []peer.Device) er
 }
 
 // checkAlone refuses to start a VM from a copy of one that may run.
-func checkAlone(v *depot.Version, image string) error {
+func checkAlone(v *depot.Version, restoring string) error {
 	if age := time.Since(v.Newest); v.Every > 0 && age < 2*v.Every+time.Minute {
-		return fmt.Errorf("--restore %s: the newest copy of the VM is %v old, and there is one every %v: it may run still, and then there would be two. Make sure that it does not, and give --force-owner",
-			image, max(0, age).Round(time.Second), v.Every)
+		return fmt.Errorf("%s: the newest copy of the VM is %v old, and there is one every %v: it may run still, and then there would be two. Make sure that it does not, and give --force-owner",
+			restoring, max(0, age).Round(time.Second), v.Every)
 	}
 	return nil
 }

@@ -5,20 +5,17 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-
-	"github.com/drafter-vm/drafter/pkg/depot"
 )
 
 // A restore that comes to nothing leaves nothing, but for the mark of an earlier attempt, whose VM may have run.
 func TestMarkRestored(t *testing.T) {
 	parent := t.TempDir()
 	dir := filepath.Join(parent, "deep", "web")
-	v := depot.At(nil, "web", "1", nil)
-	undo, err := markRestored(v, []string{"state", "disk"}, dir)
+	undo, err := markRestored("web@1", []string{"state", "disk"}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := markRestored(v, []string{"state", "disk"}, dir)
+	again, err := markRestored("web@1", []string{"state", "disk"}, dir)
 	if err != nil {
 		t.Fatal(err)
 	}

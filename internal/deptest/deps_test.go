@@ -35,6 +35,7 @@ var mayImport = map[string][]string{
 	"runner":    {"block", "ram", "expose", "vmm", "agent"},
 	"snapshot":  {"block", "blueprint", "runner", "vmm", "vmpackage"},
 	"depot":     {"block", "migrate", "objstore", "peer", "runner", "vmpackage", "wire"},
+	"registry":  {"block", "peer", "runner", "vmpackage"},
 	"peer":      {"agent", "block", "expose", "migrate", "runner", "transport", "vmm", "vmpackage", "wire"},
 }
 
@@ -49,6 +50,8 @@ var onlyIn = map[string]string{
 	"github.com/flynn/noise":          "transport",
 	"github.com/prometheus/":          "control",
 	"github.com/minio/minio-go":       "objstore",
+	"oras.land/oras-go":               "registry",
+	"github.com/opencontainers/":      "registry oci",
 	"github.com/spf13/cobra":          "",
 	"github.com/schollz/progressbar/": "",
 }

@@ -10,11 +10,9 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
-	"github.com/drafter-vm/drafter/pkg/migrate"
 	"github.com/drafter-vm/drafter/pkg/objstore"
 	"github.com/drafter-vm/drafter/pkg/peer"
 	"github.com/drafter-vm/drafter/pkg/runner"
@@ -111,15 +109,11 @@ type Version struct {
 
 	Loaded bool // what the store says of it is known
 
-	store *objstore.Store
-	log   *slog.Logger
-	put   time.Time       // when the version was put
-	body  json.RawMessage // of its root
-
-	mu     sync.Mutex // guards what follows
-	server *peer.Server
-	stop   context.CancelFunc // ends its reading
-	work   sync.WaitGroup
+	store  *objstore.Store
+	log    *slog.Logger
+	put    time.Time       // when the version was put
+	body   json.RawMessage // of its root
+	origin *peer.Origin
 }
 
 // Open finds a version of an image; the newest if version is empty. It fetches nothing of its content.
@@ -155,7 +149,9 @@ func At(store *objstore.Store, name, version string, log *slog.Logger) *Version 
 	if log == nil {
 		log = slog.Default()
 	}
-	return &Version{Name: name, ID: version, store: store, log: log}
+	v := &Version{Name: name, ID: version, store: store, log: log}
+	v.origin = peer.NewOrigin(v.open, log)
+	return v
 }
 
 // Reopen is Open of the version, which uses its store.
@@ -239,59 +235,40 @@ func (v *Version) openDevices(ctx, reading context.Context) (_ []peer.Image, err
 // Dial returns streams to a source of the VM in this process, for [peer.Receive]: the VM runs as soon as it has the state of its machine, and the
 // rest is fetched from the store when the guest touches it, and behind it.
 func (v *Version) Dial(ctx context.Context) ([]io.ReadWriter, error) {
-	return v.dial(ctx, (*peer.Server).Serve)
+	return v.dialled(v.origin.Dial(ctx))
 }
 
 // Redial is Dial for a VM that was received from here, has lost its source, and lacks something: see peer.Config.FindSource. A Version in another process
 // will do.
 func (v *Version) Redial(ctx context.Context) ([]io.ReadWriter, error) {
-	return v.dial(ctx, (*peer.Server).Rejoin)
+	return v.dialled(v.origin.Redial(ctx))
 }
 
-type session = func(s *peer.Server, ctx context.Context, streams []io.ReadWriter) (*migrate.Report, error)
+func (v *Version) dialled(streams []io.ReadWriter, err error) ([]io.ReadWriter, error) {
+	if err != nil {
+		return nil, fmt.Errorf("open image %q: %w", v.Name, err)
+	}
+	return streams, nil
+}
 
-func (v *Version) dial(ctx context.Context, have session) ([]io.ReadWriter, error) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if v.server == nil {
-		if !v.Loaded {
-			if err := v.Load(ctx); err != nil {
-				return nil, err
-			}
-		}
-		reading, stop := context.WithCancel(context.WithoutCancel(ctx))
-		devices, err := v.openDevices(ctx, reading)
-		if err != nil {
-			stop()
+// open opens the devices for a source in this process.
+func (v *Version) open(ctx, reading context.Context) ([]peer.Image, error) {
+	if !v.Loaded {
+		if err := v.Load(ctx); err != nil {
 			return nil, err
 		}
-		v.stop = stop
-		if v.server, err = peer.OpenServer(peer.ServerConfig{Images: devices, Logger: v.log}); err != nil {
-			stop()
-			return nil, fmt.Errorf("open image %q: %w", v.Name, err)
-		}
-		// Whatever becomes of the version meanwhile, what it refers to stays for as long as it may be fetched.
-		end := time.Now().Add(fetchLife).UTC()
-		if err := v.store.PutRoot(ctx, &objstore.Root{Time: v.put, Expires: &end, Devices: v.Devices, Body: v.body}, fetches, v.Name, v.ID); err != nil {
-			v.log.Warn("what is fetched may become garbage, if it takes for days and its version is removed", "image", v.Name, "error", err)
-		}
 	}
-	here, there, err := peer.StreamPair(dialStreams)
+	devices, err := v.openDevices(ctx, reading)
 	if err != nil {
 		return nil, err
 	}
-	server := v.server
-	v.work.Go(func() {
-		// The other side has the same error, and says it.
-		if _, err := have(server, context.WithoutCancel(ctx), here); err != nil {
-			v.log.Debug("a session with a VM that is fetched from the store has ended", "image", v.Name, "error", err)
-		}
-	})
-	return there, nil
+	// Whatever becomes of the version meanwhile, what it refers to stays for as long as it may be fetched.
+	end := time.Now().Add(fetchLife).UTC()
+	if err := v.store.PutRoot(ctx, &objstore.Root{Time: v.put, Expires: &end, Devices: v.Devices, Body: v.body}, fetches, v.Name, v.ID); err != nil {
+		v.log.Warn("what is fetched may become garbage, if it takes for days and its version is removed", "image", v.Name, "error", err)
+	}
+	return devices, nil
 }
-
-// dialStreams is how many streams Dial makes: one for what somebody waits for.
-const dialStreams = 2
 
 // What is being fetched has roots in the folder fetches, which hold for fetchLife.
 const (
@@ -300,20 +277,7 @@ const (
 )
 
 // Close waits until whoever has dialled has everything, and lets go of the store. When ctx ends it does not wait any more.
-func (v *Version) Close(ctx context.Context) error {
-	v.mu.Lock()
-	server, stop := v.server, v.stop
-	v.server = nil
-	v.mu.Unlock()
-	if server == nil {
-		return nil
-	}
-	defer stop()
-	defer context.AfterFunc(ctx, stop)() // a store that hangs holds nobody up then
-	err := server.Close(ctx)
-	v.work.Wait()
-	return err
-}
+func (v *Version) Close(ctx context.Context) error { return v.origin.Close(ctx) }
 
 // PushOptions say how a package is pushed.
 type PushOptions struct {

@@ -21,6 +21,7 @@ var mayImport = map[string][]string{
 	"agent":     {},
 	"transport": {},
 	"blueprint": {},
+	"oci":       {},
 	"nat":       {},
 	"forward":   {"nat"},
 	"flow":      {"nat"},

@@ -283,7 +283,7 @@ func TestBackoff(t *testing.T) {
 	stop()
 	var pauses []string
 	for line := range strings.Lines(w.out.String()) {
-		if _, after, ok := strings.Cut(line, " after="); ok {
+		if _, after, ok := strings.Cut(line, " pause="); ok {
 			pauses = append(pauses, strings.TrimSpace(after))
 		}
 	}

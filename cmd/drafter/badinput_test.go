@@ -458,6 +458,8 @@ func TestPeerRefuses(t *testing.T) {
 		{"guest MAC", nil, []string{"--guest-mac", "01:00:00:00:00:01"}, 2, []string{`MAC "01:00:00:00:00:01"`, "first is even"}},
 		{"guest address", nil, []string{"--guest-address", "10.0.0.1"}, 2, []string{`address "10.0.0.1"`, "prefix length"}},
 		{"guest MAC of what is received", nil, []string{"--guest-mac", "02:00:00:00:00:01", "--raddr", "localhost:1"}, 2, []string{"exclude --raddr"}},
+		{"variable without a value", nil, []string{"--env", "A"}, 2, []string{"--env", `variable "A"`, "NAME=VALUE"}},
+		{"variable of what is received", nil, []string{"--env", "A=b", "--raddr", "localhost:1"}, 2, []string{"--env excludes --raddr"}},
 		{"store", nil, []string{"--store", "bucket"}, 2, []string{`--store "bucket"`, "s3://BUCKET"}},
 		{"store with credentials", nil, []string{"--store", "s3://a:hidden@b/c", "--store-sync"}, 2, []string{"--store", "credentials are given apart"}},
 		{"store endpoint with credentials", nil, []string{"--store", "s3://bbb", "--store-sync", "--store-endpoint", "http://a:hidden@host"}, 2, []string{"without credentials"}},

@@ -6,9 +6,13 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/drafter-vm/drafter/pkg/oci/supervise"
 )
 
 func TestMain(m *testing.M) {
@@ -35,6 +39,9 @@ func TestCommandLine(t *testing.T) {
 		{"drafter-liveness --vsock-timeout soon", 2, `"soon"`},
 		{"drafter-liveness extra", 2, `unexpected argument "extra"`},
 		{"drafter-agent vsock --mode 9", 2, `--mode "9": use octal`},
+		{"drafter-agent containers bogus", 2, `unexpected argument "bogus"`},
+		{"drafter-agent containers list bogus", 2, `unexpected argument "bogus"`},
+		{"drafter-agent containers restart", 2, "name of one container"},
 	} {
 		t.Run(c.line, func(t *testing.T) {
 			var stdout, stderr bytes.Buffer
@@ -72,6 +79,44 @@ func TestDefaults(t *testing.T) {
 		if f := cmd.Flags().Lookup(c.flag); f == nil || f.DefValue != c.want || f.Value.String() != c.want {
 			t.Errorf("%q --%s: got %+v, want default %q", c.command, c.flag, f, c.want)
 		}
+	}
+}
+
+// fakeContainers stands for the supervisor of a guest.
+type fakeContainers struct{ asked []string }
+
+func (f *fakeContainers) List(context.Context) ([]supervise.Container, error) {
+	return []supervise.Container{
+		{Name: "web", Disk: "vdb", State: "ready", Ready: "port:80", Starts: 2, For: 90 * time.Second, Detail: "exit status 3"},
+		{Name: "job", Disk: "vdc", State: "ended", Starts: 1},
+	}, nil
+}
+
+func (f *fakeContainers) Restart(_ context.Context, name string) error {
+	f.asked = append(f.asked, "restart "+name)
+	return nil
+}
+
+func (f *fakeContainers) SetEnvironment(_ context.Context, environment []string) error {
+	f.asked = append(f.asked, environment...)
+	return nil
+}
+
+func TestContainers(t *testing.T) {
+	before := client
+	t.Cleanup(func() { client = before })
+	f := &fakeContainers{}
+	client = f
+	var stdout, stderr bytes.Buffer
+	if err := Run(t.Context(), []string{"drafter-agent", "containers", "list"}, nil, &stdout, &stderr); err != nil {
+		t.Fatal(err)
+	}
+	want := "NAME  DISK  STATE  FOR    STARTS  READY    ENDED LAST\nweb   vdb   ready  1m30s  2       port:80  exit status 3\njob   vdc   ended  0s     1       started  -\n"
+	if stdout.String() != want {
+		t.Errorf("the list is\n%s, want\n%s", stdout.String(), want)
+	}
+	if err := Run(t.Context(), []string{"drafter-agent", "containers", "restart", "web"}, nil, &stdout, &stderr); err != nil || !slices.Equal(f.asked, []string{"restart web"}) {
+		t.Errorf("it was asked for %q, %v", f.asked, err)
 	}
 }
 

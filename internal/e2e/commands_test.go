@@ -33,6 +33,7 @@ type workshop struct {
 	mark     string // in the environment of every process that is started here, and of theirs
 	console  *testguest.Console
 	env      []string // more of it, for every process
+	shells   int      // commands that a guest's shell was given
 }
 
 // marks makes the mark of each workshop different.

@@ -261,5 +261,93 @@ func TestContainers(t *testing.T) {
 		t.Errorf("a variable for nobody: %s", said)
 	}
 	took("done")
-	_ = context.Background
+}
+
+// shellUnit has a guest of Debian offer a shell on its console, without a login, which a program could not be sure to meet.
+const shellUnit = "[Service]\nExecStart=\nExecStart=/bin/dash\nStandardInput=tty\nStandardOutput=tty\nEnvironment=HOME=/root TERM=dumb PS1=\nWorkingDirectory=/root\n"
+
+// shell has the guest's shell run a command, and is what that says, its lines parted by spaces. It must succeed.
+func (w *workshop) shell(t *testing.T, command string) string {
+	t.Helper()
+	w.shells++
+	// Neither is a line of what the terminal echoes.
+	if err := w.console.Send(fmt.Sprintf(`o=$({ %s; } 2>&1); echo "@%d $?" $o`, command, w.shells)); err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	answer, err := w.console.Line(ctx, fmt.Sprintf("@%d ", w.shells))
+	if err != nil {
+		t.Fatalf("%s: %v", command, err)
+	}
+	status, said, _ := strings.Cut(answer, " ")
+	if status != "0" {
+		t.Fatalf("%s: exit status %s: %s", command, status, said)
+	}
+	return said
+}
+
+// TestPodman: a guest without OCI disks has a podman of its own, which runs one container in the guest's network and one behind a published port. They move while they run, and
+// podman knows them afterwards.
+func TestPodman(t *testing.T) {
+	began := time.Now()
+	took := func(what string) {
+		t.Helper()
+		t.Logf("%s after %.1f s", what, time.Since(began).Seconds())
+	}
+	w := newWorkshop(t)
+	h := testnet.NewTestHosts(t, "a", "b")
+	netns, _ := networks(t, h, "a", "b")
+	start := func(host string, args []string) (c *command) {
+		t.Helper()
+		if err := testnet.Do(h.Host(host), func() error { c = w.start(t, w.console, args...); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	containerRoot(t, w.path("root"))
+	if out, err := exec.Command("tar", "-C", w.path("root"), "-cf", w.path("root.tar"), ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := os.WriteFile(w.path("shell.conf"), []byte(shellUnit), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.blueprint(t, "--packages", "podman,netavark,iptables,dbus", "--copy", w.path("root.tar")+":/root/root.tar",
+		"--copy", w.path("shell.conf")+":/etc/systemd/system/serial-getty@ttyS0.service.d/shell.conf")
+	took("blueprint built")
+	start("a", w.debian("package", nil, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
+	took("snapshot taken")
+	peerOn := func(host, instance string, more ...string) *command {
+		t.Helper()
+		return start(host, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0"}, more...)...))
+	}
+	a := peerOn("a", "at-a")
+	a.waitFor(t, "Resumed VM")
+	took("resumed")
+	w.shell(t, "podman import --quiet root.tar counter")
+	took("image imported")
+	w.shell(t, "podman run --detach --name plain --network host counter /bin/container 8001")
+	took("container with the guest's network started")
+	w.shell(t, "podman run --detach --name published --publish 8080:8002 --env COLOUR=green counter /bin/container 8002")
+	took("container with a published port started")
+	const inspect = "podman inspect --format '{{.Name}} {{.State.Status}} {{.State.Pid}} {{.State.StartedAt}}' plain published"
+	before := w.shell(t, inspect)
+	plain, published := talkTo(t, netns["a"], 8001), talkTo(t, netns["a"], 8080)
+	plain.expect(t, "count", "1")
+	published.expect(t, "count", "1")
+	published.expect(t, "env COLOUR", "green")
+
+	b := peerOn("b", "at-b", "--raddr", strings.TrimSpace(a.waitFor(t, "Serving on ")))
+	a.waitFor(t, "Sent VM to ")
+	b.waitFor(t, "Received VM")
+	took("moved")
+	plain, published = talkTo(t, netns["b"], 8001), talkTo(t, netns["b"], 8080)
+	plain.expect(t, "count", "2")
+	published.expect(t, "count", "2")
+	if after := w.shell(t, inspect); after != before {
+		t.Errorf("podman has\n%s, and had before\n%s", after, before)
+	}
+	w.shell(t, "podman restart --time 0 plain")
+	talkTo(t, netns["b"], 8001).expect(t, "count", "1")
+	took("done: " + before)
 }

@@ -155,6 +155,69 @@ func TestRoundTrip(t *testing.T) {
 }
 
 // TestShutDown: a guest is told to shut down, or to reboot, and what its agent says of that is known. An agent that has nothing for it says so.
+// TestEnvironment has an agent that knows of containers give them an environment, once; one that does not is not asked, and the host hears of it, with all else done.
+func TestEnvironment(t *testing.T) {
+	want := []string{"A=b", "web:C=d"}
+	after := func(h *Host, id string, environment []string) error {
+		return h.AfterResume(within(t, time.Minute), AfterResumeRequest{ID: id, Identity: Identity{Environment: environment}})
+	}
+	t.Run("with containers", func(t *testing.T) {
+		w := newWorld(t)
+		h := w.host()
+		var given [][]string // by executions, which are answered before it is read
+		fail := errors.New("no such container")
+		w.guest(&Guest{
+			SetEnvironment: func(_ context.Context, environment []string) error {
+				given = append(given, environment)
+				if len(given) > 1 {
+					return fail
+				}
+				return nil
+			},
+			AfterResume: func(context.Context, bool) error {
+				if len(given) == 0 {
+					t.Error("the hook runs before the containers have it")
+				}
+				return nil
+			},
+		})
+		for range 2 { // the same call is not executed twice
+			if err := after(h, "first", want); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if len(given) != 1 || !slices.Equal(given[0], want) {
+			t.Errorf("they were given %q", given)
+		}
+		if err := after(h, "second", want); err == nil || !strings.Contains(err.Error(), fail.Error()) {
+			t.Errorf("of one that fails: %v", err)
+		}
+		if err := after(h, "third", nil); err != nil || len(given) != 2 {
+			t.Errorf("without: %v, %q", err, given)
+		}
+		if err := after(h, "fourth", []string{"A"}); err == nil || len(given) != 2 {
+			t.Errorf("of what is none: %v, %q", err, given)
+		}
+	})
+	t.Run("without", func(t *testing.T) {
+		w := newWorld(t)
+		h := w.host()
+		resumed := 0
+		w.guest(&Guest{AfterResume: func(context.Context, bool) error { resumed++; return nil }})
+		if err := after(h, "", want); !errors.Is(err, ErrNoEnvironment) || resumed != 1 {
+			t.Errorf("it is resumed %d times, %v", resumed, err)
+		}
+	})
+	for _, bad := range [][]string{{"A"}, {"=b"}, {"1=b"}, {"a b=c"}, {":A=b"}, {"web:=b"}, {"-web:A=b"}, {"A=\x00"}, {"A=\xff"}, {"A=" + strings.Repeat("x", maxEnvironment)}, slices.Repeat([]string{"A=b"}, maxVariables+1)} {
+		if CheckEnvironment(bad) == nil {
+			t.Errorf("%.40q is taken", bad)
+		}
+	}
+	if err := CheckEnvironment([]string{"A=", "web-1.x:PATH_2=a=b:c\nd", "a.b-c=1"}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestShutDown(t *testing.T) {
 	w := newWorld(t)
 	h := w.host()

@@ -243,7 +243,7 @@ func (p place) namespaces(c *config, all map[string]any) error {
 		switch {
 		case strings.HasPrefix(name, "net."): // the container's network is the guest's
 			if err := p.sysctl(name, value); err != nil {
-				p.log.Warn("a setting of the network that a container asks for cannot be made", "setting", name, "value", value, "error", err)
+				p.log.Warn("a setting of the network that a container asks for cannot be made", "setting", name, "error", err)
 			}
 			delete(sysctl, name)
 		case !has["uts"] && (name == "kernel.hostname" || name == "kernel.domainname"):

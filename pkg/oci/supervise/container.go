@@ -144,11 +144,11 @@ func (c *container) run(ctx context.Context) {
 		} else {
 			failures = 0
 		}
-		why := end.String()
+		how := end.String()
 		switch {
 		case end.restart.Always, end.failed() && end.restart.OnFailure && (end.restart.Max == 0 || failures <= end.restart.Max):
-			c.log.Warn("a container has ended, and is started again", "reason", why, "after", pause)
-			c.enter(waiting, why)
+			c.log.Warn("a container has ended, and is started again", "end", how, "pause", pause)
+			c.enter(waiting, how)
 			select {
 			case <-ctx.Done():
 				return
@@ -160,11 +160,11 @@ func (c *container) run(ctx context.Context) {
 			pause = min(2*pause, t.maxBackoff)
 			continue
 		case end.failed():
-			c.log.Error("a container has failed, and is not started again", "reason", why)
-			c.enter(failed, why)
+			c.log.Error("a container has failed, and is not started again", "end", how)
+			c.enter(failed, how)
 		default:
-			c.log.Info("a container has ended", "reason", why)
-			c.enter(ended, why)
+			c.log.Info("a container has ended", "end", how)
+			c.enter(ended, how)
 		}
 		select {
 		case <-ctx.Done():
@@ -412,7 +412,7 @@ func (c *container) stop(signal string, cmd *exec.Cmd, exited <-chan error) erro
 		}
 		break
 	}
-	c.log.Warn("a container does not end, and is killed", "signal", signal, "after", c.s.times.grace)
+	c.log.Warn("a container does not end, and is killed", "signal", signal, "took", c.s.times.grace)
 	_ = rt.command("kill", c.name, "KILL").Run() // what follows finds out
 	select {
 	case err := <-exited:

@@ -155,15 +155,20 @@ const absence = 3 * time.Second
 func (c Client) ask(ctx context.Context, r request) (a answer, err error) {
 	path := filepath.Join(cmp.Or(c.run, runFolder), socketName)
 	var conn net.Conn
+	var absent error // it was not there when it was asked last
 	for began := time.Now(); ; {
 		conn, err = (&net.Dialer{}).DialContext(ctx, "unix", path)
 		if err == nil {
 			break
 		}
-		away := errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, os.ErrNotExist)
-		if !away || time.Since(began) > absence || ctx.Err() != nil {
-			if away {
-				return a, fmt.Errorf("the service drafter-containers does not run in this guest, which needs a blueprint made with --oci: %w", err)
+		if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+			absent = err
+		} else if ctx.Err() == nil {
+			absent = nil
+		}
+		if absent == nil || time.Since(began) > absence || ctx.Err() != nil {
+			if absent != nil {
+				return a, fmt.Errorf("the service drafter-containers does not run in this guest, which needs a blueprint made with --oci: %w", absent)
 			}
 			return a, fmt.Errorf("ask the service drafter-containers: %w", err)
 		}

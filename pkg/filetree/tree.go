@@ -2,6 +2,7 @@ package filetree
 
 import (
 	"archive/tar"
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -288,7 +289,9 @@ func (t *Tree) ReadFile(p string) ([]byte, error) {
 	if n.Type != tar.TypeReg {
 		return nil, &fs.PathError{Op: "open", Path: p, Err: errors.New("not a regular file")}
 	}
-	return io.ReadAll(n.Content.Reader())
+	var b bytes.Buffer
+	err := n.Content.CopyTo(&b)
+	return b.Bytes(), err
 }
 
 // AppendFile adds text to the end of the file at p, making it if need be.

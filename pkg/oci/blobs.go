@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"time"
 
@@ -29,7 +30,7 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 		rt = remote.DefaultTransport
 	}
 	// The transport lives longer than who opens the image waits.
-	rt, err = transport.NewWithContext(context.WithoutCancel(ctx), repo.Registry, auth, transport.NewRetry(rt), []string{repo.Scope(transport.PullScope)})
+	rt, err = transport.NewWithContext(context.WithoutCancel(ctx), repo.Registry, auth, rt, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
 		return nil, err
 	}
@@ -39,25 +40,21 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 	}, nil
 }
 
-// What a part of a blob may take, and how often it is asked for.
+// What a part of a blob may take, how often it is asked for at least, and the pauses between.
 const (
 	blobTimeout  = 30 * time.Second
-	blobAttempts = 5
+	blobAttempts = 4
+	firstPause   = 100 * time.Millisecond
+	longestPause = 5 * time.Second
 )
 
 var errNoRanges = errors.New("the registry does not give parts of blobs")
 
-// read reads length bytes at off. A registry that fails is asked again, with growing pauses.
-func (b *blobs) read(ctx context.Context, digest string, off, length int64) ([]byte, error) {
-	var last error
-	for attempt := range blobAttempts {
-		if attempt > 0 {
-			select {
-			case <-time.After(100 * time.Millisecond << (2 * attempt)):
-			case <-ctx.Done():
-				return nil, ctx.Err()
-			}
-		}
+// read reads length bytes at off. A registry that fails is asked again, a few times; with patient set, as for a guest whose disk it is, for as long as it takes: but for
+// a registry that says that it will not.
+func (b *blobs) read(ctx context.Context, digest string, off, length int64, patient *slog.Logger) ([]byte, error) {
+	pause := firstPause
+	for attempt := 1; ; attempt++ {
 		data, err := b.once(ctx, digest, off, length)
 		if err == nil || errors.Is(err, errNoRanges) {
 			return data, err
@@ -65,9 +62,21 @@ func (b *blobs) read(ctx context.Context, digest string, off, length int64) ([]b
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		last = err
+		var answer *transport.Error
+		refused := errors.As(err, &answer) && answer.StatusCode >= 400 && answer.StatusCode < 500 && answer.StatusCode != http.StatusTooManyRequests && answer.StatusCode != http.StatusRequestTimeout
+		if attempt >= blobAttempts && (patient == nil || refused) {
+			return nil, fmt.Errorf("fetch %d bytes at %d of %s: %w", length, off, digest, err)
+		}
+		if patient != nil && attempt >= blobAttempts {
+			patient.Warn("the registry fails, and is asked again", "layer", digest, "error", err, "after", pause)
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		pause = min(2*pause, longestPause)
 	}
-	return nil, fmt.Errorf("fetch %d bytes at %d of %s: %w", length, off, digest, last)
 }
 
 func (b *blobs) once(ctx context.Context, digest string, off, length int64) ([]byte, error) {

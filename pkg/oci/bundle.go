@@ -176,6 +176,9 @@ func (i *Image) Bundle(ctx context.Context, opts BundleOptions) (_ *Bundle, err 
 	return b, nil
 }
 
+// accountFiles say who an image's users are.
+var accountFiles = []string{"etc/passwd", "etc/group"}
+
 // configure makes config.json of an image's configuration.
 func (b *Bundle) configure(config []byte, s Settings) error {
 	var image ispec.Image
@@ -204,7 +207,7 @@ func (b *Bundle) configure(config []byte, s Settings) error {
 		return err
 	}
 	defer os.RemoveAll(accounts)
-	for _, name := range []string{"etc/passwd", "etc/group"} {
+	for _, name := range accountFiles {
 		text, err := b.rootfs().ReadFile("/" + name)
 		if err != nil {
 			continue // such an image has numbers alone

@@ -238,7 +238,36 @@ func (d *LazyDisk) lay(ctx context.Context, i *Image, b *Bundle, opts LazyOption
 		d.First += desc.Size - lazy.end()
 	}
 	d.fetched.Store(d.First)
+	// What is read to make config.json is fetched now.
+	for _, name := range accountFiles {
+		if n := b.rootfs().Find("/"+name, true); files[n] != nil {
+			text, err := d.whole(ctx, files[n])
+			if err != nil {
+				return nil, fmt.Errorf("%q: %w", name, err)
+			}
+			n.Content = filetree.Bytes(text)
+			delete(files, n)
+		}
+	}
 	return files, nil
+}
+
+// whole fetches a small file.
+func (d *LazyDisk) whole(ctx context.Context, f *lazyFile) ([]byte, error) {
+	if f.size > 16<<20 {
+		return nil, fmt.Errorf("it has %d bytes", f.size)
+	}
+	text := make([]byte, f.size)
+	for _, c := range f.chunks {
+		if c.state == chunkZeros {
+			continue
+		}
+		l := d.layers[slices.IndexFunc(d.layers, func(l *lazyLayer) bool { return slices.Contains(l.chunks, c) })]
+		if err := d.contents(ctx, l, []*chunk{c}, nil, func(c *chunk, content []byte) error { copy(text[c.off:], content); return nil }); err != nil {
+			return nil, err
+		}
+	}
+	return text, nil
 }
 
 // end is where the files of the layer end, and its table of contents begins.
@@ -509,13 +538,23 @@ func (d *LazyDisk) start(l *lazyLayer, n int, span int64) *arrival {
 	return a
 }
 
-// bring fetches chunks that lie one behind the other in a layer.
+// bring fetches chunks that lie one behind the other in a layer, and puts them on the disk.
 func (d *LazyDisk) bring(l *lazyLayer, list []*chunk) error {
+	return d.contents(d.ctx, l, list, d.log, func(c *chunk, content []byte) error {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		c.state = chunkHere
+		return d.put(c, content)
+	})
+}
+
+// contents fetches chunks that lie one behind the other in a layer.
+func (d *LazyDisk) contents(ctx context.Context, l *lazyLayer, list []*chunk, patient *slog.Logger, each func(c *chunk, content []byte) error) error {
 	from, to := list[0].from, list[0].to
 	for _, c := range list {
 		to = max(to, c.to)
 	}
-	data, err := d.blobs.read(d.ctx, l.digest, from, to-from)
+	data, err := d.blobs.read(ctx, l.digest, from, to-from, patient)
 	if err != nil {
 		return err
 	}
@@ -528,11 +567,7 @@ func (d *LazyDisk) bring(l *lazyLayer, list []*chunk) error {
 		if sha256.Sum256(content) != c.digest {
 			return fmt.Errorf("layer %s: the chunk at %d is not what the table of contents says: %w", l.digest, c.from, errCorrupt)
 		}
-		d.mu.Lock()
-		err = d.put(c, content)
-		c.state = chunkHere
-		d.mu.Unlock()
-		if err != nil {
+		if err := each(c, content); err != nil {
 			return err
 		}
 	}

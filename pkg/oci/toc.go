@@ -80,7 +80,7 @@ func (i *Image) openTOC(ctx context.Context, d v1.Descriptor) (*lazyLayer, []toc
 		end     int64 // of the files' contents in the layer
 	)
 	if want := d.Annotations[tocAnnotation]; want != "" {
-		footer, err := i.blobs.read(ctx, l.digest, max(0, d.Size-estargz.FooterSize), min(d.Size, estargz.FooterSize))
+		footer, err := i.blobs.read(ctx, l.digest, max(0, d.Size-estargz.FooterSize), min(d.Size, estargz.FooterSize), nil)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -88,7 +88,7 @@ func (i *Image) openTOC(ctx context.Context, d v1.Descriptor) (*lazyLayer, []toc
 		if err != nil || at <= 0 || at > d.Size-estargz.FooterSize || d.Size-at > maxTOC {
 			return nil, nil, fmt.Errorf("its footer is none of eStargz (%w)", errors.Join(err, errCorrupt))
 		}
-		packed, err := i.blobs.read(ctx, l.digest, at, d.Size-at-estargz.FooterSize)
+		packed, err := i.blobs.read(ctx, l.digest, at, d.Size-at-estargz.FooterSize, nil)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -110,7 +110,7 @@ func (i *Image) openTOC(ctx context.Context, d v1.Descriptor) (*lazyLayer, []toc
 		if err != nil {
 			return nil, nil, err
 		}
-		packed, err := i.blobs.read(ctx, l.digest, at, length)
+		packed, err := i.blobs.read(ctx, l.digest, at, length, nil)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -320,5 +320,5 @@ func (filled) Read(p []byte) (int, error) {
 }
 
 func placeholder(size int64) filetree.Content {
-	return filetree.Later(size, func() io.ReadCloser { return io.NopCloser(filled{}) })
+	return filetree.Later(size, func() io.ReadCloser { return io.NopCloser(io.LimitReader(filled{}, size)) })
 }

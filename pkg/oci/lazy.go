@@ -72,8 +72,9 @@ type LazyDisk struct {
 	calm    chan struct{}
 
 	mu      sync.Mutex // guards the states of chunks, and what follows
-	edges   map[int64]*edge
-	failure error // of the background
+	edges    map[int64]*edge
+	failure  error // of the background
+	recorded bool  // that all has come
 }
 
 type chunkState int
@@ -108,7 +109,8 @@ type edge struct {
 
 const diskBlock = 4096
 
-// LazyDisk lays the image's disk out in a folder, which keeps it until the disk is closed. The image must be in a registry that gives parts of blobs.
+// LazyDisk lays the image's disk out in a folder, which keeps what has come: another process goes on with that. The image must be in a registry.
+// While the disk is open, the folder is its alone.
 func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *LazyDisk, err error) {
 	defer func() {
 		if err != nil {
@@ -150,34 +152,115 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 	if err := b.tree.WriteFile("/"+bundle.ConfigFile, string(text), 0o644); err != nil {
 		return nil, err
 	}
-	path := filepath.Join(dir, "oci.ext4")
+	path := filepath.Join(dir, "disk")
 	opts.Disk.Progress = opts.Progress
-	if err := writeExt4(ctx, b.tree, path, bundle.Label, text, opts.Disk); err != nil {
+	if err := writeExt4(ctx, b.tree, path+newSuffix, bundle.Label, text, opts.Disk); err != nil {
 		return nil, err
 	}
-	if err := d.find(ctx, b.tree, files, path, opts.Disk); err != nil {
+	defer func() { _ = os.Remove(path + newSuffix) }() // unless it is the disk by then
+	if err := d.find(ctx, b.tree, files, path+newSuffix, opts.Disk); err != nil {
 		return nil, err
-	}
-	if err := d.punch(path); err != nil {
-		return nil, err
-	}
-	file, err := block.OpenFile(path, block.FileOptions{})
-	if err != nil {
-		return nil, err
-	}
-	missing := []block.Range{}
-	for _, p := range d.pieces {
-		missing = append(missing, block.Range{Offset: p.physical * diskBlock, Length: p.length * diskBlock})
 	}
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if d.Lazy, err = block.NewLazy(file, block.LazyOptions{BlockSize: diskBlock, Missing: missing, Fetch: d.fetch}); err != nil {
+	if err := d.open(path, d.identity(i, text)); err != nil {
 		d.cancel()
-		return nil, errors.Join(err, file.Close())
+		return nil, err
 	}
 	for range opts.Background {
 		d.work.Go(d.background)
 	}
 	return d, nil
+}
+
+// Files of a lazy disk, beside it.
+const (
+	newSuffix      = ".new"
+	listSuffix     = ".missing"  // what has not come; absent: nothing
+	identitySuffix = ".identity" // what the disk is of, written when the others are there
+)
+
+// identity tells the disk from any other: by the image, the configuration, and where everything is.
+func (d *LazyDisk) identity(i *Image, config []byte) []byte {
+	h := sha256.New()
+	fmt.Fprintf(h, "lazy disk 1\n%s\n%s\n", i.Digest, config)
+	for _, p := range d.pieces {
+		fmt.Fprintln(h, p.extent, p.file.size)
+	}
+	return fmt.Appendf(nil, "%x\n", h.Sum(nil))
+}
+
+// open opens the disk that an earlier process has begun to fetch, if it is the same, or else the one that was laid out now.
+func (d *LazyDisk) open(path string, identity []byte) error {
+	have, err := os.ReadFile(path + identitySuffix)
+	list := path + listSuffix
+	missing := []block.Range{}
+	if err == nil && bytes.Equal(have, identity) {
+		if _, err := os.Stat(list); errors.Is(err, os.ErrNotExist) { // all of it has come
+			list = ""
+		}
+	} else {
+		if err := errors.Join(ignoreAbsent(os.Remove(path+identitySuffix)), ignoreAbsent(os.Remove(list)), d.punch(path+newSuffix), os.Rename(path+newSuffix, path)); err != nil {
+			return err
+		}
+		have = nil
+		for _, p := range d.pieces {
+			missing = append(missing, block.Range{Offset: p.physical * diskBlock, Length: p.length * diskBlock})
+		}
+	}
+	file, err := block.OpenFile(path, block.FileOptions{})
+	if err != nil {
+		return err
+	}
+	if d.Lazy, err = block.NewLazy(file, block.LazyOptions{BlockSize: diskBlock, Missing: missing, Fetch: d.fetch, List: list}); err != nil {
+		return errors.Join(err, file.Close())
+	}
+	if have == nil {
+		if err = d.Flush(); err == nil { // the list is there from now on
+			err = os.WriteFile(path+identitySuffix, identity, 0o600)
+		}
+		if err != nil {
+			return errors.Join(err, d.Lazy.Close())
+		}
+	}
+	return d.skipPresent()
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// skipPresent takes chunks for here, all of whose blocks an earlier process has fetched.
+func (d *LazyDisk) skipPresent() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	seen := map[*lazyFile]bool{}
+	for _, p := range d.pieces {
+		if seen[p.file] {
+			continue
+		}
+		seen[p.file] = true
+		for _, c := range p.file.chunks {
+			here := true
+			for b := c.off / diskBlock; here && b <= (c.off+c.size-1)/diskBlock; {
+				e := p.file.extentOf(b)
+				last := min(e.logical+e.length-1, (c.off+c.size-1)/diskBlock)
+				at, end := (e.physical+b-e.logical)*diskBlock, (e.physical+last-e.logical+1)*diskBlock
+				r, err := d.NextMissing(at)
+				if err != nil && !errors.Is(err, io.EOF) {
+					return err
+				}
+				here = err != nil || r.Offset >= end
+				b = last + 1
+			}
+			if here {
+				c.state = chunkHere
+			}
+		}
+	}
+	return nil
 }
 
 // Fetched is how many bytes of layers have been fetched.
@@ -190,7 +273,7 @@ func (d *LazyDisk) Err() error {
 	return d.failure
 }
 
-// Close ends the fetching, and lets go of the disk. What has not come is lost.
+// Close ends the fetching, and lets go of the disk.
 func (d *LazyDisk) Close() error {
 	d.cancel()
 	err := d.Lazy.Close() // nobody asks for anything after that
@@ -659,7 +742,11 @@ func (d *LazyDisk) background() {
 			}
 		}
 		a, err := d.next()
-		if a == nil && err == nil || d.ctx.Err() != nil {
+		if d.ctx.Err() != nil {
+			return
+		}
+		if a == nil && err == nil {
+			d.complete()
 			return
 		}
 		if err == nil {
@@ -683,6 +770,21 @@ func (d *LazyDisk) background() {
 			return
 		}
 		pause = min(2*pause, time.Minute)
+	}
+}
+
+// complete puts on record that all has come, once it has.
+func (d *LazyDisk) complete() {
+	if d.Wait(d.ctx) != nil {
+		return // it is closed
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !d.recorded {
+		d.recorded = true
+		if err := d.Complete(); err != nil {
+			d.log.Warn("all of the image has been fetched, which could not be put on record: it is looked at again when it is used the next time", "error", err)
+		}
 	}
 }
 

@@ -2,12 +2,14 @@ package oci
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -43,7 +45,7 @@ func uncompressed(t testing.TB, l v1.Layer) []byte {
 func stargz(t testing.TB, l v1.Layer) mutate.Addendum {
 	t.Helper()
 	data := uncompressed(t, l)
-	blob, err := estargz.Build(io.NewSectionReader(bytes.NewReader(data), 0, int64(len(data))), estargz.WithChunkSize(64<<10))
+	blob, err := estargz.Build(io.NewSectionReader(bytes.NewReader(data), 0, int64(len(data))), estargz.WithChunkSize(64<<10), estargz.WithCompressionLevel(gzip.BestSpeed))
 	must(t, err)
 	packed, err := io.ReadAll(blob)
 	must(t, errors.Join(err, blob.Close()))
@@ -57,7 +59,7 @@ func chunked(t testing.TB, l v1.Layer) mutate.Addendum {
 	t.Helper()
 	var b bytes.Buffer
 	annotations := map[string]string{}
-	w := estargz.NewWriterWithCompressor(&b, &zstdchunked.Compressor{CompressionLevel: zstd.SpeedDefault, Metadata: annotations})
+	w := estargz.NewWriterWithCompressor(&b, &zstdchunked.Compressor{CompressionLevel: zstd.SpeedFastest, Metadata: annotations})
 	w.ChunkSize = 50_000 // no multiple of a block
 	must(t, w.AppendTar(bytes.NewReader(uncompressed(t, l))))
 	_, err := w.Close()
@@ -114,7 +116,7 @@ func openLazy(t testing.TB, reference string, opts LazyOptions) *LazyDisk {
 // A disk that was laid out by tables of contents is, once all has come, the one that is made of the whole image, but for times that only the archive has.
 func TestLazyDisk(t *testing.T) {
 	server := testregistry.Start(t, testregistry.Options{})
-	image := testimage.Make(t, testimage.Python())
+	image := testimage.Make(t, testimage.Nginx())
 	for name, format := range formats {
 		t.Run(name, func(t *testing.T) {
 			front := server.Front(t)
@@ -127,12 +129,13 @@ func TestLazyDisk(t *testing.T) {
 			}
 			// The file system is whole before any file has come, and one file brings little.
 			before := d.Fetched()
-			program := filepath.Join(t.TempDir(), "app.py")
-			dump(t, d, "/rootfs/srv/app/app.py", program)
-			text, err := os.ReadFile(program)
+			page := []byte("hello from nginx\n")
+			i := slices.IndexFunc(d.pieces, func(p piece) bool { return p.file.size == int64(len(page)) })
+			buf := make([]byte, diskBlock)
+			_, err := d.ReadAt(buf, d.pieces[i].physical*diskBlock)
 			must(t, err)
-			if string(text) != testimage.Application {
-				t.Errorf("the application is %q", text)
+			if !bytes.HasPrefix(buf, page) {
+				t.Errorf("the page is %q", buf[:len(page)])
 			}
 			if got := d.Fetched() - before; got == 0 || got > 2*foregroundSpan {
 				t.Errorf("a small file brought %d bytes", got)
@@ -158,7 +161,7 @@ func TestLazyDisk(t *testing.T) {
 			got, want := listing(t, a), listing(t, b)
 			delete(got, "") // the folders themselves
 			delete(want, "")
-			for _, name := range []string{"/" + tocName, "/.no.prefetch.landmark"} { // the format's own, which who takes the layer as an archive sees as files
+			for _, name := range []string{"/rootfs/" + tocName, "/rootfs/.no.prefetch.landmark"} { // the format's own, which who takes the layer as an archive sees as files
 				delete(want, name)
 			}
 			compare(t, got, want)
@@ -167,22 +170,6 @@ func TestLazyDisk(t *testing.T) {
 			}
 		})
 	}
-}
-
-// dump copies a file out of a disk, by debugfs, which reads what it needs of a copy that is made of what the device gives.
-func dump(t testing.TB, d *LazyDisk, path, to string) {
-	t.Helper()
-	// The blocks of the file are asked for as a guest would; all others are taken as they are.
-	for _, p := range d.pieces {
-		if p.file.size == int64(len(testimage.Application)) {
-			buf := make([]byte, p.length*diskBlock)
-			_, err := d.ReadAt(buf, p.physical*diskBlock)
-			must(t, err)
-			must(t, os.WriteFile(to, buf[:p.file.size], 0o600))
-			return
-		}
-	}
-	t.Fatalf("%s is not on the disk", path)
 }
 
 func copyTo(path string, d *LazyDisk) error {
@@ -263,7 +250,13 @@ func TestLazyFaults(t *testing.T) {
 					t.Error("the content was read all the same")
 				}
 				front.Set(nil)
-				go func() { data, err := read(d); ended <- result{data, err} }() // it is asked for again
+				go func() { // it is asked for again, but for what was on its way
+					data, err := read(d)
+					for begin := time.Now(); err != nil && time.Since(begin) < 20*time.Second; {
+						data, err = read(d)
+					}
+					ended <- result{data, err}
+				}()
 			} else {
 				for asked := front.Gets.Load(); front.Gets.Load() < asked+blobAttempts+2; {
 					time.Sleep(10 * time.Millisecond)
@@ -364,4 +357,82 @@ func FuzzTOC(f *testing.F) {
 			_, _ = entries[n].header()
 		}
 	})
+}
+
+// What has come stays: another process goes on with that, and fetches nothing when nothing is missing.
+func TestLazyAgain(t *testing.T) {
+	server := testregistry.Start(t, testregistry.Options{})
+	var files []entry
+	for i := range 20 {
+		files = append(files, entry{Data: strings.Repeat(fmt.Sprintf("%07d\n", i), 1000*(i+1)), Header: file(fmt.Sprint("f", i)).Header})
+	}
+	reference := "docker://" + server.Address + "/again:1"
+	pushImage(t, server.Address+"/again:1", reformat(t, imageOf(t, runs, files), stargz))
+	dir := t.TempDir()
+	open := func(background int, s Settings) *LazyDisk {
+		i, err := Open(t.Context(), reference, OpenOptions{Architecture: "amd64"})
+		must(t, err)
+		defer i.Close()
+		disk := tools(t)
+		disk.Size = testSize
+		d, err := i.LazyDisk(t.Context(), dir, LazyOptions{Background: background, Disk: disk, Settings: s})
+		must(t, err)
+		return d
+	}
+	first := open(-1, Settings{})
+	missing := first.Missing()
+	large := first.pieces[0]
+	for _, p := range first.pieces {
+		if p.length > large.length {
+			large = p
+		}
+	}
+	want := make([]byte, large.length*diskBlock)
+	_, err := first.ReadAt(want, large.physical*diskBlock)
+	must(t, err)
+	left := first.Missing()
+	if left >= missing {
+		t.Errorf("%d bytes were missing, and %d are after a read", missing, left)
+	}
+	must(t, first.Close())
+
+	second := open(-1, Settings{})
+	if got := second.Missing(); got != left {
+		t.Errorf("%d bytes are missing, %d were", got, left)
+	}
+	begin := second.Fetched()
+	got := make([]byte, len(want))
+	_, err = second.ReadAt(got, large.physical*diskBlock)
+	must(t, err)
+	if !bytes.Equal(got, want) {
+		t.Error("what had come is another now")
+	}
+	if n := second.Fetched() - begin; n != 0 {
+		t.Errorf("%d bytes were fetched again", n)
+	}
+	must(t, second.Close())
+
+	third := open(4, Settings{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	must(t, third.Wait(ctx))
+	for { // it is put on record a moment later
+		if _, err := os.Stat(filepath.Join(dir, "disk"+listSuffix)); errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		must(t, ctx.Err())
+		time.Sleep(time.Millisecond)
+	}
+	must(t, third.Close())
+	fourth := open(-1, Settings{})
+	if n := fourth.Missing(); n != 0 {
+		t.Errorf("%d bytes are missing of what is whole", n)
+	}
+	must(t, fourth.Close())
+	// Another configuration is another disk.
+	fifth := open(-1, Settings{Env: []string{"A=B"}})
+	if fifth.Missing() == 0 {
+		t.Error("a disk with another configuration has come already")
+	}
+	must(t, fifth.Close())
 }

@@ -154,7 +154,10 @@ func pushSummary(p *registry.Pushed) string {
 	if p.Present > 0 {
 		s += fmt.Sprintf("; %s, compressed, had been sent before", size(p.Present))
 	}
-	return s + fmt.Sprintf("; 1 byte for %.1f of the devices' %s", float64(p.Size)/float64(max(1, p.Sent)), size(p.Size))
+	if p.Sent > 0 {
+		s += fmt.Sprintf("; 1 byte for %.1f of the devices' %s", float64(p.Size)/float64(p.Sent), size(p.Size))
+	}
+	return s
 }
 
 func newPullCommand() *cobra.Command {

@@ -232,9 +232,9 @@ func (p *push) dictionary(ctx context.Context, before *target) error {
 			return fmt.Errorf("base %s: %w", base, err)
 		}
 	}
-	if origin, err := ReadOrigin(p.dir); err == nil && origin.Host == p.ref.Host {
-		if err := p.learnFrom(ctx, origin); err != nil {
-			p.Logger.Debug("where the package was pulled from lends nothing", "image", origin.String(), "error", err)
+	if origin, err := ReadOrigin(p.dir); err == nil && origin.Reference.Host == p.ref.Host {
+		if err := p.learnFrom(ctx, origin.Reference); err != nil {
+			p.Logger.Debug("where the package was pulled from lends nothing", "image", origin.Reference.String(), "error", err)
 		}
 	}
 	return ctx.Err()

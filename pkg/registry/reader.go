@@ -174,6 +174,9 @@ func (r *reader) fetch(x *index, first int, run []*arrival) {
 	if err == nil {
 		return
 	}
+	if r.ctx.Err() == nil { // who reads may have no way to say why it failed
+		r.Logger.Warn("content of a package cannot be fetched", "image", r.ref.String(), "error", err)
+	}
 	r.mu.Lock()
 	for n := got; n < len(run); n++ {
 		if key := x.key(first + n); r.chunks[key] == run[n] {

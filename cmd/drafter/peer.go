@@ -650,7 +650,7 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 					undo()
 				}
 			}()
-			from, dial, redial = image.mark(), image.Dial, nil
+			from, dial, redial = image.String(), image.Dial, nil
 			fmt.Fprintln(out, said)
 		}
 		// At once, for whoever has to tell the network where the guest is now; the agent has not been told yet.

@@ -86,7 +86,8 @@ type origin interface {
 	Redial(ctx context.Context) ([]io.ReadWriter, error)
 	Close(ctx context.Context) error
 
-	mark() string // says, in a word, exactly what is fetched
+	String() string // for people
+	mark() string   // says, in a word, exactly what is fetched
 
 	// check looks whether a VM can be started from it now, and says what that is.
 	check(ctx context.Context, restoring string, force bool) (said string, err error)
@@ -95,7 +96,8 @@ type origin interface {
 // storedOrigin is an image in an object store.
 type storedOrigin struct{ *depot.Version }
 
-func (o storedOrigin) mark() string { return o.Name + "@" + o.ID }
+func (o storedOrigin) String() string { return "image " + o.mark() }
+func (o storedOrigin) mark() string   { return o.Name + "@" + o.ID }
 
 func (o storedOrigin) check(ctx context.Context, restoring string, force bool) (string, error) {
 	// Also where it was begun before: it has not run here, and may by now elsewhere.
@@ -115,7 +117,8 @@ func (o storedOrigin) check(ctx context.Context, restoring string, force bool) (
 // registryOrigin is a package in a registry.
 type registryOrigin struct{ *registry.Package }
 
-func (o registryOrigin) mark() string { return o.Reference.String() }
+func (o registryOrigin) String() string { return o.Reference.String() }
+func (o registryOrigin) mark() string   { return o.Origin().String() }
 
 func (o registryOrigin) check(ctx context.Context, restoring string, _ bool) (string, error) {
 	if o.Manifest == nil {
@@ -332,7 +335,7 @@ func (d *peerDepot) restorePackage(ctx context.Context, f *depotFlags, flags *pf
 		d.origin, d.devices = registryOrigin{p}, p.Manifest.Names()
 		return nil
 	}
-	of, err := registry.ParseReference(words[0])
+	of, err := registry.ParseOrigin(words[0])
 	if d.whole {
 		of, err = registry.ReadOrigin(dir)
 	}
@@ -341,8 +344,8 @@ func (d *peerDepot) restorePackage(ctx context.Context, f *depotFlags, flags *pf
 		return usageErrorf("%s: %q is a package that came from nowhere: name another folder (%s)", f.restoring(), dir, f.folderFlag())
 	case err != nil:
 		return fmt.Errorf("%s: %w", f.restoring(), err)
-	case !ref.Names(of):
-		return usageErrorf("%s: in %q there is an instance of %s: go on with that, or name another folder (%s)", f.restoring(), dir, of, f.folderFlag())
+	case !of.Is(ref):
+		return usageErrorf("%s: in %q there is an instance of %s: go on with that, or name another folder (%s)", f.restoring(), dir, of.Asked, f.folderFlag())
 	}
 	d.origin, d.devices = registryOrigin{registry.At(of, opts)}, words[1:]
 	return nil
@@ -441,7 +444,7 @@ func describeRestored(ctx context.Context, o origin, dir string, devices []peer.
 		}
 	}
 	if r, ok := o.(registryOrigin); ok { // so that it goes on when it is run again, and what is pushed of it is no more than what differs
-		if err := registry.WriteOrigin(dir, r.Reference); err != nil {
+		if err := registry.WriteOrigin(dir, r.Origin()); err != nil {
 			return err
 		}
 	}

@@ -21,7 +21,8 @@ type registryFlags struct {
 	plainHTTP   bool
 	ca          string
 	platform    string
-	concurrency int // 0: the default
+	concurrency int  // 0: the default
+	own         bool // there is a flag for that
 }
 
 // registryFlagNames are those that every command has.
@@ -36,6 +37,7 @@ func (f *registryFlags) register(flags *pflag.FlagSet) {
 // alone registers what commands have that do nothing but speak with a registry.
 func (f *registryFlags) alone(flags *pflag.FlagSet) {
 	f.register(flags)
+	f.own = true
 	flags.IntVar(&f.concurrency, "concurrency", 4, "most requests at once")
 }
 
@@ -48,7 +50,7 @@ func (f *registryFlags) options(ctx context.Context, flags *pflag.FlagSet) (regi
 	if err := registry.CheckPlatform(f.platform); err != nil {
 		return registry.OpenOptions{}, usageErrorf("--platform: %w", err)
 	}
-	if f.concurrency < 0 || f.concurrency > 256 || flags.Lookup("concurrency") != nil && f.concurrency == 0 && flags.Changed("concurrency") {
+	if f.own && (f.concurrency < 1 || f.concurrency > 256) {
 		return registry.OpenOptions{}, usageErrorf("--concurrency %d: give 1 to 256", f.concurrency)
 	}
 	return registry.OpenOptions{Transport: t, Platform: f.platform}, nil
@@ -154,7 +156,10 @@ func pushSummary(p *registry.Pushed) string {
 	if p.Present > 0 {
 		s += fmt.Sprintf("; %s, compressed, had been sent before", size(p.Present))
 	}
-	return s + fmt.Sprintf("; 1 byte for %.1f of the devices' %s", float64(p.Size)/float64(max(1, p.Sent)), size(p.Size))
+	if p.Sent > 0 {
+		s += fmt.Sprintf("; 1 byte for %.1f of the devices' %s", float64(p.Size)/float64(p.Sent), size(p.Size))
+	}
+	return s
 }
 
 func newPullCommand() *cobra.Command {

@@ -46,5 +46,5 @@
 // Ctrl-C ends the case that runs and writes what there is. Processes are ended by their owner; network namespaces and
 // files below out are removed, or found and removed by the next run, as is what is mounted at out/exposed. Should this program be killed, its own
 // processes end with it, but machines live on, as they do when a peer dies: QEMU processes whose working folder is below
-// out/bench/vms or is /tmp/drafter-bench-*; and the S3 server of store, versitygw. What took long to make, blueprint and packages, is kept in out.
+// out/bench/vms or is /tmp/drafter-bench-*; the S3 server of store, versitygw; and the registry of registry. What took long to make, blueprint and packages, is kept in out.
 package main

@@ -240,7 +240,7 @@ func (c *client) patiently(ctx context.Context, patience time.Duration, do func(
 			return c.explain(err)
 		}
 		wait := time.Duration(float64(firstBackoff<<n) * (0.8 + 0.4*rand.Float64()))
-		c.Logger.Debug("a request to a registry failed, and is made again", "registry", c.ref.Host, "error", err)
+		c.Logger.Debug("a request to a registry failed, and is made again", "image", c.ref.String(), "error", err)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -288,7 +288,7 @@ func (c *client) manifest(ctx context.Context, reference string) (desc ocispec.D
 		return nil
 	})
 	if errors.Is(err, errdef.ErrNotFound) {
-		err = fmt.Errorf("%w (%s)", ErrNotFound, reference)
+		err = fmt.Errorf("%w: the registry does not know %q", ErrNotFound, reference)
 	}
 	return desc, content, err
 }

@@ -26,6 +26,7 @@ type Package struct {
 	// Manifest is the package's own, when it is loaded; nil: it is not.
 	Manifest *vmpackage.Manifest
 
+	asked    Reference
 	opts     OpenOptions
 	log      *slog.Logger
 	artifact *artifact
@@ -34,7 +35,7 @@ type Package struct {
 
 // Open finds a package. It fetches what describes it, and nothing of its content.
 func Open(ctx context.Context, ref Reference, opts OpenOptions) (*Package, error) {
-	p := At(ref, opts)
+	p := At(Origin{ref, ref}, opts)
 	if err := p.Load(ctx); err != nil {
 		return nil, err
 	}
@@ -42,14 +43,17 @@ func Open(ctx context.Context, ref Reference, opts OpenOptions) (*Package, error
 }
 
 // At is Open that asks the registry nothing yet: for a VM that was received from that package before.
-func At(ref Reference, opts OpenOptions) *Package {
-	p := &Package{Reference: ref, opts: opts, log: opts.Logger}
+func At(o Origin, opts OpenOptions) *Package {
+	p := &Package{Reference: o.Reference, asked: o.Asked, opts: opts, log: opts.Logger}
 	if p.log == nil {
 		p.log = slog.Default()
 	}
 	p.origin = peer.NewOrigin(p.images, p.log)
 	return p
 }
+
+// Origin is where the package is, once that is known.
+func (p *Package) Origin() Origin { return Origin{p.Reference, p.asked} }
 
 // Load gets what describes the package.
 func (p *Package) Load(ctx context.Context) error {

@@ -69,7 +69,7 @@ func Pull(ctx context.Context, ref Reference, dir string, opts PullOptions) (_ *
 	if err := u.run(ctx); err != nil {
 		return nil, err
 	}
-	if err := WriteOrigin(u.dir, p.Reference); err != nil {
+	if err := WriteOrigin(u.dir, p.Origin()); err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(u.dir, vmpackage.ManifestFile), u.artifact.raw, 0o600); err != nil {

@@ -66,7 +66,7 @@ type Pushed struct {
 	Data    int64 // of that, in chunks that are not all zeros and not the same as others
 	Known   int64 // of Data, in chunks that the registry had
 	Sent    int64 // bytes that were sent for the rest, compressed, and for what describes it
-	Present int64 // bytes of blobs that were to be sent, and were there: of an earlier push that was interrupted, say
+	Present int64 // bytes of packs that were to be sent, and were there: of an earlier push that was interrupted, say
 }
 
 const (
@@ -232,9 +232,9 @@ func (p *push) dictionary(ctx context.Context, before *target) error {
 			return fmt.Errorf("base %s: %w", base, err)
 		}
 	}
-	if origin, err := ReadOrigin(p.dir); err == nil && origin.Host == p.ref.Host {
-		if err := p.learnFrom(ctx, origin); err != nil {
-			p.Logger.Debug("where the package was pulled from lends nothing", "image", origin.String(), "error", err)
+	if origin, err := ReadOrigin(p.dir); err == nil && origin.Reference.Host == p.ref.Host {
+		if err := p.learnFrom(ctx, origin.Reference); err != nil {
+			p.Logger.Debug("where the package was pulled from lends nothing", "image", origin.Reference.String(), "error", err)
 		}
 	}
 	return ctx.Err()
@@ -432,7 +432,7 @@ func (p *push) borrow(ctx context.Context) {
 			continue
 		}
 		if u := uses[c.lent.pack.digest]; u.why != nil {
-			p.Logger.Debug("a pack that is there is not referred to", "pack", u.pack.digest.String(), "error", u.why)
+			p.Logger.Debug("a pack that is there is not referred to", "blob", u.pack.digest.String(), "error", u.why)
 			c.lent = nil
 			continue
 		}
@@ -571,7 +571,7 @@ func (p *push) sendPack(ctx context.Context, chunks []*content) error {
 	return p.putBlob(ctx, ocispec.Descriptor{MediaType: mediaPack, Digest: pack.digest, Size: pack.size}, blob)
 }
 
-// putBlob puts a blob, and counts it.
+// putBlob puts a blob, and counts what was sent, and which packs were there.
 func (p *push) putBlob(ctx context.Context, desc ocispec.Descriptor, blob []byte) error {
 	added, err := p.put(ctx, desc, blob, func(n int64) { p.progress(StageSend, p.sent.Add(n), p.toSend.Load()) })
 	if err != nil {
@@ -583,7 +583,9 @@ func (p *push) putBlob(ctx context.Context, desc ocispec.Descriptor, blob []byte
 		p.report.Sent += desc.Size
 		return nil
 	}
-	p.report.Present += desc.Size
+	if desc.MediaType == mediaPack {
+		p.report.Present += desc.Size
+	}
 	p.toSend.Add(-desc.Size)
 	return nil
 }

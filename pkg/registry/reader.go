@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 
 	"github.com/drafter-vm/drafter/pkg/block"
 )
@@ -16,20 +17,26 @@ const (
 	demandChunks = 4        // that are fetched at once where somebody reads here and there
 	aheadBytes   = 1 << 20  // of content that is fetched at once where somebody reads on
 	aheadAtOnce  = 4        // requests for that
+
+	// While somebody reads here and there, as a guest does that waits, and for so long afterwards, there is one request ahead at a time: whatever the link
+	// is, more of them would take most of it.
+	urgentTime = 500 * time.Millisecond
 )
 
 // reader reads what packs hold, chunk by chunk. What is read once is remembered for a while: the same content is in many places.
 type reader struct {
 	*client
-	ctx   context.Context // ends with close, at the latest
-	stop  context.CancelFunc
-	ahead chan struct{} // holds a value for each request that is not urgent
-	work  sync.WaitGroup
+	ctx  context.Context // ends with close, at the latest
+	stop context.CancelFunc
+	free chan struct{} // receives when a request ahead has ended, if somebody waits for that
+	work sync.WaitGroup
 
 	mu     sync.Mutex // guards what follows
 	chunks map[contentKey]*arrival
 	order  []contentKey // of them, the oldest first
 	bytes  int64        // in them
+	ahead  int          // requests that are not urgent
+	urgent time.Time    // when one was made that is
 	closed bool
 }
 
@@ -41,7 +48,7 @@ type arrival struct {
 }
 
 func newReader(ctx context.Context, c *client) *reader {
-	r := &reader{client: c, chunks: make(map[contentKey]*arrival), ahead: make(chan struct{}, aheadAtOnce)}
+	r := &reader{client: c, chunks: make(map[contentKey]*arrival), free: make(chan struct{}, 1)}
 	r.ctx, r.stop = context.WithCancel(ctx)
 	return r
 }
@@ -101,17 +108,50 @@ func (r *reader) want(x *index, n int) *arrival {
 		r.bytes -= r.order[0].size
 		r.order = r.order[1:]
 	}
+	if urgent {
+		r.urgent = time.Now()
+	}
 	r.work.Go(func() {
 		if !urgent {
-			select {
-			case r.ahead <- struct{}{}:
-				defer func() { <-r.ahead }()
-			case <-r.ctx.Done():
-			}
+			r.queue()
+			defer r.leave()
 		}
 		r.fetch(x, first, run)
 	})
 	return run[0]
+}
+
+// queue waits until a request may be made that is not urgent.
+func (r *reader) queue() {
+	for {
+		r.mu.Lock()
+		most := aheadAtOnce
+		if time.Since(r.urgent) < urgentTime {
+			most = 1
+		}
+		if r.ahead < most || r.ctx.Err() != nil {
+			r.ahead++
+			r.mu.Unlock()
+			return
+		}
+		r.mu.Unlock()
+		select {
+		case <-r.free:
+		case <-time.After(urgentTime / 10):
+		case <-r.ctx.Done():
+		}
+	}
+}
+
+// leave ends a request that was not urgent.
+func (r *reader) leave() {
+	r.mu.Lock()
+	r.ahead--
+	r.mu.Unlock()
+	select {
+	case r.free <- struct{}{}:
+	default:
+	}
 }
 
 // follows reports whether a chunk comes right after the one before it, in the same pack.
@@ -133,6 +173,9 @@ func (r *reader) fetch(x *index, first int, run []*arrival) {
 	})
 	if err == nil {
 		return
+	}
+	if r.ctx.Err() == nil { // who reads may have no way to say why it failed
+		r.Logger.Warn("content of a package cannot be fetched", "image", r.ref.String(), "error", err)
 	}
 	r.mu.Lock()
 	for n := got; n < len(run); n++ {

@@ -242,12 +242,12 @@ func TestResume(t *testing.T) {
 	front := server.Front(t)
 	ref := reference(t, front.Address+"/vms/web:1")
 	d := sample()
-	d["disk"] = append(text(40<<20, 20), d["disk"]...)
+	d["disk"] = append(text(16<<20, 20), d["disk"]...)
 	dir := makePackage(t, d)
 
 	ctx, cancel := context.WithCancel(t.Context())
 	front.Set(&testregistry.Fault{Match: func(r *http.Request) bool {
-		if r.Method == http.MethodPut && r.ContentLength > 1<<20 && front.BytesPut.Load() > 10<<20 {
+		if r.Method == http.MethodPut && r.ContentLength > 1<<20 && front.BytesPut.Load() > 6<<20 {
 			cancel()
 			return true
 		}
@@ -264,7 +264,7 @@ func TestResume(t *testing.T) {
 	pushed := mustPush(t, dir, ref)
 	sent := front.BytesPut.Load() - before
 	t.Logf("the first push sent %d bytes, the second %d", before, sent)
-	if pushed.Present < 6<<20 || sent > pushed.Sent+20000 {
+	if pushed.Present < 2<<20 || sent > pushed.Sent+20000 {
 		t.Errorf("it goes on: %+v, the registry got %d bytes", pushed, sent)
 	}
 
@@ -272,7 +272,7 @@ func TestResume(t *testing.T) {
 		to := filepath.Join(t.TempDir(), "pulled")
 		start := front.BytesGot.Load()
 		fault.Match = func(r *http.Request) bool {
-			return r.Header.Get("Range") != "" && front.BytesGot.Load()-start > 6<<20
+			return r.Header.Get("Range") != "" && front.BytesGot.Load()-start > 5<<20
 		}
 		front.Set(&fault)
 		opts := onAMD64
@@ -311,7 +311,7 @@ func TestResume(t *testing.T) {
 		}
 		same(t, to, dir)
 		got := front.BytesGot.Load() - before
-		if pulled.Present < 4<<20 || got > pushed.Sent+pushed.Present-2<<20 {
+		if pulled.Present < 2<<20 || got > pushed.Sent+pushed.Present-2<<20 {
 			t.Errorf("it goes on: %+v, %d bytes came", pulled, got)
 		}
 		if _, err := os.Stat(filepath.Join(to, "stranger")); err == nil {

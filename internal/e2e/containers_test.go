@@ -91,7 +91,8 @@ func (w *workshop) blueprint(t *testing.T, args ...string) {
 // debian is the command line that makes a package of the blueprint, with disks of the workshop besides.
 func (w *workshop) debian(pkg string, disks []string, more ...string) []string {
 	var devices []string
-	for _, name := range append([]string{"state", "memory", "config", "kernel", "initrd", "disk"}, disks...) {
+	for _, name := range append([]string{"state", "memory", "config", "kernel", "initrd", "disk"}, disks...) { // "shared:NAME" is one that its guest may only read
+		name, shared := strings.CutPrefix(name, "shared:")
 		input := w.path(name + ".img")
 		switch name {
 		case "kernel", "initrd", "disk":
@@ -99,7 +100,7 @@ func (w *workshop) debian(pkg string, disks []string, more ...string) []string {
 		case "state", "memory", "config":
 			input = ""
 		}
-		devices = append(devices, fmt.Sprintf(`{"name":%q,"input":%q,"output":%q}`, name, input, w.path(filepath.Join(pkg, vmpackage.DefaultFile(name)))))
+		devices = append(devices, fmt.Sprintf(`{"name":%q,"input":%q,"output":%q,"shared":%t}`, name, input, w.path(filepath.Join(pkg, vmpackage.DefaultFile(name))), shared))
 	}
 	return append([]string{"snapshotter", "--devices", "[" + strings.Join(devices, ",") + "]", "--memory-size", "512", "--chroot-base-dir", w.vms(), "--enable-output"}, more...)
 }
@@ -110,26 +111,31 @@ type talk struct {
 	in   *bufio.Reader
 }
 
-// talkTo connects to a port of the guest that a namespace leads to.
+// talkTo connects to a port of the guest that a namespace leads to, and is there when somebody answers: of a process that ends, the kernel may still take a connection.
 func talkTo(t *testing.T, netns string, port int) *talk {
 	t.Helper()
 	ctx := newContext(t)
-	var conn net.Conn
 	for {
+		var conn net.Conn
 		err := testnet.Do(netns, func() (err error) {
 			conn, err = (&net.Dialer{}).DialContext(ctx, "tcp", fmt.Sprintf("172.16.0.2:%d", port))
 			return err
 		})
 		if err == nil {
-			break
+			k := &talk{conn, bufio.NewReader(conn)}
+			conn.SetDeadline(time.Now().Add(guestWait))
+			fmt.Fprintln(conn, "hello")
+			if _, err = k.in.ReadString('\n'); err == nil {
+				t.Cleanup(func() { conn.Close() })
+				return k
+			}
+			conn.Close()
 		}
 		if ctx.Err() != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	t.Cleanup(func() { conn.Close() })
-	return &talk{conn, bufio.NewReader(conn)}
 }
 
 // ask has the container do something.
@@ -157,8 +163,8 @@ func (k *talk) expect(t *testing.T, what, want string) {
 	}
 }
 
-// TestContainers: a guest runs what is on two disks, one of which has a volume on a third. They are ready when the snapshot is taken; a clone is given
-// another environment; what ends is started again; and all of it moves.
+// TestContainers: a guest runs what is on three disks, of which one has a volume on a fourth, and one cannot be written. They are ready when the snapshot is taken; a clone is given
+// another environment; what ends, or is killed together with what watches it, is started again; and all of it moves.
 func TestContainers(t *testing.T) {
 	began := time.Now()
 	took := func(what string) {
@@ -175,17 +181,21 @@ func TestContainers(t *testing.T) {
 		}
 		return c
 	}
-	const webPort, jobPort = 8001, 8002
+	const webPort, jobPort, fixedPort = 8001, 8002, 8003
 	bundleDisk(t, w.path("oci.img"), webPort, map[string]string{bundle.NameAnnotation: "web", bundle.RestartAnnotation: "always", bundle.ReadyAnnotation: fmt.Sprintf("port:%d", webPort)},
 		[]map[string]any{{"destination": "/data", "source": "LABEL=data", "options": []string{"rw", "noatime"}}}, "")
 	bundleDisk(t, w.path("job.img"), jobPort, map[string]string{bundle.ReadyAnnotation: "notify"}, nil, "own-name")
+	bundleDisk(t, w.path("fixed.img"), fixedPort, map[string]string{bundle.RestartAnnotation: "on-failure:3", bundle.ReadyAnnotation: "log:^serving"}, nil, "")
 	mke2fs(t, w.path("data.img"), "data", "")
-	w.blueprint(t, "--oci")
+	if err := os.WriteFile(w.path("shell.conf"), []byte(shellUnit), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	w.blueprint(t, "--oci", "--copy", w.path("shell.conf")+":/etc/systemd/system/serial-getty@ttyS0.service.d/shell.conf")
 	took("blueprint built")
 	console := newConsole(t)
-	start("a", console, w.debian("package", []string{"oci", "job", "data"}, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
+	start("a", console, w.debian("package", []string{"oci", "job", "shared:fixed", "data"}, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
 	took("snapshot taken: the containers are ready")
-	for _, line := range []string{"web: serving port 8001", "job: serving port 8002"} {
+	for _, line := range []string{"web: serving port 8001", "job: serving port 8002", "fixed: serving port 8003"} {
 		if !strings.Contains(console.Log(), line) {
 			t.Errorf("the console does not say %q:\n%s", line, console.Log())
 		}
@@ -207,9 +217,12 @@ func TestContainers(t *testing.T) {
 	job.expect(t, "host", "own-name")
 	job.expect(t, "count", "1")
 	web.expect(t, "write /data/kept of a", "")
-	if hosts := web.ask(t, "read /etc/resolv.conf"); !strings.Contains(hosts, "nameserver 1.1.1.1") {
-		t.Errorf("the container's resolv.conf is %q", hosts)
+	if resolv := web.ask(t, "read /etc/resolv.conf"); !strings.Contains(resolv, "nameserver 1.1.1.1") {
+		t.Errorf("the container's resolv.conf is %q", resolv)
 	}
+	fixed := talkTo(t, netns["a"], fixedPort)
+	fixed.expect(t, "write /bin/more of a", "") // in memory
+	fixed.expect(t, "read /bin/more", "of a")
 	a.Process.Signal(os.Interrupt)
 	a.wait(t, 0)
 	took("closed")
@@ -242,6 +255,38 @@ func TestContainers(t *testing.T) {
 	web.expect(t, "count", "1")
 	job.expect(t, "count", "1") // the other goes on
 
+	// In the guest, one sees them, and has them started again.
+	list := w.shell(t, "drafter-agent containers list")
+	for _, want := range []string{"web vdb ready", "job vdc ready", "fixed vdd ready", "exit status 3"} {
+		if !strings.Contains(list, want) {
+			t.Errorf("the list has no %q: %s", want, list)
+		}
+	}
+	w.shell(t, "drafter-agent containers restart job")
+	job = talkTo(t, netns["a"], jobPort)
+	job.expect(t, "count", "1")
+	job.expect(t, "env COLOUR", "red")
+	if got := w.shell(t, "journalctl -u drafter-containers -o cat | grep -c 'job: serving'"); got != "3" { // once for each start
+		t.Errorf("the journal has %s such lines", got)
+	}
+	if got := w.shell(t, "cat /proc/$(pgrep -f '^/bin/container 8002')/cgroup"); got != "0::/system.slice/drafter-containers.service/job" {
+		t.Errorf("it is in the control group %s", got)
+	}
+	// With what watches them killed, there is one of each again, and what it has mounted is gone when it is stopped.
+	const processes = "pgrep -c -f '^/bin/container'"
+	w.shell(t, "systemctl kill -s KILL --kill-whom=main drafter-containers; until systemctl is-active drafter-containers; do sleep 0.2; done")
+	if got := w.shell(t, processes); got != "3" {
+		t.Errorf("%s containers run, of 3", got)
+	}
+	took("what watches the containers was killed, and is there again")
+	w.shell(t, "systemctl stop drafter-containers; ! "+processes+"; ! grep /run/drafter/ /proc/self/mountinfo")
+	w.shell(t, "systemctl start drafter-containers")
+	took("stopped and started")
+	web, job = talkTo(t, netns["a"], webPort), talkTo(t, netns["a"], jobPort)
+	web.expect(t, "env COLOUR", "green")
+	web.expect(t, "count", "1")
+	job.expect(t, "count", "1")
+
 	// It moves while it runs: nothing starts anew.
 	b := peerOn("b", "at-b", "--raddr", strings.TrimSpace(c.waitFor(t, "Serving on ")))
 	c.waitFor(t, "Sent VM to ")
@@ -260,6 +305,9 @@ func TestContainers(t *testing.T) {
 	if said := wrong.wait(t, 1); !strings.Contains(said, `container "nobody"`) {
 		t.Errorf("a variable for nobody: %s", said)
 	}
+	again := peerOn("b", "at-b")
+	again.waitFor(t, "Resumed VM")
+	talkTo(t, netns["b"], jobPort).expect(t, "count", "3")
 	took("done")
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -19,6 +20,9 @@ import (
 	"github.com/drafter-vm/drafter/pkg/oci/bundle"
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
+
+// Ports of the containers of TestContainers.
+const webPort, jobPort, fixedPort = 8001, 8002, 8003
 
 // mke2fs makes a disk of a folder; of none, if dir is empty.
 func mke2fs(t *testing.T, path, label, dir string) {
@@ -70,8 +74,59 @@ func bundleDisk(t *testing.T, path string, port int, annotations map[string]stri
 	if err != nil {
 		t.Fatal(err)
 	}
+	if port == jobPort { // the other's is as small as can be
+		var more map[string]any
+		if err := json.Unmarshal([]byte(foreign), &more); err != nil {
+			t.Fatal(err)
+		}
+		for key, value := range more {
+			if to, ok := config[key].(map[string]any); ok {
+				maps.Copy(to, value.(map[string]any))
+				continue
+			}
+			config[key] = value
+		}
+		text, err = json.Marshal(config)
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, bundle.ConfigFile), text, 0o644)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 	mke2fs(t, path, bundle.Label, dir)
 }
+
+// foreign is what tools write into a config.json for the machine that they are on: podman, and umoci for a user without privileges. It is not root's, and its root cannot be written.
+const foreign = `{
+	"root": {"path": "/var/lib/containers/storage/overlay/0123/merged", "readonly": true},
+	"process": {
+		"user": {"uid": 1000, "gid": 1000, "umask": 18, "additionalGids": [10]}, "noNewPrivileges": true, "apparmorProfile": "containers-default-0.50.1", "selinuxLabel": "system_u:system_r:container_t:s0",
+		"rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1048576, "soft": 1024}],
+		"capabilities": {"bounding": ["CAP_KILL"], "effective": ["CAP_KILL"], "permitted": ["CAP_KILL"], "inheritable": [], "ambient": []}
+	},
+	"mounts": [
+		{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+		{"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+		{"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+		{"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec", "nodev"]},
+		{"destination": "/dev/shm", "type": "bind", "source": "/var/lib/containers/storage/overlay-containers/0123/userdata/shm", "options": ["bind", "rprivate", "nosuid", "noexec", "nodev"]},
+		{"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+		{"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["rprivate", "nosuid", "noexec", "nodev", "relatime", "ro"]},
+		{"destination": "/run", "type": "tmpfs", "source": "tmpfs", "options": ["rw", "nosuid", "nodev", "mode=755"]},
+		{"destination": "/run/.containerenv", "type": "bind", "source": "/run/containers/storage/overlay-containers/0123/userdata/.containerenv", "options": ["bind", "rprivate"]},
+		{"destination": "/etc/hosts", "type": "bind", "source": "/run/containers/storage/overlay-containers/0123/userdata/hosts", "options": ["bind", "rprivate"]}
+	],
+	"hooks": {"createRuntime": [{"path": "/usr/libexec/oci/hooks.d/no-such-hook"}]},
+	"linux": {
+		"cgroupsPath": "machine.slice:libpod:0123", "mountLabel": "system_u:object_r:container_file_t:s0", "rootfsPropagation": "private",
+		"sysctl": {"net.ipv4.ping_group_range": "0 0"}, "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}], "gidMappings": [{"containerID": 0, "hostID": 1000, "size": 1}],
+		"resources": {"devices": [{"allow": false, "access": "rwm"}], "pids": {"limit": 2048}, "memory": {"limit": 134217728}},
+		"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/netns-0123"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "user"}, {"type": "cgroup"}],
+		"maskedPaths": ["/proc/acpi", "/proc/kcore", "/sys/firmware"], "readonlyPaths": ["/proc/bus", "/proc/sys"],
+		"seccomp": {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"], "syscalls": [{"names": ["mount", "keyctl"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]}
+	}
+}`
 
 // blueprint builds one.
 func (w *workshop) blueprint(t *testing.T, args ...string) {
@@ -181,7 +236,6 @@ func TestContainers(t *testing.T) {
 		}
 		return c
 	}
-	const webPort, jobPort, fixedPort = 8001, 8002, 8003
 	bundleDisk(t, w.path("oci.img"), webPort, map[string]string{bundle.NameAnnotation: "web", bundle.RestartAnnotation: "always", bundle.ReadyAnnotation: fmt.Sprintf("port:%d", webPort)},
 		[]map[string]any{{"destination": "/data", "source": "LABEL=data", "options": []string{"rw", "noatime"}}}, "")
 	bundleDisk(t, w.path("job.img"), jobPort, map[string]string{bundle.ReadyAnnotation: "notify"}, nil, "own-name")
@@ -216,6 +270,10 @@ func TestContainers(t *testing.T) {
 	web.expect(t, "read /etc/hostname", "drafter")
 	job.expect(t, "host", "own-name")
 	job.expect(t, "count", "1")
+	job.expect(t, "read /sys/fs/cgroup/memory.max", "134217728")
+	if got := job.ask(t, "write /more x"); !strings.Contains(got, "error: ") {
+		t.Error("its root can be written")
+	}
 	web.expect(t, "write /data/kept of a", "")
 	if resolv := web.ask(t, "read /etc/resolv.conf"); !strings.Contains(resolv, "nameserver 1.1.1.1") {
 		t.Errorf("the container's resolv.conf is %q", resolv)

@@ -221,6 +221,7 @@ func (k *talk) expect(t *testing.T, what, want string) {
 // TestContainers: a guest runs what is on three disks, of which one has a volume on a fourth, and one cannot be written. They are ready when the snapshot is taken; a clone is given
 // another environment; what ends, or is killed together with what watches it, is started again; and all of it moves.
 func TestContainers(t *testing.T) {
+	t.Parallel()
 	began := time.Now()
 	took := func(what string) {
 		t.Helper()
@@ -396,6 +397,21 @@ func (w *workshop) shell(t *testing.T, command string) string {
 // TestPodman: a guest without OCI disks has a podman of its own, which runs one container in the guest's network and one behind a published port. They move while they run, and
 // podman knows them afterwards.
 func TestPodman(t *testing.T) {
+	t.Parallel()
+	testEngine(t, "podman", "podman,netavark,iptables,dbus")
+}
+
+// TestDocker: so does one with a Docker daemon.
+func TestDocker(t *testing.T) {
+	if !*long {
+		t.Skip("left out: what TestPodman shows of podman, with Docker's daemon, whose packages are 100 MB: -args -long")
+	}
+	testEngine(t, "docker", "docker.io,iptables,apparmor")
+}
+
+// testEngine tests a guest with a program that manages containers, of Debian packages.
+func testEngine(t *testing.T, program, packages string) {
+	t.Helper()
 	began := time.Now()
 	took := func(what string) {
 		t.Helper()
@@ -418,7 +434,7 @@ func TestPodman(t *testing.T) {
 	if err := os.WriteFile(w.path("shell.conf"), []byte(shellUnit), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	w.blueprint(t, "--packages", "podman,netavark,iptables,dbus", "--copy", w.path("root.tar")+":/root/root.tar",
+	w.blueprint(t, "--packages", packages, "--copy", w.path("root.tar")+":/root/root.tar",
 		"--copy", w.path("shell.conf")+":/etc/systemd/system/serial-getty@ttyS0.service.d/shell.conf")
 	took("blueprint built")
 	start("a", w.debian("package", nil, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
@@ -430,13 +446,13 @@ func TestPodman(t *testing.T) {
 	a := peerOn("a", "at-a")
 	a.waitFor(t, "Resumed VM")
 	took("resumed")
-	w.shell(t, "podman import --quiet root.tar counter")
+	w.shell(t, program+" import root.tar counter")
 	took("image imported")
-	w.shell(t, "podman run --detach --name plain --network host counter /bin/container 8001")
+	w.shell(t, program+" run --detach --name plain --network host counter /bin/container 8001")
 	took("container with the guest's network started")
-	w.shell(t, "podman run --detach --name published --publish 8080:8002 --env COLOUR=green counter /bin/container 8002")
+	w.shell(t, program+" run --detach --name published --publish 8080:8002 --env COLOUR=green counter /bin/container 8002")
 	took("container with a published port started")
-	const inspect = "podman inspect --format '{{.Name}} {{.State.Status}} {{.State.Pid}} {{.State.StartedAt}}' plain published"
+	inspect := program + " inspect --format '{{.Name}} {{.State.Status}} {{.State.Pid}} {{.State.StartedAt}}' plain published"
 	before := w.shell(t, inspect)
 	plain, published := talkTo(t, netns["a"], 8001), talkTo(t, netns["a"], 8080)
 	plain.expect(t, "count", "1")
@@ -451,9 +467,9 @@ func TestPodman(t *testing.T) {
 	plain.expect(t, "count", "2")
 	published.expect(t, "count", "2")
 	if after := w.shell(t, inspect); after != before {
-		t.Errorf("podman has\n%s, and had before\n%s", after, before)
+		t.Errorf("%s has\n%s, and had before\n%s", program, after, before)
 	}
-	w.shell(t, "podman restart --time 0 plain")
+	w.shell(t, program+" restart --time 0 plain")
 	talkTo(t, netns["b"], 8001).expect(t, "count", "1")
 	took("done: " + before)
 }

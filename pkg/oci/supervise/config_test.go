@@ -385,6 +385,19 @@ func TestSlowConsole(t *testing.T) {
 	}
 }
 
+// TestConsoleWarnings has the console show what goes wrong, with all that is said of it, and no more.
+func TestConsoleWarnings(t *testing.T) {
+	var all, shown buffer
+	c := newConsole(&shown, nil)
+	log := onConsole(slog.New(slog.NewTextHandler(&all, nil)), c).With("container", "web")
+	log.Info("it is ready")
+	log.Warn("it has ended", "end", "exit status 1")
+	c.close()
+	if want := "drafter: level=WARN msg=\"it has ended\" container=web end=\"exit status 1\"\n"; shown.String() != want || strings.Count(all.String(), "container=web") != 2 {
+		t.Errorf("the console shows %q, and the log has %q", shown.String(), all.String())
+	}
+}
+
 // TestLayer has a folder that cannot be written be written to, in memory. It needs root.
 func TestLayer(t *testing.T) {
 	if os.Getuid() != 0 {

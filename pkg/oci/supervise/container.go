@@ -212,10 +212,14 @@ func (c *container) prepare(ctx context.Context) (r bundle.Restart, k bundle.Rea
 	env := c.s.environment(cfg.Process.Env, c.name)
 	c.mu.Lock()
 	c.env, c.ready, c.hostname = env, cfg.Annotations[bundle.ReadyAnnotation], cfg.Hostname
+	log := c.log
+	if c.starts > 1 { // what is left out of it was said at its first start
+		log = slog.New(slog.DiscardHandler)
+	}
 	c.mu.Unlock()
 	p := place{
 		run: c.s.path("containers", c.name), etc: c.s.etc, cgroup: filepath.Join(c.s.cgroup, c.name), root: c.root, dir: c.dir, notify: k.Notify, env: env,
-		volumes: &c.s.volumes, log: c.log, sysctl: c.s.sysctl,
+		volumes: &c.s.volumes, log: log, sysctl: c.s.sysctl,
 	}
 	if err := errors.Join(os.MkdirAll(filepath.Join(p.run, "notify"), 0o755), p.refresh(cfg.Hostname)); err != nil {
 		return r, k, stop, err

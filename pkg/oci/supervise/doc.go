@@ -49,5 +49,6 @@
 // # Output
 //
 // Each line, with the container's name in front, goes to standard output, which is the journal, and to the console. A container waits for the journal, which is in memory and always read.
-// It does not wait for the console, whose other end is a serial line that perhaps nobody reads: 256 KiB wait there, then lines are left out, and counted.
+// It does not wait for the console, whose other end is a serial line that perhaps nobody reads: 256 KiB wait there, then lines are left out, and counted. What
+// the supervisor itself has to warn of is there, too.
 package supervise

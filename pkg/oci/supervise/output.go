@@ -3,9 +3,11 @@ package supervise
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"sync"
 	"time"
@@ -143,4 +145,50 @@ func (c *console) close() {
 	if c.file != nil {
 		c.file.Close()
 	}
+}
+
+// toBoth is a log handler that shows on the console, too, what somebody should see who has nothing else, as when a guest does not come up.
+type toBoth struct{ all, console slog.Handler }
+
+// onConsole is a logger that logs to log, and warnings and errors to the console, too.
+func onConsole(log *slog.Logger, c *console) *slog.Logger {
+	if c == nil {
+		return log
+	}
+	return slog.New(toBoth{log.Handler(), slog.NewTextHandler(consoleLines{c}, &slog.HandlerOptions{Level: slog.LevelWarn, ReplaceAttr: func(groups []string, a slog.Attr) slog.Attr {
+		if len(groups) == 0 && a.Key == slog.TimeKey {
+			return slog.Attr{}
+		}
+		return a
+	}})})
+}
+
+// consoleLines has each write be a line of the console.
+type consoleLines struct{ c *console }
+
+func (w consoleLines) Write(p []byte) (int, error) {
+	w.c.offer(append([]byte("drafter: "), p...))
+	return len(p), nil
+}
+
+func (h toBoth) Enabled(ctx context.Context, l slog.Level) bool {
+	return h.all.Enabled(ctx, l) || h.console.Enabled(ctx, l)
+}
+
+func (h toBoth) Handle(ctx context.Context, r slog.Record) error {
+	var errs []error
+	for _, to := range []slog.Handler{h.all, h.console} {
+		if to.Enabled(ctx, r.Level) {
+			errs = append(errs, to.Handle(ctx, r.Clone()))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (h toBoth) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return toBoth{h.all.WithAttrs(attrs), h.console.WithAttrs(attrs)}
+}
+
+func (h toBoth) WithGroup(name string) slog.Handler {
+	return toBoth{h.all.WithGroup(name), h.console.WithGroup(name)}
 }

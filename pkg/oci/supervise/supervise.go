@@ -123,9 +123,8 @@ func findRuntime(name string) (string, error) {
 
 // Run runs the containers of this machine until ctx is done; then it ends them, and returns nil. Another Run on the same machine fails.
 func Run(ctx context.Context, cfg Config) (err error) {
-	log := cmp.Or(cfg.Logger, slog.Default())
 	s := &supervisor{
-		log: log, run: cmp.Or(cfg.run, runFolder), state: cmp.Or(cfg.state, stateFolder), etc: cmp.Or(cfg.etc, "/etc"), times: cfg.times,
+		run: cmp.Or(cfg.run, runFolder), state: cmp.Or(cfg.state, stateFolder), etc: cmp.Or(cfg.etc, "/etc"), times: cfg.times,
 		started: cfg.started, sysctl: cfg.sysctl, changes: make(chan struct{}),
 	}
 	if s.times == (times{}) {
@@ -140,6 +139,16 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	if s.output.journal = cfg.Output; cfg.Output == nil {
 		s.output.journal = os.Stdout
 	}
+	if s.output.console = openConsole(cmp.Or(cfg.Console, "/dev/console")); s.output.console != nil {
+		defer s.output.console.close()
+	}
+	log := onConsole(cmp.Or(cfg.Logger, slog.Default()), s.output.console)
+	s.log = log
+	defer func() {
+		if err != nil {
+			log.Error("containers do not run", "error", err)
+		}
+	}()
 	if s.runtime.program, err = findRuntime(cfg.Runtime); err != nil {
 		return err
 	}
@@ -178,9 +187,6 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	find := cfg.find
 	if find == nil {
 		find = func(ctx context.Context) ([]found, error) { return devices.findBundles(ctx, s.run, log) }
-	}
-	if s.output.console = openConsole(cmp.Or(cfg.Console, "/dev/console")); s.output.console != nil {
-		defer s.output.console.close()
 	}
 	defer func() { err = errors.Join(err, unmount()) }()
 	all, err := find(ctx)

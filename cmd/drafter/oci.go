@@ -51,7 +51,7 @@ Credentials for registries are those of 'docker login' and 'podman login', and o
 		},
 		RunE: func(cmd *cobra.Command, args []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newOCIUnpackCommand(), newOCIPackCommand(), newOCIBuildCommand())
+	cmd.AddCommand(newOCIUnpackCommand(), newOCIPackCommand(), newOCIBuildCommand(), newOCIMountCommand(), newOCIRunCommand())
 	return cmd
 }
 
@@ -64,7 +64,9 @@ type imageFlags struct {
 
 func (f *imageFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&f.open.Architecture, "architecture", "", "`architecture` of the image, such as amd64 or arm64/v8 (default: this machine's)")
-	flags.BoolVar(&f.open.PlainHTTP, "plain-http", false, "talk to the registry without TLS (on this host that is tried anyway)")
+	if flags.Lookup("plain-http") == nil { // it is a peer's, too
+		flags.BoolVar(&f.open.PlainHTTP, "plain-http", false, "talk to the registry without TLS (on this host that is tried anyway)")
+	}
 	flags.StringVar(&f.maxSize, "max-size", "16G", "most that the image's files may have")
 	flags.IntVar(&f.maxEntries, "max-entries", 2_000_000, "most files that the image may have")
 }
@@ -89,7 +91,9 @@ type settingFlags struct {
 
 func (f *settingFlags) register(flags *pflag.FlagSet, image bool) {
 	s := &f.settings
-	flags.StringArrayVar(&s.Env, "env", nil, "`NAME=VALUE` for the application's environment (repeatable)")
+	if flags.Lookup("env") == nil { // it is a peer's, too
+		flags.StringArrayVar(&s.Env, "env", nil, "`NAME=VALUE` for the application's environment (repeatable)")
+	}
 	flags.StringArrayVar(&f.mounts, "mount", nil, "`MOUNT`, as type=volume,source=data,target=/data,size=1G or data:/data[:ro]: a volume is an additional disk whose label is its source; types tmpfs and bind, of the guest's files, too (repeatable)")
 	flags.StringVar(&s.Hostname, "hostname", "", "host `name` of the container (default: the machine's)")
 	flags.StringVar(&s.Name, "name", "", "`name` of the container in the guest (default: that of its device)")
@@ -401,4 +405,3 @@ func (s *stages) end() {
 	defer s.mu.Unlock()
 	s.finish()
 }
-

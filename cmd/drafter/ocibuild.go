@@ -206,19 +206,10 @@ func buildPackage(cmd *cobra.Command, opts buildOptions, image, out string) (err
 	show := newStages(cmd.ErrOrStderr())
 	defer show.end()
 
-	base := opts.blueprintDir
-	if base == "" {
-		base = filepath.Join("out", "blueprint-oci")
-		if opts.agent == "" {
-			if opts.agent, err = findAgent(); err != nil {
-				return err
-			}
-		}
-		if _, err := blueprint.Build(ctx, blueprint.Config{Output: base, Agent: opts.agent, OCI: true, Cache: opts.cache, Mirror: opts.mirror, Progress: show.blueprint, Logger: logger(ctx)}); err != nil {
-			return interrupted(cmd, err)
-		}
+	base, err := opts.blueprint(cmd, show)
+	if err != nil {
+		return interrupted(cmd, err)
 	}
-
 	made, err := runner.MakeFolders(filepath.Dir(filepath.Clean(out)), 0o755)
 	if err == nil {
 		defer func() {
@@ -249,6 +240,23 @@ func buildPackage(cmd *cobra.Command, opts buildOptions, image, out string) (err
 	}
 	fmt.Fprintf(cmd.ErrOrStderr(), "Ready after %s, wrote the package to %s; drafter peer --package %s --instance out/instance-0 starts it\n", result.BootTime.Round(10*time.Millisecond), out, out)
 	return nil
+}
+
+// blueprint is the folder of the guest's blueprint, which is built if need be.
+func (o *buildOptions) blueprint(cmd *cobra.Command, show *stages) (string, error) {
+	if o.blueprintDir != "" {
+		return o.blueprintDir, nil
+	}
+	agent := o.agent
+	if agent == "" {
+		var err error
+		if agent, err = findAgent(); err != nil {
+			return "", err
+		}
+	}
+	dir := filepath.Join("out", "blueprint-oci")
+	_, err := blueprint.Build(cmd.Context(), blueprint.Config{Output: dir, Agent: agent, OCI: true, Cache: o.cache, Mirror: o.mirror, Progress: show.blueprint, Logger: logger(cmd.Context())})
+	return dir, err
 }
 
 // packageDevices makes the disks of an image in tmp, and says which devices the package has.

@@ -58,7 +58,7 @@ type peerOptions struct {
 
 func newPeerCommand() *cobra.Command {
 	var opts peerOptions
-	return peerCommand(&opts, &cobra.Command{
+	return refuseMachineFlags(peerCommand(&opts, &cobra.Command{
 		Use:   "peer",
 		Short: "Run an instance of a package, and migrate it to and from other peers",
 		Long: `Run an instance, and migrate it live.
@@ -97,7 +97,7 @@ command line cannot be used; 130 ended by a signal, or by drafter ctl stop, befo
   drafter peer --package out/package --instance out/instance-1 --netns ark1 --raddr localhost:1337`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return runPeer(cmd, opts) },
-	})
+	}))
 }
 
 // peerCommand gives a command the flags of a peer.
@@ -139,9 +139,14 @@ func peerCommand(opts *peerOptions, cmd *cobra.Command) *cobra.Command {
 	flags.BoolVar(&opts.keepPoint, "keep-commit-point", false, "keep what --rollback returns to: the instance as it is when it begins to run here; its disk writes since then are kept apart until it is closed, and a received memory is written to its device as it comes")
 	flags.BoolVar(&opts.rollback, "rollback", false, "return an instance that died while it ran, its VM included, to its commit point, and discard its disk writes since then (needs --keep-commit-point at the start that died)")
 	flags.BoolVar(&opts.verify, "verify", false, "with --package: first compare every byte of it with the digests in its manifest")
+	return cmd
+}
+
+// refuseMachineFlags has flags that describe a machine refused with the remedy, which an unknown flag would not be.
+func refuseMachineFlags(cmd *cobra.Command) *cobra.Command {
 	for _, name := range machineOfPackage {
-		flags.String(name, "", "")
-		flags.Lookup(name).Hidden = true // they are refused with the remedy, which an unknown flag would not be
+		cmd.Flags().String(name, "", "")
+		cmd.Flags().Lookup(name).Hidden = true
 	}
 	return cmd
 }
@@ -151,7 +156,7 @@ var machineOfPackage = []string{"cpu-count", "memory-size", "cpu-template", "boo
 
 func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	for _, name := range machineOfPackage {
-		if cmd.Flags().Changed(name) {
+		if f := cmd.Flags().Lookup(name); f != nil && f.Hidden && f.Changed {
 			return usageErrorf("--%s is part of the package: a guest that runs cannot change it; make a package with drafter snapshotter --%s", name, name)
 		}
 	}

@@ -212,7 +212,7 @@ var notOfRun = []string{"restore", "package", "devices", "raddr", "accept", "par
 func newRunCommand() *cobra.Command {
 	opts := peerOptions{}
 	opts.run = true
-	cmd := peerCommand(&opts, &cobra.Command{
+	cmd := refuseMachineFlags(peerCommand(&opts, &cobra.Command{
 		Use:   "run oci://HOST/NAME:TAG",
 		Short: "Start a VM from a package in a registry, before it has been fetched",
 		Long: `Starts an instance of a package in an OCI registry: as soon as the state of its machine is here. What the guest touches of its memory and disks is
@@ -227,7 +227,7 @@ Exit statuses: as of drafter peer.`,
 		Example: `  drafter run oci://registry.example/vms/web:1
   drafter run oci://registry.example/vms/web:1 --instance out/web-2 --netns ark1 --laddr localhost:1337`,
 		Args: oneArg("the package, as oci://HOST/NAME:TAG"),
-	})
+	}))
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		for _, name := range notOfRun {
 			if cmd.Flags().Changed(name) {

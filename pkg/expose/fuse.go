@@ -350,6 +350,9 @@ func (fs *fuseFiles) attributes(inode uint64, out *fuse.Attr) {
 	default:
 		out.Mode = syscall.S_IFREG | 0o600
 	}
+	if !f.Modified.IsZero() {
+		out.Mtime = uint64(f.Modified.Unix())
+	}
 	out.Nlink, out.Size, out.Blocks = 1, uint64(f.size), uint64(f.size+511)/512
 }
 

@@ -27,6 +27,10 @@ type Export struct {
 
 	// ReadOnly refuses everything that would change the device.
 	ReadOnly bool
+
+	// Modified is when a file of a mount says that it was written to last, to the second: of a device whose content is the same as before, that of before.
+	// Zero: when it was mounted.
+	Modified time.Time
 }
 
 // NBDOptions are the limits of a server. The zero value is good for one virtual machine.

@@ -17,6 +17,7 @@ import (
 
 // blobs reads parts of the blobs of a repository: the distribution specification's GET /v2/NAME/blobs/DIGEST with a Range.
 type blobs struct {
+	name   string // of the repository
 	base   string // URL, up to the digest
 	client *http.Client
 }
@@ -35,6 +36,7 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 		return nil, err
 	}
 	return &blobs{
+		name:   repo.Name(),
 		base:   fmt.Sprintf("%s://%s/v2/%s/blobs/", repo.Scheme(), repo.RegistryStr(), repo.RepositoryStr()),
 		client: &http.Client{Transport: rt},
 	}, nil

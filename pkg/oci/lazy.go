@@ -59,6 +59,9 @@ type LazyDisk struct {
 	// Whole is how many bytes the image's layers have, and First how many had to be fetched before the disk could be used.
 	Whole, First int64
 
+	// Since is when the disk was laid out. What an earlier process has left of the same disk is as old as that.
+	Since time.Time
+
 	blobs  *blobs
 	layers []*lazyLayer
 	log    *slog.Logger
@@ -222,6 +225,11 @@ func (d *LazyDisk) open(path string, identity []byte) error {
 			return errors.Join(err, d.Lazy.Close())
 		}
 	}
+	info, err := os.Stat(path + identitySuffix)
+	if err != nil {
+		return errors.Join(err, d.Lazy.Close())
+	}
+	d.Since = info.ModTime()
 	return d.skipPresent()
 }
 

@@ -400,6 +400,9 @@ func TestLazyAgain(t *testing.T) {
 	if got := second.Missing(); got != left {
 		t.Errorf("%d bytes are missing, %d were", got, left)
 	}
+	if !second.Since.Equal(first.Since) {
+		t.Errorf("the disk is of %v, and was of %v", second.Since, first.Since)
+	}
 	begin := second.Fetched()
 	got := make([]byte, len(want))
 	_, err = second.ReadAt(got, large.physical*diskBlock)

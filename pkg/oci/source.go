@@ -59,6 +59,14 @@ func (i *Image) Close() error {
 	return os.RemoveAll(i.tmp)
 }
 
+// Pinned is a reference of the image in its registry by its digest, which is another image's never.
+func (i *Image) Pinned() (string, error) {
+	if i.blobs == nil {
+		return "", fmt.Errorf("image %q is in no registry", i.Reference)
+	}
+	return dockerScheme + i.blobs.name + "@" + i.Digest, nil
+}
+
 // Sources of images, as skopeo names them.
 const (
 	dockerScheme    = "docker://"

@@ -80,6 +80,9 @@ type Config struct {
 	// ShutDown has the guest shut down when it is up, instead of suspending it. There is no device "memory" then: the package boots at each start.
 	ShutDown bool
 
+	// Unbooted makes a package of a VM that has never run: its first start boots it. No machine runs for it.
+	Unbooted bool
+
 	// Progress is called when a stage begins: "copy", "boot", "suspend" or "shut down", "hash". Nil is allowed.
 	Progress func(stage string)
 
@@ -120,7 +123,7 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 		}
 	}()
 
-	if err := out.lock(cfg.Devices); err != nil {
+	if err := out.lock(cfg.Devices, cfg.Unbooted); err != nil {
 		return nil, fmt.Errorf("create snapshot: %w", err)
 	}
 	defer out.unlock()
@@ -129,6 +132,13 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	devices, err := out.make(ctx, cfg, &spec)
 	if err != nil {
 		return nil, fmt.Errorf("create snapshot: %w", err)
+	}
+
+	if cfg.Unbooted {
+		if err := recordUnbooted(devices); err != nil {
+			return nil, fmt.Errorf("create snapshot: %w", err)
+		}
+		return cfg.publish(ctx, out, &Result{})
 	}
 
 	cfg.Progress("boot")
@@ -174,6 +184,21 @@ func Create(ctx context.Context, cfg Config) (_ *Result, err error) {
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("create snapshot: %w", context.Cause(ctx))
 	}
+	return cfg.publish(ctx, out, result)
+}
+
+// recordUnbooted says in the state device that there is nothing to resume.
+func recordUnbooted(devices []runner.DeviceConfig) error {
+	at := slices.IndexFunc(devices, func(d runner.DeviceConfig) bool { return d.Name == runner.StateDevice })
+	f, err := block.OpenFile(devices[at].Base, block.FileOptions{})
+	if err != nil {
+		return err
+	}
+	return errors.Join(runner.WriteRecord(f, runner.Record{Status: runner.ShutDown}), f.Close())
+}
+
+// publish gives the outputs their names.
+func (cfg Config) publish(ctx context.Context, out *outputs, result *Result) (_ *Result, err error) {
 	// From here on the only way is forward: the old package is gone with the first rename.
 	ctx = context.WithoutCancel(ctx)
 	dir := packageFolder(cfg.Devices)
@@ -297,6 +322,9 @@ func (c Config) withDefaults() (Config, error) {
 	if disks == 0 {
 		return c, errors.New("no disk is configured: give a device \"disk\"")
 	}
+	if c.Unbooted && c.ShutDown {
+		return c, errors.New("a VM that has never run is not shut down: choose one")
+	}
 	return c, nil
 }
 
@@ -382,8 +410,11 @@ func (o *outputs) mkdir(dir string) error {
 }
 
 // lock takes the files that will be replaced, so that no instance that runs from them, or starts meanwhile, loses them.
-func (o *outputs) lock(devices []Device) error {
+func (o *outputs) lock(devices []Device, unbooted bool) error {
 	for _, d := range devices {
+		if unbooted && d.Input == "" && !made(d.Name) {
+			continue // nobody writes to it here
+		}
 		f, err := runner.LockFile(d.Output, true)
 		if errors.Is(err, os.ErrNotExist) {
 			continue

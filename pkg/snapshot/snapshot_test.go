@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/drafter-vm/drafter/pkg/block"
+	"github.com/drafter-vm/drafter/pkg/runner"
 	"github.com/drafter-vm/drafter/pkg/vmm"
 )
 
@@ -111,5 +113,29 @@ func TestBadConfig(t *testing.T) {
 				t.Errorf("error %v, want one with %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// A VM that has never run is a package all the same, for which no machine is started.
+func TestUnbooted(t *testing.T) {
+	dir, devices := blueprint(t)
+	t.Chdir(dir)
+	result, err := Create(t.Context(), Config{Backend: brokenBackend{}, Devices: devices, MemorySize: 1 << 20, Unbooted: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(result.Manifest.Devices) != len(devices) {
+		t.Errorf("the manifest has %d devices, not %d", len(result.Manifest.Devices), len(devices))
+	}
+	f, err := block.OpenFile(devices[0].Output, block.FileOptions{ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if r, err := runner.ReadRecord(f); err != nil || r.Status != runner.ShutDown {
+		t.Errorf("its record is %+v, %v", r, err)
+	}
+	if _, err := Create(t.Context(), Config{Backend: brokenBackend{}, Devices: devices, Unbooted: true, ShutDown: true}); err == nil {
+		t.Error("a VM that has never run was to be shut down")
 	}
 }

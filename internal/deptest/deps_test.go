@@ -41,19 +41,20 @@ var mayImport = map[string][]string{
 
 // onlyIn says which outside libraries enter only in one room, or a few (or in cmd and internal, which may use anything).
 var onlyIn = map[string]string{
-	"github.com/hanwen/go-fuse":       "expose",
-	"github.com/vishvananda/netlink":  "nat forward flow agent",
-	"github.com/google/nftables":      "nat",
-	"github.com/containerd/ttrpc":     "agent",
-	"github.com/quic-go/":             "transport",
-	"github.com/coder/websocket":      "transport",
-	"github.com/flynn/noise":          "transport",
-	"github.com/prometheus/":          "control",
-	"github.com/minio/minio-go":       "objstore",
-	"oras.land/oras-go":               "registry",
-	"github.com/opencontainers/":      "registry oci",
-	"github.com/spf13/cobra":          "",
-	"github.com/schollz/progressbar/": "",
+	"github.com/hanwen/go-fuse":              "expose",
+	"github.com/vishvananda/netlink":         "nat forward flow agent",
+	"github.com/google/nftables":             "nat",
+	"github.com/containerd/ttrpc":            "agent",
+	"github.com/quic-go/":                    "transport",
+	"github.com/coder/websocket":             "transport",
+	"github.com/flynn/noise":                 "transport",
+	"github.com/prometheus/":                 "control",
+	"github.com/minio/minio-go":              "objstore",
+	"oras.land/oras-go":                      "registry",
+	"github.com/opencontainers/":             "registry oci",
+	"github.com/google/go-containerregistry": "oci",
+	"github.com/spf13/cobra":                 "",
+	"github.com/schollz/progressbar/":        "",
 }
 
 // chooser is the part of a backend that only cmd may name.

@@ -2,6 +2,7 @@ package registry
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -12,6 +13,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,13 +50,15 @@ type Transport struct {
 
 	// Logger receives events; nil means slog.Default().
 	Logger *slog.Logger
+
+	backoff time.Duration // before something is tried again, and each time twice that; 0: firstBackoff
 }
 
 const (
-	attempts       = 5                      // of everything, before it has failed
-	firstBackoff   = 250 * time.Millisecond // and each time twice that
-	uploadPatience = 6                      // StallTimeouts
-	maxManifest    = 4 << 20                // bytes, of a manifest or an index of manifests
+	attempts       = 5 // of everything, before it has failed
+	firstBackoff   = 250 * time.Millisecond
+	uploadPatience = 6       // StallTimeouts
+	maxManifest    = 4 << 20 // bytes, of a manifest or an index of manifests
 )
 
 // ErrNotFound is wrapped by the error of asking for a package that is not there.
@@ -107,7 +111,7 @@ func newClient(ctx context.Context, ref Reference, t Transport) (_ *client, err 
 	}
 	c.auth.SetUserAgent("drafter/" + version.String())
 	if ref.loopback() {
-		c.auth.BlockedRealmPrefixes = auth.PrivateRealmPrefixes()[:0] // its tokens come from here, too
+		c.auth.BlockedRealmPrefixes = []netip.Prefix{} // its tokens come from here, too
 	}
 	if c.repo, err = remote.NewRepository(ref.Host + "/" + ref.Repository); err != nil {
 		return nil, fmt.Errorf("name %q: %w", ref, err)
@@ -239,7 +243,7 @@ func (c *client) patiently(ctx context.Context, patience time.Duration, do func(
 		case final(err) || n+1 == attempts:
 			return c.explain(err)
 		}
-		wait := time.Duration(float64(firstBackoff<<n) * (0.8 + 0.4*rand.Float64()))
+		wait := time.Duration(float64(cmp.Or(c.backoff, firstBackoff)<<n) * (0.8 + 0.4*rand.Float64()))
 		c.Logger.Debug("a request to a registry failed, and is made again", "image", c.ref.String(), "error", err)
 		select {
 		case <-time.After(wait):

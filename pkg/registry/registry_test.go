@@ -8,11 +8,16 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,7 +26,7 @@ import (
 	"github.com/drafter-vm/drafter/pkg/vmpackage"
 )
 
-var quiet = Transport{Logger: slog.New(slog.DiscardHandler), StallTimeout: 2 * time.Second}
+var quiet = Transport{Logger: slog.New(slog.DiscardHandler), StallTimeout: 2 * time.Second, backoff: 10 * time.Millisecond}
 
 // alone keeps the credentials of whoever runs the tests out of them.
 func alone(t *testing.T) {
@@ -435,7 +440,6 @@ func TestCredentials(t *testing.T) {
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	t.Setenv("DOCKER_CONFIG", config)
 	pulls("a helper")
-	t.Setenv("SSL_CERT_FILE", server.CA) // is read once in a process: see the commands
 }
 
 // A tag leads to a package for each platform; another one for the same replaces it.
@@ -574,5 +578,62 @@ func TestImages(t *testing.T) {
 	}
 	for _, i := range images {
 		i.Device.Close()
+	}
+}
+
+// Registries that have their blobs elsewhere, and lead there, or that know no ranges, or no blobs of others, will do.
+func TestOtherRegistries(t *testing.T) {
+	alone(t)
+	server := testregistry.Start(t, testregistry.Options{User: "joe", Password: "secret"})
+	target, err := url.Parse("http://" + server.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	passOn := &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(target)
+		r.Out.Host = r.In.Host
+	}}
+	var elsewhere atomic.Int64
+	blobs := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { // as a content network, which knows nobody
+		elsewhere.Add(1)
+		http.ServeFile(w, r, server.Blob(strings.TrimPrefix(r.URL.Path, "/")))
+	}))
+	defer blobs.Close()
+	dir := makePackage(t, sample())
+	for name, other := range map[string]func(w http.ResponseWriter, r *http.Request) bool{
+		"blobs elsewhere": func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Method != http.MethodGet || !strings.Contains(r.URL.Path, "/blobs/") || r.Header.Get("Authorization") == "" {
+				return false
+			}
+			http.Redirect(w, r, strings.Replace(blobs.URL, "127.0.0.1", "localhost", 1)+"/"+path.Base(r.URL.Path), http.StatusTemporaryRedirect)
+			return true
+		},
+		"no ranges": func(_ http.ResponseWriter, r *http.Request) bool {
+			r.Header.Del("Range")
+			return false
+		},
+		"no mounts": func(_ http.ResponseWriter, r *http.Request) bool {
+			r.URL.RawQuery = strings.ReplaceAll(r.URL.RawQuery, "mount=", "x=")
+			return false
+		},
+	} {
+		front := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !other(w, r) {
+				passOn.ServeHTTP(w, r)
+			}
+		}))
+		defer front.Close()
+		address := strings.TrimPrefix(front.URL, "http://")
+		t.Setenv("DOCKER_CONFIG", server.DockerConfig(address))
+		tag := strings.ReplaceAll(name, " ", "-")
+		first := mustPush(t, dir, reference(t, address+"/vms/"+tag+":1"))
+		second := mustPush(t, dir, reference(t, address+"/others/"+tag+":1"), first.Reference)
+		if lent := second.Known > 0; lent != (name != "no mounts") {
+			t.Errorf("%s: %+v", name, second)
+		}
+		mustPull(t, second.Reference, dir)
+	}
+	if elsewhere.Load() == 0 {
+		t.Error("nobody was led elsewhere")
 	}
 }

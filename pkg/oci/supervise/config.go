@@ -366,6 +366,15 @@ func (p place) volume(ctx context.Context, m mount) (map[string]any, error) {
 	return map[string]any{"destination": m.Destination, "type": "bind", "source": dir, "options": options}, nil
 }
 
+// makeDev makes the folder of devices, which an image of one program may not have. The runtime makes what else is missing for a mount.
+func (p place) makeDev() error {
+	err := os.Mkdir(filepath.Join(p.root, "dev"), 0o755) // a link stays one
+	if err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make /dev in the container: %w", err)
+	}
+	return nil
+}
+
 // setSysctl makes a setting of this kernel.
 func setSysctl(name, value string) error {
 	if strings.Contains(name, "/") || strings.Contains(name, "..") {

@@ -226,6 +226,9 @@ func (c *container) prepare(ctx context.Context) (r bundle.Restart, k bundle.Rea
 	}
 	text, err := p.adapt(ctx, cfg, all)
 	if err == nil {
+		err = p.makeDev()
+	}
+	if err == nil {
 		err = replaceFile(filepath.Join(p.run, bundle.ConfigFile), text)
 	}
 	return r, k, stop, err

@@ -371,6 +371,26 @@ func TestContainers(t *testing.T) {
 	took("done")
 }
 
+// TestEnvironmentRefused: a guest without containers does not pass for one that was given an environment, and loses nothing by that.
+func TestEnvironmentRefused(t *testing.T) {
+	t.Parallel()
+	w := newWorkshop(t)
+	w.pack(t)
+	first := w.start(t, w.console, w.peer("package", "instance")...)
+	first.waitFor(t, "Resumed VM")
+	w.do(t, "put /kept yes")
+	first.Process.Signal(os.Interrupt)
+	first.wait(t, 0)
+	said := w.start(t, w.console, w.peer("package", "instance", "--env", "A=b")...).wait(t, 1)
+	if !strings.Contains(said, "--oci") {
+		t.Errorf("it is refused by %s", said)
+	}
+	w.start(t, w.console, w.peer("package", "instance")...).waitFor(t, "Resumed VM")
+	if got := w.do(t, "cat /kept"); got != `"yes"` {
+		t.Errorf("it has lost what it had: %s", got)
+	}
+}
+
 // shellUnit has a guest of Debian offer a shell on its console, without a login, which a program could not be sure to meet.
 const shellUnit = "[Service]\nExecStart=\nExecStart=/bin/dash\nStandardInput=tty\nStandardOutput=tty\nEnvironment=HOME=/root TERM=dumb PS1=\nWorkingDirectory=/root\n"
 

@@ -159,7 +159,9 @@ func (p place) adapt(ctx context.Context, c *config, all map[string]any) ([]byte
 	if p.notify {
 		env = setEnvironment(env, "NOTIFY_SOCKET", filepath.Join(notifyFolder, notifyName))
 	}
-	process["env"] = env
+	if len(env) > 0 {
+		process["env"] = env
+	}
 	if c.Process.ApparmorProfile != "" && !loaded("/sys/kernel/security/apparmor/profiles", c.Process.ApparmorProfile) {
 		delete(process, "apparmorProfile")
 	}

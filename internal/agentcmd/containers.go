@@ -4,6 +4,9 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
 	"text/tabwriter"
 	"time"
 
@@ -37,6 +40,10 @@ It ends them when it is ended itself (SIGTERM), after 10 seconds by SIGKILL. One
 				return err
 			}
 			cfg.Logger, cfg.Output = logger, cmd.OutOrStdout()
+			// A journal that is gone is no reason to end. (Ignored, the signal would be for the containers, too.)
+			gone := make(chan os.Signal, 1)
+			signal.Notify(gone, syscall.SIGPIPE)
+			defer signal.Stop(gone)
 			return supervise.Run(cmd.Context(), cfg)
 		},
 	}

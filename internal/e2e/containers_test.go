@@ -40,7 +40,7 @@ func mke2fs(t *testing.T, path, label, dir string) {
 func containerRoot(t *testing.T, root string) {
 	t.Helper()
 	program, err := os.ReadFile(build(t, "./container"))
-	for _, name := range []string{"bin", "proc", "dev", "etc"} {
+	for _, name := range []string{"bin"} {
 		if err == nil {
 			err = os.MkdirAll(filepath.Join(root, name), 0o755)
 		}
@@ -248,7 +248,7 @@ func TestContainers(t *testing.T) {
 	w.blueprint(t, "--oci", "--copy", w.path("shell.conf")+":/etc/systemd/system/serial-getty@ttyS0.service.d/shell.conf")
 	took("blueprint built")
 	console := newConsole(t)
-	start("a", console, w.debian("package", []string{"oci", "job", "shared:fixed", "data"}, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
+	start("a", console, w.debian("package", []string{"oci", "job", "shared:fixed", "data"}, "--netns", netns["a"], "--resume-timeout", "10m")).wait(t, 0)
 	took("snapshot taken: the containers are ready")
 	for _, line := range []string{"web: serving port 8001", "job: serving port 8002", "fixed: serving port 8003"} {
 		if !strings.Contains(console.Log(), line) {
@@ -257,7 +257,7 @@ func TestContainers(t *testing.T) {
 	}
 	peerOn := func(host, instance string, more ...string) *command {
 		t.Helper()
-		return start(host, w.console, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0"}, more...)...))
+		return start(host, w.console, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0", "--resume-timeout", "5m"}, more...)...))
 	}
 
 	// As it was packaged.
@@ -325,6 +325,7 @@ func TestContainers(t *testing.T) {
 	job = talkTo(t, netns["a"], jobPort)
 	job.expect(t, "count", "1")
 	job.expect(t, "env COLOUR", "red")
+	took("a container was started again by hand")
 	if got := w.shell(t, "journalctl -u drafter-containers -o cat | grep -c 'job: serving'"); got != "3" { // once for each start
 		t.Errorf("the journal has %s such lines", got)
 	}
@@ -368,6 +369,26 @@ func TestContainers(t *testing.T) {
 	again.waitFor(t, "Resumed VM")
 	talkTo(t, netns["b"], jobPort).expect(t, "count", "3")
 	took("done")
+}
+
+// TestEnvironmentRefused: a guest without containers does not pass for one that was given an environment, and loses nothing by that.
+func TestEnvironmentRefused(t *testing.T) {
+	t.Parallel()
+	w := newWorkshop(t)
+	w.pack(t)
+	first := w.start(t, w.console, w.peer("package", "instance")...)
+	first.waitFor(t, "Resumed VM")
+	w.do(t, "put /kept yes")
+	first.Process.Signal(os.Interrupt)
+	first.wait(t, 0)
+	said := w.start(t, w.console, w.peer("package", "instance", "--env", "A=b")...).wait(t, 1)
+	if !strings.Contains(said, "--oci") {
+		t.Errorf("it is refused by %s", said)
+	}
+	w.start(t, w.console, w.peer("package", "instance")...).waitFor(t, "Resumed VM")
+	if got := w.do(t, "cat /kept"); got != `"yes"` {
+		t.Errorf("it has lost what it had: %s", got)
+	}
 }
 
 // shellUnit has a guest of Debian offer a shell on its console, without a login, which a program could not be sure to meet.
@@ -437,11 +458,11 @@ func testEngine(t *testing.T, program, packages string) {
 	w.blueprint(t, "--packages", packages, "--copy", w.path("root.tar")+":/root/root.tar",
 		"--copy", w.path("shell.conf")+":/etc/systemd/system/serial-getty@ttyS0.service.d/shell.conf")
 	took("blueprint built")
-	start("a", w.debian("package", nil, "--netns", netns["a"], "--resume-timeout", "3m")).wait(t, 0)
+	start("a", w.debian("package", nil, "--netns", netns["a"], "--resume-timeout", "10m")).wait(t, 0)
 	took("snapshot taken")
 	peerOn := func(host, instance string, more ...string) *command {
 		t.Helper()
-		return start(host, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0"}, more...)...))
+		return start(host, w.peer("package", instance, append([]string{"--netns", netns[host], "--laddr", h.Addr4(host).String() + ":0", "--resume-timeout", "5m"}, more...)...))
 	}
 	a := peerOn("a", "at-a")
 	a.waitFor(t, "Resumed VM")

@@ -39,6 +39,7 @@ TimeoutStartSec=infinity
 TimeoutStopSec=30s
 KillMode=mixed
 Delegate=yes
+IgnoreSIGPIPE=no
 OOMScoreAdjust=-900
 
 [Install]

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -25,6 +26,8 @@ type toldAgent struct {
 	mu   sync.Mutex // guards said
 	said []string
 	hang chan struct{} // it does nothing more until this is closed; nil: it answers
+
+	containers bool // it knows of some
 }
 
 func (a *toldAgent) hear(what string) error {
@@ -53,6 +56,9 @@ func (a *toldAgent) run(t *testing.T, dir string, port uint32) {
 			var d net.Dialer
 			return d.DialContext(ctx, "unix", socket.PortPath(socket.HostPath(dir), port))
 		},
+	}
+	if a.containers {
+		g.SetEnvironment = func(_ context.Context, environment []string) error { return a.hear(strings.Join(environment, ",")) }
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() { g.Serve(ctx) })
@@ -92,5 +98,45 @@ func TestAgentsApart(t *testing.T) {
 	}
 	if got := well.heard(); got != "before after" {
 		t.Errorf("the agent that answers was told %q", got)
+	}
+}
+
+// An environment is given by the agent that knows of containers, whatever others there are; where none does, that is an error, also for who takes over from a process
+// that has died.
+func TestAgentsEnvironment(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root: an agent sets the clock, which is right here, and feeds the random number generator")
+	}
+	for name, containers := range map[string]bool{"one of two": true, "none": false} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir() + "/vm/root"
+			if _, err := MakeFolders(dir, 0o700); err != nil {
+				t.Fatal(err)
+			}
+			open := func() *guest {
+				t.Helper()
+				g, err := (&Instance{path: dir, desc: Description{AgentVSockPort: 26, MoreAgents: []uint32{27}}, log: slog.New(slog.DiscardHandler)}).openGuest(false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return g
+			}
+			g := open()
+			g.noteResume(false, "", agent.Network{}, []string{"A=b", "web:C=d"})
+			g.close()
+			g = open()
+			defer g.close()
+			g.recall()
+			one, other := &toldAgent{containers: containers}, new(toldAgent)
+			one.run(t, dir, 26)
+			other.run(t, dir, 27)
+			err := g.afterResume(t.Context(), lasting{}, time.Minute)
+			if containers && (err != nil || one.heard() != "A=b,web:C=d after") || !containers && (!errors.Is(err, agent.ErrNoEnvironment) || one.heard() != "after") || other.heard() != "after" {
+				t.Errorf("they were told %q and %q: %v", one.heard(), other.heard(), err)
+			}
+			if g.owed() {
+				t.Error("they are to be told again")
+			}
+		})
 	}
 }

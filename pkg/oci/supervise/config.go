@@ -161,7 +161,9 @@ func (p place) adapt(ctx context.Context, c *config, all map[string]any) ([]byte
 	if p.notify {
 		env = setEnvironment(env, "NOTIFY_SOCKET", filepath.Join(notifyFolder, notifyName))
 	}
-	process["env"] = env
+	if len(env) > 0 {
+		process["env"] = env
+	}
 	if c.Process.ApparmorProfile != "" && !loaded("/sys/kernel/security/apparmor/profiles", c.Process.ApparmorProfile) {
 		delete(process, "apparmorProfile")
 	}
@@ -366,6 +368,15 @@ func (p place) volume(ctx context.Context, m mount) (map[string]any, error) {
 		return nil, err
 	}
 	return map[string]any{"destination": m.Destination, "type": "bind", "source": dir, "options": options}, nil
+}
+
+// makeDev makes the folder of devices, which an image of one program may not have. The runtime makes what else is missing for a mount.
+func (p place) makeDev() error {
+	err := os.Mkdir(filepath.Join(p.root, "dev"), 0o755) // a link stays one
+	if err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("make /dev in the container: %w", err)
+	}
+	return nil
 }
 
 // setSysctl makes a setting of this kernel.

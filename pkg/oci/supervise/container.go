@@ -226,6 +226,9 @@ func (c *container) prepare(ctx context.Context) (r bundle.Restart, k bundle.Rea
 	}
 	text, err := p.adapt(ctx, cfg, all)
 	if err == nil {
+		err = p.makeDev()
+	}
+	if err == nil {
 		err = replaceFile(filepath.Join(p.run, bundle.ConfigFile), text)
 	}
 	return r, k, stop, err
@@ -465,9 +468,16 @@ func (c *container) watch(ctx context.Context, pidFile string, runtime int, k bu
 	}
 }
 
-// answers reports whether something accepts connections on a port, by IPv4 or IPv6.
+// answers reports whether something accepts connections on a port, at any address of this machine.
 func answers(ctx context.Context, port int) bool {
-	for _, host := range []string{"127.0.0.1", "::1"} {
+	hosts := []string{"127.0.0.1", "::1"}
+	addrs, _ := net.InterfaceAddrs()
+	for _, a := range addrs {
+		if ip, ok := a.(*net.IPNet); ok && ip.IP.IsGlobalUnicast() {
+			hosts = append(hosts, ip.IP.String())
+		}
+	}
+	for _, host := range hosts {
 		d := net.Dialer{Timeout: 2 * time.Second}
 		if conn, err := d.DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port))); err == nil {
 			conn.Close()

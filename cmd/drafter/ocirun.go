@@ -118,9 +118,14 @@ Exit statuses: 0 it was unmounted; 1 it could not be mounted; 2 the command line
 	settings.register(flags, true)
 	flags.StringVar(&data, "data", "", "`folder` for what has come (default: DIR.data)")
 	flags.StringVar(&size, "size", "", "size of the disk, such as 2G (default: what the image takes, and 0.5 GiB or more)")
-	flags.IntVar(&background, "background", 2, "requests at a time for what nobody has asked for (-1: none)")
+	registerBackground(flags, &background)
 	registerTools(flags, &cache, &mirror)
 	return cmd
+}
+
+// registerBackground has the flag for how much of a lazy disk is fetched behind.
+func registerBackground(flags *pflag.FlagSet, background *int) {
+	flags.IntVar(background, "background", 2, "requests at a time for what of the image nobody has asked for (-1: none)")
 }
 
 // lockMount takes the folder of a lazy disk, and writes down who has it.
@@ -172,6 +177,7 @@ type ociRun struct {
 	mac           string
 	blueprintDir  string
 	agent         string
+	background    int
 	cache, mirror string
 }
 
@@ -212,6 +218,7 @@ Exit statuses: as of drafter peer.`,
 	flags.StringVar(&run.mac, "mac", "02:0e:d9:fd:68:3d", "MAC address of the guest's interface")
 	flags.StringVar(&run.blueprintDir, "blueprint", "", "`folder` of the guest's blueprint, to be used as it is (default: out/blueprint-oci, made or brought up to date)")
 	flags.StringVar(&run.agent, "agent", "", "`path` of the guest's program, for the blueprint (default drafter-agent beside this program, else in PATH)")
+	registerBackground(flags, &run.background)
 	registerTools(flags, &run.cache, &run.mirror)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error { return runImage(cmd, peer, run, args[0]) }
 	return cmd
@@ -276,7 +283,7 @@ func runImage(cmd *cobra.Command, opts peerOptions, run ociRun, image string) (e
 	if err != nil {
 		return err
 	}
-	stop, err := startMount(cmd, dir, record)
+	stop, err := startMount(cmd, dir, record, run.background)
 	if err != nil {
 		return interrupted(cmd, err)
 	}
@@ -354,7 +361,7 @@ func imageData(dir string) string  { return filepath.Join(dir, "image.data") }
 
 // startMount has another process serve the image's disk: one that served a file to itself could not be killed. What a killed command has left serving goes on. stop ends
 // it.
-func startMount(cmd *cobra.Command, dir string, rec runRecord) (stop func(), err error) {
+func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (stop func(), err error) {
 	disk := filepath.Join(imageMount(dir), vmpackage.DefaultFile(ociDevice))
 	if pid, err := mounterOf(imageData(dir)); err != nil {
 		return nil, err
@@ -368,7 +375,7 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord) (stop func(), err
 	if err != nil {
 		return nil, err
 	}
-	args := append([]string{"oci", "mount", "--data=" + imageData(dir)}, rec.Disk[1:]...)
+	args := append([]string{"oci", "mount", "--data=" + imageData(dir), fmt.Sprint("--background=", background)}, rec.Disk[1:]...)
 	child := exec.Command(self, append(args, "--", rec.Disk[0], imageMount(dir))...)
 	child.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // Ctrl-C is for this process, which still needs the disk then
 	stderr, err := child.StderrPipe()

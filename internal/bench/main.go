@@ -82,7 +82,7 @@ type machine struct {
 func allCases() []benchCase {
 	var all []benchCase
 	all = append(all, engineCases()...)
-	all = append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), workingSetCase(), clonesCase(), storeCase(), registryCase(), slowdownCase())
+	all = append(all, vmCase(), postcopyEngineCase(), postcopyVMCase(), handoverCase(), resumeCase(), workingSetCase(), clonesCase(), storeCase(), registryCase(), imageCase(), slowdownCase())
 	all = append(all, overlayCases()...)
 	all = append(all, exposeCases()...)
 	return append(all, natCase(), forwardCase(), tunnelCase())

@@ -151,6 +151,9 @@ func refuseMachineFlags(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
+// ofClones are flags that make a VM another than those that start from the same state, as any that starts from a package in a registry may be.
+var ofClones = []string{"clone", "host-name", "guest-mac", "env"}
+
 // machineOfPackage are flags of the snapshotter that describe the machine in a package, which a running guest cannot change.
 var machineOfPackage = []string{"cpu-count", "memory-size", "cpu-template", "boot-args", "mac", "liveness-vsock-port", "agent-vsock-port"}
 
@@ -202,7 +205,7 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 		{"raddr", opts.raddr != ""}, {"accept", opts.accept != ""}, {"rollback", opts.rollback}, {"clone", opts.clone}, {"host-name", opts.hostName != ""}, {"guest-mac", !opts.guest.IsZero()}, {"env", len(opts.env) > 0}, {"record-working-set", opts.recordSet != 0},
 		{"instance", opts.instance != ""}, {"devices", opts.devices != ""}, {"verify", opts.verify},
 	} {
-		if opts.restore != "" && v.set {
+		if opts.restore != "" && v.set && !(opts.inRegistry() && slices.Contains(ofClones, v.flag)) {
 			return usageErrorf("--restore excludes --%s: the instance comes from the store, to the folder --package, which is made for it", v.flag)
 		}
 	}
@@ -312,11 +315,8 @@ func runPeer(cmd *cobra.Command, opts peerOptions) error {
 	}
 	cfg := peer.Config{
 		Devices: devices, Backend: backend, Others: others, Host: opts.host(cmd), ResumeTimeout: opts.resumeTimeout, RescueTimeout: opts.rescueTimeout,
-		ForceOwner: opts.forceOwner && opts.restore == "", Clone: opts.clone, HostName: opts.hostName, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
+		ForceOwner: opts.forceOwner && opts.restore == "", Clone: opts.clone, HostName: opts.hostName, Environment: opts.env, GuestNetwork: opts.guest, MemoryOnDemand: opts.onDemand, RecordWorkingSet: opts.recordSet, KeepCommitPoint: opts.keepPoint, Rollback: opts.rollback, Goal: goal, Concurrency: opts.concurrency, OwnThreads: true, Progress: out.progress, Logger: log,
 		DisablePostCopy: opts.noPostcopy, FindSource: opts.redial(),
-	}
-	if len(opts.env) > 0 {
-		cfg.Hooks.Environment = func() []string { return opts.env }
 	}
 	if store.storage != nil {
 		cfg.Storage = store.storage

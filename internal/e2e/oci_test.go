@@ -157,9 +157,11 @@ func TestOCI(t *testing.T) {
 	b.Process.Signal(os.Interrupt)
 	b.wait(t, 0)
 
-	// A clone with another environment.
-	clone := w.start(t, w.console, w.peer("package", "clone", "--netns", netns["a"], "--clone", "--host-name", "clone", "--env", "web:GREETING=cloned")...)
-	clone.waitFor(t, "Resumed VM")
+	// A clone from a registry, with another name and environment.
+	name := "oci://" + front.Address + "/vms/valkey:1"
+	w.start(t, nil, "push", w.path("package"), name).wait(t, 0)
+	clone := w.start(t, w.console, "run", name, "--netns", netns["a"], "--chroot-base-dir", w.vms(), "--instance", w.path("clone"), "--clone", "--host-name", "clone", "--env", "web:GREETING=cloned")
+	clone.waitFor(t, "Received VM")
 	if got := get(t, netns["a"], 8000); got != "edited cloned 1 clone" {
 		t.Errorf("a clone says %q", got)
 	}

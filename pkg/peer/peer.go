@@ -51,8 +51,9 @@ type Config struct {
 	// ForceOwner, Clone and MemoryOnDemand are those of runner.Config.
 	ForceOwner, Clone, MemoryOnDemand bool
 
-	// HostName, GuestNetwork and RecordWorkingSet are those of runner.Config, in which the second is Network.
+	// HostName, Environment, GuestNetwork and RecordWorkingSet are those of runner.Config, in which the third is Network.
 	HostName         string
+	Environment      []string
 	GuestNetwork     agent.Network
 	RecordWorkingSet time.Duration
 
@@ -107,7 +108,7 @@ type Config struct {
 func (c Config) runner() runner.Config {
 	rc := runner.Config{
 		Backend: c.Backend, Others: c.Others, Host: c.Host, Hooks: c.Hooks, ResumeTimeout: c.ResumeTimeout, RescueTimeout: c.RescueTimeout,
-		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, Network: c.GuestNetwork, MemoryOnDemand: c.MemoryOnDemand, RecordWorkingSet: c.RecordWorkingSet, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
+		ForceOwner: c.ForceOwner, Clone: c.Clone, HostName: c.HostName, Environment: c.Environment, Network: c.GuestNetwork, MemoryOnDemand: c.MemoryOnDemand, RecordWorkingSet: c.RecordWorkingSet, KeepCommitPoint: c.KeepCommitPoint, Rollback: c.Rollback, OnRun: c.OnRun, Logger: c.Logger,
 	}
 	rc.Devices = DeviceConfigs(c.Devices)
 	return rc

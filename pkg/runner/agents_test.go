@@ -122,7 +122,7 @@ func TestAgentsEnvironment(t *testing.T) {
 				return g
 			}
 			g := open()
-			g.noteResume(false, "", agent.Network{}, []string{"A=b", "web:C=d"})
+			g.noteResume(&Config{Environment: []string{"A=b", "web:C=d"}})
 			g.close()
 			g = open()
 			defer g.close()

@@ -191,10 +191,6 @@ type Hooks struct {
 	// a received instance, too, which may never come to run.
 	Made func(vmPath string) error
 
-	// Environment is asked, when Resume is about to resume the guest, what its agents are to give its containers: see agent.Identity. Resume fails where no
-	// agent can.
-	Environment func() []string
-
 	BeforeSuspend func()                                           // the guest is about to be told that it will be suspended
 	Suspended     func()                                           // all vCPUs have stopped
 	Resumed       func()                                           // the vCPUs run (again)
@@ -220,7 +216,7 @@ type Config struct {
 	// Only whoever knows that the other peer will never run it may set it: otherwise there are two.
 	ForceOwner bool
 
-	// Clone tells the guest's agents, when Resume has resumed it, that other VMs run from the same state, or may: they give the guest another
+	// Clone tells the guest's agents, when Resume has resumed it, or Receive has received it from a package, that other VMs run from the same state, or may: they give the guest another
 	// machine-id(5), and hooks of theirs change what else must be unique. Without it they hear that the guest goes on. The guest's random number
 	// generator is seeded anew in either case.
 	Clone bool
@@ -230,6 +226,10 @@ type Config struct {
 
 	// Network is what the guest's agents make a network interface of the guest, when Resume has resumed it: for clones that are to differ in that.
 	Network agent.Network
+
+	// Environment is what the guest's agents give its containers from then on, "NAME=VALUE" or "CONTAINER:NAME=VALUE": see agent.Identity. It is an error where no
+	// agent can. Empty: as before.
+	Environment []string
 
 	// MemoryOnDemand has Resume bring no more of the memory than the guest touches, and what is around that, until the instance is sent: for many
 	// that run from one package, of which each takes the memory that it uses. Otherwise all of it is brought, in the background. What

@@ -108,20 +108,20 @@ func (g *guest) owed() bool { return g != nil && g.note != callNote{} }
 
 // noteResume notes, before a guest runs that was saved or sent, that its agent is to be told, whether it is a clone, which has an identity of
 // its own, what it is called if that changes, what its network is, and what its containers are given.
-func (g *guest) noteResume(clone bool, hostName string, network agent.Network, environment []string) {
+func (g *guest) noteResume(cfg *Config) {
 	if g == nil || len(g.agents) == 0 {
 		return
 	}
-	n := callNote{Resume: rand.Text(), Clone: clone, HostName: hostName}
-	if clone {
+	n := callNote{Resume: rand.Text(), Clone: cfg.Clone, HostName: cfg.HostName}
+	if cfg.Clone {
 		n.MachineID = hex.EncodeToString(agent.NewMachineID())
 	}
-	if !network.IsZero() {
-		text, _ := json.Marshal(network) // strings only: cannot fail
+	if !cfg.Network.IsZero() {
+		text, _ := json.Marshal(cfg.Network) // strings only: cannot fail
 		n.Network = string(text)
 	}
-	if len(environment) > 0 {
-		text, _ := json.Marshal(environment) // likewise
+	if len(cfg.Environment) > 0 {
+		text, _ := json.Marshal(cfg.Environment) // likewise
 		n.Environment = string(text)
 	}
 	g.remember(n)

@@ -153,11 +153,8 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 			return nil, fmt.Errorf("resume instance: no device %q is configured", name)
 		}
 	}
-	var environment []string
-	if i.cfg.Hooks.Environment != nil {
-		if environment = i.cfg.Hooks.Environment(); len(environment) > 0 && len(i.desc.agentPorts()) == 0 {
-			return nil, fmt.Errorf("resume instance: %w: the package's guest has no agent", agent.ErrNoEnvironment)
-		}
+	if len(i.cfg.Environment) > 0 && len(i.desc.agentPorts()) == 0 {
+		return nil, fmt.Errorf("resume instance: %w: the package's guest has no agent", agent.ErrNoEnvironment)
 	}
 	if len(cfg.Host.Passthrough) > 0 {
 		return nil, fmt.Errorf("resume instance: nothing can be resumed with PCI device %q of the host: boot it", cfg.Host.Passthrough[0])
@@ -198,7 +195,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	// From the moment the guest may write to its disks, the saved memory does not belong to them any more: that must be
 	// on record first. It costs a sync, which runs beside the machine's work. The record still says where the device state
 	// is, for whoever finds that this process died before the guest ran.
-	i.guest.noteResume(i.cfg.Clone, i.cfg.HostName, i.cfg.Network, environment)
+	i.guest.noteResume(&i.cfg)
 	var work errgroup.Group
 	resumed = true
 	record := Record{Status: Running, Length: int64(len(state)), Sum: xxh3.Hash(state), Kept: i.cfg.KeepCommitPoint, Layered: i.cfg.KeepCommitPoint, Time: time.Now()}
@@ -1253,7 +1250,7 @@ func (i *Instance) Run(ctx context.Context) error {
 	if i.phase != suspended {
 		return fmt.Errorf("run instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.guest.noteResume(false, "", agent.Network{}, nil)
+	i.guest.noteResume(&i.cfg)
 	return i.run(ctx)
 }
 

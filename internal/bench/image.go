@@ -25,7 +25,7 @@ import (
 
 func imageCase() benchCase {
 	return benchCase{
-		name: "image", about: "from an image in a registry, over 50 Mbit/s, to its application's port: run before it has been fetched, beside fetched, made a disk, and booted",
+		name: "image", about: "from an image in a registry, over 20 Mbit/s, to its application's port: run before it has been fetched, beside fetched, made a disk, and booted",
 		run: func(ctx context.Context, b *bench) ([]Row, error) {
 			if err := needRoot(); err != nil {
 				return nil, err
@@ -38,7 +38,7 @@ func imageCase() benchCase {
 	}
 }
 
-const imageRate = 50e6 // bits per second to the registry
+const imageRate = 20e6 // bits per second to the registry
 
 func benchImage(ctx context.Context, b *bench, name string) (rows []Row, err error) {
 	ends := &serverEnds{}

@@ -574,10 +574,12 @@ func (d *LazyDisk) chunksOf(r block.Range) []*chunk {
 	return list
 }
 
-// How much is asked of the registry at once: of what somebody waits for, and behind.
+// How much is asked of the registry at once: of what somebody waits for; and behind, as much as comes in a moment, as it holds up what somebody asks for then.
 const (
 	foregroundSpan = 256 << 10
-	backgroundSpan = 1 << 20
+	leastSpan      = 64 << 10
+	mostSpan       = 4 << 20
+	spanTime       = 100 * time.Millisecond
 )
 
 // want sees to it that a chunk comes, and returns what to wait for: with it come those behind it in the layer, up to span bytes.
@@ -739,7 +741,7 @@ func (f *lazyFile) extentOf(b int64) extent {
 
 // background fetches what nobody has asked for yet, one request at a time, and none while somebody waits.
 func (d *LazyDisk) background() {
-	pause := time.Second
+	pause, span := time.Second, int64(leastSpan)
 	for {
 		for d.waiting.Load() > 0 {
 			select {
@@ -749,7 +751,8 @@ func (d *LazyDisk) background() {
 				return
 			}
 		}
-		a, err := d.next()
+		began := time.Now()
+		a, err := d.next(span)
 		if d.ctx.Err() != nil {
 			return
 		}
@@ -769,6 +772,11 @@ func (d *LazyDisk) background() {
 		d.mu.Unlock()
 		if err == nil {
 			pause = time.Second
+			if took := time.Since(began); took > 2*spanTime {
+				span = max(span/2, leastSpan)
+			} else if took < spanTime {
+				span = min(2*span, mostSpan)
+			}
 			continue
 		}
 		d.log.Warn("what nobody has asked for yet cannot be fetched, and is tried again", "error", err, "after", pause)
@@ -796,14 +804,14 @@ func (d *LazyDisk) complete() {
 	}
 }
 
-// next begins to fetch the first chunks that are absent; nil: there are none.
-func (d *LazyDisk) next() (*arrival, error) {
+// next begins to fetch the first chunks that are absent, up to span bytes; nil: there are none.
+func (d *LazyDisk) next(span int64) (*arrival, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for _, l := range d.layers {
 		for n, c := range l.chunks {
 			if c.state == chunkAbsent {
-				return d.start(l, n, backgroundSpan), nil
+				return d.start(l, n, span), nil
 			}
 		}
 	}

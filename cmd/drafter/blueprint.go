@@ -3,17 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
-	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/drafter-vm/drafter/pkg/blueprint"
 )
@@ -78,12 +74,12 @@ Exit status: 0 built or up to date, 1 failed, 2 wrong usage, 130 interrupted.`,
 					return err
 				}
 			}
-			show := newProgress(cmd.ErrOrStderr())
-			cfg.Progress = show.update
+			show := newStages(cmd.ErrOrStderr())
+			cfg.Progress = show.blueprint
 			cfg.Logger = logger(cmd.Context())
 			start := time.Now()
 			result, err := blueprint.Build(cmd.Context(), cfg)
-			show.finish()
+			show.end()
 			if err != nil && cmd.Context().Err() != nil {
 				return errInterrupted
 			}
@@ -166,45 +162,4 @@ func findAgent() (string, error) {
 func isFile(path string) bool {
 	st, err := os.Stat(path)
 	return err == nil && st.Mode().IsRegular()
-}
-
-// progress shows the stages of a build: as a bar on a terminal, as a line each elsewhere.
-type progress struct {
-	w      io.Writer
-	bars   bool
-	stages []string
-	bar    *progressbar.ProgressBar
-}
-
-func newProgress(w io.Writer) *progress {
-	f, ok := w.(*os.File)
-	return &progress{w: w, bars: ok && term.IsTerminal(int(f.Fd()))}
-}
-
-func (p *progress) update(u blueprint.Progress) {
-	if !slices.Contains(p.stages, u.Stage) || p.bars && p.bar == nil {
-		p.finish()
-		p.stages = append(p.stages, u.Stage)
-		if !p.bars {
-			fmt.Fprintf(p.w, "%s…\n", u.Stage)
-			return
-		}
-		p.bar = progressbar.NewOptions64(u.Total, progressbar.OptionSetWriter(p.w), progressbar.OptionSetDescription(fmt.Sprintf("%-20s", u.Stage)),
-			progressbar.OptionShowBytes(true), progressbar.OptionThrottle(50*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionUseIECUnits(true))
-	}
-	if p.bar != nil {
-		if u.Total > 0 && u.Total != p.bar.GetMax64() {
-			p.bar.ChangeMax64(u.Total)
-		}
-		// A bar that cannot be drawn is no reason to stop.
-		_ = p.bar.Set64(u.Done)
-	}
-}
-
-// finish ends the bar that is shown, if there is one.
-func (p *progress) finish() {
-	if p.bar != nil {
-		_ = p.bar.Finish()
-		p.bar = nil
-	}
 }

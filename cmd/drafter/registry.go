@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"io"
 	"path"
 	"path/filepath"
 	"time"
@@ -12,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/drafter-vm/drafter/pkg/blueprint"
 	"github.com/drafter-vm/drafter/pkg/registry"
 )
 
@@ -75,12 +73,6 @@ func twoArgs(what string) cobra.PositionalArgs {
 	}
 }
 
-// registryBars shows how far a push or a pull is.
-func registryBars(w io.Writer) (show func(registry.Progress), finish func()) {
-	p := newProgress(w)
-	return func(u registry.Progress) { p.update(blueprint.Progress{Stage: u.Stage, Done: u.Done, Total: u.Total}) }, p.finish
-}
-
 // credentialsHelp is the same for all commands.
 const credentialsHelp = `Credentials are those of docker login (DOCKER_CONFIG, else ~/.docker/config.json, and its credential helpers), else those of podman login.`
 
@@ -128,11 +120,11 @@ Exit statuses: 0 done; 1 it failed; 2 the command line cannot be used; 130 ended
 			if isFile(args[0]) {
 				return usageErrorf("%q is a file, and a folder is needed: extract it (mkdir out/package && tar -xf %s -C out/package)", args[0], args[0])
 			}
-			show, finish := registryBars(cmd.ErrOrStderr())
-			opts.Progress = show
+			show := newStages(cmd.ErrOrStderr())
+			opts.Progress = show.registry
 			start := time.Now()
 			pushed, err := registry.Push(cmd.Context(), args[0], ref, opts)
-			finish()
+			show.end()
 			if err != nil {
 				return interrupted(cmd, err)
 			}
@@ -185,10 +177,10 @@ Exit statuses: 0 done; 1 it failed; 2 the command line cannot be used; 130 ended
 			if err != nil {
 				return err
 			}
-			show, finish := registryBars(cmd.ErrOrStderr())
+			show := newStages(cmd.ErrOrStderr())
 			start := time.Now()
-			pulled, err := registry.Pull(cmd.Context(), ref, args[1], registry.PullOptions{OpenOptions: open, Progress: show})
-			finish()
+			pulled, err := registry.Pull(cmd.Context(), ref, args[1], registry.PullOptions{OpenOptions: open, Progress: show.registry})
+			show.end()
 			if err != nil {
 				return interrupted(cmd, err)
 			}

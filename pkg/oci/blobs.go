@@ -52,9 +52,9 @@ const (
 
 var errNoRanges = errors.New("the registry does not give parts of blobs")
 
-// read reads length bytes at off. A registry that fails is asked again, a few times; with patient set, as for a guest whose disk it is, for as long as it takes: but for
+// read reads length bytes at off. A registry that fails is asked again, a few times; with a log, as for a guest whose disk it is, for as long as it takes: but for
 // a registry that says that it will not.
-func (b *blobs) read(ctx context.Context, digest string, off, length int64, patient *slog.Logger) ([]byte, error) {
+func (b *blobs) read(ctx context.Context, digest string, off, length int64, log *slog.Logger) ([]byte, error) {
 	pause := firstPause
 	for attempt := 1; ; attempt++ {
 		data, err := b.once(ctx, digest, off, length)
@@ -66,11 +66,11 @@ func (b *blobs) read(ctx context.Context, digest string, off, length int64, pati
 		}
 		var answer *transport.Error
 		refused := errors.As(err, &answer) && answer.StatusCode >= 400 && answer.StatusCode < 500 && answer.StatusCode != http.StatusTooManyRequests && answer.StatusCode != http.StatusRequestTimeout
-		if attempt >= blobAttempts && (patient == nil || refused) {
+		if attempt >= blobAttempts && (log == nil || refused) {
 			return nil, fmt.Errorf("fetch %d bytes at %d of %s: %w", length, off, digest, err)
 		}
-		if patient != nil && attempt >= blobAttempts {
-			patient.Warn("the registry fails, and is asked again", "layer", digest, "error", err, "after", pause)
+		if log != nil && attempt >= blobAttempts {
+			log.Warn("the registry fails, and is asked again", "layer", digest, "error", err, "after", pause)
 		}
 		select {
 		case <-time.After(pause):

@@ -220,7 +220,7 @@ func (b *Bundle) configure(config []byte, s Settings) error {
 	if err := convert.MutateRuntimeSpec(&spec, accounts, image); err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
-	spec.Hostname = "" // the converter has one of its own
+	spec.Hostname = ""          // the converter has one of its own
 	for _, env := range c.Env { // an image that says where its home is knows better than its /etc/passwd
 		if strings.HasPrefix(env, "HOME=") {
 			spec.Process.Env = setEnv(spec.Process.Env, env)

@@ -182,4 +182,6 @@ func (t *Tools) Mke2fs(ctx context.Context, args ...string) *exec.Cmd {
 }
 
 // Debugfs prepares a run of debugfs of the same version.
-func (t *Tools) Debugfs(ctx context.Context, args ...string) *exec.Cmd { return t.box.command(ctx, "debugfs", args...) }
+func (t *Tools) Debugfs(ctx context.Context, args ...string) *exec.Cmd {
+	return t.box.command(ctx, "debugfs", args...)
+}

@@ -28,22 +28,32 @@ func (d *LazyDisk) fetch(ctx context.Context, r block.Range) error {
 			}
 		}
 	}()
-	var wait []*arrival
-	for _, c := range d.chunksOf(r) {
-		a, err := d.want(c, foregroundSpan)
-		if err != nil {
+	chunks := d.chunksOf(r)
+	coming := make([]*arrival, len(chunks))
+	for n, c := range chunks {
+		var err error
+		if coming[n], err = d.want(c, foregroundSpan); err != nil {
 			return err
 		}
-		wait = append(wait, a...)
 	}
-	for _, a := range wait {
-		select {
-		case <-a.done:
-			if a.err != nil {
+	for n, c := range chunks {
+		for a := coming[n]; a != nil; {
+			select {
+			case <-a.done:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			if a.err == nil {
+				break
+			}
+			if a.first == c {
 				return a.err
 			}
-		case <-ctx.Done():
-			return ctx.Err()
+			// It was behind one that failed, and is asked for by itself.
+			var err error
+			if a, err = d.want(c, foregroundSpan); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -85,24 +95,23 @@ const (
 	spanTime       = 100 * time.Millisecond
 )
 
-// want sees to it that a chunk comes, and returns what to wait for: with it come those behind it in the layer, up to span bytes.
-func (d *LazyDisk) want(c *chunk, span int64) ([]*arrival, error) {
+// want sees to it that a chunk comes, and returns what to wait for, nothing if it is here: with it come those behind it in the layer, up to span bytes.
+func (d *LazyDisk) want(c *chunk, span int64) (*arrival, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	switch c.state {
 	case chunkHere:
 		return nil, nil
 	case chunkComing:
-		return []*arrival{c.done}, nil
+		return c.done, nil
 	case chunkZeros:
-		c.state = chunkHere
 		return nil, d.put(c, make([]byte, c.size))
 	}
 	for _, l := range d.layers {
 		n, _ := slices.BinarySearchFunc(l.chunks, c.from, func(x *chunk, from int64) int { return cmp.Compare(x.from, from) })
 		for ; n < len(l.chunks) && l.chunks[n].from == c.from; n++ {
 			if l.chunks[n] == c {
-				return []*arrival{d.start(l, n, span)}, nil
+				return d.start(l, n, span), nil
 			}
 		}
 	}
@@ -111,7 +120,7 @@ func (d *LazyDisk) want(c *chunk, span int64) ([]*arrival, error) {
 
 // start begins to fetch the chunks of a layer from n on that are absent, without a gap, up to span bytes. It is called with the mutex held.
 func (d *LazyDisk) start(l *lazyLayer, n int, span int64) *arrival {
-	a := &arrival{done: make(chan struct{})}
+	a := &arrival{done: make(chan struct{}), first: l.chunks[n]}
 	from := l.chunks[n].from
 	var list []*chunk
 	for k := n; k < len(l.chunks) && l.chunks[k].state == chunkAbsent && (k == n || l.chunks[k].to-from <= span); k++ {
@@ -139,7 +148,6 @@ func (d *LazyDisk) bring(l *lazyLayer, list []*chunk) error {
 	return d.contents(d.ctx, l, list, d.log, func(c *chunk, content []byte) error {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		c.state = chunkHere
 		return d.put(c, content)
 	})
 }
@@ -197,40 +205,43 @@ func (l *lazyLayer) decompress(data []byte, c *chunk) ([]byte, error) {
 	return content, nil
 }
 
-// put puts a chunk where it belongs on the disk. A block with parts of several chunks waits until all are here. It is called with the mutex held.
+// put puts a chunk where it belongs on the disk, and says that it is here. A block with parts of several chunks waits until all are. Where that fails, it can be done
+// again. It is called with the mutex held.
 func (d *LazyDisk) put(c *chunk, data []byte) error {
 	f := c.file
 	for off := c.off; off < c.off+c.size; {
 		block := off / diskBlock
 		begin, end := block*diskBlock, min((block+1)*diskBlock, f.size) // of what the block has of the file
 		to := min(end, c.off+c.size)
-		part := data[off-c.off : to-c.off]
+		e := f.extentOf(block)
+		at := e.physical + block - e.logical
 		if off == begin && to == end && end == begin+diskBlock {
 			// As many whole blocks as lie one behind the other.
-			e := f.extentOf(block)
 			n := min((c.off+c.size-off)/diskBlock, e.logical+e.length-block)
-			if err := d.Fill((e.physical+block-e.logical)*diskBlock, data[off-c.off:off-c.off+n*diskBlock]); err != nil {
+			if err := d.Fill(at*diskBlock, data[off-c.off:off-c.off+n*diskBlock]); err != nil {
 				return err
 			}
 			off += n * diskBlock
 			continue
 		}
-		e := f.extentOf(block)
-		at := e.physical + block - e.logical
 		x := d.edges[at]
 		if x == nil {
-			x = &edge{data: make([]byte, diskBlock), left: int(end - begin)}
+			x = &edge{data: make([]byte, diskBlock), left: int(end - begin), has: map[*chunk]bool{}}
 			d.edges[at] = x
 		}
-		copy(x.data[off-begin:], part)
-		if x.left -= len(part); x.left == 0 {
-			delete(d.edges, at)
+		if !x.has[c] {
+			x.has[c] = true
+			x.left -= copy(x.data[off-begin:], data[off-c.off:to-c.off])
+		}
+		if x.left == 0 {
 			if err := d.Fill(at*diskBlock, x.data); err != nil {
 				return err
 			}
+			delete(d.edges, at)
 		}
 		off = to
 	}
+	c.state = chunkHere
 	return nil
 }
 
@@ -321,7 +332,6 @@ func (d *LazyDisk) next(span int64) (*arrival, error) {
 	for _, p := range d.pieces {
 		for _, c := range p.file.chunks {
 			if c.state == chunkZeros {
-				c.state = chunkHere
 				if err := d.put(c, make([]byte, c.size)); err != nil {
 					return nil, err
 				}

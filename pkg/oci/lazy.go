@@ -89,8 +89,9 @@ const (
 
 // arrival is a request that several may wait for.
 type arrival struct {
-	done chan struct{}
-	err  error // set before done is closed
+	first *chunk // of those that come with it
+	done  chan struct{}
+	err   error // set before done is closed
 }
 
 // extent is a stretch of a file on the disk, in blocks.
@@ -105,7 +106,8 @@ type piece struct {
 // edge is a block that is in more than one chunk, of which not all are here.
 type edge struct {
 	data []byte
-	left int // bytes that are not here
+	left int             // bytes that are not here
+	has  map[*chunk]bool // whose part is
 }
 
 const diskBlock = 4096

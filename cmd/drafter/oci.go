@@ -213,6 +213,9 @@ Exit statuses: 0 success; 1 nothing was unpacked; 2 the command line cannot be u
 			if err != nil {
 				return err
 			}
+			if output == "" {
+				return usageErrorf("--output is empty: give the folder of the bundle")
+			}
 			if _, err := os.Lstat(output); err == nil && !overwrite {
 				return fmt.Errorf("bundle %q is there, and may have been edited: --overwrite replaces it, --output names another", output)
 			}
@@ -228,12 +231,7 @@ Exit statuses: 0 success; 1 nothing was unpacked; 2 the command line cannot be u
 				return interrupted(cmd, err)
 			}
 			defer b.Close()
-			if overwrite {
-				if err := oci.RemoveFolder(output); err != nil {
-					return err
-				}
-			}
-			if err := b.WriteFolder(cmd.Context(), output); err != nil {
+			if err := b.WriteFolder(cmd.Context(), output, overwrite); err != nil {
 				return interrupted(cmd, err)
 			}
 			show.end()

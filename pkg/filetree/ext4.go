@@ -20,7 +20,7 @@ type Ext4 struct {
 	// everywhere. Required.
 	Mke2fs func(ctx context.Context, args ...string) *exec.Cmd
 
-	// Debugfs prepares a run of debugfs of the same version, for attributes that mke2fs leaves out: all but security.*. A tree without them needs none.
+	// Debugfs prepares a run of debugfs of the same version, for attributes that mke2fs leaves out: all but security.capability. A tree without them needs none.
 	Debugfs func(ctx context.Context, args ...string) *exec.Cmd
 
 	// Size is that of the file system in bytes, a multiple of 1 KiB. 0: what [Tree.Ext4Size] says that is usual.
@@ -133,7 +133,10 @@ func (t *Tree) WriteExt4(ctx context.Context, path string, fs Ext4) error {
 	return nil
 }
 
-// setXAttrs sets the attributes that mke2fs 1.47 does not read from an archive.
+// inArchive is the one attribute that mke2fs 1.47 takes from an archive.
+const inArchive = "security.capability"
+
+// setXAttrs sets the others.
 func (t *Tree) setXAttrs(ctx context.Context, path, tmp string, fs Ext4) error {
 	var script strings.Builder
 	values := 0
@@ -144,7 +147,7 @@ func (t *Tree) setXAttrs(ctx context.Context, path, tmp string, fs Ext4) error {
 		}
 		seen[n] = true
 		for _, name := range slices.Sorted(maps.Keys(n.XAttrs)) {
-			if strings.HasPrefix(name, "security.") {
+			if name == inArchive {
 				continue
 			}
 			if strings.ContainsAny(p+name, "\"\n") {

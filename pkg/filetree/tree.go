@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 )
 
 // Tree is a file system while it is being put together. Paths are those within it, and its symbolic links are followed within it; a leading / makes
@@ -379,15 +380,26 @@ func (t *Tree) WriteTar(ctx context.Context, w io.Writer, epoch int64, progress 
 			}
 			h.PAXRecords[xattrRecord+name] = value
 		}
-		switch n.Type {
-		case tar.TypeDir:
+		first, again := names[n]
+		switch {
+		case n.Type == tar.TypeDir:
 			h.Name += "/"
-		case tar.TypeReg:
-			if first, ok := names[n]; ok {
-				h.Typeflag, h.Linkname = tar.TypeLink, first
-				return tw.WriteHeader(h)
+		case again:
+			h.Typeflag, h.Linkname, h.PAXRecords = tar.TypeLink, first, nil
+		default:
+			names[n] = h.Name
+		}
+		if !utf8.ValidString(h.Name) || !utf8.ValidString(h.Linkname) { // else who reads the archive takes it for text of its locale
+			if h.PAXRecords == nil {
+				h.PAXRecords = make(map[string]string)
 			}
-			names[n], h.Size = h.Name, n.Content.size
+			h.PAXRecords["hdrcharset"] = "BINARY"
+		}
+		if again {
+			return tw.WriteHeader(h)
+		}
+		if n.Type == tar.TypeReg {
+			h.Size = n.Content.size
 		}
 		if err := tw.WriteHeader(h); err != nil {
 			return fmt.Errorf("write %q: %w", p, err)

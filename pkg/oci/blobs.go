@@ -42,7 +42,7 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 	}, nil
 }
 
-// What a part of a blob may take, how often it is asked for at least, and the pauses between.
+// For how long a registry may say nothing, how often it is asked at least without having given anything, and the pauses between.
 const (
 	blobTimeout  = 30 * time.Second
 	blobAttempts = 4
@@ -56,10 +56,17 @@ var errNoRanges = errors.New("the registry does not give parts of blobs")
 // a registry that says that it will not.
 func (b *blobs) read(ctx context.Context, digest string, off, length int64, log *slog.Logger) ([]byte, error) {
 	pause := firstPause
-	for attempt := 1; ; attempt++ {
-		data, err := b.once(ctx, digest, off, length)
-		if err == nil || errors.Is(err, errNoRanges) {
-			return data, err
+	data := make([]byte, length)
+	for attempt, have := 1, int64(0); ; attempt++ {
+		n, err := b.once(ctx, digest, off+have, data[have:])
+		if errors.Is(err, errNoRanges) {
+			return nil, err
+		}
+		if have += n; have == length {
+			return data, nil
+		}
+		if n > 0 { // it goes on, if slowly
+			attempt, pause = 0, firstPause
 		}
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
@@ -81,31 +88,42 @@ func (b *blobs) read(ctx context.Context, digest string, off, length int64, log 
 	}
 }
 
-func (b *blobs) once(ctx context.Context, digest string, off, length int64) ([]byte, error) {
-	if length == 0 {
-		return nil, nil
+// once asks for as much as data takes, and returns how much of that has come. It waits for as long as something comes.
+func (b *blobs) once(ctx context.Context, digest string, off int64, data []byte) (int64, error) {
+	if len(data) == 0 {
+		return 0, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, blobTimeout)
-	defer cancel()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	silence := time.AfterFunc(blobTimeout, func() { cancel(fmt.Errorf("nothing has come for %s", blobTimeout)) })
+	defer silence.Stop()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, b.base+digest, nil)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+length-1))
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", off, off+int64(len(data))-1))
 	resp, err := b.client.Do(req)
 	if err != nil {
-		return nil, err
+		return 0, errors.Join(err, context.Cause(ctx))
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusOK {
-		return nil, errNoRanges
+		return 0, errNoRanges
 	}
 	if err := transport.CheckError(resp, http.StatusPartialContent); err != nil {
-		return nil, err
+		return 0, err
 	}
-	data := make([]byte, length)
-	if _, err := io.ReadFull(resp.Body, data); err != nil {
-		return nil, err
+	var have int64
+	for have < int64(len(data)) {
+		n, err := resp.Body.Read(data[have:])
+		have += int64(n)
+		silence.Reset(blobTimeout)
+		if err == io.EOF && have < int64(len(data)) {
+			return have, io.ErrUnexpectedEOF
+		}
+		if err != nil && err != io.EOF {
+			return have, errors.Join(err, context.Cause(ctx))
+		}
 	}
-	return data, nil
+	return have, nil
 }

@@ -62,6 +62,8 @@ func (m Mount) check() error {
 		return fmt.Errorf("mount at %q: the target is an absolute path in the container", m.Target)
 	case m.Type == VolumeMount && !labelPattern.MatchString(m.Source):
 		return fmt.Errorf("mount at %q: volume %q: its name is the label of its file system, at most 16 letters, digits, dots, hyphens and underscores", m.Target, m.Source)
+	case m.Type == VolumeMount && m.Source == bundle.Label:
+		return fmt.Errorf("mount at %q: volume %q: that is the label of bundle disks: give it another name", m.Target, m.Source)
 	case m.Type == BindMount && !path.IsAbs(m.Source):
 		return fmt.Errorf("mount at %q: bind %q: its source is an absolute path of the guest", m.Target, m.Source)
 	case m.Type == TmpfsMount && m.Source != "":
@@ -83,6 +85,9 @@ func (s Settings) Check() error {
 	}
 	if s.WorkDir != "" && !path.IsAbs(s.WorkDir) {
 		return fmt.Errorf("work directory %q is not absolute", s.WorkDir)
+	}
+	if s.Hostname != "" && !hostnamePattern.MatchString(s.Hostname) {
+		return fmt.Errorf("host name %q: use at most 64 letters, digits, hyphens and dots, with a letter or digit at both ends", s.Hostname)
 	}
 	if s.Name != "" && !namePattern.MatchString(s.Name) {
 		return fmt.Errorf("name %q of the container: use at most 63 lower-case letters, digits, dots, hyphens and underscores", s.Name)
@@ -106,6 +111,8 @@ func (s Settings) Check() error {
 	}
 	return nil
 }
+
+var hostnamePattern = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?$`)
 
 var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_.-]{0,62}$`)
 
@@ -176,7 +183,9 @@ func (i *Image) Bundle(ctx context.Context, opts BundleOptions) (_ *Bundle, err 
 	return b, nil
 }
 
-// accountFiles say who an image's users are.
+// accountFiles say who an image's users are, in at most maxAccounts bytes each.
+const maxAccounts = 16 << 20
+
 var accountFiles = []string{"etc/passwd", "etc/group"}
 
 // configure makes config.json of an image's configuration.
@@ -208,6 +217,9 @@ func (b *Bundle) configure(config []byte, s Settings) error {
 	}
 	defer os.RemoveAll(accounts)
 	for _, name := range accountFiles {
+		if n := b.rootfs().Find("/"+name, true); n != nil && n.Content.Size() > maxAccounts {
+			return fmt.Errorf("%q has %d bytes, of which no more than %d are possible", name, n.Content.Size(), int64(maxAccounts))
+		}
 		text, err := b.rootfs().ReadFile("/" + name)
 		if err != nil {
 			continue // such an image has numbers alone

@@ -13,6 +13,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"unicode/utf8"
@@ -66,18 +67,28 @@ const (
 	recordSay = "What the files of rootfs are to be, which could not be made so here: drafter oci pack restores it."
 )
 
-// WriteFolder writes the bundle as a folder, which must not exist: config.json and rootfs, to be looked at and edited. Without privileges, files belong
-// to who asks, and what they should be is in RecordFile.
-func (b *Bundle) WriteFolder(ctx context.Context, dir string) (err error) {
+// WriteFolder writes the bundle as a folder: config.json and rootfs, to be looked at and edited. Without privileges, files belong to who asks, and what they should
+// be is in RecordFile. A folder that is there is an error, or with replace makes room, if it is a bundle, once the new one is complete.
+func (b *Bundle) WriteFolder(ctx context.Context, dir string, replace bool) (err error) {
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("write bundle %q: %w", dir, err)
 		}
 	}()
-	if _, err := os.Lstat(dir); err == nil {
-		return fmt.Errorf("%w: remove it first", fs.ErrExist)
+	if dir == "" {
+		return errors.New("it has no name")
 	}
 	dir = filepath.Clean(dir)
+	_, err = os.Lstat(dir)
+	there := err == nil
+	if there && !replace {
+		return fmt.Errorf("%w: remove it first", fs.ErrExist)
+	}
+	if there {
+		if err := checkBundle(dir); err != nil {
+			return err
+		}
+	}
 	if err := os.MkdirAll(filepath.Dir(dir), 0o755); err != nil {
 		return err
 	}
@@ -113,7 +124,14 @@ func (b *Bundle) WriteFolder(ctx context.Context, dir string) (err error) {
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return err
 	}
-	return os.Rename(tmp, dir)
+	if !there {
+		return os.Rename(tmp, dir)
+	}
+	// Both at once: whatever happens, there is one of them.
+	if err := unix.Renameat2(unix.AT_FDCWD, tmp, unix.AT_FDCWD, dir, unix.RENAME_EXCHANGE); err != nil {
+		return err
+	}
+	return removeAll(tmp)
 }
 
 // removeAll removes a folder with directories in it that their owner may not write to.
@@ -127,16 +145,21 @@ func removeAll(dir string) error {
 	return os.RemoveAll(dir)
 }
 
-// RemoveFolder removes a bundle's folder, whatever modes its directories have. It refuses what is no bundle.
-func RemoveFolder(dir string) error {
-	if _, err := os.Stat(dir); errors.Is(err, fs.ErrNotExist) {
-		return nil
+// checkBundle refuses a folder that is something else.
+func checkBundle(dir string) error {
+	text, err := readBounded(filepath.Join(dir, bundle.ConfigFile), maxSpec)
+	var spec rspec.Spec
+	if err == nil {
+		err = json.Unmarshal(text, &spec)
 	}
-	if _, err := os.Stat(filepath.Join(dir, bundle.ConfigFile)); err != nil {
-		return fmt.Errorf("remove bundle %q: it has no %s, so it is something else: %w", dir, bundle.ConfigFile, err)
+	if err == nil && (spec.Version == "" || spec.Root == nil) {
+		err = fmt.Errorf("its %s is none of a bundle", bundle.ConfigFile)
 	}
-	if err := removeAll(dir); err != nil {
-		return fmt.Errorf("remove bundle %q: %w", dir, err)
+	if err == nil {
+		_, err = os.Lstat(filepath.Join(dir, bundle.RootFolder))
+	}
+	if err != nil {
+		return fmt.Errorf("it is there, and is no bundle that could be replaced: %w", err)
 	}
 	return nil
 }
@@ -281,14 +304,7 @@ func (w *folderWriter) attributes(p string, n *filetree.Node) error {
 	if n.Type != tar.TypeSymlink {
 		mode := n.Mode
 		if !w.root {
-			// Whoever packs the bundle must be able to read it.
-			mode |= 0o600
-			if n.Type == tar.TypeDir {
-				mode |= 0o700
-			}
-			if n.UID != 0 || n.GID != 0 {
-				mode &^= 0o6000 // nobody is to become the one who made the bundle
-			}
+			mode = unprivilegedMode(n)
 		}
 		lacking = lacking || mode != n.Mode
 		if err := unix.Fchmodat(unix.AT_FDCWD, file, mode, 0); err != nil {
@@ -301,8 +317,20 @@ func (w *folderWriter) attributes(p string, n *filetree.Node) error {
 	return setTime(file, n)
 }
 
+// unprivilegedMode is the mode that a file has in a folder of one who cannot give it away.
+func unprivilegedMode(n *filetree.Node) uint32 {
+	mode := n.Mode | 0o600 // who packs the bundle must be able to read it
+	if n.Type == tar.TypeDir {
+		mode |= 0o700
+	}
+	if n.UID != 0 || n.GID != 0 {
+		mode &^= 0o6000 // nobody is to become the one who made the bundle
+	}
+	return mode
+}
+
 func setTime(file string, n *filetree.Node) error {
-	when := unix.NsecToTimespec(n.ModTime * 1e9)
+	when := unix.Timespec{Sec: n.ModTime}
 	return unix.UtimesNanoAt(unix.AT_FDCWD, file, []unix.Timespec{when, when}, unix.AT_SYMLINK_NOFOLLOW)
 }
 
@@ -344,14 +372,9 @@ func OpenFolder(ctx context.Context, dir string) (_ *Bundle, err error) {
 	if spec.Root == nil || spec.Root.Path == "" || spec.Process == nil || len(spec.Process.Args) == 0 {
 		return nil, fmt.Errorf("%s says neither what is to run nor where: it needs root.path and process.args", bundle.ConfigFile)
 	}
-	root := spec.Root.Path
-	if !filepath.IsAbs(root) {
-		root = filepath.Join(dir, root)
-	}
-	if info, err := os.Stat(root); err != nil {
-		return nil, fmt.Errorf("its root file system: %w", err)
-	} else if !info.IsDir() {
-		return nil, fmt.Errorf("its root file system %q is no folder", root)
+	root, err := rootOf(dir, spec.Root.Path)
+	if err != nil {
+		return nil, err
 	}
 	b, err := newBundle()
 	if err != nil {
@@ -375,6 +398,43 @@ func OpenFolder(ctx context.Context, dir string) (_ *Bundle, err error) {
 	}
 	b.normalise()
 	return b, b.checkMounts()
+}
+
+// rootOf is the folder of a bundle's root file system: within the bundle, or one of podman's. Who has got a bundle from somebody does not expect files of this host to
+// be in the disk.
+func rootOf(dir, path string) (string, error) {
+	root := path
+	if !filepath.IsAbs(path) {
+		root = filepath.Join(dir, path)
+	}
+	info, err := os.Lstat(root)
+	if err != nil {
+		return "", fmt.Errorf("its root file system: %w", err)
+	}
+	if !info.IsDir() {
+		return "", fmt.Errorf("its root file system %q is no folder", root)
+	}
+	real, err := filepath.EvalSymlinks(root)
+	if err != nil {
+		return "", err
+	}
+	home, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return "", err
+	}
+	if !filepath.IsAbs(real) {
+		if real, err = filepath.Abs(real); err != nil {
+			return "", err
+		}
+	}
+	if home, err = filepath.Abs(home); err != nil {
+		return "", err
+	}
+	within, err := filepath.Rel(home, real)
+	if (err != nil || !filepath.IsLocal(within)) && !podmanFolders.MatchString(real) {
+		return "", fmt.Errorf("its root file system %q is neither within the bundle nor podman's: make it so if that is meant", root)
+	}
+	return root, nil
 }
 
 func readBounded(file string, limit int64) ([]byte, error) {
@@ -415,9 +475,11 @@ func (r *folderReader) record(file string) error {
 	}
 	r.maker, r.recorded = rec.Maker, make(map[string]recordedFile, len(rec.Files))
 	for _, f := range rec.Files {
-		if _, err := fmt.Sscanf(f.Mode, "%o", &f.realMode); err != nil || f.realMode > 0o7777 || f.UID < 0 || f.GID < 0 {
-			return fmt.Errorf("%s: %q has mode %q and owner %d:%d", RecordFile, f.path(), f.Mode, f.UID, f.GID)
+		mode, err := strconv.ParseUint(f.Mode, 8, 16)
+		if err != nil || mode > 0o7777 || f.UID < 0 || f.GID < 0 || int64(f.UID) > maxOwner || int64(f.GID) > maxOwner || !slices.Contains(slices.Collect(maps.Values(typeNames)), f.Type) {
+			return fmt.Errorf("%s: %q is of type %q, mode %q and owner %d:%d, which is not possible", RecordFile, f.path(), f.Type, f.Mode, f.UID, f.GID)
 		}
+		f.realMode = uint32(mode)
 		r.recorded[f.path()] = f
 	}
 	return nil
@@ -555,7 +617,7 @@ func readXAttrs(file string, n *filetree.Node) error {
 
 // restore gives a file of the folder what it is to be.
 func (r *folderReader) restore(p string, n *filetree.Node) error {
-	if text, ok := n.XAttrs[ownerXAttr]; ok {
+	if text, ok := n.XAttrs[ownerXAttr]; ok && r.recorded == nil {
 		var owner rootless.Resource
 		if err := proto.Unmarshal([]byte(text), &owner); err != nil {
 			return fmt.Errorf("attribute %s: %w", ownerXAttr, err)
@@ -574,10 +636,16 @@ func (r *folderReader) restore(p string, n *filetree.Node) error {
 	}
 	rec, ok := r.recorded[p]
 	if ok && (rec.Type == typeNames[n.Type] || n.Type == tar.TypeReg && n.Content.Size() == 0 && rec.Type != typeNames[tar.TypeDir] && rec.Type != typeNames[tar.TypeSymlink]) {
+		mode := n.Mode
 		n.UID, n.GID, n.Mode, n.Major, n.Minor = rec.UID, rec.GID, rec.realMode, rec.Major, rec.Minor
 		for typ, name := range typeNames {
 			if name == rec.Type {
 				n.Type = typ
+			}
+		}
+		if n.Type == tar.TypeReg || n.Type == tar.TypeDir || n.Type == tar.TypeFifo {
+			if r.maker != 0 && mode != unprivilegedMode(n) {
+				n.Mode = mode // somebody has changed it
 			}
 		}
 		for name, value := range rec.XAttrs {

@@ -45,6 +45,9 @@ const (
 	maxPath   = 4096 // bytes, as Linux has it
 	maxXAttrs = 64   // of one file
 	maxXAttr  = 64 << 10
+	maxOwner  = 1<<32 - 2
+	maxDepth  = 255       // directories, one in another
+	maxNames  = 512 << 20 // bytes of all names, links and attributes, which are in memory
 )
 
 // Names of whiteouts, by the image specification (layer.md, "Whiteouts"): a file .wh.NAME takes NAME of the layers below away, the opaque one all
@@ -68,6 +71,7 @@ type layering struct {
 	limits  Limits
 	size    int64
 	entries int
+	names   int64
 
 	upper map[string]bool // paths that the layer that is applied has set
 }
@@ -84,13 +88,21 @@ func (l *layering) apply(ctx context.Context, r io.Reader) error {
 		if err != nil {
 			return fmt.Errorf("read archive: %w", err)
 		}
-		if l.entries++; l.entries > l.limits.Entries {
-			return fmt.Errorf("it has more than %d entries: raise the limit if that is meant", l.limits.Entries)
-		}
 		if err := l.entry(h, func() (filetree.Content, error) { return l.tree.Spool.Put(tr, h.Size) }); err != nil {
 			return fmt.Errorf("entry %q: %w", h.Name, err)
 		}
 	}
+}
+
+// count counts one more file, with so many bytes of names and attributes.
+func (l *layering) count(bytes int) error {
+	if l.entries++; l.entries > l.limits.Entries {
+		return fmt.Errorf("the image has more than %d entries: raise the limit if that is meant", l.limits.Entries)
+	}
+	if l.names += int64(bytes); l.names > maxNames {
+		return fmt.Errorf("the image's names and attributes have more than %d bytes", int64(maxNames))
+	}
+	return nil
 }
 
 // inside returns the path within the tree of a name of an archive.
@@ -103,6 +115,8 @@ func (l *layering) inside(name string) (string, error) {
 		return "", errors.New("its path leads out of the image")
 	case len(name) > maxPath:
 		return "", fmt.Errorf("its path has %d bytes, at most %d are possible", len(name), maxPath)
+	case strings.Count(clean, "/") >= maxDepth:
+		return "", fmt.Errorf("it is in more than %d directories, one in another", maxDepth)
 	}
 	return path.Join("/", clean), nil
 }
@@ -138,10 +152,15 @@ func (l *layering) follow(dir string) (string, error) {
 		n := l.tree.Find(next, false)
 		switch {
 		case n == nil:
+			if err := l.count(len(next)); err != nil {
+				return "", err
+			}
+			if strings.Count(next, "/") > maxDepth {
+				return "", fmt.Errorf("it is in more than %d directories, one in another", maxDepth)
+			}
 			if err := l.tree.Mkdir(next, 0o755, 0, 0); err != nil {
 				return "", err
 			}
-			l.upper[next] = true
 			at = next
 		case n.Type == tar.TypeSymlink:
 			if hops++; hops > 40 {
@@ -157,11 +176,17 @@ func (l *layering) follow(dir string) (string, error) {
 			if err := l.tree.Replace(next, &filetree.Node{Type: tar.TypeDir, Mode: 0o755}); err != nil {
 				return "", err
 			}
-			l.upper[next] = true
 			at = next
 		}
 	}
 	return at, nil
+}
+
+// set notes that the layer has set a path, and so the directories above it.
+func (l *layering) set(p string) {
+	for ; !l.upper[p]; p = path.Dir(p) {
+		l.upper[p] = true
+	}
 }
 
 // entry applies one entry of a layer. content is that of a file.
@@ -173,6 +198,13 @@ func (l *layering) entry(h *tar.Header, content func() (filetree.Content, error)
 	if err != nil {
 		return err
 	}
+	bytes := len(h.Name) + len(h.Linkname)
+	for name, value := range h.PAXRecords {
+		bytes += len(name) + len(value)
+	}
+	if err := l.count(bytes); err != nil {
+		return err
+	}
 	if name := path.Base(p); strings.HasPrefix(name, whiteout) && p != "/" {
 		return l.whiteOut(p, name)
 	}
@@ -182,7 +214,7 @@ func (l *layering) entry(h *tar.Header, content func() (filetree.Content, error)
 	n := &filetree.Node{
 		Type: h.Typeflag, Mode: uint32(h.Mode) & 0o7777, UID: h.Uid, GID: h.Gid, ModTime: h.ModTime.Unix(), Link: h.Linkname, Major: h.Devmajor, Minor: h.Devminor,
 	}
-	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) > 1<<32-2 || int64(h.Gid) > 1<<32-2 {
+	if h.Uid < 0 || h.Gid < 0 || int64(h.Uid) > maxOwner || int64(h.Gid) > maxOwner {
 		return fmt.Errorf("its owner is %d:%d, which nobody can be", h.Uid, h.Gid)
 	}
 	if n.XAttrs, err = xattrsOf(h); err != nil {
@@ -224,7 +256,7 @@ func (l *layering) entry(h *tar.Header, content func() (filetree.Content, error)
 	default:
 		return fmt.Errorf("it is of type %q, which no file of an image is", h.Typeflag)
 	}
-	l.upper[p] = true
+	l.set(p)
 	if p == "/" {
 		if n.Type != tar.TypeDir {
 			return errors.New("the root of an image is a directory")
@@ -242,7 +274,7 @@ func xattrsOf(h *tar.Header) (map[string]string, error) {
 	var attrs map[string]string
 	for record, value := range h.PAXRecords {
 		name, ok := strings.CutPrefix(record, xattrRecord)
-		if !ok || skippedXAttr(name) {
+		if !ok || skippedXAttr(name) || name == ownerXAttr {
 			continue
 		}
 		if attrs == nil {

@@ -345,7 +345,7 @@ func (d *LazyDisk) lay(ctx context.Context, i *Image, b *Bundle, opts LazyOption
 
 // whole fetches a small file.
 func (d *LazyDisk) whole(ctx context.Context, f *lazyFile) ([]byte, error) {
-	if f.size > 16<<20 {
+	if f.size > maxAccounts {
 		return nil, fmt.Errorf("it has %d bytes", f.size)
 	}
 	text := make([]byte, f.size)
@@ -390,9 +390,6 @@ func (l *layering) applyTOC(ctx context.Context, entries []tocEntry, files map[*
 		}
 		if e.Type == "chunk" || e.Name == tocName || e.Name == ".prefetch.landmark" || e.Name == ".no.prefetch.landmark" {
 			continue // of the format itself
-		}
-		if l.entries++; l.entries > l.limits.Entries {
-			return fmt.Errorf("it has more than %d entries: raise the limit if that is meant", l.limits.Entries)
 		}
 		h, err := e.header()
 		if err != nil {

@@ -21,6 +21,9 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/klauspost/compress/zstd"
@@ -113,7 +116,7 @@ func TestUnpackAsUmoci(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			reference := layoutOf(t, testimage.Make(t, spec()))
 			ours, theirs := filepath.Join(t.TempDir(), "ours"), filepath.Join(t.TempDir(), "theirs")
-			must(t, unpack(t, reference, BundleOptions{}).WriteFolder(t.Context(), ours))
+			must(t, unpack(t, reference, BundleOptions{}).WriteFolder(t.Context(), ours, false))
 			run(t, "umoci", "unpack", "--image", strings.TrimPrefix(reference, "oci:"), theirs)
 			a, b := listing(t, filepath.Join(ours, "rootfs")), listing(t, filepath.Join(theirs, "rootfs"))
 			compare(t, a, b)
@@ -279,7 +282,7 @@ func TestDisk(t *testing.T) {
 	must(t, unpack(t, reference, BundleOptions{}).WriteDisk(t.Context(), straight, opts))
 
 	folder := filepath.Join(dir, "bundle")
-	must(t, unpack(t, reference, BundleOptions{}).WriteFolder(t.Context(), folder))
+	must(t, unpack(t, reference, BundleOptions{}).WriteFolder(t.Context(), folder, false))
 	if _, err := os.Stat(filepath.Join(folder, RecordFile)); err == nil {
 		t.Errorf("root's folder has %s", RecordFile)
 	}
@@ -323,7 +326,7 @@ func same(t testing.TB, got, want string) {
 func TestNobody(t *testing.T) {
 	dir := os.Getenv("DRAFTER_TEST_NOBODY")
 	if dir != "" {
-		must(t, unpack(t, os.Getenv("DRAFTER_TEST_IMAGE"), BundleOptions{}).WriteFolder(t.Context(), filepath.Join(dir, "bundle")))
+		must(t, unpack(t, os.Getenv("DRAFTER_TEST_IMAGE"), BundleOptions{}).WriteFolder(t.Context(), filepath.Join(dir, "bundle"), false))
 		b, err := OpenFolder(t.Context(), filepath.Join(dir, "bundle"))
 		must(t, err)
 		defer b.Close()
@@ -367,9 +370,13 @@ func TestNobody(t *testing.T) {
 	must(t, os.WriteFile(filepath.Join(bundleDir, "rootfs/etc/new"), []byte("x"), 0o644))
 	must(t, os.Chown(filepath.Join(bundleDir, "rootfs/etc/new"), 65534, 65534))
 	must(t, os.WriteFile(filepath.Join(bundleDir, "rootfs/data/readme"), []byte("edited"), 0o644))
+	must(t, os.Chmod(filepath.Join(bundleDir, "rootfs/opt/capable"), 0o700))
 	b, err := OpenFolder(t.Context(), bundleDir)
 	must(t, err)
 	defer b.Close()
+	if n := b.rootfs().Find("/opt/capable", false); n.Mode != 0o700 || n.XAttrs["security.capability"] == "" {
+		t.Errorf("a file whose mode was changed has %o, and attributes %q", n.Mode, n.XAttrs)
+	}
 	if n := b.rootfs().Find("/etc/new", false); n.UID != 0 || n.GID != 0 {
 		t.Errorf("a new file is of %d:%d", n.UID, n.GID)
 	}
@@ -520,6 +527,19 @@ func TestHostile(t *testing.T) {
 }
 
 func TestBombs(t *testing.T) {
+	// A long path is many directories, which no entry names; and names and attributes are in memory.
+	var deep []entry
+	for i := range 30 {
+		deep = append(deep, file(fmt.Sprint("d", i, strings.Repeat("/a", 200), "/f")))
+	}
+	_, deepErr := tryBundle(t, imageOf(t, runs, deep), BundleOptions{Limits: Limits{Entries: 1000}})
+	wantError(t, deepErr, "more than 1000 entries")
+	_, deepErr = tryBundle(t, imageOf(t, runs, []entry{file(strings.Repeat("a/", 300) + "f")}), BundleOptions{})
+	wantError(t, deepErr, "255 directories")
+	passwd := entry{Header: tar.Header{Name: "etc/passwd", Mode: 0o644}, Data: string(make([]byte, maxAccounts+1))}
+	_, passwdErr := tryBundle(t, imageOf(t, runs, []entry{passwd}), BundleOptions{})
+	wantError(t, passwdErr, "etc/passwd")
+
 	var files []entry
 	for i := range 2000 {
 		files = append(files, file(fmt.Sprint("f", i)))
@@ -635,26 +655,28 @@ func TestLayers(t *testing.T) {
 		has    []string
 		hasNot []string
 	}{
-		"whiteout of a file":            {[]entry{file("dir/.wh.old")}, []string{"dir/keep"}, []string{"dir/old", "dir/.wh.old"}},
-		"whiteout of a folder":          {[]entry{file(".wh.gone")}, []string{"dir/keep"}, []string{"gone", "gone/x"}},
-		"whiteout of nothing":           {[]entry{file("dir/.wh.never")}, []string{"dir/old"}, nil},
-		"whiteout before":               {[]entry{file("dir/.wh.sub"), folder("dir/sub"), file("dir/sub/new")}, []string{"dir/sub/new"}, []string{"dir/sub/x"}},
-		"whiteout after":                {[]entry{folder("dir/sub"), file("dir/sub/new"), file("dir/.wh.sub")}, []string{"dir/sub/new"}, []string{"dir/sub/x"}},
-		"opaque":                        {[]entry{folder("opaque"), file("opaque/.wh..wh..opq"), file("opaque/new")}, []string{"opaque/new"}, []string{"opaque/low", "opaque/deep"}},
-		"opaque after":                  {[]entry{folder("opaque/deep"), file("opaque/deep/new"), file("opaque/.wh..wh..opq")}, []string{"opaque/deep/new"}, []string{"opaque/low", "opaque/deep/low"}},
-		"metadata of unions":            {[]entry{file(".wh..wh.plnk"), file(".wh..wh.aufs")}, []string{"file"}, []string{".wh..wh.plnk"}},
-		"a file for a folder":           {[]entry{file("gone")}, []string{"gone"}, []string{"gone/x"}},
-		"a folder for a file":           {[]entry{folder("file"), file("file/in")}, []string{"file/in"}, nil},
-		"a folder for a link":           {[]entry{folder("sym"), file("sym/in")}, []string{"sym/in"}, []string{"real/in"}},
-		"through a link":                {[]entry{file("sym/in")}, []string{"real/in"}, nil},
-		"a link of a pair is replaced":  {[]entry{{Header: tar.Header{Name: "pair", Mode: 0o644}, Data: "other"}}, []string{"twin", "pair"}, nil},
-		"a folder without an entry":     {[]entry{file("new/deep/in")}, []string{"new/deep/in"}, nil},
-		"absolute names":                {[]entry{file("/etc/in")}, []string{"etc/in"}, nil},
-		"dots in the name":              {[]entry{file("./dir/../dir/./in")}, []string{"dir/in"}, nil},
-		"absolute link of the image":    {[]entry{link("abs", "/real"), file("abs/in")}, []string{"real/in"}, nil},
-		"whiteout through a link":       {[]entry{link("to", "dir"), file("to/.wh.old")}, []string{"dir/keep"}, []string{"dir/old"}},
-		"hard link to a layer below":    {[]entry{hard("new", "file")}, []string{"new"}, nil},
-		"whiteout, then the same again": {[]entry{file(".wh.file"), file("file")}, []string{"file"}, nil},
+		"whiteout of a file":                     {[]entry{file("dir/.wh.old")}, []string{"dir/keep"}, []string{"dir/old", "dir/.wh.old"}},
+		"whiteout of a folder":                   {[]entry{file(".wh.gone")}, []string{"dir/keep"}, []string{"gone", "gone/x"}},
+		"whiteout of nothing":                    {[]entry{file("dir/.wh.never")}, []string{"dir/old"}, nil},
+		"whiteout before":                        {[]entry{file("dir/.wh.sub"), folder("dir/sub"), file("dir/sub/new")}, []string{"dir/sub/new"}, []string{"dir/sub/x"}},
+		"whiteout after":                         {[]entry{folder("dir/sub"), file("dir/sub/new"), file("dir/.wh.sub")}, []string{"dir/sub/new"}, []string{"dir/sub/x"}},
+		"opaque":                                 {[]entry{folder("opaque"), file("opaque/.wh..wh..opq"), file("opaque/new")}, []string{"opaque/new"}, []string{"opaque/low", "opaque/deep"}},
+		"opaque after":                           {[]entry{folder("opaque/deep"), file("opaque/deep/new"), file("opaque/.wh..wh..opq")}, []string{"opaque/deep/new"}, []string{"opaque/low", "opaque/deep/low"}},
+		"metadata of unions":                     {[]entry{file(".wh..wh.plnk"), file(".wh..wh.aufs")}, []string{"file"}, []string{".wh..wh.plnk"}},
+		"a file for a folder":                    {[]entry{file("gone")}, []string{"gone"}, []string{"gone/x"}},
+		"a folder for a file":                    {[]entry{folder("file"), file("file/in")}, []string{"file/in"}, nil},
+		"a folder for a link":                    {[]entry{folder("sym"), file("sym/in")}, []string{"sym/in"}, []string{"real/in"}},
+		"through a link":                         {[]entry{file("sym/in")}, []string{"real/in"}, nil},
+		"a link of a pair is replaced":           {[]entry{{Header: tar.Header{Name: "pair", Mode: 0o644}, Data: "other"}}, []string{"twin", "pair"}, nil},
+		"a folder without an entry":              {[]entry{file("new/deep/in")}, []string{"new/deep/in"}, nil},
+		"absolute names":                         {[]entry{file("/etc/in")}, []string{"etc/in"}, nil},
+		"dots in the name":                       {[]entry{file("./dir/../dir/./in")}, []string{"dir/in"}, nil},
+		"absolute link of the image":             {[]entry{link("abs", "/real"), file("abs/in")}, []string{"real/in"}, nil},
+		"whiteout through a link":                {[]entry{link("to", "dir"), file("to/.wh.old")}, []string{"dir/keep"}, []string{"dir/old"}},
+		"hard link to a layer below":             {[]entry{hard("new", "file")}, []string{"new"}, nil},
+		"whiteout of a folder that is new below": {[]entry{file("gone/new/deep"), file(".wh.gone")}, []string{"gone/new/deep"}, []string{"gone/x"}},
+		"opaque, of a folder that is new below":  {[]entry{file("opaque/a/b"), file("opaque/.wh..wh..opq")}, []string{"opaque/a/b"}, []string{"opaque/low"}},
+		"whiteout, then the same again":          {[]entry{file(".wh.file"), file("file")}, []string{"file"}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b, err := tryBundle(t, imageOf(t, runs, base, c.layer), BundleOptions{})
@@ -764,6 +786,49 @@ func TestConfigure(t *testing.T) {
 	}
 }
 
+// Names that are no text, and attributes of every kind, are on the disk as in the image; an owner that an image says by umoci's attribute is none.
+func TestOddNames(t *testing.T) {
+	odd := entry{Header: tar.Header{Name: "odd/\xff\xfe name", Mode: 0o644}, Data: "odd"}
+	attributed := entry{Header: tar.Header{Name: "attributed", Mode: 0o644, PAXRecords: map[string]string{"SCHILY.xattr.security.foo": "one", "SCHILY.xattr.user.rootlesscontainers": "\x08\x05", "SCHILY.xattr.trusted.x": "two"}}, Data: "x"}
+	b, err := tryBundle(t, imageOf(t, runs, []entry{odd, attributed, link("sym", "odd"), hard("twin", "sym")}), BundleOptions{})
+	must(t, err)
+	disk := filepath.Join(t.TempDir(), "disk")
+	must(t, b.WriteDisk(t.Context(), disk, tools(t)))
+	for command, want := range map[string][]string{
+		"stat /rootfs/attributed": {"security.foo", "trusted.x", "User:     0"}, "ls /rootfs/odd": {`\xff\xfe name`}, "stat /rootfs/twin": {"Links: 2", "symlink"},
+	} {
+		got := run(t, "debugfs", "-R", command, disk)
+		for _, w := range want {
+			if !strings.Contains(got, w) {
+				t.Errorf("%s: no %q in %q", command, w, got)
+			}
+		}
+		if strings.Contains(got, "rootlesscontainers") {
+			t.Errorf("%s: %s", command, got)
+		}
+	}
+}
+
+// An index in an index is verified, as everything is.
+func TestNestedIndex(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "layout")
+	p, err := layout.Write(dir, mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: mutate.AppendManifests(empty.Index, mutate.IndexAddendum{Add: imageOf(t, runs, []entry{file("a")}), Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: "amd64"}}})}))
+	must(t, err)
+	i, err := Open(t.Context(), "oci:"+dir, OpenOptions{Architecture: "amd64"})
+	must(t, err)
+	must(t, i.Close())
+	index, err := p.ImageIndex()
+	must(t, err)
+	manifest, err := index.IndexManifest()
+	must(t, err)
+	inner := filepath.Join(dir, "blobs/sha256", manifest.Manifests[0].Digest.Hex)
+	text, err := os.ReadFile(inner)
+	must(t, err)
+	must(t, os.WriteFile(inner, append(text, ' '), 0o644))
+	_, err = Open(t.Context(), "oci:"+dir, OpenOptions{Architecture: "amd64"})
+	wantError(t, err, "corrupt")
+}
+
 // Settings are found in config.json, volumes have what the image has there, and ports say when it is ready.
 func TestSettings(t *testing.T) {
 	image := imageOf(t, v1.Config{Cmd: []string{"c"}, Env: []string{"A=1", "B=2"}, ExposedPorts: map[string]struct{}{"9000/tcp": {}, "53/udp": {}, "8080": {}}, Volumes: map[string]struct{}{"/var/lib/x": {}}},
@@ -869,25 +934,51 @@ func TestPodmanBundle(t *testing.T) {
 	}
 	_, err = OpenFolder(t.Context(), t.TempDir())
 	wantError(t, err, "config.json", "drafter oci unpack")
+
+	// Nothing of this host gets into a disk by what a bundle says.
+	outside := t.TempDir()
+	must(t, os.Symlink("/etc", filepath.Join(dir, "link")))
+	for _, root := range []string{"link", "link/apt", "../" + filepath.Base(outside), outside, "/etc"} {
+		must(t, os.WriteFile(filepath.Join(dir, bundle.ConfigFile), fmt.Appendf(nil, `{"ociVersion":"1.0.2","root":{"path":%q},"process":{"args":["x"]}}`, root), 0o644))
+		if b, err := OpenFolder(t.Context(), dir); err == nil {
+			t.Errorf("root.path %q was taken", root)
+			must(t, b.Close())
+		}
+	}
 }
 
 func TestWriteFolder(t *testing.T) {
 	b, err := tryBundle(t, imageOf(t, runs, []entry{file("a")}), BundleOptions{})
 	must(t, err)
 	dir := filepath.Join(t.TempDir(), "bundle")
-	must(t, b.WriteFolder(t.Context(), dir))
-	wantError(t, b.WriteFolder(t.Context(), dir), "remove it first")
+	must(t, b.WriteFolder(t.Context(), dir, false))
+	wantError(t, b.WriteFolder(t.Context(), dir, false), "remove it first")
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := b.WriteFolder(ctx, filepath.Join(t.TempDir(), "late")); !errors.Is(err, context.Canceled) {
+	if err := b.WriteFolder(ctx, filepath.Join(t.TempDir(), "late"), false); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 	if entries, _ := os.ReadDir(filepath.Dir(dir)); len(entries) != 1 {
 		t.Errorf("left: %v", entries)
 	}
-	wantError(t, RemoveFolder(filepath.Dir(dir)), "something else")
-	must(t, RemoveFolder(dir))
-	must(t, RemoveFolder(dir))
+	// It is replaced by a whole one only, and nothing else is.
+	must(t, os.WriteFile(filepath.Join(dir, "rootfs/edited"), nil, 0o644))
+	if err := b.WriteFolder(ctx, dir, true); err == nil {
+		t.Error("cancelled: no error")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "rootfs/edited")); err != nil {
+		t.Errorf("what was there is gone: %v", err)
+	}
+	must(t, b.WriteFolder(t.Context(), dir, true))
+	if _, err := os.Stat(filepath.Join(dir, "rootfs/edited")); err == nil {
+		t.Error("it is the old one")
+	}
+	other := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(other, "config.json"), []byte(`{"auths":{}}`), 0o600))
+	wantError(t, b.WriteFolder(t.Context(), other, true), "no bundle")
+	if entries, _ := os.ReadDir(filepath.Dir(dir)); len(entries) != 1 {
+		t.Errorf("left: %v", entries)
+	}
 }
 
 func FuzzLayer(f *testing.F) {

@@ -187,7 +187,7 @@ func (i *Image) openRemote(ctx context.Context, reference string, platform *v1.P
 	}
 	keychain := opts.Keychain
 	if keychain == nil {
-		keychain = authn.DefaultKeychain
+		keychain = logins{}
 	}
 	options := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(keychain), remote.WithPlatform(*platform), remote.WithUserAgent("drafter")}
 	if opts.Transport != nil {
@@ -248,6 +248,13 @@ func (i *Image) choose(index v1.ImageIndex, platform *v1.Platform, tag string) e
 		inner, err := index.ImageIndex(fits[0].Digest)
 		if err != nil {
 			return err
+		}
+		text, err := inner.RawManifest()
+		if err != nil {
+			return err
+		}
+		if have := digestOf(text); have != fits[0].Digest.String() {
+			return fmt.Errorf("its index is %s, not %v as what refers to it says: it is corrupt", have, fits[0].Digest)
 		}
 		return i.choose(inner, platform, "")
 	}
@@ -313,6 +320,11 @@ func (i *Image) extractLayout(ctx context.Context, file string) (err error) {
 			return err
 		}
 	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	left := info.Size()
 	for r := tar.NewReader(f); ; {
 		h, err := r.Next()
 		if err == io.EOF {
@@ -324,6 +336,9 @@ func (i *Image) extractLayout(ctx context.Context, file string) (err error) {
 		name := path.Clean(h.Name)
 		if h.Typeflag != tar.TypeReg || !blobName.MatchString(name) {
 			continue
+		}
+		if left -= h.Size; left < 0 { // files with holes, which no blob has
+			return fmt.Errorf("read archive %q: its files have more bytes than it has: it is corrupt", file)
 		}
 		to := filepath.Join(i.tmp, filepath.FromSlash(name))
 		if err := os.MkdirAll(filepath.Dir(to), 0o700); err != nil {

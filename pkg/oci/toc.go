@@ -79,32 +79,8 @@ func (i *Image) openTOC(ctx context.Context, d v1.Descriptor) (*lazyLayer, []toc
 		entries []tocEntry
 		end     int64 // of the files' contents in the layer
 	)
-	if want := d.Annotations[tocAnnotation]; want != "" {
-		footer, err := i.blobs.read(ctx, l.digest, max(0, d.Size-estargz.FooterSize), min(d.Size, estargz.FooterSize), nil)
-		if err != nil {
-			return nil, nil, err
-		}
-		_, at, _, err := new(estargz.GzipDecompressor).ParseFooter(footer)
-		if err != nil || at <= 0 || at > d.Size-estargz.FooterSize || d.Size-at > maxTOC {
-			return nil, nil, fmt.Errorf("its footer is none of eStargz (%w)", errors.Join(err, errCorrupt))
-		}
-		packed, err := i.blobs.read(ctx, l.digest, at, d.Size-at-estargz.FooterSize, nil)
-		if err != nil {
-			return nil, nil, err
-		}
-		text, err := stargzIndex(packed)
-		if err != nil {
-			return nil, nil, fmt.Errorf("read its table of contents: %w", err)
-		}
-		if have := digestOf(text); have != want {
-			return nil, nil, fmt.Errorf("its table of contents is %s, not %s as the manifest says: it is corrupt", have, want)
-		}
-		if entries, err = decodeTOC(text); err != nil {
-			return nil, nil, err
-		}
-		end = at
-	} else if prefix := zstdPrefix(d.Annotations); prefix != "" {
-		l.gzip = false
+	if prefix := zstdPrefix(d.Annotations); prefix != "" {
+		l.gzip = false // some have the other annotation, too
 		want := d.Annotations[prefix+"manifest-checksum"]
 		at, length, err := parsePosition(d.Annotations[prefix+"manifest-position"], d.Size)
 		if err != nil {
@@ -125,6 +101,30 @@ func (i *Image) openTOC(ctx context.Context, d v1.Descriptor) (*lazyLayer, []toc
 		text, err := readAll(z, maxTOC)
 		if err != nil {
 			return nil, nil, fmt.Errorf("read its table of contents: %w", err)
+		}
+		if entries, err = decodeTOC(text); err != nil {
+			return nil, nil, err
+		}
+		end = at
+	} else if want := d.Annotations[tocAnnotation]; want != "" {
+		footer, err := i.blobs.read(ctx, l.digest, max(0, d.Size-estargz.FooterSize), min(d.Size, estargz.FooterSize), nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		_, at, _, err := new(estargz.GzipDecompressor).ParseFooter(footer)
+		if err != nil || at <= 0 || at > d.Size-estargz.FooterSize || d.Size-at > maxTOC {
+			return nil, nil, fmt.Errorf("its footer is none of eStargz (%w)", errors.Join(err, errCorrupt))
+		}
+		packed, err := i.blobs.read(ctx, l.digest, at, d.Size-at-estargz.FooterSize, nil)
+		if err != nil {
+			return nil, nil, err
+		}
+		text, err := stargzIndex(packed)
+		if err != nil {
+			return nil, nil, fmt.Errorf("read its table of contents: %w", err)
+		}
+		if have := digestOf(text); have != want {
+			return nil, nil, fmt.Errorf("its table of contents is %s, not %s as the manifest says: it is corrupt", have, want)
 		}
 		if entries, err = decodeTOC(text); err != nil {
 			return nil, nil, err

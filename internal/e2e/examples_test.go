@@ -98,6 +98,7 @@ func TestImageExamples(t *testing.T) {
 	if cache := os.Getenv("DRAFTER_TEST_CACHE"); cache != "" {
 		flags = append(flags, "--cache", cache)
 	}
+	guests.Add(1)
 	for _, tt := range []struct {
 		program string
 		args    []string
@@ -114,7 +115,7 @@ func TestImageExamples(t *testing.T) {
 			image := server.Address + "/" + tt.program + ":1"
 			cmd := exec.CommandContext(newContext(t), script, append(append([]string{image}, tt.args...), flags...)...)
 			cmd.Dir = w.dir
-			cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "OUT="+w.path(tt.program), "NETNS=x"+h.Host("")[1:5]+tt.program[:1])
+			cmd.Env = append(os.Environ(), w.mark+"=1", "PATH="+bin+":"+os.Getenv("PATH"), "OUT="+w.path(tt.program), "NETNS=x"+h.Host("")[1:5]+tt.program[:1])
 			cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) } // it ends what it has started
 			var out []byte
 			if err := testnet.Do(h.Host("a"), func() (err error) { out, err = cmd.CombinedOutput(); return err }); err != nil {
@@ -128,4 +129,7 @@ func TestImageExamples(t *testing.T) {
 		})
 	}
 	w.checkClean(t)
+	if left, err := os.ReadDir(w.path("out/vms")); err == nil && len(left) > 0 {
+		t.Errorf("machines have left %v", left)
+	}
 }

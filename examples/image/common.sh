@@ -23,13 +23,14 @@ start() {
 
 # await NAME TEXT waits until a command has said so, and prints what it has said.
 await() {
+  local ended=
   until grep -m 1 -o "$2.*" "$out/$1.log"; do
-    if ! kill -0 "${pids[$1]}" 2>/dev/null; then
+    if [ "$ended" ]; then
       echo "$1 has ended:" >&2
       cat "$out/$1.log" >&2
       exit 1
     fi
-    sleep 0.1
+    kill -0 "${pids[$1]}" 2>/dev/null && sleep 0.1 || ended=yes # it may have said so at last
   done
 }
 

@@ -25,11 +25,16 @@ FAULTFLAGS  ?=
 # For the command behind make bench: -run REGEXP, -quick, -samples N, -list.
 BENCHFLAGS  ?=
 
+# For make unpack/oci, pack/oci and build/oci: which image, for which architecture, and the host name of its container.
+OCI_IMAGE_URI          ?= docker://valkey/valkey:latest
+OCI_IMAGE_ARCHITECTURE ?= amd64
+OCI_IMAGE_HOSTNAME     ?= drafterguest
+
 .DEFAULT_GOAL := help
-.PHONY: help depend build install test test-faults test-vfio test-kvm test-desktop test-unit lint bench bench-micro demo fuzz clean
+.PHONY: help depend build install unpack/oci pack/oci build/oci test test-faults test-vfio test-kvm test-desktop test-unit lint bench bench-micro demo fuzz clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z\/-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 depend: ## Install what building, testing and the demo need (Debian 12; root, or nothing missing)
 	@scripts/depend
@@ -59,6 +64,14 @@ install: build ## Install the commands, drafter-TOOL links to them, manual pages
 		ln -sf drafter $(DESTDIR)$(PREFIX)/share/bash-completion/completions/drafter-$$tool; \
 		ln -sf drafter.fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/drafter-$$tool.fish; \
 	done
+
+unpack/oci: build ## Unpack OCI_IMAGE_URI to the bundle out/oci-runtime-bundle, in place of the one that is there
+	bin/drafter oci unpack --overwrite --architecture $(OCI_IMAGE_ARCHITECTURE) --hostname $(OCI_IMAGE_HOSTNAME) --output $(OUT)/oci-runtime-bundle $(OCI_IMAGE_URI)
+
+pack/oci: build ## Make the disk out/blueprint/oci.ext4 of that bundle
+	bin/drafter oci pack --output $(OUT)/blueprint/oci.ext4 $(OUT)/oci-runtime-bundle
+
+build/oci: unpack/oci pack/oci ## Both (OCI_IMAGE_URI=docker://…, OCI_IMAGE_ARCHITECTURE=…, OCI_IMAGE_HOSTNAME=…)
 
 test: depend build lint ## Everything: unit tests with the race detector, root-only tests, real VMs end to end
 	@# By all cores: what go test -p 1 finds uncompiled it compiles one package at a time.

@@ -84,19 +84,12 @@ Exit statuses: 0 it was unmounted; 1 it could not be mounted; 2 the command line
 			ctx := cmd.Context()
 			show := newStages(cmd.ErrOrStderr())
 			defer show.end()
-			tools, err := blueprint.OpenTools(ctx, blueprint.Config{Cache: cache, Mirror: mirror, Progress: show.blueprint, Logger: logger(ctx)})
-			if err != nil {
-				return interrupted(cmd, err)
+			disk, err := oci.OpenWhole(data, args[0], s, bytes)
+			if err == nil && disk == nil {
+				disk, err = openLazyDisk(cmd, args[0], data, image.open, oci.LazyOptions{
+					Settings: s, Limits: limits, Background: background, Progress: show.oci, Logger: logger(ctx), Disk: oci.DiskOptions{Size: bytes},
+				}, blueprint.Config{Cache: cache, Mirror: mirror, Progress: show.blueprint, Logger: logger(ctx)})
 			}
-			i, err := oci.Open(ctx, args[0], image.open)
-			if err != nil {
-				return interrupted(cmd, err)
-			}
-			defer i.Close()
-			disk, err := i.LazyDisk(ctx, data, oci.LazyOptions{
-				Settings: s, Limits: limits, Background: background, Progress: show.oci, Logger: logger(ctx),
-				Disk: oci.DiskOptions{Mke2fs: tools.Mke2fs, Debugfs: tools.Debugfs, Size: bytes},
-			})
 			if err != nil {
 				return interrupted(cmd, err)
 			}
@@ -107,8 +100,7 @@ Exit statuses: 0 it was unmounted; 1 it could not be mounted; 2 the command line
 			}
 			defer func() { err = errors.Join(err, mount.Close()) }()
 			show.end()
-			fmt.Fprintf(cmd.ErrOrStderr(), "Mounted %s at %s: %s of %s are here\n", args[0], filepath.Join(dir, vmpackage.DefaultFile(ociDevice)),
-				humanize.IBytes(uint64(disk.Fetched())), humanize.IBytes(uint64(disk.Whole)))
+			fmt.Fprintf(cmd.ErrOrStderr(), "Mounted %s at %s: %s of its files are still to come\n", args[0], filepath.Join(dir, vmpackage.DefaultFile(ociDevice)), humanize.IBytes(uint64(disk.Missing())))
 			<-ctx.Done()
 			return nil
 		},
@@ -121,6 +113,21 @@ Exit statuses: 0 it was unmounted; 1 it could not be mounted; 2 the command line
 	registerBackground(flags, &background)
 	registerTools(flags, &cache, &mirror)
 	return cmd
+}
+
+// openLazyDisk opens the disk of an image in a registry, in the folder data.
+func openLazyDisk(cmd *cobra.Command, image, data string, open oci.OpenOptions, opts oci.LazyOptions, bring blueprint.Config) (*oci.LazyDisk, error) {
+	tools, err := blueprint.OpenTools(cmd.Context(), bring)
+	if err != nil {
+		return nil, err
+	}
+	opts.Disk.Mke2fs, opts.Disk.Debugfs = tools.Mke2fs, tools.Debugfs
+	i, err := oci.Open(cmd.Context(), image, open)
+	if err != nil {
+		return nil, err
+	}
+	defer i.Close()
+	return i.LazyDisk(cmd.Context(), data, opts)
 }
 
 // registerBackground has the flag for how much of a lazy disk is fetched behind.
@@ -338,7 +345,10 @@ const runRecordFile = "image.json"
 func writeRecord(dir string, rec runRecord) error {
 	text, err := json.MarshalIndent(rec, "", "\t")
 	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, runRecordFile), append(text, '\n'), 0o600)
+		err = os.WriteFile(filepath.Join(dir, runRecordFile+".new"), append(text, '\n'), 0o600)
+	}
+	if err == nil {
+		err = os.Rename(filepath.Join(dir, runRecordFile+".new"), filepath.Join(dir, runRecordFile))
 	}
 	return err
 }
@@ -366,8 +376,8 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 	if pid, err := mounterOf(imageData(dir)); err != nil {
 		return nil, err
 	} else if pid > 0 {
-		if _, err := os.Stat(disk); err != nil {
-			return nil, fmt.Errorf("image of instance %q: process %d serves it, and there is nothing: end that process: %w", dir, pid, err)
+		if err := canRead(disk); err != nil {
+			return nil, fmt.Errorf("image of instance %q: process %d serves it, and it cannot be read: end that process: %w", dir, pid, err)
 		}
 		return func() { _ = syscall.Kill(pid, syscall.SIGTERM) }, nil
 	}
@@ -393,12 +403,22 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 		}
 		_ = child.Wait()
 	}()
+	ending := make(chan struct{})
 	end := func() {
+		close(ending)
 		_ = child.Process.Signal(syscall.SIGTERM)
 		<-ended
 	}
 	for {
-		if _, err := os.Stat(disk); err == nil {
+		// Of what a mount was whose process is dead, the kernel still says that it is there.
+		if pid, err := mounterOf(imageData(dir)); err == nil && pid == child.Process.Pid && canRead(disk) == nil {
+			go func() { // until the child ends
+				select {
+				case <-ending:
+				case <-ended:
+					logger(cmd.Context()).Error("the process that serves the image has ended: the guest cannot read what it has not read before; end this command, and give it again", "image", rec.Image)
+				}
+			}()
 			return end, nil
 		}
 		select {
@@ -410,6 +430,16 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// canRead looks whether a file can be read.
+func canRead(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	_, err = f.ReadAt(make([]byte, 512), 1024) // the superblock, which is never missing
+	return errors.Join(err, f.Close())
 }
 
 // runBlueprint is where an instance has the files of its blueprint, which stay what they are when the blueprint becomes another.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -216,6 +217,28 @@ func TestOCI(t *testing.T) {
 	if got := get(t, netns["a"], 8000); got != "lazy 3 drafter" {
 		t.Errorf("killed and run again, it says %q", got)
 	}
+	// What serves the image dies: one is told, and goes on after closing it.
+	c.Process.Signal(os.Interrupt)
+	c.wait(t, 0)
+	c = w.start(t, w.console, run...)
+	c.waitFor(t, "Resumed VM")
+	text, err = os.ReadFile(w.path("run/image.data/lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	syscall.Kill(pid, syscall.SIGKILL)
+	c.waitFor(t, "the guest cannot read what it has not read before")
+	c.Process.Signal(os.Interrupt)
+	c.wait(t, 0)
+	c = w.start(t, w.console, run...)
+	c.waitFor(t, "Resumed VM")
+	if got := get(t, netns["a"], 8000); got != "lazy 4 drafter" {
+		t.Errorf("after what serves the image had died, it says %q", got)
+	}
 	var devices []string
 	for _, name := range []string{"state", "memory", "kernel", "initrd", "disk", "oci", "config"} {
 		devices = append(devices, fmt.Sprintf(`{"name":%q,"base":%q}`, name, w.path("moved/"+name)))
@@ -223,7 +246,7 @@ func TestOCI(t *testing.T) {
 	d := w.start(t, w.console, "peer", "--netns", netns["b"], "--chroot-base-dir", w.vms(), "--devices", "["+strings.Join(devices, ",")+"]", "--raddr", strings.TrimSpace(c.waitFor(t, "Serving on ")))
 	d.waitFor(t, "Received VM")
 	c.wait(t, 0)
-	if got := get(t, netns["b"], 8000); got != "lazy 4 drafter" {
+	if got := get(t, netns["b"], 8000); got != "lazy 5 drafter" {
 		t.Errorf("after a move, it says %q", got)
 	}
 	d.Process.Signal(os.Interrupt)

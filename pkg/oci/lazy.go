@@ -7,6 +7,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -165,7 +166,7 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 		return nil, err
 	}
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := d.open(path, d.identity(i, text)); err != nil {
+	if err := d.open(path, d.identity(i, text), request(i.Reference, opts.Settings, opts.Disk.Size)); err != nil {
 		d.cancel()
 		return nil, err
 	}
@@ -180,7 +181,45 @@ const (
 	newSuffix      = ".new"
 	listSuffix     = ".missing"  // what has not come; absent: nothing
 	identitySuffix = ".identity" // what the disk is of, written when the others are there
+	requestSuffix  = ".request"  // what it was asked for by, where that cannot be of another image
 )
+
+// request tells a disk from any other by how it is asked for; none, where the image of that name may be another tomorrow.
+func request(reference string, s Settings, size int64) []byte {
+	if !strings.Contains(reference, "@sha256:") {
+		return nil
+	}
+	settings, _ := json.Marshal(s) // strings and numbers only: cannot fail
+	return fmt.Appendf(nil, "%x\n", sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%d", reference, settings, size)))
+}
+
+// OpenWhole opens the disk of an image, by the same reference with its digest, the same settings and the same size, in a folder where all of it is: no registry is asked. If
+// it is not so there, the disk is nil.
+func OpenWhole(dir, reference string, s Settings, size int64) (*LazyDisk, error) {
+	path := filepath.Join(dir, "disk")
+	want := request(reference, s, size)
+	have, err := os.ReadFile(path + requestSuffix)
+	if want == nil || err != nil || !bytes.Equal(have, want) {
+		return nil, ignoreAbsent(err)
+	}
+	if _, err := os.Stat(path + listSuffix); !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	info, err := os.Stat(path + identitySuffix)
+	if err != nil {
+		return nil, ignoreAbsent(err)
+	}
+	file, err := block.OpenFile(path, block.FileOptions{})
+	if err != nil {
+		return nil, err
+	}
+	d := &LazyDisk{Since: info.ModTime()}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
+	if d.Lazy, err = block.NewLazy(file, block.LazyOptions{BlockSize: diskBlock, Missing: []block.Range{}}); err != nil {
+		return nil, errors.Join(fmt.Errorf("open disk %q: %w", path, err), file.Close())
+	}
+	return d, nil
+}
 
 // identity tells the disk from any other: by the image, the configuration, and where everything is.
 func (d *LazyDisk) identity(i *Image, config []byte) []byte {
@@ -193,7 +232,7 @@ func (d *LazyDisk) identity(i *Image, config []byte) []byte {
 }
 
 // open opens the disk that an earlier process has begun to fetch, if it is the same, or else the one that was laid out now.
-func (d *LazyDisk) open(path string, identity []byte) error {
+func (d *LazyDisk) open(path string, identity, request []byte) error {
 	have, err := os.ReadFile(path + identitySuffix)
 	list := path + listSuffix
 	missing := []block.Range{}
@@ -202,7 +241,7 @@ func (d *LazyDisk) open(path string, identity []byte) error {
 			list = ""
 		}
 	} else {
-		if err := errors.Join(ignoreAbsent(os.Remove(path+identitySuffix)), ignoreAbsent(os.Remove(list)), d.punch(path+newSuffix), os.Rename(path+newSuffix, path)); err != nil {
+		if err := errors.Join(ignoreAbsent(os.Remove(path+requestSuffix)), ignoreAbsent(os.Remove(path+identitySuffix)), ignoreAbsent(os.Remove(list)), d.punch(path+newSuffix), os.Rename(path+newSuffix, path)); err != nil {
 			return err
 		}
 		have = nil
@@ -230,6 +269,9 @@ func (d *LazyDisk) open(path string, identity []byte) error {
 		return errors.Join(err, d.Lazy.Close())
 	}
 	d.Since = info.ModTime()
+	if err := os.WriteFile(path+requestSuffix, request, 0o600); err != nil {
+		return errors.Join(err, d.Lazy.Close())
+	}
 	return d.skipPresent()
 }
 

@@ -433,6 +433,36 @@ func TestLazyAgain(t *testing.T) {
 		t.Errorf("%d bytes are missing of what is whole", n)
 	}
 	must(t, fourth.Close())
+	// By its digest, it is opened without the registry, once it was so asked for.
+	i, err := Open(t.Context(), reference, OpenOptions{Architecture: "amd64"})
+	must(t, err)
+	pinned, err := i.Pinned()
+	must(t, errors.Join(err, i.Close()))
+	if d, err := OpenWhole(dir, pinned, Settings{}, testSize); d != nil || err != nil {
+		t.Errorf("a disk of a tag passes for one of a digest: %v", err)
+	}
+	tag := reference
+	reference = pinned
+	must(t, open(-1, Settings{}).Close())
+	d, err := OpenWhole(dir, pinned, Settings{}, testSize)
+	must(t, err)
+	again := make([]byte, len(want))
+	_, err = d.ReadAt(again, large.physical*diskBlock)
+	must(t, err)
+	if !bytes.Equal(again, want) || !d.Since.Equal(first.Since) {
+		t.Error("the whole disk is another")
+	}
+	must(t, d.Close())
+	for what, other := range map[string]func() (*LazyDisk, error){
+		"settings": func() (*LazyDisk, error) { return OpenWhole(dir, pinned, Settings{Env: []string{"A=B"}}, testSize) },
+		"size":     func() (*LazyDisk, error) { return OpenWhole(dir, pinned, Settings{}, 2*testSize) },
+		"image":    func() (*LazyDisk, error) { return OpenWhole(dir, tag, Settings{}, testSize) },
+		"folder":   func() (*LazyDisk, error) { return OpenWhole(t.TempDir(), pinned, Settings{}, testSize) },
+	} {
+		if d, err := other(); d != nil || err != nil {
+			t.Errorf("with another %s it is there, %v", what, err)
+		}
+	}
 	// Another configuration is another disk.
 	fifth := open(-1, Settings{Env: []string{"A=B"}})
 	if fifth.Missing() == 0 {

@@ -36,7 +36,7 @@
 //	                ended, failed ──► starting, if somebody asks for it
 //
 // The pause doubles with each end that is followed by a start, and begins anew after a run of 10 s. Ready is what [bundle.ReadyAnnotation] says. Once all of them are ready, or have
-// ended with status 0 and are not started again, the service manager is told READY=1; the guest's liveness waits for that. A container that cannot be started is
+// ended with status 0 and are not started again, and for a second, the service manager is told READY=1; the guest's liveness waits for that. A container that cannot be started is
 // on the console again and again, and the guest is not up: who waits for it has a deadline of his own.
 //
 // When ctx ends, containers are told so (SIGTERM, or what the image asks for), killed 10 s later, and file systems unmounted.

@@ -216,14 +216,24 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	for _, c := range s.containers {
 		wg.Go(func() { c.run(ctx) })
 	}
-	if s.await(ctx, s.allSettled) == nil {
-		notify("READY=1")
-		log.Info("all containers are ready", "containers", len(s.containers))
+	for s.await(ctx, s.allSettled) == nil {
+		select {
+		case <-time.After(steady):
+		case <-ctx.Done():
+		}
+		if s.allSettled() { // still: a server may listen, and end because of what it finds next
+			notify("READY=1")
+			log.Info("all containers are ready", "containers", len(s.containers))
+			break
+		}
 	}
 	<-ctx.Done()
 	notify("STOPPING=1")
 	return nil
 }
+
+// steady is for how long containers must be ready until the guest counts as up.
+const steady = time.Second
 
 func (s *supervisor) allSettled() bool {
 	var waits []string

@@ -238,7 +238,7 @@ func buildPackage(cmd *cobra.Command, opts buildOptions, image, out string) (err
 	if err != nil {
 		return interrupted(cmd, err)
 	}
-	fmt.Fprintf(cmd.ErrOrStderr(), "Ready after %s, wrote the package to %s; drafter peer --package %s --instance out/instance-0 starts it\n", result.BootTime.Round(10*time.Millisecond), out, out)
+	fmt.Fprintf(cmd.ErrOrStderr(), "Ready after %s, wrote the package to %s; drafter peer --package %s --instance %s starts it\n", result.BootTime.Round(10*time.Millisecond), out, out, filepath.Join("out", "instance-"+filepath.Base(filepath.Clean(out))))
 	return nil
 }
 

@@ -55,15 +55,19 @@ func TestRegistryLogin(t *testing.T) {
 	auth := func(password string) any {
 		return map[string]any{"auths": map[string]any{server.Address: map[string]string{"auth": base64.StdEncoding.EncodeToString([]byte("joe:" + password))}}}
 	}
+	podman := filepath.Join(config(auth("secret")), "config.json") // of the same form
 	for what, c := range map[string]struct {
 		env  []string
 		fine bool
 	}{
-		"config":         {[]string{"DOCKER_CONFIG=" + config(auth("secret")), "SSL_CERT_FILE=" + server.CA}, true},
-		"helper":         {[]string{"DOCKER_CONFIG=" + config(map[string]any{"credHelpers": map[string]string{server.Address: "tests"}}), "SSL_CERT_FILE=" + server.CA}, true},
-		"wrong password": {[]string{"DOCKER_CONFIG=" + config(auth("other")), "SSL_CERT_FILE=" + server.CA}, false},
-		"no password":    {[]string{"DOCKER_CONFIG=" + config(map[string]any{}), "SSL_CERT_FILE=" + server.CA}, false},
-		"no certificate": {[]string{"DOCKER_CONFIG=" + config(auth("secret")), "SSL_CERT_FILE=/dev/null", "SSL_CERT_DIR=/nowhere"}, false},
+		"podman, beside docker":       {[]string{"DOCKER_CONFIG=" + config(map[string]any{"auths": map[string]any{"other.example": map[string]string{"auth": "YTpi"}}}), "REGISTRY_AUTH_FILE=" + podman, "SSL_CERT_FILE=" + server.CA}, true},
+		"podman, and a broken helper": {[]string{"DOCKER_CONFIG=" + config(map[string]any{"credHelpers": map[string]string{server.Address: "absent"}}), "REGISTRY_AUTH_FILE=" + podman, "SSL_CERT_FILE=" + server.CA}, true},
+		"a broken helper":             {[]string{"DOCKER_CONFIG=" + config(map[string]any{"credHelpers": map[string]string{server.Address: "absent"}}), "SSL_CERT_FILE=" + server.CA}, false},
+		"config":                      {[]string{"DOCKER_CONFIG=" + config(auth("secret")), "SSL_CERT_FILE=" + server.CA}, true},
+		"helper":                      {[]string{"DOCKER_CONFIG=" + config(map[string]any{"credHelpers": map[string]string{server.Address: "tests"}}), "SSL_CERT_FILE=" + server.CA}, true},
+		"wrong password":              {[]string{"DOCKER_CONFIG=" + config(auth("other")), "SSL_CERT_FILE=" + server.CA}, false},
+		"no password":                 {[]string{"DOCKER_CONFIG=" + config(map[string]any{}), "SSL_CERT_FILE=" + server.CA}, false},
+		"no certificate":              {[]string{"DOCKER_CONFIG=" + config(auth("secret")), "SSL_CERT_FILE=/dev/null", "SSL_CERT_DIR=/nowhere"}, false},
 	} {
 		t.Run(what, func(t *testing.T) {
 			self, err := os.Executable()

@@ -84,7 +84,7 @@ Exit statuses: 0 it was unmounted; 1 it could not be mounted; 2 the command line
 			ctx := cmd.Context()
 			show := newStages(cmd.ErrOrStderr())
 			defer show.end()
-			disk, err := oci.OpenWhole(data, args[0], s, bytes)
+			disk, err := oci.OpenWhole(data, args[0], image.open.Architecture, s, bytes)
 			if err == nil && disk == nil {
 				disk, err = openLazyDisk(cmd, args[0], data, image.open, oci.LazyOptions{
 					Settings: s, Limits: limits, Background: background, Progress: show.oci, Logger: logger(ctx), Disk: oci.DiskOptions{Size: bytes},
@@ -141,8 +141,15 @@ func lockMount(data string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("folder %q is in use by another drafter oci mount: end that, or give another --data", data), f.Close())
+	// Whoever only looks has it for a moment.
+	for attempt := 1; ; attempt++ {
+		if err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+			break
+		}
+		if attempt == 20 {
+			return nil, errors.Join(fmt.Errorf("folder %q is in use by another drafter oci mount: end that, or give another --data", data), f.Close())
+		}
+		time.Sleep(50 * time.Millisecond)
 	}
 	if err := errors.Join(f.Truncate(0), writeAt(f, fmt.Sprintln(os.Getpid()))); err != nil {
 		return nil, errors.Join(err, f.Close())
@@ -172,7 +179,10 @@ func mounterOf(data string) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	return strconv.Atoi(strings.TrimSpace(string(text)))
+	if pid, err = strconv.Atoi(strings.TrimSpace(string(text))); err != nil {
+		return 0, nil // it has not written it yet
+	}
+	return pid, nil
 }
 
 // ociRun are the flags of oci run, beside those of a peer.
@@ -196,6 +206,7 @@ type runRecord struct {
 
 func newOCIRunCommand() *cobra.Command {
 	peer := peerOptions{}
+	peer.ofImage = true
 	run := ociRun{}
 	cmd := peerCommand(&peer, &cobra.Command{
 		Use:   "run IMAGE",
@@ -211,7 +222,7 @@ Exit statuses: as of drafter peer.`,
   drafter oci run --netns ark0 --instance out/app-2 --laddr localhost:1337 registry.example/app:1`,
 		Args: oneImage,
 	})
-	for _, name := range append([]string{"boot", "clone", "host-name", "guest-mac", "guest-address", "guest-gateway", "guest-interface", "record-working-set"}, notOfRun...) {
+	for _, name := range append([]string{"boot", "clone", "host-name", "guest-mac", "guest-address", "guest-gateway", "guest-interface", "record-working-set", "registry-ca", "platform"}, notOfRun...) {
 		cmd.Flags().Lookup(name).Hidden = true
 	}
 	flags := cmd.Flags()
@@ -237,6 +248,11 @@ var diskFlags = []string{"architecture", "plain-http", "max-size", "max-entries"
 // runImage is oci run.
 func runImage(cmd *cobra.Command, opts peerOptions, run ociRun, image string) (err error) {
 	flags := cmd.Flags()
+	for _, name := range []string{"registry-ca", "platform"} {
+		if flags.Changed(name) {
+			return usageErrorf("--%s is for packages in registries: use SSL_CERT_FILE for certificates, and --architecture", name)
+		}
+	}
 	for _, name := range notOfRun {
 		if flags.Changed(name) {
 			return usageErrorf("--%s says where else an instance comes from: leave it out, or use drafter peer", name)
@@ -321,7 +337,7 @@ func (r *ociRun) record(cmd *cobra.Command, dir, image string, disk []string) (r
 			return rec, false, fmt.Errorf("read %q: %w", filepath.Join(dir, runRecordFile), err)
 		}
 		if rec.Image != image || len(rec.Disk) == 0 || !slices.Equal(rec.Disk[1:], disk) {
-			return rec, false, fmt.Errorf("instance %q is of image %s with the flags %q: give the same, or another --instance", dir, rec.Image, rec.Disk[1:])
+			return rec, false, fmt.Errorf("instance %q is of image %s, begun with the flags %q: give the same with the same values, or another --instance", dir, rec.Image, flagNames(rec.Disk[1:]))
 		}
 		return rec, true, nil
 	}
@@ -379,7 +395,7 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 		if err := canRead(disk); err != nil {
 			return nil, fmt.Errorf("image of instance %q: process %d serves it, and it cannot be read: end that process: %w", dir, pid, err)
 		}
-		return func() { _ = syscall.Kill(pid, syscall.SIGTERM) }, nil
+		return adoptMount(cmd, pid, imageData(dir), rec)
 	}
 	self, err := os.Executable()
 	if err != nil {
@@ -416,7 +432,7 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 				select {
 				case <-ending:
 				case <-ended:
-					logger(cmd.Context()).Error("the process that serves the image has ended: the guest cannot read what it has not read before; end this command, and give it again", "image", rec.Image)
+					imageGone(cmd, rec)
 				}
 			}()
 			return end, nil
@@ -430,6 +446,44 @@ func startMount(cmd *cobra.Command, dir string, rec runRecord, background int) (
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// imageGone says that nobody serves an image any more that a guest has.
+func imageGone(cmd *cobra.Command, rec runRecord) {
+	logger(cmd.Context()).Error("the process that serves the image has ended: the guest cannot read what it has not read before; end this command, and give it again", "image", rec.Image)
+}
+
+// adoptMount takes over what a command that was killed has left serving an image. stop ends it.
+func adoptMount(cmd *cobra.Command, pid int, data string, rec runRecord) (stop func(), err error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return nil, fmt.Errorf("take over process %d, which serves the image: %w: give the command again", pid, err)
+	}
+	// It still has the lock, so the descriptor is of no other process that has got its number since.
+	if now, err := mounterOf(data); err != nil || now != pid {
+		return nil, errors.Join(fmt.Errorf("process %d, which served the image, has ended just now: give the command again", pid), err, unix.Close(fd))
+	}
+	ended, ending := make(chan struct{}), make(chan struct{})
+	go func() { // until it ends
+		defer close(ended)
+		for {
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
+			if n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		select {
+		case <-ending:
+		default:
+			imageGone(cmd, rec)
+		}
+	}()
+	return func() {
+		close(ending)
+		_ = unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0) // it may have ended
+		<-ended
+		_ = unix.Close(fd)
+	}, nil
 }
 
 // canRead looks whether a file can be read.
@@ -541,6 +595,16 @@ func recordedStatus(path string) (runner.Status, error) {
 	defer f.Close()
 	r, err := runner.ReadRecord(f)
 	return r.Status, err
+}
+
+// flagNames are those of a command line, without their values, which may be secrets.
+func flagNames(line []string) []string {
+	var names []string
+	for _, word := range line {
+		name, _, _ := strings.Cut(word, "=")
+		names = append(names, name)
+	}
+	return names
 }
 
 // flagWords are a flag as it stands on a command line, again for each of its values.

@@ -39,6 +39,7 @@ type depotFlags struct {
 	restore     string
 	registry    registryFlags
 	run         bool // the command is drafter run, which restore is the argument of
+	ofImage     bool // the command is drafter oci run, whose registry is that of its image
 }
 
 func (f *depotFlags) register(flags *pflag.FlagSet) {
@@ -163,7 +164,7 @@ func (f *depotFlags) open(ctx context.Context, cmd *cobra.Command, dir string, o
 		}
 	}
 	for _, name := range registryFlagNames {
-		if flags.Changed(name) && !f.inRegistry() {
+		if flags.Changed(name) && !f.inRegistry() && !f.ofImage {
 			return nil, usageErrorf("--%s needs --restore %sHOST/NAME:TAG: a package in a registry", name, registry.Scheme)
 		}
 	}
@@ -434,17 +435,18 @@ func markRestored(of string, devices []string, dir string) (undo func(), err err
 
 // describeRestored makes the folder of an image a package.
 func describeRestored(ctx context.Context, o origin, dir string, devices []peer.Device) error {
+	if r, ok := o.(registryOrigin); ok { // so that it goes on when it is run again, and what is pushed of it is no more than what differs
+		if err := registry.WriteOrigin(dir, r.Origin()); err != nil {
+			return err
+		}
+	}
+	// From the manifest on it is a package, and must say where it came from.
 	if _, err := os.Stat(filepath.Join(dir, vmpackage.ManifestFile)); err != nil {
 		var files []vmpackage.File
 		for _, d := range devices {
 			files = append(files, vmpackage.File{Name: d.Name, Path: d.Base})
 		}
 		if _, err := vmpackage.WriteManifest(ctx, dir, files, vmpackage.ManifestOptions{SkipDigests: true}); err != nil {
-			return err
-		}
-	}
-	if r, ok := o.(registryOrigin); ok { // so that it goes on when it is run again, and what is pushed of it is no more than what differs
-		if err := registry.WriteOrigin(dir, r.Origin()); err != nil {
 			return err
 		}
 	}

@@ -7,11 +7,11 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/netip"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 )
 
@@ -27,9 +27,6 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 	if err != nil {
 		return nil, err
 	}
-	if rt == nil {
-		rt = remote.DefaultTransport
-	}
 	// The transport lives longer than who opens the image waits.
 	rt, err = transport.NewWithContext(context.WithoutCancel(ctx), repo.Registry, auth, rt, []string{repo.Scope(transport.PullScope)})
 	if err != nil {
@@ -40,6 +37,19 @@ func openBlobs(ctx context.Context, repo name.Repository, keychain authn.Keychai
 		base:   fmt.Sprintf("%s://%s/v2/%s/blobs/", repo.Scheme(), repo.RegistryStr(), repo.RepositoryStr()),
 		client: &http.Client{Transport: rt},
 	}, nil
+}
+
+// secure sends nothing without TLS but to this host: the library that it is for would, to any private address.
+type secure struct{ http.RoundTripper }
+
+// RoundTrip implements [http.RoundTripper].
+func (s secure) RoundTrip(r *http.Request) (*http.Response, error) {
+	if host := r.URL.Hostname(); r.URL.Scheme != "https" && host != "localhost" {
+		if ip, err := netip.ParseAddr(host); err != nil || !ip.IsLoopback() {
+			return nil, fmt.Errorf("registry %q speaks no TLS: --plain-http does without, where all that is between is to be trusted", r.URL.Host)
+		}
+	}
+	return s.RoundTripper.RoundTrip(r)
 }
 
 // For how long a registry may say nothing, how often it is asked at least without having given anything, and the pauses between.

@@ -318,16 +318,23 @@ func (d *LazyDisk) complete() {
 	}
 }
 
-// next begins to fetch the first chunks that are absent, up to span bytes; nil: there are none.
+// next begins to fetch the first chunks that are absent, up to span bytes, or returns what is coming; nil: nothing is missing.
 func (d *LazyDisk) next(span int64) (*arrival, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	var coming *arrival
 	for _, l := range d.layers {
 		for n, c := range l.chunks {
-			if c.state == chunkAbsent {
+			switch c.state {
+			case chunkAbsent:
 				return d.start(l, n, span), nil
+			case chunkComing: // and may not come: then it is absent again
+				coming = c.done
 			}
 		}
+	}
+	if coming != nil {
+		return coming, nil
 	}
 	for _, p := range d.pieces {
 		for _, c := range p.file.chunks {

@@ -109,7 +109,7 @@ func (b *Bundle) WriteFolder(ctx context.Context, dir string, replace bool) (err
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(tmp, bundle.ConfigFile), text, 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(tmp, bundle.ConfigFile), text, 0o600); err != nil {
 		return err
 	}
 	if len(w.rest) > 0 || !w.root {
@@ -117,13 +117,11 @@ func (b *Bundle) WriteFolder(ctx context.Context, dir string, replace bool) (err
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(filepath.Join(tmp, RecordFile), append(text, '\n'), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(tmp, RecordFile), append(text, '\n'), 0o600); err != nil {
 			return err
 		}
 	}
-	if err := os.Chmod(tmp, 0o755); err != nil {
-		return err
-	}
+	// The folder stays one for its maker alone, as it was made: in it are set-user-ID programs and devices of somebody else's choice.
 	if !there {
 		return os.Rename(tmp, dir)
 	}

@@ -166,7 +166,7 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 		return nil, err
 	}
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := d.open(path, d.identity(i, text), request(i.Reference, opts.Settings, opts.Disk.Size)); err != nil {
+	if err := d.open(path, d.identity(i, text), request(i.Reference, i.arch, opts.Settings, opts.Disk.Size)); err != nil {
 		d.cancel()
 		return nil, err
 	}
@@ -185,19 +185,19 @@ const (
 )
 
 // request tells a disk from any other by how it is asked for; none, where the image of that name may be another tomorrow.
-func request(reference string, s Settings, size int64) []byte {
+func request(reference, arch string, s Settings, size int64) []byte {
 	if !strings.Contains(reference, "@sha256:") {
 		return nil
 	}
 	settings, _ := json.Marshal(s) // strings and numbers only: cannot fail
-	return fmt.Appendf(nil, "%x\n", sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%d", reference, settings, size)))
+	return fmt.Appendf(nil, "%x\n", sha256.Sum256(fmt.Appendf(nil, "%s\n%s\n%s\n%d", reference, arch, settings, size)))
 }
 
-// OpenWhole opens the disk of an image, by the same reference with its digest, the same settings and the same size, in a folder where all of it is: no registry is asked. If
+// OpenWhole opens the disk of an image, by the same reference with its digest, for the same architecture (empty: this machine's), with the same settings and size, in a folder where all of it is: no registry is asked. If
 // it is not so there, the disk is nil.
-func OpenWhole(dir, reference string, s Settings, size int64) (*LazyDisk, error) {
+func OpenWhole(dir, reference, architecture string, s Settings, size int64) (*LazyDisk, error) {
 	path := filepath.Join(dir, "disk")
-	want := request(reference, s, size)
+	want := request(reference, defaultArchitecture(architecture), s, size)
 	have, err := os.ReadFile(path + requestSuffix)
 	if want == nil || err != nil || !bytes.Equal(have, want) {
 		return nil, ignoreAbsent(err)

@@ -438,13 +438,13 @@ func TestLazyAgain(t *testing.T) {
 	must(t, err)
 	pinned, err := i.Pinned()
 	must(t, errors.Join(err, i.Close()))
-	if d, err := OpenWhole(dir, pinned, Settings{}, testSize); d != nil || err != nil {
+	if d, err := OpenWhole(dir, pinned, "amd64", Settings{}, testSize); d != nil || err != nil {
 		t.Errorf("a disk of a tag passes for one of a digest: %v", err)
 	}
 	tag := reference
 	reference = pinned
 	must(t, open(-1, Settings{}).Close())
-	d, err := OpenWhole(dir, pinned, Settings{}, testSize)
+	d, err := OpenWhole(dir, pinned, "amd64", Settings{}, testSize)
 	must(t, err)
 	again := make([]byte, len(want))
 	_, err = d.ReadAt(again, large.physical*diskBlock)
@@ -454,10 +454,13 @@ func TestLazyAgain(t *testing.T) {
 	}
 	must(t, d.Close())
 	for what, other := range map[string]func() (*LazyDisk, error){
-		"settings": func() (*LazyDisk, error) { return OpenWhole(dir, pinned, Settings{Env: []string{"A=B"}}, testSize) },
-		"size":     func() (*LazyDisk, error) { return OpenWhole(dir, pinned, Settings{}, 2*testSize) },
-		"image":    func() (*LazyDisk, error) { return OpenWhole(dir, tag, Settings{}, testSize) },
-		"folder":   func() (*LazyDisk, error) { return OpenWhole(t.TempDir(), pinned, Settings{}, testSize) },
+		"settings": func() (*LazyDisk, error) {
+			return OpenWhole(dir, pinned, "amd64", Settings{Env: []string{"A=B"}}, testSize)
+		},
+		"architecture": func() (*LazyDisk, error) { return OpenWhole(dir, pinned, "arm64", Settings{}, testSize) },
+		"size":         func() (*LazyDisk, error) { return OpenWhole(dir, pinned, "amd64", Settings{}, 2*testSize) },
+		"image":        func() (*LazyDisk, error) { return OpenWhole(dir, tag, "amd64", Settings{}, testSize) },
+		"folder":       func() (*LazyDisk, error) { return OpenWhole(t.TempDir(), pinned, "amd64", Settings{}, testSize) },
 	} {
 		if d, err := other(); d != nil || err != nil {
 			t.Errorf("with another %s it is there, %v", what, err)

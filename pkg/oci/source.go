@@ -47,6 +47,7 @@ type Image struct {
 	image  v1.Image
 	config []byte // verified
 	tmp    string // folder to remove; empty: none
+	arch   string // as GOARCH names it, perhaps with a variant
 	blobs  *blobs // of the repository it is in; nil: it is in no registry
 	want   string // digest of the manifest, by what refers to it; empty: nothing does
 }
@@ -87,13 +88,13 @@ const (
 //
 // Of an image for several architectures it is that of opts. Digests of manifest and configuration are verified here, those of layers as they are read.
 func Open(ctx context.Context, reference string, opts OpenOptions) (_ *Image, err error) {
-	i := &Image{Reference: reference}
+	i := &Image{Reference: reference, arch: defaultArchitecture(opts.Architecture)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(fmt.Errorf("open image %q: %w", reference, err), i.Close())
 		}
 	}()
-	platform, err := v1.ParsePlatform("linux/" + defaultArchitecture(opts.Architecture))
+	platform, err := v1.ParsePlatform("linux/" + i.arch)
 	if err != nil {
 		return nil, fmt.Errorf("architecture %q: %w", opts.Architecture, err)
 	}
@@ -190,14 +191,19 @@ func (i *Image) openRemote(ctx context.Context, reference string, platform *v1.P
 		keychain = logins{}
 	}
 	options := []remote.Option{remote.WithContext(ctx), remote.WithAuthFromKeychain(keychain), remote.WithPlatform(*platform), remote.WithUserAgent("drafter")}
-	if opts.Transport != nil {
-		options = append(options, remote.WithTransport(opts.Transport))
+	rt := opts.Transport
+	if rt == nil {
+		rt = remote.DefaultTransport
 	}
+	if !opts.PlainHTTP {
+		rt = secure{rt}
+	}
+	options = append(options, remote.WithTransport(rt))
 	desc, err := remote.Get(ref, options...)
 	if err != nil {
 		return err
 	}
-	if i.blobs, err = openBlobs(ctx, ref.Context(), keychain, opts.Transport); err != nil {
+	if i.blobs, err = openBlobs(ctx, ref.Context(), keychain, rt); err != nil {
 		return err
 	}
 	if desc.MediaType.IsIndex() {

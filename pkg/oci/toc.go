@@ -30,7 +30,8 @@ const tocAnnotation = estargz.TOCJSONDigestAnnotation
 var zstdAnnotations = []string{"io.github.containers.zstd-chunked.", "io.containers.zstd-chunked."}
 
 const (
-	maxTOC   = 512 << 20 // bytes of a table of contents
+	maxTOC   = 256 << 20 // bytes of a table of contents
+	maxItems = 3_000_000 // files and chunks in it
 	maxChunk = 64 << 20  // bytes of one chunk of a file
 	tocName  = "stargz.index.json"
 )
@@ -186,6 +187,9 @@ func readAll(r io.Reader, limit int64) ([]byte, error) {
 }
 
 func decodeTOC(text []byte) ([]tocEntry, error) {
+	if n := bytes.Count(text, []byte("{")); n > maxItems {
+		return nil, fmt.Errorf("its table of contents has %d items, of which no more than %d are possible", n, maxItems)
+	}
 	var toc struct {
 		Version int        `json:"version"`
 		Entries []tocEntry `json:"entries"`

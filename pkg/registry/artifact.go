@@ -143,8 +143,11 @@ func (c *client) choose(ctx context.Context, t *target, platform ocispec.Platfor
 		return t.top.Digest, t.manifest, nil
 	}
 	var there []string
+	exact := slices.ContainsFunc(t.manifests, func(m ocispec.Descriptor) bool {
+		return m.Platform != nil && (m.ArtifactType == "" || m.ArtifactType == ArtifactType) && samePlatform(*m.Platform, platform)
+	})
 	for _, m := range t.manifests {
-		if m.Platform == nil || m.ArtifactType != "" && m.ArtifactType != ArtifactType {
+		if m.Platform == nil || m.ArtifactType != "" && m.ArtifactType != ArtifactType || exact && !samePlatform(*m.Platform, platform) {
 			continue
 		}
 		if serves(*m.Platform, platform) {

@@ -400,7 +400,8 @@ func (c *client) put(ctx context.Context, desc ocispec.Descriptor, content []byt
 
 // putManifest puts a manifest, or an index of them, by its digest, or by a tag.
 func (c *client) putManifest(ctx context.Context, desc ocispec.Descriptor, content []byte, tag string) error {
-	err := c.try(ctx, func(ctx context.Context, _ func()) error {
+	// A registry looks for all that the manifest refers to.
+	err := c.patiently(ctx, uploadPatience*c.StallTimeout, func(ctx context.Context, _ func()) error {
 		if tag == "" {
 			return c.repo.Manifests().Push(ctx, desc, bytes.NewReader(content))
 		}
@@ -410,6 +411,17 @@ func (c *client) putManifest(ctx context.Context, desc ocispec.Descriptor, conte
 		return fmt.Errorf("put manifest %s: %w", desc.Digest, err)
 	}
 	return nil
+}
+
+// has fails unless the repository has a blob.
+func (c *client) has(ctx context.Context, desc ocispec.Descriptor) error {
+	return c.try(ctx, func(ctx context.Context, _ func()) error {
+		there, err := c.repo.Blobs().Exists(ctx, desc)
+		if err == nil && !there {
+			err = finalError{errdef.ErrNotFound}
+		}
+		return err
+	})
 }
 
 // errNoMount is why a blob is not mounted.

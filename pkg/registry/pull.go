@@ -50,7 +50,9 @@ func Pull(ctx context.Context, ref Reference, dir string, opts PullOptions) (_ *
 			err = fmt.Errorf("pull package %s to %q: %w", ref, dir, err)
 		}
 	}()
-	dir = filepath.Clean(dir)
+	if dir, err = filepath.Abs(dir); err != nil {
+		return nil, err
+	}
 	if list, err := os.ReadDir(dir); err == nil && len(list) > 0 {
 		return nil, fmt.Errorf("%w: nothing is overwritten: choose another folder", os.ErrExist)
 	} else if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -66,6 +68,11 @@ func Pull(ctx context.Context, ref Reference, dir string, opts PullOptions) (_ *
 	}
 	defer c.close()
 	u := &pull{client: c, artifact: p.artifact, dir: dir + partial, opts: opts, report: &Pulled{Reference: p.Reference}}
+	lock, err := u.lock()
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close() // nobody else begins there before the folder has its name
 	if err := u.run(ctx); err != nil {
 		return nil, err
 	}
@@ -132,16 +139,31 @@ func (u *pull) begin() {
 	u.done = 0
 }
 
-// run makes the files of the devices whole.
-func (u *pull) run(ctx context.Context) (err error) {
+// lock takes the folder that is pulled to, which it makes.
+func (u *pull) lock() (*os.File, error) {
 	if err := os.MkdirAll(u.dir, 0o700); err != nil {
-		return err
+		return nil, err
 	}
 	lock, err := runner.LockFile(u.dir, true)
 	if err != nil {
-		return fmt.Errorf("somebody else is pulling there: %w", err)
+		return nil, fmt.Errorf("somebody else is pulling there: %w", err)
 	}
-	defer lock.Close()
+	// Whoever had it before has perhaps given it its name since.
+	have, err := lock.Stat()
+	if err == nil {
+		var now os.FileInfo
+		if now, err = os.Stat(u.dir); err == nil && !os.SameFile(have, now) {
+			err = errors.New("somebody else has pulled there just now")
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	return lock, nil
+}
+
+// run makes the files of the devices whole.
+func (u *pull) run(ctx context.Context) (err error) {
 	if err := u.clear(); err != nil {
 		return err
 	}
@@ -285,7 +307,7 @@ func (u *pull) fetch(ctx context.Context, lacking []*wanted) error {
 	for len(lacking) > 0 && fetching.Err() == nil {
 		n := 1
 		begin := int64(lacking[0].at().offset)
-		for ; n < len(lacking) && lacking[n].pack().digest == lacking[0].pack().digest; n++ {
+		for ; n < len(lacking) && lacking[n].pack().digest == lacking[0].pack().digest && lacking[n].x.chunkSize == lacking[0].x.chunkSize; n++ {
 			before, next := lacking[n-1].at(), lacking[n].at()
 			end := int64(before.offset) + int64(before.length)
 			if gap := int64(next.offset) - end; gap < 0 || gap > gapBytes || int64(next.offset)+int64(next.length)-begin > pieceBytes {

@@ -202,8 +202,20 @@ func (p *push) before(ctx context.Context) (*target, error) {
 		return nil, nil
 	case errors.Is(err, ErrForeign):
 		return nil, fmt.Errorf("%w: it stays as it is: push to another tag", err)
+	case err != nil:
+		return nil, err
 	}
-	return t, err
+	for _, m := range t.manifests { // as of a container's image for several platforms
+		if m.ArtifactType == ArtifactType {
+			continue
+		}
+		if _, err := p.resolve(ctx, m.Digest.String()); errors.Is(err, ErrForeign) {
+			return nil, fmt.Errorf("index %s: %w: it stays as it is: push to another tag", t.top.Digest, err)
+		} else if err != nil && !errors.Is(err, ErrNotFound) {
+			return nil, err
+		}
+	}
+	return t, nil
 }
 
 // dictionary finds out what the registry has.
@@ -421,6 +433,11 @@ func (p *push) borrow(ctx context.Context) {
 		} else if u.repository != p.ref.Repository {
 			group.Go(func() error {
 				u.why = p.mount(ctx, ocispec.Descriptor{MediaType: mediaPack, Digest: u.pack.digest, Size: u.pack.size}, u.repository)
+				return nil
+			})
+		} else {
+			group.Go(func() error { // a registry may have lost what a tag still refers to
+				u.why = p.has(ctx, ocispec.Descriptor{MediaType: mediaPack, Digest: u.pack.digest, Size: u.pack.size})
 				return nil
 			})
 		}

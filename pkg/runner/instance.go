@@ -1220,6 +1220,7 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 	if err := i.leash.release(); err != nil {
 		return err
 	}
+	i.guest.noteResume(&i.cfg) // before the record: who adopts the machine is to know
 	if err := writeRecord(i.device(StateDevice), i.runningRecord(migration)); err != nil {
 		return err
 	}
@@ -1250,7 +1251,6 @@ func (i *Instance) Run(ctx context.Context) error {
 	if i.phase != suspended {
 		return fmt.Errorf("run instance: %w: it is %s", ErrPhase, i.phase)
 	}
-	i.guest.noteResume(&i.cfg)
 	return i.run(ctx)
 }
 

@@ -127,12 +127,12 @@ func (l *layering) resolve(p string) (string, error) {
 		return p, nil
 	}
 	dir, name := path.Split(p)
-	real, err := l.follow(dir)
+	real, err := l.follow(dir, true)
 	return path.Join(real, name), err
 }
 
-// follow returns the path of a directory, without links, and makes what is missing.
-func (l *layering) follow(dir string) (string, error) {
+// follow returns the path of a directory, without links. What is missing is made, or without create the path is empty.
+func (l *layering) follow(dir string, create bool) (string, error) {
 	at := "/"
 	parts := strings.Split(strings.Trim(path.Clean(dir), "/"), "/")
 	for hops := 0; len(parts) > 0; {
@@ -151,6 +151,8 @@ func (l *layering) follow(dir string) (string, error) {
 		next := path.Join(at, name)
 		n := l.tree.Find(next, false)
 		switch {
+		case n == nil && !create:
+			return "", nil
 		case n == nil:
 			if err := l.count(len(next)); err != nil {
 				return "", err
@@ -172,6 +174,8 @@ func (l *layering) follow(dir string) (string, error) {
 			parts = append(strings.Split(n.Link, "/"), parts...)
 		case n.Type == tar.TypeDir:
 			at = next
+		case !create:
+			return "", nil
 		default: // tar replaces what is in the way of a directory
 			if err := l.tree.Replace(next, &filetree.Node{Type: tar.TypeDir, Mode: 0o755}); err != nil {
 				return "", err
@@ -290,24 +294,21 @@ func xattrsOf(h *tar.Header) (map[string]string, error) {
 
 // whiteOut takes away what layers below have set.
 func (l *layering) whiteOut(p, name string) error {
-	dir, err := l.follow(path.Dir(p))
-	if err != nil {
-		return err
-	}
-	if name == whiteoutOpaque {
-		l.purge(dir)
-		return nil
-	}
 	hidden := strings.TrimPrefix(name, whiteout)
-	if strings.HasPrefix(name, whiteoutMeta) {
-		return nil // what a union file system keeps for itself
-	}
 	if hidden == "" || hidden == "." || hidden == ".." {
 		return errors.New("it takes away what is no file")
 	}
-	if target := path.Join(dir, hidden); l.upper[target] {
+	dir, err := l.follow(path.Dir(p), false)
+	if err != nil || dir == "" {
+		return err
+	}
+	switch target := path.Join(dir, hidden); {
+	case name == whiteoutOpaque:
+		l.purge(dir)
+	case strings.HasPrefix(name, whiteoutMeta): // what a union file system keeps for itself
+	case l.upper[target]:
 		l.purge(target)
-	} else {
+	default:
 		l.tree.Remove(target)
 	}
 	return nil

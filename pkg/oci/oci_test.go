@@ -107,6 +107,14 @@ func layoutOf(t testing.TB, images ...v1.Image) string {
 	return "oci:" + dir + ":latest"
 }
 
+// small is an image without the packages, which has all that is peculiar: users, whiteouts, links, devices, attributes.
+func small(t testing.TB) v1.Image {
+	t.Helper()
+	spec := testimage.Valkey()
+	spec.Base, spec.Packages = nil, nil
+	return testimage.Make(t, spec)
+}
+
 var real = map[string]func() testimage.Spec{"valkey": testimage.Valkey, "nginx": testimage.Nginx, "python": testimage.Python}
 
 // What umoci unpacks of real images is what we unpack: every file, and what is to run.
@@ -226,7 +234,7 @@ func compare(t testing.TB, got, want map[string]string) {
 // The same image comes from wherever it is, also after skopeo has carried it there.
 func TestSources(t *testing.T) {
 	needRoot(t)
-	image := testimage.Make(t, testimage.Python())
+	image := small(t)
 	reference := layoutOf(t, image)
 	want := digest(t, unpack(t, reference, BundleOptions{}))
 	dir := t.TempDir()
@@ -275,7 +283,7 @@ func tools(t testing.TB) DiskOptions {
 func TestDisk(t *testing.T) {
 	needRoot(t)
 	opts := tools(t)
-	image := testimage.Make(t, testimage.Valkey())
+	image := small(t)
 	reference := layoutOf(t, image)
 	dir := t.TempDir()
 	straight := filepath.Join(dir, "straight.ext4")
@@ -342,7 +350,7 @@ func TestNobody(t *testing.T) {
 	must(t, err)
 	program := filepath.Join(public, "test")
 	must(t, os.WriteFile(program, self, 0o755))
-	image := testimage.Make(t, testimage.Valkey())
+	image := small(t)
 	testimage.WriteLayout(t, filepath.Join(public, "layout"), "latest", image)
 	must(t, filepath.WalkDir(filepath.Join(public, "layout"), func(p string, _ fs.DirEntry, err error) error { return errors.Join(err, os.Chmod(p, 0o755)) }))
 	work := filepath.Join(public, "work")
@@ -414,7 +422,7 @@ func must2(s string, err error) string {
 // What umoci unpacks as a user who is not root is read with the owners that the image says.
 func TestUmociRootless(t *testing.T) {
 	needRoot(t)
-	image := testimage.Make(t, testimage.Nginx())
+	image := small(t)
 	reference := layoutOf(t, image)
 	dir := filepath.Join(t.TempDir(), "bundle")
 	run(t, "umoci", "unpack", "--rootless", "--image", strings.TrimPrefix(reference, "oci:"), dir)

@@ -1217,10 +1217,11 @@ func (i *Instance) Own(ctx context.Context, migration string) error {
 			return err
 		}
 	}
+	// Before the record, as who adopts the machine is to know; and while it still ends with this process.
+	i.guest.noteResume(&i.cfg)
 	if err := i.leash.release(); err != nil {
 		return err
 	}
-	i.guest.noteResume(&i.cfg) // before the record: who adopts the machine is to know
 	if err := writeRecord(i.device(StateDevice), i.runningRecord(migration)); err != nil {
 		return err
 	}

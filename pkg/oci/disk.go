@@ -29,17 +29,21 @@ type DiskOptions struct {
 
 // WriteDisk writes the bundle as a disk for a guest, to a file that appears when it is complete.
 func (b *Bundle) WriteDisk(ctx context.Context, file string, opts DiskOptions) error {
-	text, err := b.SpecText()
-	if err != nil {
-		return err
-	}
-	if err := b.tree.WriteFile("/"+bundle.ConfigFile, string(text), 0o644); err != nil {
-		return err
-	}
-	if err := writeExt4(ctx, b.tree, file, bundle.Label, text, opts); err != nil {
+	if _, err := b.writeDisk(ctx, file, opts); err != nil {
 		return fmt.Errorf("write disk %q: %w", file, err)
 	}
 	return nil
+}
+
+// writeDisk is WriteDisk, and returns config.json as it is on the disk.
+func (b *Bundle) writeDisk(ctx context.Context, file string, opts DiskOptions) (config []byte, err error) {
+	if config, err = b.SpecText(); err != nil {
+		return nil, err
+	}
+	if err := b.tree.WriteFile("/"+bundle.ConfigFile, string(config), 0o644); err != nil {
+		return nil, err
+	}
+	return config, writeExt4(ctx, b.tree, file, bundle.Label, config, opts)
 }
 
 // WriteVolume makes the disk of a volume, of size bytes (0: half a GiB and what is in it), which has at first what the bundle has where it will be
@@ -73,14 +77,6 @@ func (s Settings) Volumes() []Mount {
 		}
 	}
 	return list
-}
-
-// CheckVolume reports why a volume cannot be named so.
-func CheckVolume(name string) error {
-	if !labelPattern.MatchString(name) {
-		return fmt.Errorf("volume %q: its name is the label of its file system, at most 16 letters, digits, dots, hyphens and underscores", name)
-	}
-	return nil
 }
 
 func writeExt4(ctx context.Context, tree *filetree.Tree, file, label string, identity []byte, opts DiskOptions) (err error) {

@@ -5,7 +5,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -107,15 +106,10 @@ func (d *LazyDisk) want(c *chunk, span int64) (*arrival, error) {
 	case chunkZeros:
 		return nil, d.put(c, make([]byte, c.size))
 	}
-	for _, l := range d.layers {
-		n, _ := slices.BinarySearchFunc(l.chunks, c.from, func(x *chunk, from int64) int { return cmp.Compare(x.from, from) })
-		for ; n < len(l.chunks) && l.chunks[n].from == c.from; n++ {
-			if l.chunks[n] == c {
-				return d.start(l, n, span), nil
-			}
-		}
-	}
-	return nil, errors.New("read a chunk that no layer has") // a chunk of a file is in the list of its layer
+	// Several may be in one stream, and begin where it does.
+	l := c.layer
+	n, _ := slices.BinarySearchFunc(l.chunks, c.from, func(x *chunk, from int64) int { return cmp.Compare(x.from, from) })
+	return d.start(l, n+slices.Index(l.chunks[n:], c), span), nil
 }
 
 // start begins to fetch the chunks of a layer from n on that are absent, without a gap, up to span bytes. It is called with the mutex held.

@@ -15,7 +15,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"unicode/utf8"
 
 	rspec "github.com/opencontainers/runtime-spec/specs-go"
@@ -244,15 +243,15 @@ func (w *folderWriter) make(p string, n *filetree.Node) error {
 		if n.Type == tar.TypeBlock {
 			kind = unix.S_IFBLK
 		}
-		err := unix.EPERM
+		err := error(unix.EPERM)
 		if w.root {
-			err, _ = unix.Mknod(file, kind|0o600, int(unix.Mkdev(uint32(n.Major), uint32(n.Minor)))).(syscall.Errno)
+			err = unix.Mknod(file, kind|0o600, int(unix.Mkdev(uint32(n.Major), uint32(n.Minor))))
 		}
 		if errors.Is(err, unix.EPERM) { // an empty file in its place
 			w.record(p, n)
 			return errors.Join(os.WriteFile(file, nil, 0o600), setTime(file, n))
 		}
-		if err != 0 {
+		if err != nil {
 			return err
 		}
 	}

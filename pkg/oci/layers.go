@@ -7,7 +7,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 	"path"
@@ -449,7 +448,7 @@ func (l *layering) applyFile(ctx context.Context, file string, layer v1.Layer, w
 	defer r.Close()
 	h := sha256.New()
 	// An archive may end with zeros of any length; and what is read must be bounded, too, where it is not a file's content.
-	bounded := &boundedReader{r: io.TeeReader(r, hashWriter{h}), left: 2*l.limits.Size + int64(l.limits.Entries)*4096}
+	bounded := &boundedReader{r: io.TeeReader(r, h), left: 2*l.limits.Size + int64(l.limits.Entries)*4096}
 	if err := l.apply(ctx, bounded); err != nil {
 		return err
 	}
@@ -461,8 +460,6 @@ func (l *layering) applyFile(ctx context.Context, file string, layer v1.Layer, w
 	}
 	return nil
 }
-
-type hashWriter struct{ hash.Hash }
 
 // boundedReader fails, where a reader has more than it may.
 type boundedReader struct {

@@ -25,7 +25,6 @@ import (
 
 	"github.com/drafter-vm/drafter/pkg/block"
 	"github.com/drafter-vm/drafter/pkg/filetree"
-	"github.com/drafter-vm/drafter/pkg/oci/bundle"
 )
 
 // LazyOptions say how a disk is made whose content comes while it is used.
@@ -149,16 +148,10 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 	if err := b.configure(i.config, opts.Settings); err != nil {
 		return nil, err
 	}
-	text, err := b.SpecText()
-	if err != nil {
-		return nil, err
-	}
-	if err := b.tree.WriteFile("/"+bundle.ConfigFile, string(text), 0o644); err != nil {
-		return nil, err
-	}
-	path := filepath.Join(dir, "disk")
+	path := filepath.Join(dir, diskFile)
 	opts.Disk.Progress = opts.Progress
-	if err := writeExt4(ctx, b.tree, path+newSuffix, bundle.Label, text, opts.Disk); err != nil {
+	config, err := b.writeDisk(ctx, path+newSuffix, opts.Disk)
+	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = os.Remove(path + newSuffix) }() // unless it is the disk by then
@@ -166,7 +159,7 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 		return nil, err
 	}
 	d.ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	if err := d.open(path, d.identity(i, text), request(i.Reference, i.arch, opts.Settings, opts.Disk.Size)); err != nil {
+	if err := d.open(path, d.identity(i, config), request(i.Reference, i.arch, opts.Settings, opts.Disk.Size)); err != nil {
 		d.cancel()
 		return nil, err
 	}
@@ -176,8 +169,9 @@ func (i *Image) LazyDisk(ctx context.Context, dir string, opts LazyOptions) (_ *
 	return d, nil
 }
 
-// Files of a lazy disk, beside it.
+// Files of a lazy disk: itself, and what is beside it.
 const (
+	diskFile       = "disk"
 	newSuffix      = ".new"
 	listSuffix     = ".missing"  // what has not come; absent: nothing
 	identitySuffix = ".identity" // what the disk is of, written when the others are there
@@ -196,7 +190,7 @@ func request(reference, arch string, s Settings, size int64) []byte {
 // OpenWhole opens the disk of an image, by the same reference with its digest, for the same architecture (empty: this machine's), with the same settings and size, in a folder where all of it is: no registry is asked. If
 // it is not so there, the disk is nil.
 func OpenWhole(dir, reference, architecture string, s Settings, size int64) (*LazyDisk, error) {
-	path := filepath.Join(dir, "disk")
+	path := filepath.Join(dir, diskFile)
 	want := request(reference, defaultArchitecture(architecture), s, size)
 	have, err := os.ReadFile(path + requestSuffix)
 	if want == nil || err != nil || !bytes.Equal(have, want) {
@@ -214,10 +208,10 @@ func OpenWhole(dir, reference, architecture string, s Settings, size int64) (*La
 		return nil, err
 	}
 	d := &LazyDisk{Since: info.ModTime()}
-	d.ctx, d.cancel = context.WithCancel(context.Background())
 	if d.Lazy, err = block.NewLazy(file, block.LazyOptions{BlockSize: diskBlock, Missing: []block.Range{}}); err != nil {
 		return nil, errors.Join(fmt.Errorf("open disk %q: %w", path, err), file.Close())
 	}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
 	return d, nil
 }
 
@@ -272,7 +266,10 @@ func (d *LazyDisk) open(path string, identity, request []byte) error {
 	if err := os.WriteFile(path+requestSuffix, request, 0o600); err != nil {
 		return errors.Join(err, d.Lazy.Close())
 	}
-	return d.skipPresent()
+	if err := d.skipPresent(); err != nil {
+		return errors.Join(err, d.Lazy.Close())
+	}
+	return nil
 }
 
 func ignoreAbsent(err error) error {
@@ -395,8 +392,7 @@ func (d *LazyDisk) whole(ctx context.Context, f *lazyFile) ([]byte, error) {
 		if c.state == chunkZeros {
 			continue
 		}
-		l := d.layers[slices.IndexFunc(d.layers, func(l *lazyLayer) bool { return slices.Contains(l.chunks, c) })]
-		if err := d.contents(ctx, l, []*chunk{c}, nil, func(c *chunk, content []byte) error { copy(text[c.off:], content); return nil }); err != nil {
+		if err := d.contents(ctx, c.layer, []*chunk{c}, nil, func(c *chunk, content []byte) error { copy(text[c.off:], content); return nil }); err != nil {
 			return nil, err
 		}
 	}

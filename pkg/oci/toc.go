@@ -47,6 +47,7 @@ type tocEntry struct {
 // chunk is a part of a file that is fetched as one.
 type chunk struct {
 	file   *lazyFile
+	layer  *lazyLayer
 	off    int64 // in the file
 	size   int64
 	digest [sha256.Size]byte
@@ -240,7 +241,7 @@ func (l *lazyLayer) place(entries []tocEntry, end int64) error {
 		if e.ChunkOffset != last || size <= 0 || size > file.size-last || size > maxChunk {
 			return fmt.Errorf("%q: its chunk at %d has %d bytes, the file %d: %w", e.Name, e.ChunkOffset, size, file.size, errCorrupt)
 		}
-		c := &chunk{file: file, off: e.ChunkOffset, size: size, skip: e.InnerOffset}
+		c := &chunk{file: file, layer: l, off: e.ChunkOffset, size: size, skip: e.InnerOffset}
 		file.chunks = append(file.chunks, c)
 		if e.ChunkType == "zeros" {
 			c.state = chunkZeros

@@ -554,6 +554,8 @@ func TestStall(t *testing.T) {
 					t.Skip("there is no link")
 				case SourceResuming, SourceChecking:
 					r.copying()
+				case SourceConfirming: // else the answer may be on its way already
+					r.dest.Target = slowLoad{r.target}
 				case SourceServing:
 					r.postCopy(1).holdBack()
 				}

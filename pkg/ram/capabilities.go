@@ -5,7 +5,6 @@ import (
 	"os/exec"
 	"runtime"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -85,8 +84,7 @@ var probe = sync.OnceValue(func() probed {
 	}
 	// The child never executes anything: it is killed at the stop that follows its execve.
 	cmd := exec.Command("/proc/self/exe")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL} // if we are killed before it is ours to trace
-	h, err := spawnTraced(cmd, Options{}, func(pid int) { _ = unix.Kill(pid, unix.SIGKILL) })
+	h, err := spawnTraced(cmd, Options{Started: func(pid int) error { return unix.Kill(pid, unix.SIGKILL) }})
 	if err != nil {
 		return probed{capabilities(Eager, fmt.Sprintf("children cannot be traced with ptrace: %v", err)), false}
 	}

@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -55,6 +58,98 @@ func keeperMain() {
 	fmt.Println("ready")
 	_, _ = bufio.NewReader(os.Stdin).ReadString('\n') // the test says when to die
 	_ = unix.Kill(os.Getpid(), unix.SIGKILL)
+}
+
+// starterMain is a process that starts a VMM and never comes to having started it.
+func starterMain(wrapped bool) {
+	cmd := exec.Command("/bin/sleep", "600")
+	if wrapped {
+		cmd = exec.Command("/bin/sh", "-c", "exec sleep 600")
+	}
+	fmt.Println("starting")
+	_, err := Spawn(cmd, Options{Wrapped: wrapped, Started: func(int) error {
+		fmt.Println("started")
+		time.Sleep(time.Hour)
+		return nil
+	}})
+	fmt.Println(err)
+}
+
+// TestSpawnDies kills the owner of a VMM that is being started, from before there is a process until Options.Started is called.
+func TestSpawnDies(t *testing.T) {
+	needFull(t)
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) })
+	for _, role := range []string{"starter", "starter wrapped"} {
+		t.Run(role, func(t *testing.T) {
+			const tries = 100
+			orphans := 0
+			for n := range tries {
+				starter := exec.Command("/proc/self/exe")
+				starter.Env = append(os.Environ(), roleEnv+"="+role)
+				starter.Stderr = os.Stderr
+				told, err := starter.StdoutPipe()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := starter.Start(); err != nil {
+					t.Fatal(err)
+				}
+				lines := bufio.NewScanner(told)
+				lines.Scan()
+				if n >= tries*9/10 {
+					lines.Scan()
+				}
+				if want := []string{"starting", "started"}; !slices.Contains(want, lines.Text()) {
+					t.Fatalf("starter said %q", lines.Text())
+				}
+				time.Sleep(time.Duration(n) * 20 * time.Microsecond)
+				_ = starter.Process.Kill()
+				_ = starter.Wait()
+				// What it has left is our child now, and of nobody else.
+				for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+					var status unix.WaitStatus
+					pid, err := unix.Wait4(-1, &status, unix.WNOHANG, nil)
+					if errors.Is(err, unix.ECHILD) {
+						break
+					}
+					if pid > 0 {
+						orphans++
+					} else if time.Now().After(deadline) {
+						for _, pid := range children(t) {
+							line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+							t.Errorf("try %d: it has left process %d: %q", n, pid, line)
+							_ = unix.Kill(pid, unix.SIGKILL)
+						}
+						deadline = time.Now().Add(time.Minute)
+					}
+				}
+			}
+			if orphans < tries/10 {
+				t.Errorf("only %d of %d had begun", orphans, tries)
+			}
+		})
+	}
+}
+
+// children are this process's.
+func children(t *testing.T) (pids []int) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		text, _ := os.ReadFile(f) // of a thread that may have ended
+		for _, field := range strings.Fields(string(text)) {
+			if pid, err := strconv.Atoi(field); err == nil {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
 }
 
 // keptVMM has a keeper start a VMM and die, calling while in between.

@@ -17,9 +17,6 @@ const firstPassed = 3
 // by a SIGTRAP, as it did for the first one (ptrace(2), "execve(2) under ptrace"): in the stop of PTRACE_O_TRACEEXEC it would still be in the
 // system call, whose result then takes the place of what is put into its registers.
 func awaitExec(pid int) error {
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL); err != nil {
-		return fmt.Errorf("set ptrace options of process %d: %w", pid, err)
-	}
 	if err := unix.PtraceCont(pid, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("continue process %d: %w", pid, err)
 	}

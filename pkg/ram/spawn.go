@@ -33,6 +33,11 @@ type Options struct {
 	// Wrapped says that the command executes the VMM in the same process, and closes what it has inherited before, as Firecracker's jailer does:
 	// the command's ExtraFiles are given to the VMM itself. It must not fork.
 	Wrapped bool
+
+	// Started, if set, is called with the process id before the command's first instruction (where ptrace is not allowed: at once after it was
+	// started), and its error ends the command. Should this process die before Started has returned, however it dies, the command ends too,
+	// but where ptrace is not allowed.
+	Started func(pid int) error
 }
 
 // Handle is a VMM process as this package holds it: its pidfd, and the userfaultfd planted in it if that could be done.
@@ -118,23 +123,35 @@ func Spawn(cmd *exec.Cmd, opts Options) (*Handle, error) {
 		return nil, fmt.Errorf("start %q: rung %d does not exist, use Full, Lazy or Eager", cmd.Path, opts.Limit)
 	}
 	if opts.Limit == Eager && opts.Graft == nil && !opts.Wrapped {
-		return spawnPlain(cmd, "limited to eager by configuration")
+		return spawnPlain(cmd, opts, "limited to eager by configuration")
 	}
 	// Whether ptrace is allowed must be known before: a failed cmd.Start cannot be repeated.
 	if p := probe(); !p.traceable {
 		if opts.Graft != nil || opts.Wrapped {
 			return nil, fmt.Errorf("start %q: its memory and files are given to it by ptrace(2): %s", cmd.Path, p.Reason)
 		}
-		return spawnPlain(cmd, p.Reason)
+		return spawnPlain(cmd, opts, p.Reason)
 	}
-	return spawnTraced(cmd, opts, nil)
+	return spawnTraced(cmd, opts)
 }
 
-func spawnPlain(cmd *exec.Cmd, reason string) (*Handle, error) {
+func spawnPlain(cmd *exec.Cmd, opts Options, reason string) (*Handle, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
+	if err := opts.started(cmd.Process.Pid); err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return nil, err
+	}
 	return withPidfd(cmd, reason)
+}
+
+func (o Options) started(pid int) error {
+	if o.Started == nil {
+		return nil
+	}
+	return o.Started(pid)
 }
 
 // withPidfd makes the handle of a started command, or ends the command.
@@ -158,8 +175,8 @@ func unprivileged(cmd *exec.Cmd) bool {
 	return attr != nil && (attr.Credential != nil || attr.Cloneflags&unix.CLONE_NEWUSER != 0)
 }
 
-// spawnTraced is Spawn where ptrace is allowed. stopped, if set, is called before the process is let go.
-func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle, err error) {
+// spawnTraced is Spawn where ptrace is allowed.
+func spawnTraced(cmd *exec.Cmd, opts Options) (h *Handle, err error) {
 	attr, extra := cmd.SysProcAttr, cmd.ExtraFiles
 	defer func() { cmd.SysProcAttr, cmd.ExtraFiles = attr, extra }()
 	traced := syscall.SysProcAttr{}
@@ -167,6 +184,8 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		traced = *attr
 	}
 	traced.Ptrace = true
+	deathsig := traced.Pdeathsig
+	traced.Pdeathsig = unix.SIGKILL // until it is stopped, and the tracing sees to that
 	cmd.SysProcAttr = &traced
 
 	files := slices.Clip(extra)
@@ -198,7 +217,7 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 		fd, reason, grafted := -1, "", uint64(0)
 		var releases *os.File
 		var fatal error
-		if err := awaitTrap(pid); err != nil {
+		if err := hold(pid); err != nil {
 			reason = fmt.Sprintf("trace process %d: %v", pid, err)
 			if opts.Graft != nil || opts.Wrapped {
 				fatal = errors.New(reason)
@@ -219,11 +238,14 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 			default:
 				fd, reason, fatal = plant(pid, inherited)
 			}
+			if fatal == nil {
+				fatal = setDeathSignal(pid, deathsig)
+			}
 			if err := setSignalMask(pid, mask); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
 				fatal = fmt.Errorf("restore signal mask of process %d: %w", pid, err)
 			}
-			if stopped != nil {
-				stopped(pid)
+			if fatal == nil {
+				fatal = opts.started(pid)
 			}
 			if fatal != nil {
 				_ = unix.Kill(pid, unix.SIGKILL)
@@ -256,6 +278,28 @@ func spawnTraced(cmd *exec.Cmd, opts Options, stopped func(pid int)) (h *Handle,
 	return h, nil
 }
 
+// hold waits until the traced process stops before its first instruction. From then on it dies with this thread, and does not run on: half
+// of what is to be done to it may have been done.
+func hold(pid int) error {
+	if err := awaitTrap(pid); err != nil {
+		return err
+	}
+	return unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL)
+}
+
+// setDeathSignal has the stopped process get sig when the thread ends that started it (PR_SET_PDEATHSIG(2const)); none if 0.
+func setDeathSignal(pid int, sig syscall.Signal) (err error) {
+	t := tracee{pid: pid}
+	if err = t.open(); err == nil {
+		_, err = t.call(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uint64(sig))
+		err = errors.Join(err, t.close())
+	}
+	if err != nil {
+		return fmt.Errorf("set the signal that process %d gets at our end: %w", pid, err)
+	}
+	return nil
+}
+
 // unwrap waits for the VMM, and gives it what the program before it would have closed.
 func unwrap(pid int, files []*os.File) (err error) {
 	if err := awaitExec(pid); err != nil {
@@ -271,9 +315,6 @@ func unwrap(pid int, files []*os.File) (err error) {
 
 // mapInto maps a memory, of which the stopped process has inherited the descriptor, and returns where.
 func mapInto(pid, fd int, m *Memory) (addr uint64, err error) {
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL); err != nil {
-		return 0, fmt.Errorf("set ptrace options of process %d: %w", pid, err)
-	}
 	t := tracee{pid: pid}
 	if err := t.open(); err != nil {
 		return 0, err
@@ -304,10 +345,6 @@ func mapInto(pid, fd int, m *Memory) (addr uint64, err error) {
 // why there is none, or an error if the process is no longer fit to run.
 func plant(pid, inherited int) (fd int, reason string, fatal error) {
 	refuse := func(err error) (int, string, error) { return -1, err.Error(), nil }
-	// Were this thread to die now, the process must not run on with our instructions in its text.
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL); err != nil {
-		return refuse(fmt.Errorf("set ptrace options of process %d: %w", pid, err))
-	}
 	t := tracee{pid: pid}
 	if err := t.open(); err != nil {
 		return refuse(err)

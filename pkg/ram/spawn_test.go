@@ -199,11 +199,7 @@ func TestSpawnSignals(t *testing.T) {
 		t.Run(sig.String(), func(t *testing.T) {
 			checkLeaks(t)
 			cmd := exec.Command("/bin/sleep", "1000")
-			h, err := spawnTraced(cmd, Options{}, func(pid int) {
-				if err := unix.Kill(pid, sig); err != nil {
-					t.Error(err)
-				}
-			})
+			h, err := spawnTraced(cmd, Options{Started: func(pid int) error { return unix.Kill(pid, sig) }})
 			if err != nil {
 				t.Fatal(err)
 			}

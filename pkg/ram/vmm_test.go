@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 		vmmMain()
 	case role == "graft":
 		graftMain()
+	case strings.HasPrefix(role, "starter"):
+		starterMain(strings.HasSuffix(role, "wrapped"))
 	case strings.HasPrefix(role, "keeper"):
 		keeperMain()
 	case strings.HasPrefix(role, "deny:"):

@@ -843,7 +843,7 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 		// The machine holds the instance's locks too: should this process die, the instance stays taken while it lives. And
 		// it holds what it alone outlives us with: see block.OverlayOptions.Live.
 		cmd.ExtraFiles = append(cmd.ExtraFiles, i.inherited()...)
-		opts := ram.Options{Wrapped: needs.Wrapped}
+		opts := ram.Options{Wrapped: needs.Wrapped, Started: i.leash.fasten}
 		if grafted {
 			opts.Graft = i.memory
 		}
@@ -851,9 +851,9 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 			return err
 		}
 		if grafted { // it is mapped, and has to be ours before the hypervisor takes it for its guest's
-			err = attach()
+			return attach()
 		}
-		return errors.Join(err, i.leash.fasten(cmd.Process.Pid))
+		return nil
 	}
 	if grafted {
 		cfg.Graft = i.memory.Graft

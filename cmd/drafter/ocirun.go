@@ -287,7 +287,7 @@ func runImage(cmd *cobra.Command, opts peerOptions, run ociRun, image string) (e
 		return fmt.Errorf("make folder for the instance: %w", err)
 	}
 	defer runner.RemoveFolders(made) // what is not empty stays
-	unlock, err := lockRun(dir)
+	unlock, err := lockFolder(dir, "--instance")
 	if err != nil {
 		return err
 	}
@@ -369,14 +369,14 @@ func writeRecord(dir string, rec runRecord) error {
 	return err
 }
 
-// lockRun takes an instance's folder for this process.
-func lockRun(dir string) (unlock func(), err error) {
+// lockFolder takes an instance's folder, which flag has named, for this process.
+func lockFolder(dir, flag string) (unlock func(), err error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("instance %q is in use by another drafter oci run: end that, or give another --instance", dir), f.Close())
+		return nil, errors.Join(fmt.Errorf("folder %q is in use by another command: end that, or name another folder (%s)", dir, flag), f.Close())
 	}
 	return func() { f.Close() }, nil
 }

@@ -604,6 +604,18 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 		return p, nil
 	}
 	image := store.origin
+	if image != nil && !store.whole {
+		made, err := runner.MakeFolders(opts.packagePath, 0o700)
+		defer runner.RemoveFolders(made) // what is not empty stays
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", opts.restoring(), err)
+		}
+		unlock, err := lockFolder(opts.packagePath, opts.folderFlag())
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", opts.restoring(), err)
+		}
+		defer unlock()
+	}
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
 		if id, ok := p.InDoubt(); ok {
@@ -804,6 +816,10 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 		case <-arrived:
 			arrived = nil
 			report, err := p.Arrival()
+			standing := "is frozen"
+			if !p.Instance().GuestLacks() {
+				standing = "runs on without what it would boot from"
+			}
 			switch {
 			case err == nil:
 				if err := reports.write(report); err != nil {
@@ -811,12 +827,12 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 				}
 				fmt.Fprintf(out, "Received VM on %s: %s\n", p.VMPath(), summary(report))
 			case p.Instance().Missing() > 0 && refusal(err) != "":
-				fmt.Fprintf(out, "The VM is frozen: the peer that has the rest of its content refuses it: %s. This one goes on asking\n", refusal(err))
+				fmt.Fprintf(out, "The VM %s: the peer that has the rest of its content refuses it: %s. This one goes on asking\n", standing, refusal(err))
 				p.Search()
 				arrived = p.Arrived()
 			case p.Instance().Missing() > 0:
-				fmt.Fprintf(out, "The VM is frozen, and nothing of it is lost: the peer that has the rest of its content was not found (%v). "+
-					"Start that peer again, with the command line that it had: this one goes on looking for it\n", err)
+				fmt.Fprintf(out, "The VM %s, and nothing of it is lost: the peer that has the rest of its content was not found (%v). "+
+					"Start that peer again, with the command line that it had: this one goes on looking for it\n", standing, err)
 				p.Search()
 				arrived = p.Arrived()
 			default:

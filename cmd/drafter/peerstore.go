@@ -410,22 +410,29 @@ func statusOf(path string) (_ runner.Status, err error) {
 // restoreMark is a file in the folder of an image that has not been fetched wholly, with its name and version, and its devices.
 const restoreMark = ".restore"
 
-// markRestored makes the folder that an image is restored to. Undo removes it, if that has come to nothing.
+// markRestored begins to restore an image to a folder that this process has locked, and in which there is no VM. Undo removes the mark, if that has
+// come to nothing.
 func markRestored(of string, devices []string, dir string) (undo func(), err error) {
 	mark := filepath.Join(dir, restoreMark)
 	_, before := os.Stat(mark)
-	made, err := runner.MakeFolders(dir, 0o700)
-	if err == nil {
-		err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{of}, devices...), " ")+"\n"), 0o600)
-	}
-	if err == nil {
-		err = os.Rename(mark+".new", mark)
+	if before == nil { // an attempt was killed: what is there of a file that only is read would pass for the whole of it
+		for _, d := range restoredDevices(devices, dir) {
+			if d.Name == runner.StateDevice { // says whether its machine lives, and is to be ended
+				continue
+			}
+			if err := os.Remove(d.Base); err != nil && !errors.Is(err, os.ErrNotExist) {
+				return nil, err
+			}
+		}
 	}
 	undo = func() {
 		if before != nil { // else there is what an earlier attempt has left
 			_ = os.Remove(mark)
-			runner.RemoveFolders(made)
 		}
+	}
+	err = os.WriteFile(mark+".new", []byte(strings.Join(append([]string{of}, devices...), " ")+"\n"), 0o600)
+	if err == nil {
+		err = os.Rename(mark+".new", mark)
 	}
 	if err != nil {
 		undo()

@@ -196,7 +196,7 @@ func TestOCI(t *testing.T) {
 	}
 	c.waitFor(t, "Serving on ")
 	said = w.start(t, nil, run...).wait(t, 1)
-	if !strings.Contains(said, "is in use by another drafter oci run") {
+	if !strings.Contains(said, "is in use by another command") {
 		t.Errorf("twice: %s", said)
 	}
 	c.Process.Signal(os.Interrupt)

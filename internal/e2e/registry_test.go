@@ -65,7 +65,7 @@ func TestCommandRegistry(t *testing.T) {
 
 	// It answers before all of it was fetched. What is pushed to the tag meanwhile is nothing to it.
 	before := front.BytesGot.Load()
-	front.Limit(4 << 20)
+	front.Limit(1 << 20)
 	a := start("a", name, "--laddr", "localhost:0")
 	a.waitFor(t, "VM runs here")
 	early := front.BytesGot.Load() - before
@@ -88,7 +88,10 @@ func TestCommandRegistry(t *testing.T) {
 	a.waitFor(t, "Adopted VM")
 	a.waitFor(t, "Received VM")
 	t.Logf("pushed with %d bytes; the VM ran after %d bytes of the registry, the guest answered after %d, and had all after %d", sent, early, answered, front.BytesGot.Load()-before)
-	if !first || answered >= sent { // the kernel and the initrd, which come before it runs, are more than half of it
+	if early >= sent/2 { // the kernel and the initrd, which nobody needs who does not boot, are more than that
+		t.Errorf("the VM ran after %d bytes of %d", early, sent)
+	}
+	if !first || answered >= sent {
 		t.Errorf("the guest answered after %d bytes of %d", answered, sent)
 	}
 
@@ -144,6 +147,30 @@ func TestCommandRegistry(t *testing.T) {
 	d.waitFor(t, "Booted VM")
 	d.Process.Signal(syscall.SIGTERM)
 	d.wait(t, 0)
+
+	// One dies before its VM runs, with files that are there and not whole.
+	w.console = newConsole(t)
+	front.Limit(256 << 10)
+	f := start("f", name)
+	for ctx := newContext(t); ; w.pass(f, 1) {
+		if _, err := os.Stat(w.path("f/vmlinux")); err == nil {
+			break
+		} else if ctx.Err() != nil {
+			t.Fatalf("no kernel comes:\n%s", f.said())
+		}
+	}
+	says(start("f", name).wait(t, 1), "is in use by another command", "--instance")
+	f.Process.Kill()
+	f.wait(t, -1)
+	if said := f.said(); strings.Contains(said, "VM runs here") {
+		t.Errorf("it was to be killed before:\n%s", said)
+	}
+	front.Limit(0)
+	f = start("f", name)
+	f.waitFor(t, "Received VM")
+	w.do(t, "echo it lives")
+	f.Process.Signal(syscall.SIGTERM)
+	f.wait(t, 0)
 
 	// Pulled, it is what was pushed.
 	run(0, "pull", pinned, w.path("e"))

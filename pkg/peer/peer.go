@@ -369,12 +369,12 @@ func (p *Peer) Arrived() <-chan struct{} {
 }
 
 // Arrival is how the arrival of the rest went, once Arrived is closed. When its error wraps migrate.ErrUnsettled something is
-// missing still, and the guest is frozen: see [Peer.Search].
+// missing still, and the guest is frozen if it may come to need that: see [Peer.Search].
 func (p *Peer) Arrival() (*migrate.Report, error) {
 	p.mu.Lock()
 	r := p.rest
 	p.mu.Unlock()
-	if errors.Is(r.err, migrate.ErrUnsettled) && p.instance.Missing() > 0 {
+	if errors.Is(r.err, migrate.ErrUnsettled) && p.instance.GuestLacks() {
 		return r.report, errors.Join(r.err, p.instance.Freeze())
 	}
 	return r.report, r.err

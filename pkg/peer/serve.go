@@ -166,12 +166,18 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 		fmt.Fprintf(identity, "%s %d %s\n", d.name, d.Size(), content)
 	}
 	s.id = fmt.Sprintf("package-%x", identity.Sum(nil)[:16])
+	var last []migrate.SourceDevice // what the guest does not need unless it boots
 	for _, d := range s.still.devices {
-		if d.name != runner.StateDevice {
-			// Without a policy nothing is copied before the switch that can come after it.
-			s.devices = append(s.devices, migrate.SourceDevice{Name: d.name, Device: d.Device})
+		// Without a policy nothing is copied before the switch that can come after it.
+		switch device := (migrate.SourceDevice{Name: d.name, Device: d.Device}); d.name {
+		case runner.StateDevice:
+		case runner.KernelDevice, runner.InitrdDevice:
+			last = append(last, device)
+		default:
+			s.devices = append(s.devices, device)
 		}
 	}
+	s.devices = append(s.devices, last...)
 	return s, nil
 }
 

@@ -128,7 +128,9 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 	} else if err != nil {
 		return nil, err
 	}
-	writes := inPlace && (c.writable() || len(d.created) > 0)
+	_, err = os.Lstat(c.listFile())
+	lacks := err == nil // some of it, which is still to be written
+	writes := inPlace && (c.writable() || len(d.created) > 0 || lacks)
 	if d.lock, err = LockFile(c.Base, writes); err != nil {
 		return nil, err
 	}
@@ -142,7 +144,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 		return nil, err
 	}
 	if inPlace && !writes && mode == openReceive {
-		d.Device = &sameDevice{Device: base, name: c.Name}
+		d.Device = &sameDevice{Device: base, name: c.Name, path: c.Base}
 	}
 	if size > 0 && base.Size() != size {
 		return nil, fmt.Errorf("its base %q has %d bytes, the instance's device has %d: they belong to different packages", c.Base, base.Size(), size)
@@ -296,7 +298,7 @@ func RemoveFolders(made []string) {
 // with what comes, never written.
 type sameDevice struct {
 	block.Device
-	name string
+	name, path string
 }
 
 func (d *sameDevice) WriteAt(p []byte, off int64) (int, error) {
@@ -305,7 +307,7 @@ func (d *sameDevice) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if !bytes.Equal(have, p) {
-		return 0, fmt.Errorf("device %q that the source sends differs from the one here: give this instance an overlay for it", d.name)
+		return 0, fmt.Errorf("device %q that the source sends differs from %q, which is here: give this instance an overlay for it, or remove that file, if a peer that was killed has left a part of it", d.name, d.path)
 	}
 	return len(p), nil
 }

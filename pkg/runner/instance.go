@@ -260,6 +260,7 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err := i.foldLayers(ctx); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
+	i.callOnLate() // what it boots from may be missing
 	boot := &vmm.Boot{}
 	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
@@ -276,7 +277,6 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}
 	booted = true
-	i.callOnLate()
 	if err := i.start(ctx, boot); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
@@ -363,7 +363,10 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
 	for _, d := range i.devices { // of an instance that was here before
-		if err := os.Remove(d.listFile()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		switch err := os.Remove(d.listFile()); {
+		case err == nil && d.served == nil && d.Overlay == "":
+			d.created = append(d.created, d.Base) // a part of a file, which would pass for the whole of it
+		case err != nil && !errors.Is(err, os.ErrNotExist):
 			return nil, fmt.Errorf("prepare instance: %w", err)
 		}
 	}
@@ -499,7 +502,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			return nil, err
 		}
 		i.devices = append(i.devices, d)
-		if _, err := os.Lstat(c.listFile()); err == nil && d.served != nil && deviceMode == openExisting {
+		if _, err := os.Lstat(c.listFile()); err == nil && d.canBeLate() && deviceMode == openExisting {
 			if err := d.makeLazy(nil, &i.late); err != nil {
 				return nil, err
 			}
@@ -694,17 +697,30 @@ func (i *Instance) device(name string) *device {
 	return nil
 }
 
-// bootFile is the path of a file with the device's content, for a VMM that reads files. Empty if there is no such device.
-func (i *Instance) bootFile(ctx context.Context, name string) (string, error) {
+// bootFile is the path of a file with the device's content, for a VMM that reads files, once all of it has arrived. Empty if there is no such device.
+func (i *Instance) bootFile(ctx context.Context, name string) (_ string, err error) {
 	d := i.device(name)
 	if d == nil {
 		return "", nil
 	}
-	if d.Overlay == "" {
+	if d.Overlay == "" && d.lazy == nil {
 		return filepath.Abs(d.Base)
 	}
 	if err := i.makeFolder(); err != nil {
 		return "", err
+	}
+	if d.lazy != nil { // of which a reader waits, whatever becomes of ctx
+		closed := make(chan struct{})
+		stop := context.AfterFunc(ctx, func() {
+			defer close(closed)
+			_ = d.lazy.Close() // nothing was written to it
+		})
+		defer func() {
+			if !stop() {
+				<-closed
+				err = context.Cause(ctx)
+			}
+		}()
 	}
 	path := filepath.Join(i.path, name)
 	f, err := block.CreateFile(path, d.Size())

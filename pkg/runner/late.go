@@ -90,7 +90,7 @@ type lateNote struct {
 	Migration string `json:"migration"`
 }
 
-// listSuffix makes the name of the file that lists what is missing of a disk of that of the overlay's state, or of the disk
+// listSuffix makes the name of the file that lists what is missing of a device of that of the overlay's state, or of the device
 // itself where there is no overlay.
 const listSuffix = ".missing"
 
@@ -119,7 +119,7 @@ func (r *relay) Flush() error                             { return r.dev().Flush
 func (r *relay) Close() error                             { return nil } // its owner closes what it relays to
 func (r *relay) NextData(off int64) (block.Range, error)  { return block.NextData(r.dev(), off) }
 
-// lateDisk is a disk of which something is missing.
+// lateDisk is a disk, or a file to boot from, of which something is missing.
 type lateDisk struct{ *block.Lazy }
 
 func (d lateDisk) Wanted() []block.Range { return d.InFlight() }
@@ -158,7 +158,7 @@ func (m lateMemory) Wanted() []block.Range {
 	return ranges
 }
 
-// makeLazy puts a lazy device before a disk. Missing is what has not arrived; nil: what the list says that is there.
+// makeLazy puts a lazy device before one. Missing is what has not arrived; nil: what the list says that is there.
 func (d *device) makeLazy(missing []block.Range, l *late) error {
 	lazy, err := block.NewLazy(d.Device, block.LazyOptions{
 		Missing: missing, List: d.listFile(), Live: d.arrived,
@@ -171,9 +171,20 @@ func (d *device) makeLazy(missing []block.Range, l *late) error {
 		return fmt.Errorf("device %q: %w", d.Name, err)
 	}
 	d.lazy, d.Device = lazy, lazy
-	d.served.to.Store(&d.Device)
+	if d.served != nil {
+		d.served.to.Store(&d.Device)
+	}
 	l.put(d.Name, lateDisk{lazy})
 	return nil
+}
+
+// canBeLate reports whether the device may arrive while the guest runs: a disk, or a file that no machine reads but one that boots.
+func (d *device) canBeLate() bool {
+	if d.Name == KernelDevice || d.Name == InitrdDevice {
+		_, here := d.Device.(*sameDevice)
+		return !here
+	}
+	return d.served != nil && !d.Shared // which is here
 }
 
 // CanPostpone reports whether the device may arrive while the guest runs. The instance is prepared.
@@ -182,7 +193,7 @@ func (i *Instance) CanPostpone(device string) bool {
 		return i.memory.Capabilities().Lazy
 	}
 	d := i.device(device)
-	return d != nil && d.served != nil && !d.Shared // which is here
+	return d != nil && d.canBeLate()
 }
 
 // Postpone declares, before Load, what of the devices arrives only while the guest runs, by device; devices of which
@@ -329,6 +340,16 @@ func (i *Instance) Settled() error {
 		}
 	}
 	return writeRecord(i.device(StateDevice), i.runningRecord(""))
+}
+
+// GuestLacks reports whether something has not arrived that the guest may come to wait for: not only what it boots from.
+func (i *Instance) GuestLacks() bool {
+	for name, l := range i.late.all() {
+		if _, err := l.NextMissing(0); err == nil && name != KernelDevice && name != InitrdDevice {
+			return true
+		}
+	}
+	return false
 }
 
 // Missing is how many bytes of the instance have not arrived.

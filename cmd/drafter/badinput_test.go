@@ -160,7 +160,7 @@ func checkRefused(t *testing.T, dir string, args []string, status int, want ...s
 	t.Helper()
 	t.Setenv("XDG_CACHE_HOME", t.TempDir()) // what QEMU can do is remembered there: outside of dir
 	t.Setenv("TMPDIR", dir)
-	before, fds := tree(t, dir), descriptors(t)
+	before, fds, processes := tree(t, dir), descriptors(t), children(t)
 	got, stdout, stderr := drafter(t.Context(), args...)
 	if got != status {
 		t.Errorf("exit status %d, want %d", got, status)
@@ -188,8 +188,8 @@ func checkRefused(t *testing.T, dir string, args []string, status int, want ...s
 	if len(left) > 0 {
 		t.Errorf("it left descriptors open: %q, beside %q", left, fds)
 	}
-	if children, _ := os.ReadFile(fmt.Sprintf("/proc/self/task/%d/children", os.Getpid())); len(children) > 0 {
-		t.Errorf("it left processes: %s", children)
+	if left := added(children(t), processes); len(left) > 0 {
+		t.Errorf("it left processes: %q, beside %q", left, processes)
 	}
 	if t.Failed() || testing.Verbose() {
 		t.Logf("drafter %q says:\n%s", args, stderr)
@@ -212,6 +212,20 @@ func descriptors(t *testing.T) []string {
 		list = append(list, target)
 	}
 	return list
+}
+
+// children lists the processes that are ours, ended or not.
+func children(t *testing.T) (pids []string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		text, _ := os.ReadFile(f) // of a thread that may have ended
+		pids = append(pids, strings.Fields(string(text))...)
+	}
+	return pids
 }
 
 // added lists what of now is not in before, each as often as it is there more.

@@ -286,12 +286,13 @@ func runImage(cmd *cobra.Command, opts peerOptions, run ociRun, image string) (e
 	if err != nil {
 		return fmt.Errorf("make folder for the instance: %w", err)
 	}
-	defer runner.RemoveFolders(made) // what is not empty stays
 	unlock, err := lockFolder(dir, "--instance")
 	if err != nil {
+		runner.RemoveFolders(made)
 		return err
 	}
 	defer unlock()
+	defer runner.RemoveFolders(made) // what is not empty stays
 
 	var disk []string
 	for _, name := range diskFlags {
@@ -375,10 +376,23 @@ func lockFolder(dir, flag string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return nil, errors.Join(fmt.Errorf("folder %q is in use by another command: end that, or name another folder (%s)", dir, flag), f.Close())
+	var ours, its os.FileInfo
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == nil {
+		ours, err = f.Stat()
 	}
-	return func() { f.Close() }, nil
+	if err == nil {
+		its, err = os.Stat(dir)
+	}
+	switch {
+	case errors.Is(err, unix.EWOULDBLOCK), err == nil && !os.SameFile(ours, its): // it was removed by whom it was locked by, and made anew
+		err = fmt.Errorf("folder %q is in use by another command: end that, or name another folder (%s)", dir, flag)
+	case err != nil:
+		err = fmt.Errorf("lock folder %q: %w", dir, err)
+	default:
+		return func() { f.Close() }, nil
+	}
+	return nil, errors.Join(err, f.Close())
 }
 
 // imageMount is where an instance's image is shown, and imageData where what has come of it is.

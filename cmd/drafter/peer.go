@@ -606,15 +606,16 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 	image := store.origin
 	if image != nil && !store.whole {
 		made, err := runner.MakeFolders(opts.packagePath, 0o700)
-		defer runner.RemoveFolders(made) // what is not empty stays
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", opts.restoring(), err)
+		unlock := func() {}
+		if err == nil {
+			unlock, err = lockFolder(opts.packagePath, opts.folderFlag())
 		}
-		unlock, err := lockFolder(opts.packagePath, opts.folderFlag())
 		if err != nil {
+			runner.RemoveFolders(made)
 			return nil, fmt.Errorf("%s: %w", opts.restoring(), err)
 		}
 		defer unlock()
+		defer runner.RemoveFolders(made) // what is not empty stays
 	}
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {
@@ -806,6 +807,13 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			}
 			return nil
 		case <-p.Done():
+			if n := p.Instance().Missing(); n > 0 && arrived != nil { // what it would boot again from, at least
+				fmt.Fprintf(out, "The guest has ended; %d bytes of the VM are still to come\n", n)
+				select {
+				case <-arrived:
+				case <-ctx.Done():
+				}
+			}
 			if err := p.Err(); errors.Is(err, vmm.ErrReboot) {
 				return fmt.Errorf("the VM ended: %w: boot it again with --boot", err)
 			} else if err != nil {

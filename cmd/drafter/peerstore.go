@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -384,8 +385,13 @@ func (d *peerDepot) occupied(ctx context.Context, f *depotFlags, devices []peer.
 	if f.run {
 		beside, verb = "", "start"
 	}
-	if status == runner.Running {
-		return fmt.Errorf("%w: the VM in %q died before all of it had been fetched: boot it from its disks with --boot%s, which fetches what they lack; or remove the folder, to %s it once more", taken, dir, beside, verb)
+	lacks := slices.ContainsFunc(devices, func(d peer.Device) bool { return d.CheckArrived() != nil })
+	if status == runner.Running || lacks {
+		how := "died"
+		if status == runner.ShutDown {
+			how = "shut down"
+		}
+		return fmt.Errorf("%w: the VM in %q %s before all of it had been fetched: boot it from its disks with --boot%s, which fetches what they lack; or remove the folder, to %s it once more", taken, dir, how, beside, verb)
 	}
 	if err := describeRestored(ctx, d.origin, dir, devices); err != nil {
 		return err
@@ -420,7 +426,7 @@ func markRestored(of string, devices []string, dir string) (undo func(), err err
 			if d.Name == runner.StateDevice { // says whether its machine lives, and is to be ended
 				continue
 			}
-			if err := os.Remove(d.Base); err != nil && !errors.Is(err, os.ErrNotExist) {
+			if err := d.Remove(); err != nil {
 				return nil, err
 			}
 		}
@@ -442,6 +448,11 @@ func markRestored(of string, devices []string, dir string) (undo func(), err err
 
 // describeRestored makes the folder of an image a package.
 func describeRestored(ctx context.Context, o origin, dir string, devices []peer.Device) error {
+	for _, d := range devices {
+		if err := d.CheckArrived(); err != nil { // as where its guest has shut down meanwhile
+			return fmt.Errorf("not all of %s has been fetched: device %q: %w", o, d.Name, err)
+		}
+	}
 	if r, ok := o.(registryOrigin); ok { // so that it goes on when it is run again, and what is pushed of it is no more than what differs
 		if err := registry.WriteOrigin(dir, r.Origin()); err != nil {
 			return err

@@ -385,7 +385,9 @@ func (p *Peer) Arrival() (*migrate.Report, error) {
 func (p *Peer) Search() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.rest = p.find(p.rest.claim, p.instance)
+	if p.rest != nil { // else there is nobody to look for: it was started without Config.FindSource
+		p.rest = p.find(p.rest.claim, p.instance)
+	}
 }
 
 // Receive takes over a running instance from the peer at the other end of streams. When it fails, the instance runs on at

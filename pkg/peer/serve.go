@@ -169,9 +169,10 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 	var last []migrate.SourceDevice // what the guest does not need unless it boots
 	for _, d := range s.still.devices {
 		// Without a policy nothing is copied before the switch that can come after it.
-		switch device := (migrate.SourceDevice{Name: d.name, Device: d.Device}); d.name {
-		case runner.StateDevice:
-		case runner.KernelDevice, runner.InitrdDevice:
+		device := migrate.SourceDevice{Name: d.name, Device: d.Device}
+		switch {
+		case d.name == runner.StateDevice:
+		case runner.IsBootFile(d.name):
 			last = append(last, device)
 		default:
 			s.devices = append(s.devices, device)

@@ -161,6 +161,11 @@ func (s *still) open(c runner.DeviceConfig, size int64, writes bool) error {
 	if errors.Is(err, os.ErrNotExist) && size > 0 && c.Overlay == "" {
 		return s.create(wire.Device{Name: c.Name, Size: size}, c.Base)
 	}
+	if size == 0 { // it is not to be received
+		if err := c.CheckArrived(); err != nil {
+			return err
+		}
+	}
 	dev := &stillDevice{name: c.Name, path: c.Base}
 	inPlace := c.Overlay == "" && writes
 	if dev.lock, err = runner.LockFile(c.Base, inPlace); err != nil {

@@ -76,11 +76,13 @@ func (p *Peer) startSync() {
 			continue
 		}
 		s := synced{index: migrate.NewIndexBuilder(d.Block.Size())}
-		memory := d.Config.Name == runner.MemoryDevice
+		memory, boots := d.Config.Name == runner.MemoryDevice, runner.IsBootFile(d.Config.Name)
 		var err error
 		s.Syncing, err = p.cfg.Storage.Sync(d.Config.Name, SyncSource{
 			Device: d.Block, Writes: d.Writes, Still: d.Tracker == nil, Stored: s.index.Write,
-			Ready: func() bool { return p.instance.Missing() == 0 && (!memory || p.instance.MemoryFilled()) },
+			Ready: func() bool {
+				return !p.instance.GuestLacks() && (!boots || p.instance.Missing() == 0) && (!memory || p.instance.MemoryFilled())
+			},
 		})
 		if err != nil {
 			p.cfg.Logger.Error("a device is not kept in the store", "device", d.Config.Name, "error", err)

@@ -35,8 +35,8 @@ type Options struct {
 	Wrapped bool
 
 	// Started, if set, is called with the process id before the command's first instruction (where ptrace is not allowed: at once after it was
-	// started), and its error ends the command. Should this process die before Started has returned, however it dies, the command ends too,
-	// but where ptrace is not allowed.
+	// started), and its error ends the command. Should this process die before Started has returned, however it dies, the command ends too:
+	// but not where ptrace is not allowed, nor one that just then executes a file with a set-user-ID or with capabilities (PR_SET_PDEATHSIG(2const)).
 	Started func(pid int) error
 }
 
@@ -219,7 +219,7 @@ func spawnTraced(cmd *exec.Cmd, opts Options) (h *Handle, err error) {
 		var fatal error
 		if err := hold(pid); err != nil {
 			reason = fmt.Sprintf("trace process %d: %v", pid, err)
-			if opts.Graft != nil || opts.Wrapped {
+			if opts.Graft != nil || opts.Wrapped || !errors.Is(err, ErrProcessEnded) {
 				fatal = errors.New(reason)
 			}
 		} else {
@@ -239,9 +239,11 @@ func spawnTraced(cmd *exec.Cmd, opts Options) (h *Handle, err error) {
 				fd, reason, fatal = plant(pid, inherited)
 			}
 			if fatal == nil {
-				fatal = setDeathSignal(pid, deathsig)
+				if err := setDeathSignal(pid, deathsig); err != nil && !gone(err) {
+					fatal = err
+				}
 			}
-			if err := setSignalMask(pid, mask); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
+			if err := setSignalMask(pid, mask); err != nil && fatal == nil && !gone(err) {
 				fatal = fmt.Errorf("restore signal mask of process %d: %w", pid, err)
 			}
 			if fatal == nil {
@@ -251,7 +253,7 @@ func spawnTraced(cmd *exec.Cmd, opts Options) (h *Handle, err error) {
 				_ = unix.Kill(pid, unix.SIGKILL)
 			}
 			// Gone already: killed by somebody, which is not for us to report.
-			if err := unix.PtraceDetach(pid); err != nil && fatal == nil && !errors.Is(err, unix.ESRCH) {
+			if err := unix.PtraceDetach(pid); err != nil && fatal == nil && !gone(err) {
 				fatal = fmt.Errorf("detach from process %d: %w", pid, err)
 			}
 		}
@@ -278,13 +280,20 @@ func spawnTraced(cmd *exec.Cmd, opts Options) (h *Handle, err error) {
 	return h, nil
 }
 
+// gone reports whether an error comes of a process that somebody has killed.
+func gone(err error) bool { return errors.Is(err, unix.ESRCH) || errors.Is(err, ErrProcessEnded) }
+
 // hold waits until the traced process stops before its first instruction. From then on it dies with this thread, and does not run on: half
 // of what is to be done to it may have been done.
 func hold(pid int) error {
 	if err := awaitTrap(pid); err != nil {
 		return err
 	}
-	return unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL)
+	err := unix.PtraceSetOptions(pid, unix.PTRACE_O_EXITKILL)
+	if errors.Is(err, unix.ESRCH) {
+		err = ErrProcessEnded
+	}
+	return err
 }
 
 // setDeathSignal has the stopped process get sig when the thread ends that started it (PR_SET_PDEATHSIG(2const)); none if 0.

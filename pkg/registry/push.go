@@ -309,7 +309,10 @@ func (p *push) read(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("device %q: %w", d.Name, err)
 		}
-		file, err := block.OpenFile(at.Path, block.FileOptions{ReadOnly: true})
+		var file *block.File
+		if err = (runner.DeviceConfig{Name: d.Name, Base: at.Path}).CheckArrived(); err == nil {
+			file, err = block.OpenFile(at.Path, block.FileOptions{ReadOnly: true})
+		}
 		if err != nil {
 			lock.Close()
 			return fmt.Errorf("device %q: %w", d.Name, err)

@@ -77,7 +77,8 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 
 // letGo closes everything but leaves the machine, and what is its own, as it is.
 func (i *Instance) letGo() error {
-	i.machine, i.root = nil, ""
+	i.note(func() { i.machine = nil })
+	i.root = ""
 	for _, d := range i.disks {
 		if m, ok := d.(*diskMount); ok {
 			m.leave = true
@@ -157,7 +158,7 @@ func (i *Instance) adopt(ctx context.Context) error {
 		}
 	}
 	i.callOnLate()
-	if len(i.late.all()) > 0 {
+	if i.GuestLacks() {
 		// The machine answers when what its main loop may be waiting for has come, however long that takes.
 		ctx = whole
 	}
@@ -176,9 +177,11 @@ func (i *Instance) adopt(ctx context.Context) error {
 	if err := o.thaw(); err != nil {
 		return err
 	}
-	if i.machine, err = adopter.Adopt(ctx, cfg); err != nil {
+	machine, err := adopter.Adopt(ctx, cfg)
+	if err != nil {
 		return err
 	}
+	i.note(func() { i.machine = machine })
 	state := vmm.StateBroken
 	if m, ok := i.machine.(vmm.Stater); ok {
 		state = m.State()

@@ -33,6 +33,9 @@ func IsDisk(name string) bool {
 	return true
 }
 
+// IsBootFile reports whether the device of that name is only read to boot: a guest that runs does without.
+func IsBootFile(name string) bool { return name == KernelDevice || name == InitrdDevice }
+
 // Description is the content of a config device: the machine as the guest sees it, and the ports on which the host expects
 // its services.
 type Description struct {

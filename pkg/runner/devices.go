@@ -128,8 +128,7 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 	} else if err != nil {
 		return nil, err
 	}
-	_, err = os.Lstat(c.listFile())
-	lacks := err == nil // some of it, which is still to be written
+	lacks := c.CheckArrived() != nil // some of it, which is still to be written
 	writes := inPlace && (c.writable() || len(d.created) > 0 || lacks)
 	if d.lock, err = LockFile(c.Base, writes); err != nil {
 		return nil, err
@@ -185,6 +184,11 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 func (c DeviceConfig) OpenBase() (block.Device, error) { return c.openBase(false) }
 
 func (c DeviceConfig) openBase(writes bool) (_ block.Device, err error) {
+	if c.Overlay != "" { // so that a list beside the base is of an instance that has it in place
+		if err := (DeviceConfig{Name: c.Name, Base: c.Base}).CheckArrived(); err != nil {
+			return nil, err
+		}
+	}
 	base, err := block.OpenFile(c.Base, block.FileOptions{ReadOnly: !writes})
 	if err != nil {
 		return nil, err
@@ -209,10 +213,28 @@ func (c DeviceConfig) openBase(writes bool) (_ block.Device, err error) {
 // CheckWhole fails if the device is more, or less, than its base and overlays: some of it has not arrived, or is in its layer.
 func (c DeviceConfig) CheckWhole() error {
 	_, since := c.layerFiles()
-	for path, what := range map[string]string{c.listFile(): "some of it has not arrived", since: "writes since its commit point are kept apart"} {
-		if _, err := os.Lstat(path); err == nil {
-			return fmt.Errorf("overlay %q: %s (%q): start its instance, and close it", c.Overlay, what, path)
-		} else if !errors.Is(err, os.ErrNotExist) {
+	return errors.Join(c.CheckArrived(), c.checkNone(since, "writes since its commit point are kept apart"))
+}
+
+// CheckArrived fails if some of the device has not arrived: it is in no file of this host.
+func (c DeviceConfig) CheckArrived() error {
+	return c.checkNone(c.listFile(), "some of it has not arrived")
+}
+
+// checkNone fails if there is a file, which says what is the matter with the device.
+func (c DeviceConfig) checkNone(path, what string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("%q: %s (%q): start its instance, and close it", c.recordFile(), what, path)
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// Remove removes the file of a device without overlays, and what says that some of it has not arrived. There need be none.
+func (c DeviceConfig) Remove() error {
+	for _, path := range []string{c.Base, c.listFile()} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}

@@ -48,8 +48,8 @@
 // Between Prepare and Load, [Instance.Postpone] says what of memory and disks is not here yet. What the guest touches of that
 // is asked for, and the guest waits; everything comes by [Late]. What is missing of a disk is on a list beside the
 // overlay's state, durable with each flush of the guest, so that a power cut costs no more than it does otherwise; what is
-// missing of memory is a hole in it. Adopt, and Boot after a power cut, have the same devices again ([Instance.Late]).
-// [Instance.Complete] ends it.
+// missing of memory is a hole in it. A kernel and an initrd are listed as a disk is; nobody waits for them but Boot. Adopt, and Boot after a
+// power cut, have the same devices again ([Config].OnLate). [Instance.Complete] ends it.
 //
 // When the machine ends before all has arrived, its memory is not needed any more, and the disks go on arriving.
 //

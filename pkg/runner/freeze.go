@@ -17,10 +17,13 @@ func (i *Instance) Freeze() error { return i.signal("freeze", unix.SIGSTOP) }
 func (i *Instance) Thaw() error { return i.signal("thaw", unix.SIGCONT) }
 
 func (i *Instance) signal(verb string, s unix.Signal) error {
-	if i.machine == nil || ended(i.machine) {
+	i.seen.Lock()
+	machine := i.machine // which may be starting, and come to wait for what is missing
+	i.seen.Unlock()
+	if machine == nil || ended(machine) {
 		return nil
 	}
-	if err := unix.Kill(i.machine.PID(), s); err != nil && !errors.Is(err, unix.ESRCH) {
+	if err := unix.Kill(machine.PID(), s); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("%s machine: %w", verb, err)
 	}
 	return nil

@@ -168,6 +168,11 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).recordFile(), err)
 	}
+	for _, d := range i.devices {
+		if d.lazy != nil { // nothing is saved before it is whole
+			return nil, fmt.Errorf("resume instance: device %q: %w", d.Name, d.CheckArrived())
+		}
+	}
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
 		return nil, fmt.Errorf("resume instance: %w: resume it on a host like the one that made it, or make the package anew for this one (drafter snapshotter --accel, --cpu-template)", err)
 	}
@@ -255,32 +260,14 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}
 	if n := i.Missing(); n > 0 && i.cfg.OnLate == nil {
-		return nil, fmt.Errorf("boot instance: %d bytes of its disks are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, shown(i.late.migration))
+		return nil, fmt.Errorf("boot instance: %d bytes of it are still at the peer that it came from (migration %s): say where that one is (--raddr)", n, shown(i.late.migration))
 	}
 	if err := i.foldLayers(ctx); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
-	i.callOnLate() // what it boots from may be missing
-	boot := &vmm.Boot{}
-	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
+	if booted, err = i.startBoot(ctx); err != nil {
 		return nil, fmt.Errorf("boot instance: %w", err)
 	}
-	if boot.Kernel == "" {
-		return nil, fmt.Errorf("boot instance: no device %q is configured", KernelDevice)
-	}
-	if boot.Initrd, err = i.bootFile(ctx, InitrdDevice); err != nil {
-		return nil, fmt.Errorf("boot instance: %w", err)
-	}
-	if state := i.device(StateDevice); state != nil {
-		if err := writeRecord(state, Record{Status: Running, Migration: i.late.migration}); err != nil {
-			return nil, fmt.Errorf("boot instance: %w", err)
-		}
-	}
-	booted = true
-	if err := i.start(ctx, boot); err != nil {
-		return nil, fmt.Errorf("boot instance: %w", err)
-	}
-	i.enter(running)
 	i.show()
 	for _, wait := range []func(context.Context, vmm.Machine, time.Duration) error{i.guest.waitAlive, i.guest.waitAgent} {
 		err := wait(ctx, i.machine, i.cfg.ResumeTimeout)
@@ -293,6 +280,34 @@ func Boot(ctx context.Context, cfg Config) (_ *Instance, err error) {
 		}
 	}
 	return i, nil
+}
+
+// startBoot starts the machine. With booted, the record says so, and what was saved before is void. What is missing of what it boots from comes
+// meanwhile, and whoever brings it is told to wait with what follows, until the instance runs.
+func (i *Instance) startBoot(ctx context.Context) (booted bool, err error) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.callOnLate()
+	boot := &vmm.Boot{}
+	if boot.Kernel, err = i.bootFile(ctx, KernelDevice); err != nil {
+		return false, err
+	}
+	if boot.Kernel == "" {
+		return false, fmt.Errorf("no device %q is configured", KernelDevice)
+	}
+	if boot.Initrd, err = i.bootFile(ctx, InitrdDevice); err != nil {
+		return false, err
+	}
+	if state := i.device(StateDevice); state != nil {
+		if err := writeRecord(state, Record{Status: Running, Migration: i.late.migration}); err != nil {
+			return false, err
+		}
+	}
+	if err := i.start(ctx, boot); err != nil {
+		return true, err
+	}
+	i.enter(running)
+	return true, nil
 }
 
 // ended reports whether the machine's process has ended.
@@ -362,6 +377,9 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 	if err := i.checkVacant(); err != nil {
 		return nil, fmt.Errorf("prepare instance: %w", err)
 	}
+	if err := i.checkOwnParts(); err != nil {
+		return nil, fmt.Errorf("prepare instance: %w", err)
+	}
 	for _, d := range i.devices { // of an instance that was here before
 		switch err := os.Remove(d.listFile()); {
 		case err == nil && d.served == nil && d.Overlay == "":
@@ -390,6 +408,23 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 // ErrMismatch is wrapped by errors of Prepare which say that what a migration would bring does not fit what is here. Their
 // text names no paths and may be told to the source.
 var ErrMismatch = errors.New("the instance does not fit this destination")
+
+// checkOwnParts refuses to receive over a part of a file that several instances may have, unless it is this one's: left by a migration that was
+// not finished.
+func (i *Instance) checkOwnParts() error {
+	state := i.device(StateDevice)
+	if len(state.created) == 0 {
+		if r, err := ReadRecord(state); err == nil && (r.Status == Receiving || r.Status == Discarded) {
+			return nil
+		}
+	}
+	for _, d := range i.devices {
+		if lacks := d.CheckArrived(); lacks != nil && d.served == nil && d.Overlay == "" {
+			return fmt.Errorf("%w: device %q is another instance's: %w", ErrMismatch, d.Name, lacks)
+		}
+	}
+	return nil
+}
 
 // checkVacant refuses to receive over an instance that somebody may still want.
 func (i *Instance) checkVacant() error {
@@ -502,7 +537,13 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			return nil, err
 		}
 		i.devices = append(i.devices, d)
-		if _, err := os.Lstat(c.listFile()); err == nil && d.canBeLate() && deviceMode == openExisting {
+		if lacks := c.CheckArrived(); lacks != nil && d.canBeLate() && deviceMode == openExisting {
+			switch {
+			case r != nil:
+				return nil, fmt.Errorf("open instance: %w: device %q does not come, and of the one here, %w", ErrMismatch, d.Name, lacks)
+			case d.served == nil && c.Overlay == "" && i.late.migration == "": // a file that several may have
+				return nil, fmt.Errorf("open instance: device %q is another instance's: %w", d.Name, lacks)
+			}
 			if err := d.makeLazy(nil, &i.late); err != nil {
 				return nil, err
 			}
@@ -516,6 +557,9 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			if err := i.lock(ctx, d, mode); err != nil {
 				return nil, fmt.Errorf("open instance: %w", err)
 			}
+			if r, err := ReadRecord(d); err == nil && (r.Status == Running || r.Status == ShutDown) {
+				i.late.migration = r.Migration
+			}
 		}
 	}
 	rank := make(map[string]int)
@@ -523,11 +567,6 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		rank[c.Name] = n
 	}
 	slices.SortFunc(i.devices, func(a, b *device) int { return cmp.Compare(rank[a.Name], rank[b.Name]) })
-	if state := i.device(StateDevice); state != nil {
-		if r, err := ReadRecord(state); err == nil && (r.Status == Running || r.Status == ShutDown) {
-			i.late.migration = r.Migration
-		}
-	}
 	if i.orphan != nil {
 		i.desc = i.orphan.info.Description
 	} else if r == nil {
@@ -874,12 +913,14 @@ func (i *Instance) start(ctx context.Context, boot *vmm.Boot) (err error) {
 	if grafted {
 		cfg.Graft = i.memory.Graft
 	}
-	if i.machine, err = i.cfg.Backend.Start(ctx, cfg); err != nil {
+	machine, err := i.cfg.Backend.Start(ctx, cfg)
+	if err != nil {
 		if handle != nil {
 			handle.Close()
 		}
 		return err
 	}
+	i.note(func() { i.machine = machine })
 	if !grafted {
 		if err := attach(); err != nil {
 			return err
@@ -1612,6 +1653,9 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	defer i.mu.Unlock()
 	if !ran {
 		return errors.Join(i.teardown(), i.discardDevices())
+	}
+	if i.Missing() > 0 { // saved, it would be less than it is: so it goes on from its disks, as after a power cut
+		return i.teardown()
 	}
 	if i.phase == running && (i.filler != nil || i.cfg.BootUnattended) && !ended(i.machine) {
 		// The guest ran for a moment and its agent did not answer. It may have served clients: keep what it did.

@@ -1,6 +1,7 @@
 package runner
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -180,7 +181,7 @@ func (d *device) makeLazy(missing []block.Range, l *late) error {
 
 // canBeLate reports whether the device may arrive while the guest runs: a disk, or a file that no machine reads but one that boots.
 func (d *device) canBeLate() bool {
-	if d.Name == KernelDevice || d.Name == InitrdDevice {
+	if IsBootFile(d.Name) {
 		_, here := d.Device.(*sameDevice)
 		return !here
 	}
@@ -315,12 +316,14 @@ func (i *Instance) callOnLate() {
 	}
 }
 
+// arriving lists the devices in the order in which they are to come: what only a boot needs comes last.
 func (i *Instance) arriving() (devices []Arriving) {
 	for _, d := range i.devices {
 		if d.Name != StateDevice {
 			devices = append(devices, Arriving{Name: d.Name, Size: d.Size(), Late: i.late.device(d.Name)})
 		}
 	}
+	slices.SortStableFunc(devices, func(a, b Arriving) int { return cmp.Compare(btoi(IsBootFile(a.Name)), btoi(IsBootFile(b.Name))) })
 	return devices
 }
 
@@ -345,7 +348,7 @@ func (i *Instance) Settled() error {
 // GuestLacks reports whether something has not arrived that the guest may come to wait for: not only what it boots from.
 func (i *Instance) GuestLacks() bool {
 	for name, l := range i.late.all() {
-		if _, err := l.NextMissing(0); err == nil && name != KernelDevice && name != InitrdDevice {
+		if _, err := l.NextMissing(0); err == nil && !IsBootFile(name) {
 			return true
 		}
 	}

@@ -807,13 +807,6 @@ func servePeer(ctx context.Context, o *operator, lobby *peer.Lobby, reports *rep
 			}
 			return nil
 		case <-p.Done():
-			if n := p.Instance().Missing(); n > 0 && arrived != nil { // what it would boot again from, at least
-				fmt.Fprintf(out, "The guest has ended; %d bytes of the VM are still to come\n", n)
-				select {
-				case <-arrived:
-				case <-ctx.Done():
-				}
-			}
 			if err := p.Err(); errors.Is(err, vmm.ErrReboot) {
 				return fmt.Errorf("the VM ended: %w: boot it again with --boot", err)
 			} else if err != nil {

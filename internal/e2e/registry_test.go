@@ -186,7 +186,7 @@ func TestCommandRegistry(t *testing.T) {
 	if err := w.console.Send("poweroff"); err != nil {
 		t.Fatal(err)
 	}
-	g.waitFor(t, "The guest has ended")
+	g.waitFor(t, "The guest shut down")
 	front.Limit(0)
 	g.wait(t, 0)
 	w.console = newConsole(t)

@@ -105,7 +105,7 @@ func (p *Peer) sendCopy(ctx context.Context, to net.Conn, bases map[string]*migr
 	ctx, done, err := p.begin(ctx, copying)
 	if err == nil {
 		defer done()
-		err = p.checkWhole()
+		err = p.checkWhole(ctx)
 	}
 	if err != nil {
 		code, reason := refusal(err)

@@ -328,6 +328,9 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 			// The start itself may wait for what is missing: a machine whose main loop needs a page does not answer.
 			p.cfg.Logger.Warn("the peer that has the rest of the instance was not found yet: start it again, with the command line that it had", "error", r.err)
 		}
+		if r.err != nil {
+			completeAlone(ctx, i, p.cfg.Logger)
+		}
 		if r.err == nil {
 			p.thaw(i)
 			p.agent.Go(func() { // which takes its turn after a call that goes on
@@ -338,6 +341,16 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 		}
 	}()
 	return r
+}
+
+// completeAlone notes of an instance whose source is lost, and not missed, that it lacks nothing.
+func completeAlone(ctx context.Context, i *runner.Instance, log *slog.Logger) {
+	if i.Missing() > 0 {
+		return
+	}
+	if err := i.Complete(context.WithoutCancel(ctx)); err != nil {
+		log.Warn("the instance is whole, and it cannot be noted", "error", err)
+	}
 }
 
 func (p *Peer) thaw(i *runner.Instance) {
@@ -423,6 +436,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 		p := newPeer(cfg, t.instance)
 		p.rest = &rest{claim: claim(t.instance), cancel: func() {}, done: make(chan struct{}), report: report, err: err}
 		close(p.rest.done)
+		completeAlone(ctx, t.instance, p.cfg.Logger)
 		p.startSync()
 		_, err := p.Arrival()
 		return p, report, err
@@ -498,7 +512,7 @@ func (p *Peer) beginSend(ctx context.Context) (context.Context, func(), error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if err = p.checkWhole(); err == nil && !p.Migratable() {
+	if err = p.checkWhole(ctx); err == nil && !p.Migratable() {
 		err = fmt.Errorf("%w: that was forbidden here", ErrNotMigratable)
 	}
 	if err != nil {
@@ -508,12 +522,12 @@ func (p *Peer) beginSend(ctx context.Context) (context.Context, func(), error) {
 	return ctx, done, nil
 }
 
-// checkWhole reports that something of the instance is still on its way here.
-func (p *Peer) checkWhole() error {
+// checkWhole reports that something of the instance is still on its way here. If nothing is, that is durable afterwards.
+func (p *Peer) checkWhole(ctx context.Context) error {
 	if n := p.instance.Missing(); n > 0 {
 		return fmt.Errorf("%w: %d bytes of the instance are still to come from the peer that had it", ErrBusy, n)
 	}
-	return nil
+	return p.instance.Complete(ctx)
 }
 
 // send is a Send that was begun, to a peer or to ourselves, which adapts what is sent.

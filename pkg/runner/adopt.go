@@ -27,7 +27,9 @@ func Adopt(ctx context.Context, cfg Config) (*Instance, error) {
 		return nil, ErrNotAlive
 	}
 	i, err := open(ctx, cfg, openExisting, nil)
-	if err != nil {
+	if err != nil && !Alive(cfg.Devices) { // it has ended meanwhile, or its guest never ran and it was ended: what is there need not be whole
+		return nil, fmt.Errorf("%w any more: %w", ErrNotAlive, err)
+	} else if err != nil {
 		return nil, err
 	}
 	if i.orphan == nil {
@@ -68,7 +70,7 @@ func (i *Instance) takeOver(ctx context.Context, again func(context.Context, Con
 		return again(ctx, cfg)
 	case o.ended(endingTime / 10):
 		// It was on its way out. What is left is what a power cut leaves.
-		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: %w", err), i.reap(o.root, o.note))
+		err = errors.Join(fmt.Errorf("adopt instance: its machine has just ended, as by a power cut: boot it from its disks with --boot: %w", err), i.reap(o.root, o.note))
 	default:
 		err = fmt.Errorf("adopt instance: %w: its machine (process %d, in %q) lives on: try again, or end it (kill -9 %d) and start the instance with --boot", err, o.pid, o.root, o.pid)
 	}

@@ -128,8 +128,11 @@ func openDevice(c DeviceConfig, mode openMode, size int64, live liveFiles) (_ *d
 	} else if err != nil {
 		return nil, err
 	}
-	lacks := c.CheckArrived() != nil // some of it, which is still to be written
-	writes := inPlace && (c.writable() || len(d.created) > 0 || lacks)
+	lacks := c.CheckArrived()
+	if lacks != nil && c.Shared {
+		return nil, lacks
+	}
+	writes := inPlace && (c.writable() || len(d.created) > 0 || lacks != nil && IsBootFile(c.Name)) // what is still to come
 	if d.lock, err = LockFile(c.Base, writes); err != nil {
 		return nil, err
 	}

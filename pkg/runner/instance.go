@@ -168,10 +168,8 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).recordFile(), err)
 	}
-	for _, d := range i.devices {
-		if d.lazy != nil { // nothing is saved before it is whole
-			return nil, fmt.Errorf("resume instance: device %q: %w", d.Name, d.CheckArrived())
-		}
+	if err := i.checkWhole(ctx); err != nil { // nothing is saved before it is
+		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
 		return nil, fmt.Errorf("resume instance: %w: resume it on a host like the one that made it, or make the package anew for this one (drafter snapshotter --accel, --cpu-template)", err)
@@ -420,7 +418,7 @@ func (i *Instance) checkOwnParts() error {
 	}
 	for _, d := range i.devices {
 		if lacks := d.CheckArrived(); lacks != nil && d.served == nil && d.Overlay == "" {
-			return fmt.Errorf("%w: device %q is another instance's: %w", ErrMismatch, d.Name, lacks)
+			return fmt.Errorf("%w: device %q is another instance's, and some of it has not arrived", ErrMismatch, d.Name)
 		}
 	}
 	return nil
@@ -540,8 +538,8 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 		if lacks := c.CheckArrived(); lacks != nil && d.canBeLate() && deviceMode == openExisting {
 			switch {
 			case r != nil:
-				return nil, fmt.Errorf("open instance: %w: device %q does not come, and of the one here, %w", ErrMismatch, d.Name, lacks)
-			case d.served == nil && c.Overlay == "" && i.late.migration == "": // a file that several may have
+				return nil, fmt.Errorf("open instance: %w: device %q does not come, and some of the one here has not arrived", ErrMismatch, d.Name)
+			case d.served == nil && c.Overlay == "" && i.late.migration == "" && i.orphan == nil: // a file that several may have
 				return nil, fmt.Errorf("open instance: device %q is another instance's: %w", d.Name, lacks)
 			}
 			if err := d.makeLazy(nil, &i.late); err != nil {
@@ -1654,7 +1652,7 @@ func (i *Instance) abandon(ctx context.Context, ran bool) error {
 	if !ran {
 		return errors.Join(i.teardown(), i.discardDevices())
 	}
-	if i.Missing() > 0 { // saved, it would be less than it is: so it goes on from its disks, as after a power cut
+	if i.checkWhole(ctx) != nil { // saved, it would be less than it is: so it goes on from its disks, as after a power cut
 		return i.teardown()
 	}
 	if i.phase == running && (i.filler != nil || i.cfg.BootUnattended) && !ended(i.machine) {

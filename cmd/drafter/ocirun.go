@@ -282,17 +282,11 @@ func runImage(cmd *cobra.Command, opts peerOptions, run ociRun, image string) (e
 	}
 
 	// One command has an instance at a time, and so its image.
-	made, err := runner.MakeFolders(dir, 0o700)
+	release, err := takeFolder(dir, "--instance")
 	if err != nil {
-		return fmt.Errorf("make folder for the instance: %w", err)
-	}
-	unlock, err := lockFolder(dir, "--instance")
-	if err != nil {
-		runner.RemoveFolders(made)
 		return err
 	}
-	defer unlock()
-	defer runner.RemoveFolders(made) // what is not empty stays
+	defer release()
 
 	var disk []string
 	for _, name := range diskFlags {
@@ -370,29 +364,24 @@ func writeRecord(dir string, rec runRecord) error {
 	return err
 }
 
-// lockFolder takes an instance's folder, which flag has named, for this process.
-func lockFolder(dir, flag string) (unlock func(), err error) {
-	f, err := os.Open(dir)
-	if err != nil {
-		return nil, err
-	}
-	var ours, its os.FileInfo
-	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+// takeFolder makes an instance's folder, which flag has named, and takes it for this process. Release removes it if it is empty.
+func takeFolder(dir, flag string) (release func(), err error) {
+	made, err := runner.MakeFolders(dir, 0o700)
+	var lock *os.File
 	if err == nil {
-		ours, err = f.Stat()
+		lock, err = runner.LockFolder(dir, unix.LOCK_EX|unix.LOCK_NB)
 	}
 	if err == nil {
-		its, err = os.Stat(dir)
+		return func() { // in this order: nobody takes what is being removed
+			runner.RemoveFolders(made)
+			lock.Close()
+		}, nil
 	}
-	switch {
-	case errors.Is(err, unix.EWOULDBLOCK), err == nil && !os.SameFile(ours, its): // it was removed by whom it was locked by, and made anew
-		err = fmt.Errorf("folder %q is in use by another command: end that, or name another folder (%s)", dir, flag)
-	case err != nil:
-		err = fmt.Errorf("lock folder %q: %w", dir, err)
-	default:
-		return func() { f.Close() }, nil
+	runner.RemoveFolders(made)
+	if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("folder %q is in use by another command: end that, or name another folder (%s)", dir, flag)
 	}
-	return nil, errors.Join(err, f.Close())
+	return nil, fmt.Errorf("take folder %q: %w", dir, err)
 }
 
 // imageMount is where an instance's image is shown, and imageData where what has come of it is.

@@ -605,17 +605,11 @@ func startPeer(ctx context.Context, cfg peer.Config, opts peerOptions, store *pe
 	}
 	image := store.origin
 	if image != nil && !store.whole {
-		made, err := runner.MakeFolders(opts.packagePath, 0o700)
-		unlock := func() {}
-		if err == nil {
-			unlock, err = lockFolder(opts.packagePath, opts.folderFlag())
-		}
+		release, err := takeFolder(opts.packagePath, opts.folderFlag())
 		if err != nil {
-			runner.RemoveFolders(made)
 			return nil, fmt.Errorf("%s: %w", opts.restoring(), err)
 		}
-		defer unlock()
-		defer runner.RemoveFolders(made) // what is not empty stays
+		defer release()
 	}
 	// A peer that was killed is started again with the same command line, and finds its machine alive.
 	if p, err := peer.Adopt(ctx, cfg); err == nil {

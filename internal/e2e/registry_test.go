@@ -61,6 +61,14 @@ func TestCommandRegistry(t *testing.T) {
 		t.Helper()
 		return w.start(t, w.console, append([]string{"run", from, "--netns", "", "--chroot-base-dir", w.vms(), "--enable-input", "--instance", w.path(folder)}, more...)...)
 	}
+	boots := func(folder string) {
+		t.Helper()
+		w.console = newConsole(t)
+		c := start(folder, name, "--boot", "--resume-timeout", "1s") // nobody starts its services
+		c.waitFor(t, "Booted VM")
+		c.Process.Signal(syscall.SIGTERM)
+		c.wait(t, 0)
+	}
 	address := func(c *command) string { return strings.TrimSpace(c.waitFor(t, "Serving on ")) }
 
 	// It answers before all of it was fetched. What is pushed to the tag meanwhile is nothing to it.
@@ -142,11 +150,7 @@ func TestCommandRegistry(t *testing.T) {
 	front.Limit(0)
 	d = start("d", name)
 	says(d.wait(t, 1), "died before all of it had been fetched", "--boot")
-	w.console = newConsole(t)
-	d = start("d", name, "--boot", "--resume-timeout", "1s") // nobody starts its services
-	d.waitFor(t, "Booted VM")
-	d.Process.Signal(syscall.SIGTERM)
-	d.wait(t, 0)
+	boots("d")
 
 	// One dies before its VM runs, with files that are there and not whole.
 	w.console = newConsole(t)
@@ -189,11 +193,7 @@ func TestCommandRegistry(t *testing.T) {
 	g.waitFor(t, "The guest shut down")
 	front.Limit(0)
 	g.wait(t, 0)
-	w.console = newConsole(t)
-	g = start("g", name, "--boot", "--resume-timeout", "1s")
-	g.waitFor(t, "Booted VM")
-	g.Process.Signal(syscall.SIGTERM)
-	g.wait(t, 0)
+	boots("g")
 	run(0, "push", w.path("g"), "oci://"+front.Address+"/vms/booted:1")
 
 	// Pulled, it is what was pushed.

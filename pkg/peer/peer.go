@@ -329,9 +329,8 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 			p.cfg.Logger.Warn("the peer that has the rest of the instance was not found yet: start it again, with the command line that it had", "error", r.err)
 		}
 		if r.err != nil {
-			completeAlone(ctx, i, p.cfg.Logger)
-		}
-		if r.err == nil {
+			p.completeAlone(ctx, i)
+		} else {
 			p.thaw(i)
 			p.agent.Go(func() { // which takes its turn after a call that goes on
 				if err := i.TellAgent(ctx); err != nil {
@@ -344,12 +343,12 @@ func (p *Peer) find(claim migrate.Claim, i *runner.Instance) *rest {
 }
 
 // completeAlone notes of an instance whose source is lost, and not missed, that it lacks nothing.
-func completeAlone(ctx context.Context, i *runner.Instance, log *slog.Logger) {
+func (p *Peer) completeAlone(ctx context.Context, i *runner.Instance) {
 	if i.Missing() > 0 {
 		return
 	}
 	if err := i.Complete(context.WithoutCancel(ctx)); err != nil {
-		log.Warn("the instance is whole, and it cannot be noted", "error", err)
+		p.cfg.Logger.Warn("the instance is whole, and it cannot be noted", "error", err)
 	}
 }
 
@@ -436,7 +435,7 @@ func Receive(ctx context.Context, cfg Config, streams []io.ReadWriter) (*Peer, *
 		p := newPeer(cfg, t.instance)
 		p.rest = &rest{claim: claim(t.instance), cancel: func() {}, done: make(chan struct{}), report: report, err: err}
 		close(p.rest.done)
-		completeAlone(ctx, t.instance, p.cfg.Logger)
+		p.completeAlone(ctx, t.instance)
 		p.startSync()
 		_, err := p.Arrival()
 		return p, report, err

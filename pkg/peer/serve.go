@@ -166,19 +166,13 @@ func OpenServer(cfg ServerConfig) (_ *Server, err error) {
 		fmt.Fprintf(identity, "%s %d %s\n", d.name, d.Size(), content)
 	}
 	s.id = fmt.Sprintf("package-%x", identity.Sum(nil)[:16])
-	var last []migrate.SourceDevice // what the guest does not need unless it boots
 	for _, d := range s.still.devices {
-		// Without a policy nothing is copied before the switch that can come after it.
-		device := migrate.SourceDevice{Name: d.name, Device: d.Device}
-		switch {
-		case d.name == runner.StateDevice:
-		case runner.IsBootFile(d.name):
-			last = append(last, device)
-		default:
-			s.devices = append(s.devices, device)
+		if d.name != runner.StateDevice {
+			// Without a policy nothing is copied before the switch that can come after it.
+			s.devices = append(s.devices, migrate.SourceDevice{Name: d.name, Device: d.Device})
 		}
 	}
-	s.devices = append(s.devices, last...)
+	slices.SortStableFunc(s.devices, func(a, b migrate.SourceDevice) int { return runner.ByNeed(a.Name, b.Name) })
 	return s, nil
 }
 

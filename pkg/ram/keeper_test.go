@@ -8,10 +8,9 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -90,6 +89,7 @@ func TestSpawnDies(t *testing.T) {
 				starter := exec.Command("/proc/self/exe")
 				starter.Env = append(os.Environ(), roleEnv+"="+role)
 				starter.Stderr = os.Stderr
+				starter.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 				told, err := starter.StdoutPipe()
 				if err != nil {
 					t.Fatal(err)
@@ -118,11 +118,8 @@ func TestSpawnDies(t *testing.T) {
 					if pid > 0 {
 						orphans++
 					} else if time.Now().After(deadline) {
-						for _, pid := range children(t) {
-							line, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-							t.Errorf("try %d: it has left process %d: %q", n, pid, line)
-							_ = unix.Kill(pid, unix.SIGKILL)
-						}
+						t.Errorf("try %d: it has left a process", n)
+						_ = unix.Kill(-starter.Process.Pid, unix.SIGKILL) // its group
 						deadline = time.Now().Add(time.Minute)
 					}
 				}
@@ -132,24 +129,6 @@ func TestSpawnDies(t *testing.T) {
 			}
 		})
 	}
-}
-
-// children are this process's.
-func children(t *testing.T) (pids []int) {
-	t.Helper()
-	files, err := filepath.Glob("/proc/self/task/*/children")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, f := range files {
-		text, _ := os.ReadFile(f) // of a thread that may have ended
-		for _, field := range strings.Fields(string(text)) {
-			if pid, err := strconv.Atoi(field); err == nil {
-				pids = append(pids, pid)
-			}
-		}
-	}
-	return pids
 }
 
 // keptVMM has a keeper start a VMM and die, calling while in between.

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,6 +36,9 @@ func IsDisk(name string) bool {
 
 // IsBootFile reports whether the device of that name is only read to boot: a guest that runs does without.
 func IsBootFile(name string) bool { return name == KernelDevice || name == InitrdDevice }
+
+// ByNeed compares the names of two devices of a guest that runs, as slices.SortStableFunc wants it: what it does without comes last.
+func ByNeed(a, b string) int { return cmp.Compare(btoi(IsBootFile(a)), btoi(IsBootFile(b))) }
 
 // Description is the content of a config device: the machine as the guest sees it, and the ports on which the host expects
 // its services.

@@ -37,6 +37,9 @@ type device struct {
 // has arrived; and, where a commit point is kept, which its layer holds. See block.OverlayOptions and block.LazyOptions.
 type liveFiles struct{ blocks, arrived, since *os.File }
 
+// common reports whether the device is a file that several instances may have, to read it.
+func (d *device) common() bool { return d.served == nil && d.Overlay == "" }
+
 // openMode says what a device is opened for.
 type openMode int
 

@@ -168,7 +168,7 @@ func Resume(ctx context.Context, cfg Config) (_ *Instance, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("resume instance from %q: %w", i.device(StateDevice).recordFile(), err)
 	}
-	if err := i.checkWhole(ctx); err != nil { // nothing is saved before it is
+	if err := i.checkWhole(ctx); err != nil { // nothing is saved before it is whole
 		return nil, fmt.Errorf("resume instance: %w", err)
 	}
 	if err := i.cfg.Backend.Compatible(ctx, i.desc.Spec); err != nil {
@@ -380,7 +380,7 @@ func Prepare(ctx context.Context, cfg Config, migration string, desc Description
 	}
 	for _, d := range i.devices { // of an instance that was here before
 		switch err := os.Remove(d.listFile()); {
-		case err == nil && d.served == nil && d.Overlay == "":
+		case err == nil && d.common():
 			d.created = append(d.created, d.Base) // a part of a file, which would pass for the whole of it
 		case err != nil && !errors.Is(err, os.ErrNotExist):
 			return nil, fmt.Errorf("prepare instance: %w", err)
@@ -417,7 +417,7 @@ func (i *Instance) checkOwnParts() error {
 		}
 	}
 	for _, d := range i.devices {
-		if lacks := d.CheckArrived(); lacks != nil && d.served == nil && d.Overlay == "" {
+		if lacks := d.CheckArrived(); lacks != nil && d.common() {
 			return fmt.Errorf("%w: device %q is another instance's, and some of it has not arrived", ErrMismatch, d.Name)
 		}
 	}
@@ -539,7 +539,7 @@ func open(ctx context.Context, cfg Config, mode openMode, r *reception) (_ *Inst
 			switch {
 			case r != nil:
 				return nil, fmt.Errorf("open instance: %w: device %q does not come, and some of the one here has not arrived", ErrMismatch, d.Name)
-			case d.served == nil && c.Overlay == "" && i.late.migration == "" && i.orphan == nil: // a file that several may have
+			case d.common() && i.late.migration == "" && i.orphan == nil:
 				return nil, fmt.Errorf("open instance: device %q is another instance's: %w", d.Name, lacks)
 			}
 			if err := d.makeLazy(nil, &i.late); err != nil {
@@ -815,7 +815,7 @@ func (i *Instance) makeFolder() (err error) {
 		if err != nil {
 			return fmt.Errorf("make folder of machines: %w", err)
 		}
-		making, err := lockFolder(parent, unix.LOCK_SH)
+		making, err := LockFolder(parent, unix.LOCK_SH)
 		if err == nil {
 			defer making.Close()
 			break

@@ -1,7 +1,6 @@
 package runner
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -323,7 +322,7 @@ func (i *Instance) arriving() (devices []Arriving) {
 			devices = append(devices, Arriving{Name: d.Name, Size: d.Size(), Late: i.late.device(d.Name)})
 		}
 	}
-	slices.SortStableFunc(devices, func(a, b Arriving) int { return cmp.Compare(btoi(IsBootFile(a.Name)), btoi(IsBootFile(b.Name))) })
+	slices.SortStableFunc(devices, func(a, b Arriving) int { return ByNeed(a.Name, b.Name) })
 	return devices
 }
 

@@ -100,7 +100,7 @@ func (i *Instance) reapFolders(dir string) {
 		}
 		f.Close()
 	}
-	making, err := lockFolder(dir, unix.LOCK_EX|unix.LOCK_NB)
+	making, err := LockFolder(dir, unix.LOCK_EX|unix.LOCK_NB)
 	if err != nil {
 		return // one is being made
 	}
@@ -115,9 +115,10 @@ func (i *Instance) reapFolders(dir string) {
 	os.Remove(dir) // the same
 }
 
-// lockFolder locks the folder dir of machines by flock(2): shared by who makes a machine's folder in it, until its note is there,
-// exclusively by who removes those that nobody is making any more, and dir itself. It is unlocked when it is closed.
-func lockFolder(dir string, how int) (*os.File, error) {
+// LockFolder locks a folder as flock(2) does with how, until the file is closed. The error wraps os.ErrNotExist if it was removed by whom it was
+// locked by. That of machines is locked shared by who makes a machine's folder in it, until its note is there, exclusively by who removes those that
+// nobody is making any more, and the folder itself.
+func LockFolder(dir string, how int) (*os.File, error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err

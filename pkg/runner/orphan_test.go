@@ -49,7 +49,7 @@ func TestReapFolders(t *testing.T) {
 	}
 	i := &Instance{log: slog.New(slog.DiscardHandler)}
 
-	making, err := lockFolder(dir, unix.LOCK_SH)
+	making, err := LockFolder(dir, unix.LOCK_SH)
 	if err != nil {
 		t.Fatal(err)
 	}
